@@ -1,0 +1,167 @@
+"""Frozen configuration of the method. Every option is checked here, once."""
+
+from __future__ import annotations
+
+import math as _math
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any, Literal, get_args
+
+BLOCK = 64
+"""Tokens in a KV block, the unit of selection, centring and paging (paper section 3)."""
+
+DECODE_ROWS = 16
+"""Largest number of new tokens that is treated as decode: one list of promoted blocks per KV head."""
+
+Low = Literal["nvfp4", "mxfp4", "fp8", "drop"]
+Math = Literal["fp4", "16bit"]
+Center = Literal["none", "block"]
+Score = Literal["mean", "quest", "local", "oracle"]
+High = Literal["16bit", "nested", "nested8"]
+BudgetKind = Literal["fraction", "top_k", "paper"]
+
+
+def check_choice(name: str, value: object, choices: object) -> None:
+    """Raise ValueError unless ``value`` is one of a Literal's ``choices``."""
+    allowed = get_args(choices)
+    if value not in allowed:
+        raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}, got {value!r}")
+
+
+@dataclass(frozen=True)
+class Budget:
+    """How many KV blocks of each query row are promoted to high precision.
+
+    Use the constructors `fraction`, `top_k` and `paper`.
+
+    Args:
+        kind: ``"fraction"``, ``"top_k"`` or ``"paper"``.
+        value: the share in [0, 1] for ``fraction``; the whole number of blocks for ``top_k``; unused (0) for ``paper``.
+
+    Raises:
+        TypeError: a value that is not a number.
+        ValueError: an unknown kind, or a value out of range (NaN included).
+
+    Source: paper section 3 (floor(N/64) rule and share of blocks).
+    """
+
+    kind: BudgetKind
+    value: float = 0.0
+
+    def __post_init__(self) -> None:
+        check_choice("budget kind", self.kind, BudgetKind)
+        if isinstance(self.value, bool) or not isinstance(self.value, (int, float)):
+            raise TypeError(f"budget value must be a number, got {type(self.value).__name__}")
+        if self.kind == "fraction" and not 0.0 <= self.value <= 1.0:
+            raise ValueError(f"budget fraction must be in [0, 1], got {self.value!r}")
+        if self.kind == "top_k" and not (self.value >= 0 and float(self.value).is_integer()):
+            raise ValueError(f"budget top_k must be a whole number >= 0, got {self.value!r}")
+        if self.kind == "paper" and self.value != 0:
+            raise ValueError(f"the paper's budget rule takes no value, got {self.value!r}")
+
+    def __str__(self) -> str:
+        return {"fraction": f"{self.value:g}", "top_k": f"top_k({self.value:g})", "paper": "paper"}[self.kind]
+
+    @classmethod
+    def parse(cls, text: str) -> Budget:
+        """Budget from text: ``0.05``, ``5%``, ``top_k(8)`` or ``paper``.
+
+        Raises:
+            ValueError: text of another form, or a value out of range.
+        """
+        text = text.strip()
+        if text == "paper":
+            return paper()
+        try:
+            if text.startswith("top_k(") and text.endswith(")"):
+                return top_k(int(text[6:-1]))
+            return fraction(float(text[:-1]) / 100 if text.endswith("%") else float(text))
+        except ValueError as error:
+            raise ValueError(f"budget must be a share like 0.05 or 5%, top_k(8), or paper; got {text!r}") from error
+
+
+def fraction(share: float) -> Budget:
+    """Promote this share of the visible (query block, KV block) pairs; 1 is exact attention, 0 pure low precision."""
+    return Budget("fraction", share)
+
+
+def top_k(blocks: int) -> Budget:
+    """Promote this many KV blocks per query row."""
+    return Budget("top_k", blocks)
+
+
+def paper() -> Budget:
+    """The paper's rule: clamp(floor(N / 64), 1, N) blocks per query row, N the number of KV blocks."""
+    return Budget("paper")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ThriftConfig:
+    """What is computed: formats, arithmetic, centring, selection, storage of the high-precision plane.
+
+    Args:
+        low: format of the low-precision path, ``"nvfp4"``, ``"mxfp4"`` or ``"fp8"``; ``"drop"`` leaves the blocks out
+            that are not promoted, which turns the method into the sparse baselines.
+        math: ``"fp4"`` quantises Q and P in the low format as well (what low-precision tensor cores do);
+            ``"16bit"`` widens K and V and multiplies with the given Q and P.
+        center: ``"block"`` quantises K minus the mean of its KV block and adds q.c_b in high precision; ``"none"`` does not.
+        budget: how many blocks are promoted, see `fraction`, `top_k`, `paper`.
+        score: which blocks are promoted: ``"mean"`` (mean(Q_i).c_b), ``"quest"`` (min/max bound), ``"local"`` (nearest
+            blocks), ``"oracle"`` (true attention mass).
+        force_first: this many first blocks come before all others inside the budget.
+        force_last: this many last visible blocks (the diagonal one included) come before all others inside the budget.
+        high: how promoted blocks are stored: ``"16bit"`` copy, ``"nested"`` (nvfp4 residual of the base) or ``"nested8"``
+            (e4m3 residual with group scales).
+
+    Raises:
+        ValueError: an unknown choice, a value out of range or a combination that has no meaning.
+        TypeError: a value of the wrong type.
+
+    Source: arXiv 2605.23081; centring and nested planes: docs/method.md.
+    """
+
+    low: Low = "nvfp4"
+    math: Math = "fp4"
+    center: Center = "block"
+    budget: Budget = field(default_factory=lambda: fraction(0.05))
+    score: Score = "mean"
+    force_first: int = 1
+    force_last: int = 1
+    high: High = "16bit"
+
+    def __post_init__(self) -> None:
+        for name, choices in (("low", Low), ("math", Math), ("center", Center), ("score", Score), ("high", High)):
+            check_choice(name, getattr(self, name), choices)
+        if not isinstance(self.budget, Budget):
+            raise TypeError(f"budget must be a Budget such as fraction(0.05), got {type(self.budget).__name__}")
+        for name in ("force_first", "force_last"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int):
+                raise TypeError(f"{name} must be an int, got {type(value).__name__}")
+            if value < 0:
+                raise ValueError(f"{name} must be >= 0, got {value}")
+        if self.low == "drop" and (self.center != "none" or self.high != "16bit"):
+            raise ValueError("low='drop' quantises nothing: it needs center='none' and high='16bit'")
+
+    @classmethod
+    def paper(cls, **changes: Any) -> ThriftConfig:
+        """The paper's form: nvfp4, no centring, block-mean score, nothing forced, 5%, 16-bit copy, math fp4."""
+        return cls(**{"center": "none", "force_first": 0, "force_last": 0, **changes})
+
+    @classmethod
+    def sparse(cls, score: Score, **changes: Any) -> ThriftConfig:
+        """A baseline that drops the blocks that are not chosen: ``quest``, ``oracle`` (sparse top-k) or ``local``."""
+        return cls(**{"low": "drop", "center": "none", "score": score, **changes})
+
+    def with_(self, **changes: Any) -> ThriftConfig:
+        """A copy with some options changed, checked again."""
+        return replace(self, **changes)
+
+    def to_dict(self) -> dict[str, Any]:
+        """All options as plain JSON values; the budget as the text that `Budget.parse` reads."""
+        return {**asdict(self), "budget": str(self.budget)}
+
+
+def check_scale(scale: float | None) -> None:
+    """Raise unless the logit scale is None or a finite positive number."""
+    if scale is not None and not (_math.isfinite(scale) and scale > 0):
+        raise ValueError(f"scale must be a finite number > 0, got {scale!r}")

@@ -1,0 +1,80 @@
+"""From a budget to the number of promoted KV blocks of each query row."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from thrift_attn.config import BLOCK, Budget
+
+
+def _level(visible: Tensor, total: float) -> float:
+    """The level that solves ``sum(min(level, visible)) == total``, exactly: the sum is piecewise linear in the level."""
+    counts = visible.sort().values
+    rows = len(counts)
+    below = torch.cat([counts.new_zeros(1), counts.cumsum(0)])
+    sums = below[:-1] + counts * torch.arange(
+        rows, 0, -1, device=counts.device, dtype=counts.dtype
+    )  # at level = counts
+    first = int(torch.searchsorted(sums, total))  # the first row count at which the sum reaches the total
+    if first == rows:
+        return float(counts[-1])
+    return (total - float(below[first])) / (rows - first)
+
+
+def blocks_per_row(budget: Budget, visible: Tensor, blocks: int) -> Tensor:
+    """Number of promoted KV blocks for each query row.
+
+    A `fraction` gives every row the same real-valued number of blocks (as far as it sees that many) such that the total is
+    the asked share of all visible pairs; rounding is carried from row to row, so the total is right within half a block.
+
+    Args:
+        budget: the budget.
+        visible: int64 ``[R]``, the number of KV blocks each row of query blocks sees, in order.
+        blocks: N, the number of KV blocks of the sequence (for the paper's rule).
+
+    Returns:
+        int64 ``[R]``, between 0 and ``visible``.
+
+    Source: design of the budget: paper section 3; `fraction`: docs/method.md.
+    """
+    if budget.kind == "top_k":
+        return visible.clamp(max=int(budget.value))
+    if budget.kind == "paper":
+        return visible.clamp(max=max(1, blocks // BLOCK))
+    counts = visible.double()
+    shares = counts.clamp(max=_level(counts, budget.value * float(counts.sum())))
+    ends = (shares.cumsum(0) + 0.5).floor().long()
+    return torch.diff(ends, prepend=ends.new_zeros(1)).minimum(visible)
+
+
+def asked_share(budget: Budget, visible: Tensor, blocks: int) -> float:
+    """The share of visible pairs that the budget asks for, before rounding to whole blocks."""
+    if budget.kind == "fraction":
+        return float(budget.value)
+    return float(blocks_per_row(budget, visible, blocks).sum() / visible.sum())
+
+
+def promote(scores: Tensor, visible: Tensor, counts: Tensor, *, first: int = 0, last: int = 0) -> Tensor:
+    """Choose the promoted KV blocks: forced ones first, then the highest scores, ties to the lower index.
+
+    Args:
+        scores: float ``[H, R, N]``, higher is more important.
+        visible: bool ``[R, N]``.
+        counts: int64 ``[R]``, blocks to promote in each row, see `blocks_per_row`.
+        first: the blocks with an index below this come first (after ``last``) wherever they are visible.
+        last: so many last visible blocks of each row come before all others.
+
+    Returns:
+        bool ``[H, R, N]``, True where the block is promoted.
+    """
+    blocks = scores.shape[-1]
+    index = torch.arange(blocks, device=scores.device)
+    ends = torch.where(visible, index, -1).amax(-1, keepdim=True)  # [R, 1] last visible block of each row
+    tier = (index < first).long() + 2 * (index > ends - last).long() + 1
+    tier = torch.where(visible, tier, 0)  # [R, N]: 0 hidden, 1 by score, 2 forced first, 3 and up forced last
+    by_score = scores.argsort(dim=-1, descending=True, stable=True)
+    by_tier = tier.expand_as(scores).gather(-1, by_score).argsort(dim=-1, descending=True, stable=True)
+    order = by_score.gather(-1, by_tier)
+    chosen = (index < counts[:, None]).expand_as(scores)
+    return torch.zeros_like(chosen).scatter(-1, order, chosen) & visible

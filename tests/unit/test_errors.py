@@ -1,0 +1,144 @@
+"""Bad input gets one clear error before any work."""
+
+import math
+
+import pytest
+import torch
+
+from thrift_attn import Budget, ThriftConfig, attention, fraction, top_k
+
+GOOD = {"q": (1, 4, 8, 64), "k": (1, 2, 8, 64), "v": (1, 2, 8, 64)}
+
+
+def call(shapes=None, dtypes=None, **options):
+    shapes, dtypes = {**GOOD, **(shapes or {})}, dtypes or {}
+    tensors = [torch.zeros(shapes[n], dtype=dtypes.get(n, torch.float32)) for n in "qkv"]
+    return attention(*tensors, **options)
+
+
+def test_the_good_call_works():
+    assert call().shape == GOOD["q"]
+
+
+@pytest.mark.parametrize(
+    ("shapes", "message"),
+    [
+        ({"q": (4, 8, 64)}, r"q must have 4 dimensions \[B, H, T, D\], got shape \[4, 8, 64\]"),
+        ({"v": (1, 2, 9, 64)}, "k and v must have one shape"),
+        ({"q": (2, 4, 8, 64)}, "agree in batch and head dim"),
+        ({"q": (1, 4, 8, 32)}, "agree in batch and head dim"),
+        ({"q": (1, 3, 8, 64)}, "multiple of KV heads, got 3 and 2"),
+        ({"q": (1, 4, 0, 64)}, "q must not be empty"),
+        ({"k": (1, 2, 0, 64), "v": (1, 2, 0, 64)}, "k must not be empty"),
+        ({n: (*s[:3], 24) for n, s in GOOD.items()}, "multiple of 16, got 24"),
+    ],
+)
+def test_shapes(shapes, message):
+    with pytest.raises(ValueError, match=message):
+        call(shapes)
+
+
+def test_mx_needs_a_multiple_of_32():
+    with pytest.raises(ValueError, match="low='mxfp4' needs a head dim that is a multiple of 32, got 80"):
+        call({n: (*s[:3], 80) for n, s in GOOD.items()}, config=ThriftConfig(low="mxfp4"))
+
+
+@pytest.mark.parametrize(
+    ("dtypes", "message"),
+    [
+        ({"k": torch.float16}, "share one dtype"),
+        (dict.fromkeys("qkv", torch.int32), "q must be float16, bfloat16, float32 or float64, got torch.int32"),
+    ],
+)
+def test_dtypes(dtypes, message):
+    with pytest.raises(TypeError, match=message):
+        call(dtypes=dtypes)
+
+
+def test_not_a_tensor():
+    with pytest.raises(TypeError, match="q must be a tensor, got list"):
+        attention([1.0], torch.zeros(1, 2, 8, 64), torch.zeros(1, 2, 8, 64))  # type: ignore[call-overload]
+
+
+def test_devices():
+    q = torch.zeros(GOOD["q"], device="meta")
+    with pytest.raises(ValueError, match="one device"):
+        attention(q, torch.zeros(GOOD["k"]), torch.zeros(GOOD["v"]))
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"scale": 0.0}, ValueError, "scale must be a finite number > 0"),
+        ({"scale": math.nan}, ValueError, "scale must be a finite number > 0, got nan"),
+        ({"softcap": -1.0}, ValueError, "softcap"),
+        ({"window": 0}, ValueError, "window must be at least 1 token, got 0"),
+        ({"window": 1.5}, TypeError, "window must be an int"),
+        ({"window": 4, "causal": False}, ValueError, "needs causal=True"),
+        ({"backend": "cuda"}, ValueError, "backend must be one of"),
+        ({"backend": "triton"}, NotImplementedError, "triton"),
+        ({"kv_lengths": [8]}, TypeError, "int32 or int64 tensor, got list"),
+        ({"kv_lengths": torch.tensor([8.0])}, TypeError, "got torch.float32"),
+        ({"kv_lengths": torch.tensor([8, 8])}, ValueError, r"shape \[1\], got \[2\]"),
+        ({"kv_lengths": torch.tensor([0])}, ValueError, r"in \[1, 8\], got \[0\]"),
+        ({"kv_lengths": torch.tensor([9])}, ValueError, r"in \[1, 8\], got \[9\]"),
+    ],
+)
+def test_options(options, error, message):
+    with pytest.raises(error, match=message):
+        call(**options)
+
+
+def test_gradients_are_refused_and_inference_is_not():
+    q, k, v = (torch.zeros(GOOD[n], requires_grad=True) for n in "qkv")
+    with pytest.raises(NotImplementedError, match="inference only"):
+        attention(q, k, v)
+    with torch.no_grad():
+        attention(q, k, v)
+
+
+@pytest.mark.parametrize("share", [-0.01, 1.01, math.nan, math.inf])
+def test_fraction_range(share):
+    with pytest.raises(ValueError, match=r"fraction must be in \[0, 1\]"):
+        fraction(share)
+
+
+def test_other_budgets():
+    for bad in (-1, 1.5, math.nan):
+        with pytest.raises(ValueError, match="whole number"):
+            top_k(bad)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="must be a number, got str"):
+        fraction("0.1")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="budget kind must be one of"):
+        Budget("most", 1)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="takes no value"):
+        Budget("paper", 3)
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"low": "int4"}, ValueError, "low must be one of 'nvfp4', 'mxfp4', 'fp8', 'drop', got 'int4'"),
+        ({"math": "bf16"}, ValueError, "math must be one of"),
+        ({"center": True}, ValueError, "center must be one of"),
+        ({"score": "best"}, ValueError, "score must be one of"),
+        ({"high": "32bit"}, ValueError, "high must be one of"),
+        ({"budget": 0.05}, TypeError, "budget must be a Budget such as fraction"),
+        ({"force_first": -1}, ValueError, "force_first must be >= 0"),
+        ({"force_last": 1.0}, TypeError, "force_last must be an int"),
+        ({"low": "drop"}, ValueError, "quantises nothing"),
+    ],
+)
+def test_config(options, error, message):
+    with pytest.raises(error, match=message):
+        ThriftConfig(**options)
+
+
+def test_config_is_frozen_and_goes_to_json():
+    import json
+
+    config = ThriftConfig(budget=top_k(3))
+    with pytest.raises(AttributeError):
+        config.low = "fp8"  # type: ignore[misc]
+    plain = json.loads(json.dumps(config.to_dict()))
+    assert ThriftConfig(**{**plain, "budget": Budget.parse(plain["budget"])}) == config
