@@ -15,6 +15,7 @@ DECODE_ROWS = 16
 Low = Literal["nvfp4", "mxfp4", "fp8", "drop"]
 Math = Literal["fp4", "16bit"]
 Center = Literal["none", "block"]
+Scales = Literal["max", "best"]
 Score = Literal["mean", "quest", "local", "oracle"]
 High = Literal["16bit", "nested", "nested8"]
 BudgetKind = Literal["fraction", "top_k", "paper"]
@@ -94,6 +95,9 @@ def paper() -> Budget:
     return Budget("paper")
 
 
+_CHOICES = {"low": Low, "math": Math, "center": Center, "scales": Scales, "score": Score, "high": High}
+
+
 @dataclass(frozen=True, kw_only=True)
 class ThriftConfig:
     """What is computed: formats, arithmetic, centring, selection, storage of the high-precision plane.
@@ -104,11 +108,14 @@ class ThriftConfig:
         math: ``"fp4"`` quantises Q and P in the low format as well (what low-precision tensor cores do);
             ``"16bit"`` widens K and V and multiplies with the given Q and P.
         center: ``"block"`` quantises K minus the mean of its KV block and adds q.c_b in high precision; ``"none"`` does not.
+        scales: ``"max"`` derives every group scale from the group maximum as the format defines it; ``"best"`` also tries
+            the format's other tops (for nvfp4: Four Over Six) when K, V, Q and residuals are quantised, and keeps the scale
+            with the smaller squared error. Costs time when data are packed, none when they are read.
         budget: how many blocks are promoted, see `fraction`, `top_k`, `paper`.
         score: which blocks are promoted: ``"mean"`` (mean(Q_i).c_b), ``"quest"`` (min/max bound), ``"local"`` (nearest
             blocks), ``"oracle"`` (true attention mass).
-        force_first: this many first blocks come before all others inside the budget.
-        force_last: this many last visible blocks (the diagonal one included) come before all others inside the budget.
+        force_first: this many first blocks come before all others inside the budget (they hold the attention sink).
+        force_last: this many last visible blocks, the diagonal one included, come next.
         high: how promoted blocks are stored: ``"16bit"`` copy, ``"nested"`` (nvfp4 residual of the base) or ``"nested8"``
             (e4m3 residual with group scales).
 
@@ -122,6 +129,7 @@ class ThriftConfig:
     low: Low = "nvfp4"
     math: Math = "fp4"
     center: Center = "block"
+    scales: Scales = "best"
     budget: Budget = field(default_factory=lambda: fraction(0.05))
     score: Score = "mean"
     force_first: int = 1
@@ -129,7 +137,7 @@ class ThriftConfig:
     high: High = "16bit"
 
     def __post_init__(self) -> None:
-        for name, choices in (("low", Low), ("math", Math), ("center", Center), ("score", Score), ("high", High)):
+        for name, choices in _CHOICES.items():
             check_choice(name, getattr(self, name), choices)
         if not isinstance(self.budget, Budget):
             raise TypeError(f"budget must be a Budget such as fraction(0.05), got {type(self.budget).__name__}")
@@ -139,18 +147,18 @@ class ThriftConfig:
                 raise TypeError(f"{name} must be an int, got {type(value).__name__}")
             if value < 0:
                 raise ValueError(f"{name} must be >= 0, got {value}")
-        if self.low == "drop" and (self.center != "none" or self.high != "16bit"):
-            raise ValueError("low='drop' quantises nothing: it needs center='none' and high='16bit'")
+        if self.low == "drop" and (self.center, self.scales, self.high) != ("none", "max", "16bit"):
+            raise ValueError("low='drop' quantises nothing: it needs center='none', scales='max' and high='16bit'")
 
     @classmethod
     def paper(cls, **changes: Any) -> ThriftConfig:
-        """The paper's form: nvfp4, no centring, block-mean score, nothing forced, 5%, 16-bit copy, math fp4."""
-        return cls(**{"center": "none", "force_first": 0, "force_last": 0, **changes})
+        """The paper's form: nvfp4, scales from maxima, no centring, block-mean score, nothing forced, 5%, 16-bit copy."""
+        return cls(**{"center": "none", "scales": "max", "force_first": 0, "force_last": 0, **changes})
 
     @classmethod
     def sparse(cls, score: Score, **changes: Any) -> ThriftConfig:
         """A baseline that drops the blocks that are not chosen: ``quest``, ``oracle`` (sparse top-k) or ``local``."""
-        return cls(**{"low": "drop", "center": "none", "score": score, **changes})
+        return cls(**{"low": "drop", "center": "none", "scales": "max", "score": score, **changes})
 
     def with_(self, **changes: Any) -> ThriftConfig:
         """A copy with some options changed, checked again."""

@@ -94,7 +94,7 @@ def test_sixteen_bit_inputs_lose_only_the_rounding_of_the_output(dtype):
     assert relative(out, plain(q, k, v)[0]) < torch.finfo(dtype).eps
 
 
-def emulate(q, k, v, *, fmt_name, center, math_, high):
+def emulate(q, k, v, *, fmt_name, center, math_, best):
     """The low path at budget 0, written out from the definitions for one head at a time, in float64."""
     fmt = FORMATS[fmt_name]
     out = torch.zeros_like(q, dtype=torch.float64)
@@ -106,9 +106,9 @@ def emulate(q, k, v, *, fmt_name, center, math_, high):
             mean = (
                 block_means(kh).repeat_interleave(64, 0)[:tokens].double() if center else torch.zeros_like(kh).double()
             )
-            khat = roundtrip((kh.double() - mean).float(), fmt).double()
-            vhat = roundtrip(torch.nn.functional.pad(vh, (0, 0, 0, pad)).float(), fmt, -2)[:tokens].double()
-            qhat = roundtrip(qh.float(), fmt).double() if math_ == "fp4" else qh.double()
+            khat = roundtrip((kh.double() - mean).float(), fmt, best=best).double()
+            vhat = roundtrip(torch.nn.functional.pad(vh, (0, 0, 0, pad)).float(), fmt, -2, best=best)[:tokens].double()
+            qhat = roundtrip(qh.float(), fmt, best=best).double() if math_ == "fp4" else qh.double()
             logits = (qhat @ khat.T + qh.double() @ mean.T) / math.sqrt(q.shape[-1])
             logits = logits.masked_fill(~visibility(q.shape[2], tokens, True, None), -torch.inf)
             p = (logits - logits.amax(-1, keepdim=True)).exp()
@@ -123,12 +123,12 @@ def emulate(q, k, v, *, fmt_name, center, math_, high):
 @pytest.mark.parametrize("fmt", ["nvfp4", "mxfp4"])
 @pytest.mark.parametrize("center", ["block", "none"])
 @pytest.mark.parametrize("math_", ["fp4", "16bit"])
-@pytest.mark.parametrize("tokens", [65, 200])
-def test_budget_zero_is_pure_low_precision(fmt, center, math_, tokens):
+@pytest.mark.parametrize(("tokens", "scales"), [(65, "best"), (200, "max")])
+def test_budget_zero_is_pure_low_precision(fmt, center, math_, tokens, scales):
     q, k, v = qkv(tokens, tokens)
-    config = ThriftConfig(low=fmt, center=center, math=math_, budget=fraction(0))
+    config = ThriftConfig(low=fmt, center=center, math=math_, scales=scales, budget=fraction(0))
     out, stats = attention(q, k, v, config=config, return_stats=True)
-    want = emulate(q, k, v, fmt_name=fmt, center=center == "block", math_=math_, high="16bit")
+    want = emulate(q, k, v, fmt_name=fmt, center=center == "block", math_=math_, best=scales == "best")
     # A rounding tie of P may fall either way in float32: that moves single codes, not the whole.
     assert relative(out, want) < 2e-3
     assert stats.promoted == 0
@@ -138,7 +138,9 @@ def test_budget_zero_is_pure_low_precision(fmt, center, math_, tokens):
 def test_paper_form_does_not_depend_on_what_is_not_in_it():
     q, k, v = qkv(300, 300)
     base = attention(q, k, v, config=ThriftConfig.paper())
-    assert torch.equal(base, attention(q, k, v, config=ThriftConfig(center="none", force_first=0, force_last=0)))
+    assert torch.equal(
+        base, attention(q, k, v, config=ThriftConfig(center="none", scales="max", force_first=0, force_last=0))
+    )
     assert not torch.equal(base, attention(q, k, v))
 
 

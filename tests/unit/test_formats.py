@@ -1,6 +1,7 @@
 """Bytes and values of the number formats, enumerated."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -143,9 +144,25 @@ def test_roundtrip_is_dequantise_of_quantise(name, dtype, shape):
     fmt = FORMATS[name]
     x = (torch.randn(shape) * torch.rand(shape[-1]).mul(8).exp2() * 2**-4).to(dtype)
     for dim in (-1, -2):
-        q = quantise(x, fmt, dim)
-        assert q.codes.dtype == torch.uint8
-        assert torch.equal(dequantise(q, fmt, dim), roundtrip(x, fmt, dim))
+        for best in (False, True):
+            q = quantise(x, fmt, dim, best=best)
+            assert q.codes.dtype == torch.uint8
+            assert torch.equal(dequantise(q, fmt, dim), roundtrip(x, fmt, dim, best=best))
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_best_scales_are_never_worse_and_each_group_is_one_of_the_tops(name):
+    fmt = FORMATS[name]
+    x = torch.randn(512, 64)
+    tops = torch.stack([roundtrip(x, replace(fmt, tops=(top,))) for top in fmt.tops])
+    best = roundtrip(x, fmt, best=True)
+    group = fmt.group or x.numel()
+    errors = (tops - x).square().view(len(tops), -1, group).sum(-1)
+    torch.testing.assert_close((best - x).square().view(-1, group).sum(-1), errors.amin(0))
+    if len(tops) > 1:
+        assert (best - x).norm() < 0.98 * (tops[0] - x).norm()
+    else:
+        assert torch.equal(best, tops[0])
 
 
 @settings(max_examples=50, deadline=None)

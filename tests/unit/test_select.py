@@ -57,7 +57,7 @@ def test_promote_takes_forced_blocks_then_the_best():
         return promote(scores, visible, torch.tensor([k]), **forced)[0, 0].nonzero().flatten().tolist()
 
     assert chosen(2) == [1, 3]
-    assert chosen(1, first=1, last=1) == [4]  # the diagonal comes before the sink
+    assert chosen(1, first=1, last=1) == [0]  # the sink comes before the diagonal
     assert chosen(2, first=1, last=1) == [0, 4]
     assert chosen(3, first=1, last=1) == [0, 1, 4]
     assert chosen(5) == [0, 1, 2, 3, 4]

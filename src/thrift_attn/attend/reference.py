@@ -72,12 +72,13 @@ def build_planes(k: Tensor, v: Tensor, config: ThriftConfig) -> Planes:
         mean = centres[:, :, None].expand(-1, -1, BLOCK, -1).flatten(1, 2).clone()
         mean[:, mean.shape[1] - pad[3] :] = 0  # padding stays zero
     delta = k - mean
-    low_k, low_v = quant.roundtrip(delta, fmt), quant.roundtrip(v, fmt, -2)
+    best = config.scales == "best"
+    low_k, low_v = quant.roundtrip(delta, fmt, best=best), quant.roundtrip(v, fmt, -2, best=best)
     if config.high == "16bit":
         return Planes(low_k, low_v, k, v, centres)
     plane = RESIDUALS[config.high]
-    high_k = mean + low_k + quant.residual(delta, low_k, plane)
-    return Planes(low_k, low_v, high_k, low_v + quant.residual(v, low_v, plane, -2), centres)
+    high_k = mean + low_k + quant.residual(delta, low_k, plane, best=best)
+    return Planes(low_k, low_v, high_k, low_v + quant.residual(v, low_v, plane, -2, best=best), centres)
 
 
 def _round_probabilities(p: Tensor, fmt: Format) -> Tensor:
@@ -226,7 +227,8 @@ class _Sequence:
             fmt = FORMATS[config.low]
             # A block-scaled format shares the scale of a query block, which starts at a multiple of 64 positions.
             lead = int(self.positions[chunk.q0]) % BLOCK if fmt.group is None else 0
-            rounded = quant.roundtrip(torch.nn.functional.pad(queries, (0, 0, lead, 0)), fmt)[:, lead:]
+            padded = torch.nn.functional.pad(queries, (0, 0, lead, 0))
+            rounded = quant.roundtrip(padded, fmt, best=config.scales == "best")[:, lead:]
         logits = self._against(rounded, low_k[:, self._keys(chunk)])
         if config.center == "block":
             bias = self._against(queries, self.planes.centres[:, chunk.b0 : chunk.b1])  # q.c_b [H, Q, blocks]

@@ -1,17 +1,18 @@
 """The number formats as rows of one table.
 
-===========  =======  =====  =======  ====  ===============================================
-format       element  group  scale    top   scale of a group
-===========  =======  =====  =======  ====  ===============================================
-nvfp4        e2m1     16     e4m3     6     rne_e4m3(amax / 6), saturating at 448
-mxfp4        e2m1     32     e8m0     -     2^(floor(log2 amax) - 2)              (OCP MX 1.0)
-fp8          e4m3     block  float32  448   amax / 448
-e4m3g16      e4m3     16     e4m3     6     rne_e4m3(amax / 6): the ``nested8`` residual plane
-===========  =======  =====  =======  ====  ===============================================
+===========  =======  =====  =======  =========  =====================================================
+format       element  group  scale    tops       scale of a group
+===========  =======  =====  =======  =========  =====================================================
+nvfp4        e2m1     16     e4m3     6, (4)     rne_e4m3(amax / top), saturating at 448
+mxfp4        e2m1     32     e8m0     4, (2)     2^floor(log2 amax) / top                 (OCP MX 1.0)
+fp8          e4m3     block  float32  448        amax / top
+e4m3g16      e4m3     16     e4m3     6          rne_e4m3(amax / top): the ``nested8`` residual plane
+===========  =======  =====  =======  =========  =====================================================
 
 ``group`` is the number of neighbours along the contraction that share a scale; ``block`` is one KV block of one head
-(64 tokens x D). ``top`` is the element magnitude that the largest value of a group is mapped to. The residual plane maps
-it to 6 and not to 448 because residuals are small and an e4m3 scale below 2^-9 is zero.
+(64 tokens x D). ``tops`` are element magnitudes that the largest value of a group may be mapped to: the first is the
+format's definition, the others are tried as well under ``scales="best"``. The residual plane maps the largest residual to
+6 and not to 448 because residuals are small and an e4m3 scale below 2^-9 is zero.
 """
 
 from __future__ import annotations
@@ -31,13 +32,13 @@ E4M3_MAX = 448.0
 
 @dataclass(frozen=True)
 class Format:
-    """One row of the table: element and scale encoding, group size and what the group maximum is mapped to."""
+    """One row of the table: element and scale encoding, group size and what a group's largest value is mapped to."""
 
     name: str
     element: Element
     group: int | None
     scale: Scale
-    top: float
+    tops: tuple[float, ...]
 
     @property
     def element_bits(self) -> int:
@@ -53,10 +54,10 @@ class Format:
 FORMATS: dict[str, Format] = {
     f.name: f
     for f in (
-        Format("nvfp4", "e2m1", 16, "e4m3", E2M1_MAX),
-        Format("mxfp4", "e2m1", 32, "e8m0", E2M1_MAX),
-        Format("fp8", "e4m3", None, "float32", E4M3_MAX),
-        Format("e4m3g16", "e4m3", 16, "e4m3", E2M1_MAX),
+        Format("nvfp4", "e2m1", 16, "e4m3", (6.0, 4.0)),
+        Format("mxfp4", "e2m1", 32, "e8m0", (4.0, 2.0)),
+        Format("fp8", "e4m3", None, "float32", (448.0,)),
+        Format("e4m3g16", "e4m3", 16, "e4m3", (6.0,)),
     )
 }
 

@@ -1,9 +1,11 @@
 """Quantisation in plain PyTorch, exact to the definitions of `thrift_attn.quant.formats`.
 
 Scales and codes are always worked out in float32, as the kernels do: ``scale = round(amax / top)``, then
-``code = round(x / scale)`` with true divisions, round to nearest even and saturation. Zero groups, and groups whose scale
-rounds to zero, decode to 0. A NaN or an infinity anywhere in a group makes the scale of the group NaN, so that the whole
-group decodes to NaN and the fault stays visible.
+``code = round(x / scale)`` with true divisions, round to nearest even and saturation. With ``best=True`` every top of the
+format is tried and each group keeps the scale with the smallest squared error, the first one if they tie.
+
+Zero groups, and groups whose scale rounds to zero, decode to 0. A NaN or an infinity anywhere in a group makes the scale of
+the group NaN, so that the whole group decodes to NaN and the fault stays visible.
 
 Two e2m1 codes share a byte, the even element in the low nibble (the order of torch.float4_e2m1fn_x2)::
 
@@ -54,12 +56,13 @@ def _round_e4m3(x: Tensor) -> Tensor:
     return x.clamp(-E4M3_MAX, E4M3_MAX).to(torch.float8_e4m3fn)
 
 
-def _scale_bits(amax: Tensor, fmt: Format) -> Tensor:
+def _scale_bits(amax: Tensor, fmt: Format, top: float) -> Tensor:
     """Encoded scale of groups with the float32 maxima ``amax``; NaN where ``amax`` is not finite."""
     if fmt.scale == "e8m0":
-        exponent = ((amax.view(torch.int32) >> 23) - 2).clamp(0, 254).to(torch.uint8)
+        shift = int(top).bit_length() - 1
+        exponent = ((amax.view(torch.int32) >> 23) - shift).clamp(0, 254).to(torch.uint8)
         return torch.where(amax.isfinite(), exponent, _E8M0_NAN)
-    ratio = torch.where(amax.isfinite(), amax, torch.nan) / fmt.top
+    ratio = torch.where(amax.isfinite(), amax, torch.nan) / top
     return ratio if fmt.scale == "float32" else _round_e4m3(ratio).view(torch.uint8)
 
 
@@ -91,12 +94,31 @@ def _ungrouped(x: Tensor, fmt: Format, dim: int, shape: torch.Size) -> Tensor:
     return x.flatten(-2).movedim(-1, dim)
 
 
-def _scaled(groups: Tensor, fmt: Format) -> tuple[Tensor, Tensor, Tensor]:
-    """Elements divided by their scale, encoded scales and decoded scales ``[..., groups, 1]``."""
-    bits = _scale_bits(groups.abs().amax(-1, keepdim=True), fmt)
+class _Rounded(NamedTuple):
+    """Groups after rounding: elements in units of the scale, and encoded and decoded scales ``[..., groups, 1]``."""
+
+    ratio: Tensor
+    elements: Tensor
+    bits: Tensor
+    scale: Tensor
+
+
+def _round_groups(groups: Tensor, fmt: Format, top: float) -> _Rounded:
+    bits = _scale_bits(groups.abs().amax(-1, keepdim=True), fmt, top)
     scale = decode_scales(bits, fmt)
     # x / inf = 0: a scale that rounded to zero makes every code zero.
-    return groups / torch.where(scale == 0, torch.inf, scale), bits, scale
+    ratio = groups / torch.where(scale == 0, torch.inf, scale)
+    return _Rounded(ratio, round_e2m1(ratio) if fmt.element == "e2m1" else _round_e4m3(ratio).float(), bits, scale)
+
+
+def _round(groups: Tensor, fmt: Format, best: bool) -> _Rounded:
+    """Round groups with the format's own scale, or with the best of its tops."""
+    chosen = _round_groups(groups, fmt, fmt.tops[0])
+    for top in fmt.tops[1:] if best else ():
+        other = _round_groups(groups, fmt, top)
+        errors = [(r.elements * r.scale - groups).square().sum(-1, keepdim=True) for r in (chosen, other)]
+        chosen = _Rounded(*(torch.where(errors[1] < errors[0], o, c) for o, c in zip(other, chosen, strict=True)))
+    return chosen
 
 
 def _as_float(x: Tensor) -> Tensor:
@@ -105,13 +127,14 @@ def _as_float(x: Tensor) -> Tensor:
     return x.float()
 
 
-def quantise(x: Tensor, fmt: Format, dim: int = -1) -> Quantised:
+def quantise(x: Tensor, fmt: Format, dim: int = -1, *, best: bool = False) -> Quantised:
     """Quantise a tensor.
 
     Args:
         x: floating point, any shape; ``[..., T, D]`` for a format that shares one scale in a KV block.
         fmt: a row of `FORMATS`.
         dim: the contraction, along which groups are formed. Ignored by block-scaled formats.
+        best: try every top of the format and keep the best scale of each group.
 
     Returns:
         `Quantised` codes and scales.
@@ -120,16 +143,17 @@ def quantise(x: Tensor, fmt: Format, dim: int = -1) -> Quantised:
         ValueError: the length along ``dim`` is no multiple of the group.
         TypeError: not floating point.
 
-    Source: OCP MX 1.0 (mxfp4); NVFP4 as in arXiv 2605.23081 section 3, without a tensor scale.
+    Source: OCP MX 1.0 (mxfp4); NVFP4 as in arXiv 2605.23081 section 3, without a tensor scale; the choice between 6 and 4
+    is Four Over Six, arXiv 2512.02010.
     """
     x = _as_float(x)
-    ratio, bits, scale = _scaled(_grouped(x, fmt, dim), fmt)
+    ratio, elements, bits, scale = _round(_grouped(x, fmt, dim), fmt, best)
     if fmt.element == "e2m1":
-        magnitude = round_e2m1(ratio.abs())
+        magnitude = elements.abs()
         codes = torch.where(magnitude < 2, 2 * magnitude, torch.where(magnitude < 4, magnitude + 2, magnitude / 2 + 4))
         codes = codes.nan_to_num(0).to(torch.uint8) | (ratio.signbit().to(torch.uint8) << 3)
     else:
-        codes = _round_e4m3(ratio.nan_to_num(0)).view(torch.uint8)
+        codes = _round_e4m3(elements.nan_to_num(0)).view(torch.uint8)
     # Groups without a usable scale (zero or NaN) carry zero codes: the scale alone says what they decode to.
     codes = torch.where(scale > 0, codes, 0)
     scales = bits.squeeze(-1)
@@ -150,15 +174,14 @@ def dequantise(q: Quantised, fmt: Format, dim: int = -1) -> Tensor:
     return _ungrouped(_grouped(values, fmt, dim) * scale, fmt, dim, q.codes.shape)
 
 
-def roundtrip(x: Tensor, fmt: Format, dim: int = -1) -> Tensor:
+def roundtrip(x: Tensor, fmt: Format, dim: int = -1, *, best: bool = False) -> Tensor:
     """What a tensor decodes to after quantisation: ``dequantise(quantise(x))`` without forming codes.
 
     Returns:
         The dtype of ``x`` for float32 and float64, float32 for 16-bit input.
     """
-    ratio, _, scale = _scaled(_grouped(_as_float(x), fmt, dim), fmt)
-    rounded = round_e2m1(ratio) if fmt.element == "e2m1" else _round_e4m3(ratio).float()
-    out = _ungrouped(rounded * scale, fmt, dim, x.shape)
+    rounded = _round(_grouped(_as_float(x), fmt, dim), fmt, best)
+    out = _ungrouped(rounded.elements * rounded.scale, fmt, dim, x.shape)
     return out.double() if x.dtype == torch.float64 else out
 
 
@@ -196,7 +219,7 @@ def block_means(k: Tensor) -> Tensor:
     return (sums / counts).to(k.dtype)
 
 
-def residual(x: Tensor, base: Tensor, fmt: Format, dim: int = -1) -> Tensor:
+def residual(x: Tensor, base: Tensor, fmt: Format, dim: int = -1, *, best: bool = False) -> Tensor:
     """What the nested plane decodes to: the rounded residual of what the base encodes.
 
     Args:
@@ -204,5 +227,6 @@ def residual(x: Tensor, base: Tensor, fmt: Format, dim: int = -1) -> Tensor:
         base: what the base decodes to, the shape of ``x``.
         fmt: format of the residual plane, see `thrift_attn.quant.formats.RESIDUALS`.
         dim: the contraction.
+        best: see `quantise`.
     """
-    return roundtrip(x.to(base.dtype) - base, fmt, dim)
+    return roundtrip(x.to(base.dtype) - base, fmt, dim, best=best)

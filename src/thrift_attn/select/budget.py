@@ -62,8 +62,8 @@ def promote(scores: Tensor, visible: Tensor, counts: Tensor, *, first: int = 0, 
         scores: float ``[H, R, N]``, higher is more important.
         visible: bool ``[R, N]``.
         counts: int64 ``[R]``, blocks to promote in each row, see `blocks_per_row`.
-        first: the blocks with an index below this come first (after ``last``) wherever they are visible.
-        last: so many last visible blocks of each row come before all others.
+        first: the blocks with an index below this come before all others wherever they are visible.
+        last: so many last visible blocks of each row come next.
 
     Returns:
         bool ``[H, R, N]``, True where the block is promoted.
@@ -71,8 +71,8 @@ def promote(scores: Tensor, visible: Tensor, counts: Tensor, *, first: int = 0, 
     blocks = scores.shape[-1]
     index = torch.arange(blocks, device=scores.device)
     ends = torch.where(visible, index, -1).amax(-1, keepdim=True)  # [R, 1] last visible block of each row
-    tier = (index < first).long() + 2 * (index > ends - last).long() + 1
-    tier = torch.where(visible, tier, 0)  # [R, N]: 0 hidden, 1 by score, 2 forced first, 3 and up forced last
+    tier = 2 * (index < first).long() + (index > ends - last).long() + 1
+    tier = torch.where(visible, tier, 0)  # [R, N]: 0 hidden, 1 by score, 2 forced last, 3 and up forced first
     by_score = scores.argsort(dim=-1, descending=True, stable=True)
     by_tier = tier.expand_as(scores).gather(-1, by_score).argsort(dim=-1, descending=True, stable=True)
     order = by_score.gather(-1, by_tier)
