@@ -1,0 +1,220 @@
+"""What is timed: the decode cases, the grid of them, and the bytes that each must move."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, replace
+from typing import Any, get_args
+
+import torch
+
+from thrift_attn.config import BLOCK, DECODE_ROWS, Budget, High, ThriftConfig, check_choice
+from thrift_attn.quant.formats import FORMATS, RESIDUALS
+from thrift_attn.select.budget import blocks_per_row
+
+DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+@dataclass(frozen=True, kw_only=True)
+class DecodeCase:
+    """One decode step over a filled KV cache.
+
+    Args:
+        batch: B, sequences.
+        kv: tokens in the cache of each sequence, the new ones included.
+        q_heads: Hq.
+        kv_heads: Hkv; divides Hq.
+        head_dim: D.
+        dtype: ``"bfloat16"`` or ``"float16"``.
+        tq: new tokens of each sequence, 1 to 16.
+        budget: text that `Budget.parse` reads.
+        high: how promoted blocks are stored, see `ThriftConfig`.
+
+    Raises:
+        ValueError: a number out of range, heads that do not divide, an unknown choice.
+    """
+
+    batch: int
+    kv: int
+    q_heads: int = 32
+    kv_heads: int = 8
+    head_dim: int = 128
+    dtype: str = "bfloat16"
+    tq: int = 1
+    budget: str = "0.05"
+    high: High = "nested"
+
+    def __post_init__(self) -> None:
+        for name in ("batch", "kv", "q_heads", "kv_heads", "head_dim"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.q_heads % self.kv_heads:
+            raise ValueError(f"kv_heads must divide q_heads, got {self.q_heads}/{self.kv_heads}")
+        if not 1 <= self.tq <= min(DECODE_ROWS, self.kv):
+            raise ValueError(f"tq must be in [1, {min(DECODE_ROWS, self.kv)}], got {self.tq}")
+        if self.dtype not in DTYPES:
+            raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {self.dtype!r}")
+        check_choice("high", self.high, High)
+        Budget.parse(self.budget)
+
+    @property
+    def group(self) -> int:
+        """G, query heads of a KV head."""
+        return self.q_heads // self.kv_heads
+
+    @property
+    def blocks(self) -> int:
+        """N, KV blocks of a sequence, an incomplete one included."""
+        return math.ceil(self.kv / BLOCK)
+
+    @property
+    def scale(self) -> float:
+        """Factor of the logits."""
+        return 1 / math.sqrt(self.head_dim)
+
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        """Dtype of Q, K, V and the output."""
+        return DTYPES[self.dtype]
+
+    @property
+    def config(self) -> ThriftConfig:
+        """What our side computes."""
+        return ThriftConfig(math="16bit", high=self.high, budget=Budget.parse(self.budget))
+
+    @property
+    def shape(self) -> DecodeCase:
+        """The case as a baseline sees it: without budget and storage of the promoted blocks."""
+        return replace(self, budget="0", high="nested")
+
+    @property
+    def name(self) -> str:
+        """Short name of the shape, such as ``B8 128k 32/8``; head dim, dtype and tq only where they are unusual."""
+        length = f"{self.kv // 1024}k" if self.kv % 1024 == 0 else f"{self.kv}"
+        rare = [f"D{self.head_dim}"] * (self.head_dim != 128) + [self.dtype] * (self.dtype != "bfloat16")
+        rare += [f"Tq{self.tq}"] * (self.tq > 1)
+        return " ".join([f"B{self.batch} {length} {self.q_heads}/{self.kv_heads}", *rare])
+
+    @property
+    def flops(self) -> int:
+        """Multiplications and additions of exact attention (the causal corner of ``tq > 1`` counted as visible)."""
+        return 4 * self.batch * self.q_heads * self.tq * self.kv * self.head_dim
+
+    @property
+    def plain_elements(self) -> int:
+        """Elements of K and V together."""
+        return 2 * self.batch * self.kv_heads * self.kv * self.head_dim
+
+    @property
+    def promoted(self) -> int:
+        """KV blocks of a sequence and KV head that the budget promotes; the incomplete newest block comes on top."""
+        full = max(1, self.kv // BLOCK)
+        return int(blocks_per_row(self.config.budget, torch.tensor([full]), full)[0])
+
+    def to_dict(self) -> dict[str, Any]:
+        """The fields as plain JSON values."""
+        return asdict(self)
+
+
+def io_bytes(case: DecodeCase) -> int:
+    """Bytes of Q read and of the output written."""
+    return 2 * case.batch * case.q_heads * case.tq * case.head_dim * 2
+
+
+def plain_bytes(case: DecodeCase, element: int) -> int:
+    """Bytes that attention over a plain cache must move: K and V once, Q, the output.
+
+    Args:
+        case: the case.
+        element: bytes of an element of the cache, 2 or 1.
+    """
+    return case.plain_elements * element + io_bytes(case)
+
+
+def thrift_bytes(case: DecodeCase) -> dict[str, int]:
+    """Bytes that our step must move, by kernel, and for the whole step.
+
+    A kernel's figure counts what passes between kernels; ``step`` does not, since a fused step could keep it on the chip.
+
+    Returns:
+        ``scores`` (block centres in, logits of all rows out), ``select`` (logits in, lists out), ``attend`` (base of all
+        blocks, residual or 16-bit copy of the promoted ones, logits and lists in), ``merge`` (nothing that must move
+        besides the output), ``step``.
+    """
+    heads = case.batch * case.kv_heads
+    rows = case.group * case.tq
+    full, tail = divmod(case.kv, BLOCK)
+    promoted = min(case.promoted, full)
+    block = 2 * BLOCK * case.head_dim  # elements of K and V in one block
+    base = FORMATS[case.config.low].bits_per_element(case.head_dim) / 8 * block
+    if case.high == "16bit":
+        stored = (full - promoted) * base + promoted * 2 * block
+    else:
+        stored = full * base + promoted * RESIDUALS[case.high].bits_per_element(case.head_dim) / 8 * block
+    stored += tail * 2 * case.head_dim * 2
+    centres = full * case.head_dim * 2
+    logits = rows * case.blocks * 4
+    lists = case.blocks * 4
+    io = io_bytes(case)
+    return {
+        "scores": heads * (centres + logits) + io // 2,
+        "select": heads * (logits + lists),
+        "attend": heads * int(stored + logits + lists) + io,
+        "merge": io // 2,
+        "step": heads * int(stored + centres) + io,
+    }
+
+
+def grid(
+    *,
+    batches: Iterable[int] = (1, 4, 8, 32),
+    lengths: Iterable[int] = (8192, 32768, 131072, 524288),
+    heads: Iterable[tuple[int, int]] = ((32, 8), (28, 4), (16, 16)),
+    **rest: Any,
+) -> tuple[DecodeCase, ...]:
+    """All combinations, heads outermost, then lengths and batches."""
+    lengths, batches = tuple(lengths), tuple(batches)
+    return tuple(
+        DecodeCase(batch=batch, kv=kv, q_heads=hq, kv_heads=hkv, **rest)
+        for hq, hkv in heads
+        for kv in lengths
+        for batch in batches
+    )
+
+
+TARGET = (
+    DecodeCase(batch=8, kv=131072),
+    DecodeCase(batch=8, kv=131072, high="16bit"),
+    DecodeCase(batch=1, kv=131072),
+    DecodeCase(batch=1, kv=32768),
+)
+"""The cases that the project holds itself to."""
+
+PRESETS: dict[str, tuple[DecodeCase, ...]] = {
+    "smoke": (DecodeCase(batch=2, kv=4096),),
+    "target": TARGET,
+    "quick": (*TARGET, DecodeCase(batch=8, kv=32768), DecodeCase(batch=32, kv=32768)),
+    "full": tuple(dict.fromkeys((*TARGET, *grid()))),
+}
+
+
+def by_shape(cases: Iterable[DecodeCase]) -> dict[DecodeCase, list[DecodeCase]]:
+    """Cases that share their baselines, in order of first appearance."""
+    groups: dict[DecodeCase, list[DecodeCase]] = {}
+    for case in cases:
+        groups.setdefault(case.shape, []).append(case)
+    return groups
+
+
+def memory_needed(case: DecodeCase) -> int:
+    """Bytes of device memory a case takes at least: K and V in 16 bits (the float64 check needs them) and the largest cache
+    beside them, which is ours with the base, the high plane and the centres of all blocks, or a copy in 8 bits.
+    """
+    low = FORMATS[case.config.low].bits_per_element(case.head_dim)
+    high = 16 if case.high == "16bit" else RESIDUALS[case.high].bits_per_element(case.head_dim)
+    ours = (low + high + 16 / 2 / BLOCK) / 8
+    return int(case.plain_elements * (2 + max(1.0, ours)) * 1.05) + (1 << 30)
+
+
+HIGHS = get_args(High)

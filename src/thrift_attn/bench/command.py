@@ -1,0 +1,190 @@
+"""``thrift bench``: the commands."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+if TYPE_CHECKING:
+    from thrift_attn.bench.records import Record
+
+app = typer.Typer(
+    no_args_is_help=True, add_completion=False, help="Time kernels against the baselines, correctness first."
+)
+
+RESTARTS = 4
+"""Times a run is taken up again after a method broke the device."""
+
+
+@app.callback()
+def _group() -> None:
+    """Keep ``decode`` a subcommand however many there are."""
+
+
+@app.command()
+def decode(
+    preset: Annotated[
+        str, typer.Option(help="smoke, target, quick or full; not used when --batch and --kv are given.")
+    ] = ("quick"),
+    out: Annotated[Path, typer.Option("--out", "-o", help="Folder for the record and the pictures.")] = Path("bench"),
+    batch: Annotated[str, typer.Option(help="Own grid: batch sizes such as 1,8.")] = "",
+    kv: Annotated[str, typer.Option(help="Own grid: cache lengths such as 32768,131072.")] = "",
+    heads: Annotated[str, typer.Option(help="Own grid: Hq/Hkv such as 32/8,28/4.")] = "32/8",
+    head_dim: Annotated[int, typer.Option(help="Own grid: D.")] = 128,
+    high: Annotated[str, typer.Option(help="Own grid: nested, nested8, 16bit; several after commas.")] = "nested",
+    budget: Annotated[str, typer.Option(help="Own grid: budgets such as 0.05,0.1.")] = "0.05",
+    only: Annotated[str, typer.Option(help="Only methods whose names begin so, such as thrift,cudnn.")] = "",
+    skip: Annotated[str, typer.Option(help="No methods whose names begin so.")] = "",
+    replays: Annotated[int, typer.Option(min=5, help="Timed graph replays of the fastest setting.")] = 50,
+    minutes: Annotated[float, typer.Option(help="Begin no new shape after this.")] = 60.0,
+    compile_seconds: Annotated[float, typer.Option(help="What FlashInfer's compiler may take.")] = 400.0,
+    profile: Annotated[bool, typer.Option(help="Also list the kernels of our step as the profiler sees them.")] = True,
+    commit: Annotated[str, typer.Option(help="Commit for the record, where the tree has no history.")] = "",
+    seed: Annotated[int, typer.Option(help="Of the inputs.")] = 0,
+    resume: Annotated[bool, typer.Option(help="Keep the rows that the record in --out has already.")] = False,
+    plot: Annotated[bool, typer.Option(help="Draw the pictures.")] = True,
+) -> None:
+    """Decode: our whole step and each kernel against the BF16 and FP8 kernels people use, in one run."""
+    console = Console(soft_wrap=True, width=None if sys.stdout.isatty() else 150)
+    with _errors():
+        from thrift_attn.bench.timing import DeviceLost, Settings, require_cuda
+
+        require_cuda()
+        from thrift_attn.bench.cases import PRESETS, grid
+        from thrift_attn.bench.runner import Plan, run
+
+        if bool(batch) != bool(kv):
+            raise ValueError("an own grid needs both --batch and --kv")
+        if batch:
+            cases = tuple(
+                case
+                for one in _words(high)
+                for share in _words(budget)
+                for case in grid(
+                    batches=map(int, _words(batch)),
+                    lengths=map(int, _words(kv)),
+                    heads=[_heads(pair) for pair in _words(heads)],
+                    head_dim=head_dim,
+                    high=one,
+                    budget=share,
+                )
+            )
+        elif preset in PRESETS:
+            cases = PRESETS[preset]
+        else:
+            raise ValueError(f"--preset must be one of {', '.join(PRESETS)}, got {preset!r}")
+        plan = Plan(
+            cases=cases,
+            out=out / "decode.json",
+            only=tuple(_words(only)),
+            skip=tuple(_words(skip)),
+            settings=Settings(replays=replays),
+            minutes=minutes,
+            compile_seconds=compile_seconds,
+            profile=profile,
+            commit=commit or None,
+            seed=seed,
+        )
+        try:
+            record = run(plan, resume=resume, say=lambda line: console.print(line, highlight=False, markup=False))
+        except DeviceLost as error:
+            _take_up_again(console, error)
+            raise typer.Exit(3) from error
+        console.print()
+        console.print(summary(record))
+        if plot:
+            from thrift_attn.bench.plots import draw
+
+            draw(record, out)
+        console.print(f"wrote {plan.out}", style="dim", highlight=False, markup=False)
+
+
+@app.command(name="plot")
+def plot_record(
+    record: Annotated[Path, typer.Argument(help="A decode.json.")],
+    out: Annotated[
+        Path | None, typer.Option("--out", "-o", help="Folder for the pictures; by default the record's.")
+    ] = None,
+) -> None:
+    """Draw the pictures of a record again."""
+    with _errors():
+        from thrift_attn.bench.plots import draw
+        from thrift_attn.bench.records import Record
+
+        for path in draw(Record.load(record), out or record.parent):
+            typer.echo(f"wrote {path}")
+
+
+def summary(record: Record) -> Table:
+    """The rows of a run as a table, and how far ahead of the fastest baselines we are."""
+    table = Table(title=f"Decode on {record.context['machine']['gpu']}", box=None, padding=(0, 1), header_style="bold")
+    table.add_column("case")
+    table.add_column("method")
+    for header in ("p50 us", "of copy", "bytes/token", "error", "over BF16", "over FP8"):
+        table.add_column(header, justify="right")
+    over = {id(one.ours): one for one in record.speedups()}
+    for row in record.rows:
+        if row.status != "timed":
+            table.add_row(row.case.name, row.method, f"[yellow]{row.status}[/yellow]", *[""] * 5)
+            continue
+        ahead = over.get(id(row))
+        ratios = ["" if not ahead or (x := ahead.over(kind)) is None else f"{x:.2f}x" for kind in ("bf16", "fp8")]
+        table.add_row(
+            row.case.name,
+            f"[bold]{row.method}[/bold]" if row.kind == "thrift" else row.method,
+            f"{row.p50_us:,.1f}",
+            f"{row.bytes / row.p50_us * 1e6 / record.copy:.0%}",
+            f"{row.bytes_per_token:,.0f}",
+            f"{max(check.error or 0.0 for check in row.checks):.1e}",
+            *ratios,
+        )
+    return table
+
+
+def _words(text: str) -> list[str]:
+    return [word.strip() for word in text.split(",") if word.strip()]
+
+
+def _heads(text: str) -> tuple[int, int]:
+    """``32/8`` as numbers."""
+    parts = text.split("/")
+    if len(parts) != 2 or not all(part.isdigit() for part in parts):
+        raise ValueError(f"heads must look like 32/8, got {text!r}")
+    return int(parts[0]), int(parts[1])
+
+
+def _take_up_again(console: Console, error: Exception) -> None:
+    """Start this command anew in place of this process: a broken CUDA context cannot be mended from within."""
+    count = int(os.environ.get("THRIFT_BENCH_RESTARTS", "0"))
+    console.print(f"{error}", style="red", highlight=False, markup=False)
+    if count >= RESTARTS:
+        return
+    os.environ["THRIFT_BENCH_RESTARTS"] = str(count + 1)
+    arguments = [word for word in sys.argv[1:] if word not in ("--resume", "--no-resume")]
+    sys.stdout.flush()
+    os.execv(sys.executable, [sys.executable, "-m", _entry(), *arguments, "--resume"])
+
+
+def _entry() -> str:
+    """The module that this process was started as."""
+    spec = getattr(sys.modules["__main__"], "__spec__", None)
+    name = getattr(spec, "name", None) or "thrift_attn"
+    return name.removesuffix(".__main__")
+
+
+@contextmanager
+def _errors() -> Iterator[None]:
+    """Known errors become one line on stderr and exit code 2; others keep their traceback."""
+    try:
+        yield
+    except (ValueError, NotImplementedError, OSError, ImportError) as error:
+        Console(stderr=True).print(f"error: {error}", style="red", highlight=False, markup=False, soft_wrap=True)
+        raise typer.Exit(2) from error

@@ -1,0 +1,96 @@
+"""Our side of the benchmark, the only place that knows the cache and the kernels."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+from torch import Tensor
+
+from thrift_attn.bench.cases import DecodeCase, thrift_bytes
+from thrift_attn.bench.inputs import Inputs
+from thrift_attn.bench.methods import Absent, Launch, Method, Variant
+from thrift_attn.bench.timing import Step
+from thrift_attn.config import ThriftConfig
+from thrift_attn.quant.formats import FORMATS, RESIDUALS
+
+APPEND = 8192
+"""Tokens appended at a time."""
+
+
+def method(case: DecodeCase) -> Method:
+    """The row of our method for the storage and budget of a case.
+
+    The inputs that the runner hands out belong to the case's shape and know neither, so both are bound here.
+    """
+    return Method(
+        name=f"thrift {case.high} {case.budget}",
+        kind="thrift",
+        package="thrift-attn",
+        precision=f"16-bit Q, {case.config.low} K, V, {case.high} for {case.budget} of the blocks",
+        computes=case.config,
+        bytes=lambda case: thrift_bytes(case)["step"],
+        bytes_per_token=_bytes_per_token,
+        variants=lambda case: [Variant("paged", partial(_steps, case.config))],
+        launches=partial(_launches, case),
+    )
+
+
+def _bytes_per_token(case: DecodeCase) -> float:
+    """Cache bytes per token of one layer by the formats: base, high plane and block centres."""
+    low = FORMATS[case.config.low].bits_per_element(case.head_dim)
+    high = 16 if case.high == "16bit" else RESIDUALS[case.high].bits_per_element(case.head_dim)
+    return case.kv_heads * case.head_dim * (2 * (low + high) + 16 / 64) / 8
+
+
+def fill(config: ThriftConfig, inputs: Inputs, at: int) -> Any:
+    """A cache that holds one input set.
+
+    Args:
+        config: what is stored and computed.
+        inputs: of the shape.
+        at: which set.
+
+    Raises:
+        Absent: the cache is not there.
+    """
+    try:
+        from thrift_attn.cache import PagedThriftCache
+    except ImportError as error:
+        raise Absent(f"thrift_attn.cache.PagedThriftCache: {error}") from error
+    case = inputs.case
+    cache = PagedThriftCache(
+        num_pages=case.batch * case.blocks,
+        batch=case.batch,
+        kv_heads=case.kv_heads,
+        head_dim=case.head_dim,
+        max_pages=case.blocks,
+        config=config,
+        dtype=case.torch_dtype,
+        device=inputs.q[0].device,
+    )
+    for start in range(0, case.kv, APPEND):
+        part = slice(start, min(start + APPEND, case.kv))
+        cache.append(*(x[at][:, part].transpose(1, 2).contiguous() for x in (inputs.k, inputs.v)))
+    return cache
+
+
+def _steps(config: ThriftConfig, inputs: Inputs) -> list[Step]:
+    """The whole step (scores, selection, attention, merge) on every input set."""
+
+    def step(cache: Any, q: Tensor) -> Tensor:
+        return cache.attend(q, scale=inputs.case.scale)
+
+    return [partial(step, fill(config, inputs, at), q) for at, q in enumerate(inputs.q)]
+
+
+def _launches(case: DecodeCase, inputs: Inputs) -> list[Launch]:
+    """The kernels one by one.
+
+    The launchers of `thrift_attn.select.kernels` and `thrift_attn.attend.decode` are listed here, one `Launch` each, with the
+    bytes of `thrift_bytes` for the sequences and heads of ``inputs``, and the budget and storage of ``case``:
+    ``Launch("attend", [partial(launcher, planes of the set, ...) for each set], moved["attend"])``.
+    """
+    # moved = thrift_bytes(replace(inputs.case, budget=case.budget, high=case.high))
+    # caches = [fill(case.config, inputs, at) for at in range(inputs.sets)]
+    return []
