@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import importlib.util
+import os
 from typing import Literal, NamedTuple
 
 import torch
+
+from thrift_attn.config import ThriftConfig
 
 Status = Literal["native", "emulated", "no"]
 
@@ -35,6 +39,53 @@ def support(device: torch.device | str | None = None) -> list[Row]:
         Row("low='nvfp4' | 'mxfp4' | 'fp8', math='fp4'", "emulated", formats),
         Row("low='nvfp4' | 'mxfp4' | 'fp8', math='16bit'", "emulated", formats),
     ]
+
+
+HEAD_DIMS = (64, 80, 96, 128, 256)
+"""Head dimensions the kernels are built and tested for."""
+
+
+def interpreted() -> bool:
+    """Whether kernels run in Triton's interpreter, on any device."""
+    return os.environ.get("TRITON_INTERPRET", "0") == "1"
+
+
+def check_cache(
+    config: ThriftConfig, head_dim: int, dtype: torch.dtype, device: torch.device
+) -> Literal["triton", "reference"]:
+    """Backend of a paged cache: kernels on a CUDA device, plain PyTorch on a CPU.
+
+    Raises:
+        TypeError: an unsupported dtype.
+        ValueError: a head dimension that pages cannot hold.
+        NotImplementedError: a config, head dimension or device the cache does not serve, with the reason.
+    """
+    kernels = device.type == "cuda" or interpreted()
+    if dtype not in (torch.float16, torch.bfloat16) and (kernels or dtype != torch.float32):
+        raise TypeError(f"a cache on {device.type} holds float16 or bfloat16, got {dtype}")
+    if head_dim < 16 or head_dim % 16:
+        raise ValueError(f"head_dim must be a multiple of 16, got {head_dim}")
+    if config.math != "16bit":
+        raise NotImplementedError(
+            f"the cache computes math='16bit' (Q and P are not quantised), got math={config.math!r}"
+        )
+    if config.low not in ("nvfp4", "mxfp4"):
+        raise NotImplementedError(f"the cache stores low='nvfp4' or 'mxfp4', got low={config.low!r}")
+    if config.low == "mxfp4" and head_dim % 32:
+        raise ValueError(f"low='mxfp4' needs a head_dim that is a multiple of 32, got {head_dim}")
+    if config.score != "mean":
+        raise NotImplementedError(f"the cache scores blocks by score='mean', got score={config.score!r}")
+    if device.type not in ("cpu", "cuda"):
+        raise NotImplementedError(f"the cache runs on cpu and cuda devices, got {device.type}")
+    if not kernels:
+        return "reference"
+    if head_dim not in HEAD_DIMS:
+        raise NotImplementedError(f"the kernels serve head_dim {', '.join(map(str, HEAD_DIMS))}, got {head_dim}")
+    if importlib.util.find_spec("triton") is None:
+        raise NotImplementedError("the cache's kernels need triton: pip install 'thrift-attn[kernels]'")
+    if device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 0):
+        raise NotImplementedError("the cache's kernels need a GPU of compute capability 8.0 or newer")
+    return "triton"
 
 
 def pick_backend(asked: str) -> Literal["reference"]:

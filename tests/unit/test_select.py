@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from thrift_attn import Budget, fraction, paper, top_k
-from thrift_attn.select.budget import asked_share, blocks_per_row, promote
+from thrift_attn.select.budget import asked_share, blocks_per_row, decode_budget, promote
 from thrift_attn.select.scores import block_extremes, mean_score, quest_score
 
 
@@ -41,6 +41,12 @@ def test_the_ends_of_the_range():
 @pytest.mark.parametrize(("blocks", "want"), [(1, 1), (63, 1), (64, 1), (127, 1), (128, 2), (2048, 32)])
 def test_the_papers_rule(blocks, want):
     assert blocks_per_row(paper(), torch.tensor([blocks]), blocks).tolist() == [want]
+
+
+@pytest.mark.parametrize("budget", [fraction(0), fraction(0.05), fraction(1), top_k(3), paper()], ids=str)
+def test_the_decode_table_is_the_budget_of_one_row(budget):
+    table = decode_budget(budget, 400)
+    assert table.tolist() == [0] + [int(blocks_per_row(budget, torch.tensor([n]), n)) for n in range(1, 401)]
 
 
 def test_asked_share():

@@ -112,14 +112,14 @@ class _Sequence:
     """One sequence: its planes, its query blocks and the chosen blocks."""
 
     def __init__(
-        self, q: Tensor, k: Tensor, v: Tensor, config: ThriftConfig, mask: Mask, scale: float, softcap: float | None
+        self, q: Tensor, planes: Planes, config: ThriftConfig, mask: Mask, scale: float, softcap: float | None
     ):
         self.config, self.mask, self.scale, self.softcap = config, mask, scale, softcap
-        self.planes = build_planes(k, v, config)
-        work = self.planes.high_k.dtype
+        self.planes = planes
+        work = planes.high_k.dtype
         self.skipped = max(0, -mask.offset)  # queries before position 0 see nothing
         self.q = q[:, self.skipped :].to(work)
-        self.kv_heads = len(k)
+        self.kv_heads = len(planes.high_k)
         self.positions = torch.arange(self.skipped, mask.queries, device=q.device) + mask.offset
         self.first, self.last = mask.bounds(self.positions)
         self.decode = mask.queries <= DECODE_ROWS
@@ -301,6 +301,25 @@ class _Sequence:
         return torch.cat(outs, 1), torch.cat(lses, 1), stats
 
 
+def attend_planes(
+    q: Tensor, planes: Planes, config: ThriftConfig, mask: Mask, scale: float, softcap: float | None = None
+) -> tuple[Tensor, Tensor, Stats]:
+    """One sequence over planes that exist already (a cache).
+
+    Args:
+        q: ``[H, Tq, D]``.
+        planes: of ``mask.keys`` tokens.
+        config: what is computed; its formats and storage only say what the planes hold.
+        mask: which keys each query sees.
+        scale: factor of the logits.
+        softcap: bound of the logits, or None.
+
+    Returns:
+        Output ``[H, Tq, D]`` and LSE ``[H, Tq]`` in the dtype of the planes, and `Stats`.
+    """
+    return _Sequence(q, planes, config, mask, scale, softcap).attend()
+
+
 def attend(
     q: Tensor,
     k: Tensor,
@@ -323,8 +342,8 @@ def attend(
     outs, lses, stats = [], [], Stats()
     for row, length in enumerate(lengths):
         mask = Mask(q.shape[2], length, causal, window)
-        sequence = _Sequence(q[row], k[row, :, :length], v[row, :, :length], config, mask, scale, softcap)
-        out, lse, row_stats = sequence.attend()
+        planes = build_planes(k[row, :, :length], v[row, :, :length], config)
+        out, lse, row_stats = attend_planes(q[row], planes, config, mask, scale, softcap)
         outs.append(out.to(q.dtype))
         lses.append(lse)
         stats += row_stats

@@ -48,6 +48,22 @@ def blocks_per_row(budget: Budget, visible: Tensor, blocks: int) -> Tensor:
     return torch.diff(ends, prepend=ends.new_zeros(1)).minimum(visible)
 
 
+def decode_budget(budget: Budget, most: int) -> Tensor:
+    """Promoted blocks of a single query row by the number of blocks it sees, as the kernels look it up.
+
+    Returns:
+        int32 ``[most + 1]``: entry n equals ``blocks_per_row(budget, [n], n)``.
+    """
+    blocks = torch.arange(most + 1)
+    if budget.kind == "top_k":
+        counts = blocks.clamp(max=int(budget.value))
+    elif budget.kind == "paper":
+        counts = (blocks // BLOCK).clamp(min=1).minimum(blocks)
+    else:
+        counts = (budget.value * blocks.double() + 0.5).floor().long()
+    return counts.int()
+
+
 def asked_share(budget: Budget, visible: Tensor, blocks: int) -> float:
     """The share of visible pairs that the budget asks for, before rounding to whole blocks."""
     if budget.kind == "fraction":

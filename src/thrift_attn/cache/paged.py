@@ -1,0 +1,370 @@
+"""A paged KV cache that holds every block in 4 bits and again in high precision, and attends over it.
+
+A page is one KV block of 64 tokens. The newest, incomplete block of a sequence stays in 16 bits and is always attended in high
+precision; when its 64th token arrives the block is centred, packed and summarised. The 16-bit data of the block before it
+stays as well (two slots, block b in slot b mod 2), so that taking back up to 64 tokens is lossless.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from thrift_attn.attend import reference
+from thrift_attn.cache.pages import PageTable
+from thrift_attn.capability import check_cache
+from thrift_attn.config import BLOCK, DECODE_ROWS, ThriftConfig, check_scale
+from thrift_attn.quant.pages import Pool, read_blocks, write_blocks
+from thrift_attn.select.budget import decode_budget
+
+DECODE = ThriftConfig(math="16bit", high="nested")
+"""The default of the cache: reading it is what takes time in decode, so Q and P stay in 16 bits."""
+
+
+class PagedThriftCache:
+    """KV cache of one attention layer for a batch of sequences.
+
+    On a CUDA device append and attend are kernels without host synchronisation: `attend`, and `append` of up to 64 tokens
+    after `reserve`, can be captured in a CUDA graph and replayed while the lengths grow (call `advance` after each replay).
+    On a CPU the same pages are written and read in plain PyTorch.
+
+    Args:
+        batch: number of sequences.
+        kv_heads: KV heads.
+        head_dim: head dimension D, a multiple of 16.
+        num_pages: pages in the pool, shared by all sequences.
+        max_pages: most pages of one sequence; all of the pool by default.
+        config: what is stored and computed; ``math`` must be ``"16bit"`` and ``score`` ``"mean"``.
+        dtype: dtype of K, V and Q: float16 or bfloat16 (float32 on a CPU as well).
+        device: where the cache lives.
+
+    Raises:
+        ValueError: sizes out of range.
+        TypeError: an unsupported dtype.
+        NotImplementedError: a config or head dimension the cache does not serve.
+
+    Example:
+        >>> cache = PagedThriftCache(batch=1, kv_heads=2, head_dim=64, num_pages=8, dtype=torch.float32, device="cpu")
+        >>> k = torch.randn(1, 2, 100, 64)
+        >>> cache.append(k, k)
+        >>> cache.attend(torch.randn(1, 4, 1, 64)).shape
+        torch.Size([1, 4, 1, 64])
+    """
+
+    def __init__(
+        self,
+        *,
+        batch: int,
+        kv_heads: int,
+        head_dim: int,
+        num_pages: int,
+        max_pages: int | None = None,
+        config: ThriftConfig = DECODE,
+        dtype: torch.dtype = torch.bfloat16,
+        device: torch.device | str = "cuda",
+    ):
+        sizes = {"batch": batch, "kv_heads": kv_heads, "num_pages": num_pages, "max_pages": max_pages or num_pages}
+        for name, size in sizes.items():
+            if size < 1:
+                raise ValueError(f"{name} must be at least 1, got {size}")
+        device = torch.device(device)
+        if device.type == "cuda" and device.index is None:
+            device = torch.device("cuda", torch.cuda.current_device())
+        self.backend = check_cache(config, head_dim, dtype, device)
+        self.config, self.dtype, self.device = config, dtype, device
+        self.kv_heads, self.head_dim = kv_heads, head_dim
+        self.table = PageTable(num_pages, batch, sizes["max_pages"], device)
+        self.pool = Pool.empty(num_pages, kv_heads, head_dim, config.high, dtype, device)
+        # K and V of the two newest blocks, block b in slot b mod 2.
+        self.tail = torch.zeros(2, batch, 2, kv_heads, BLOCK, head_dim, dtype=dtype, device=device)
+        self._slots = [[-1, -1] for _ in range(batch)]  # the block whose 16-bit data each slot holds
+        # One entry per number of blocks; a full sequence may have an incomplete block on top.
+        self.budget = decode_budget(config.budget, sizes["max_pages"] + 1).to(device)
+
+    # -- what it holds -------------------------------------------------------------------------------------------------
+
+    @property
+    def batch(self) -> int:
+        """Number of sequences."""
+        return self.table.batch
+
+    @property
+    def lengths(self) -> Tensor:
+        """Tokens of each sequence, int32 ``[B]`` on the device."""
+        return self.table.lengths
+
+    def tokens(self, row: int) -> int:
+        """Tokens of one sequence, known without asking the device."""
+        self._check_row(row)
+        return self.table.tokens(row)
+
+    def bytes_per_token(self) -> float:
+        """Bytes of the pool per token it can hold, over all KV heads, K and V, planes, scales and block centres."""
+        return self.pool.page_bytes / BLOCK
+
+    def nbytes(self) -> int:
+        """Bytes of everything the cache holds on the device."""
+        held = (*self.pool, self.tail, self.table.table, self.table.lengths, self.budget)
+        return sum(x.numel() * x.element_size() for x in held)
+
+    # -- growing -------------------------------------------------------------------------------------------------------
+
+    def reserve(self, tokens: int) -> None:
+        """Give every sequence the pages for ``tokens`` more tokens, so that a captured graph can append them.
+
+        Raises:
+            ValueError: more tokens than a sequence may have.
+            RuntimeError: the pool is exhausted; nothing has changed.
+        """
+        self.table.reserve([self.table.tokens(row) + tokens for row in range(self.batch)])
+
+    def append(self, k: Tensor, v: Tensor, *, lengths: list[int] | None = None) -> None:
+        """Append new tokens to every sequence.
+
+        Args:
+            k: ``[B, Hkv, T, D]`` in the dtype and on the device of the cache.
+            v: the shape of ``k``.
+            lengths: row b appends its first ``lengths[b]`` tokens, 0 to T; all T by default.
+
+        Raises:
+            ValueError: shapes or lengths that do not fit, more tokens than a sequence may have.
+            TypeError: another dtype.
+            RuntimeError: the pool is exhausted. Nothing has been written then.
+        """
+        self._check_tokens("k", k)
+        self._check_tokens("v", v)
+        count = k.shape[2]
+        if v.shape != k.shape or k.shape != (self.batch, self.kv_heads, count, self.head_dim):
+            want = f"[{self.batch}, {self.kv_heads}, T, {self.head_dim}]"
+            raise ValueError(f"k and v must have shape {want}, got {list(k.shape)} and {list(v.shape)}")
+        new = [count] * self.batch if lengths is None else list(lengths)
+        if len(new) != self.batch or any(not 0 <= n <= count for n in new):
+            raise ValueError(f"lengths must be {self.batch} numbers from 0 to {count}, got {new}")
+        self.table.reserve([self.table.tokens(row) + n for row, n in enumerate(new)])
+        if self.backend == "triton" and lengths is None and count <= BLOCK:
+            self._append_step(k, v)
+            if not torch.cuda.is_current_stream_capturing():
+                self.advance(count)
+            return
+        for row, n in enumerate(new):
+            if n:
+                self._append_row(row, k[row, :, :n], v[row, :, :n])
+
+    def advance(self, tokens: int) -> None:
+        """Note that a replayed graph has appended ``tokens`` tokens (at most 64) to every sequence."""
+        for row in range(self.batch):
+            old = self.table.tokens(row)
+            self.table.note_tokens(row, old + tokens)
+            for block in range(old // BLOCK, (old + tokens - 1) // BLOCK + 1):
+                self._slots[row][block % 2] = block
+
+    def _append_step(self, k: Tensor, v: Tensor) -> None:
+        from thrift_attn.cache import ops
+
+        ops.append_step(k, v, self.tail, *self.pool, self.table.table, self.lengths, **self._storage())
+
+    def _append_row(self, row: int, k: Tensor, v: Tensor) -> None:
+        """Append ``[Hkv, T, D]`` to one sequence: top up the incomplete block, pack whole blocks, keep the rest."""
+        start = self.table.tokens(row)
+        stop = start + k.shape[1]
+        first, complete = start // BLOCK, stop // BLOCK
+        kv = torch.stack([k, v])  # [2, Hkv, T, D]
+        if start % BLOCK and complete > first:  # the incomplete block fills up
+            head = BLOCK - start % BLOCK
+            slot = self.tail[:, row, first % 2]
+            slot[:, :, start % BLOCK :] = kv[:, :, :head]
+            self._pack(row, first, slot[:, None])
+            self._slots[row][first % 2] = first
+            kv, first = kv[:, :, head:], first + 1
+        whole = max(0, complete - first)
+        if whole:
+            blocks = kv[:, :, : whole * BLOCK].unflatten(2, (whole, BLOCK)).transpose(1, 2)  # [2, n, Hkv, 64, D]
+            self._pack(row, first, blocks)
+            self.tail[:, row, (complete - 1) % 2] = blocks[:, -1]
+            self._slots[row][(complete - 1) % 2] = complete - 1
+            kv, first = kv[:, :, whole * BLOCK :], complete
+        if kv.shape[2]:
+            at = stop % BLOCK - kv.shape[2]
+            self.tail[:, row, complete % 2, :, at : stop % BLOCK] = kv
+            self._slots[row][complete % 2] = complete
+        self.table.set_tokens(row, stop)
+
+    def _pack(self, row: int, first: int, blocks: Tensor) -> None:
+        """Pack ``[2, n, Hkv, 64, D]`` (K and V) into the pages of the blocks from ``first`` on."""
+        pages = self.table.table[row, first : first + blocks.shape[1]]
+        if self.backend == "triton":
+            from thrift_attn.cache import ops
+
+            ops.write_blocks(blocks[0], blocks[1], pages, *self.pool, **self._storage())
+        else:
+            write_blocks(self.pool, pages.long(), blocks[0], blocks[1], **self._storage())
+
+    # -- shrinking and sharing -----------------------------------------------------------------------------------------
+
+    def free(self, row: int) -> None:
+        """Empty one sequence and give its pages back."""
+        self._check_row(row)
+        self.table.release(row, 0)
+        self.table.set_tokens(row, 0)
+        self._slots[row] = [-1, -1]
+
+    def fork(self, source: int, target: int) -> None:
+        """Make one sequence a copy of another: complete blocks are shared, the newest ones copied. What it held is freed.
+
+        Raises:
+            ValueError: rows out of range or the same.
+        """
+        self._check_row(source)
+        self._check_row(target)
+        if source == target:
+            raise ValueError(f"source and target must differ, got {source} twice")
+        self.free(target)
+        self.table.share(source, target)
+        self.tail[:, target] = self.tail[:, source]
+        self._slots[target] = list(self._slots[source])
+
+    def truncate(self, row: int, tokens: int) -> None:
+        """Keep the first ``tokens`` tokens of one sequence (speculative rollback).
+
+        Lossless while the new end lies in one of the two newest blocks; further back the incomplete block is read from its
+        page, in high precision.
+
+        Raises:
+            ValueError: a row out of range, or more tokens than there are.
+        """
+        self._check_row(row)
+        if not 0 <= tokens <= self.table.tokens(row):
+            raise ValueError(f"sequence {row} has {self.table.tokens(row)} tokens: it cannot keep {tokens}")
+        block = tokens // BLOCK
+        if tokens % BLOCK and self._slots[row][block % 2] != block:
+            read = read_blocks(self.pool, self.table.table[row, block : block + 1].long(), **self._reading())
+            self.tail[0, row, block % 2] = read.high_k[0].to(self.dtype)
+            self.tail[1, row, block % 2] = read.high_v[0].to(self.dtype)
+            self._slots[row][block % 2] = block
+        self._slots[row] = [held if held <= block else -1 for held in self._slots[row]]
+        self.table.release(row, block)
+        self.table.set_tokens(row, tokens)
+
+    # -- reading -------------------------------------------------------------------------------------------------------
+
+    def read(self, row: int) -> tuple[Tensor, Tensor]:
+        """K and V of one sequence in high precision, ``[Hkv, T, D]`` in the dtype of the cache."""
+        planes = self._planes(row)
+        tokens = self.table.tokens(row)
+        return planes.high_k[:, :tokens].to(self.dtype), planes.high_v[:, :tokens].to(self.dtype)
+
+    def attend(
+        self,
+        q: Tensor,
+        *,
+        scale: float | None = None,
+        window: int | None = None,
+        softcap: float | None = None,
+        return_lse: bool = False,
+    ) -> Any:
+        """Attention of the newest tokens of every sequence over all it holds.
+
+        Append the K and V of the new tokens first: query i of a sequence sits at position length - Tq + i.
+
+        Args:
+            q: ``[B, Hq, Tq, D]`` in the dtype of the cache; Tq is 1 to 16, Hkv divides Hq.
+            scale: factor of the logits; 1/sqrt(D) by default.
+            window: sliding window in tokens.
+            softcap: logits become softcap * tanh(logits / softcap).
+            return_lse: also return the log-sum-exp, natural logarithm, float32 ``[B, Hq, Tq]``.
+
+        Returns:
+            The output ``[B, Hq, Tq, D]``; zeros, and LSE -inf, for a sequence without tokens.
+
+        Raises:
+            ValueError: shapes that do not fit, options out of range.
+            TypeError: another dtype.
+        """
+        self._check_tokens("q", q)
+        if q.shape[0] != self.batch or q.shape[3] != self.head_dim or q.shape[1] % self.kv_heads:
+            want = f"[{self.batch}, a multiple of {self.kv_heads}, Tq, {self.head_dim}]"
+            raise ValueError(f"q must have shape {want}, got {list(q.shape)}")
+        if not 1 <= q.shape[2] <= DECODE_ROWS:
+            raise ValueError(f"decode takes 1 to {DECODE_ROWS} new tokens, got {q.shape[2]}")
+        check_scale(scale)
+        if window is not None and window < 1:
+            raise ValueError(f"window must be at least 1 token, got {window}")
+        if softcap is not None and not (math.isfinite(softcap) and softcap > 0):
+            raise ValueError(f"softcap must be a finite number > 0, got {softcap!r}")
+        scale = 1 / math.sqrt(self.head_dim) if scale is None else scale
+        if self.backend == "triton":
+            from thrift_attn.cache import ops
+
+            out, lse = ops.attend_cache(
+                q,
+                *self.pool,
+                self.tail,
+                self.table.table,
+                self.lengths,
+                self.budget,
+                scale,
+                window,
+                softcap,
+                self.config.high,
+                self.config.center == "block",
+                self.config.force_first,
+                self.config.force_last,
+            )
+        else:
+            out, lse = self._attend_reference(q, scale, window, softcap)
+        return (out, lse) if return_lse else out
+
+    def _attend_reference(
+        self, q: Tensor, scale: float, window: int | None, softcap: float | None
+    ) -> tuple[Tensor, Tensor]:
+        out = torch.zeros_like(q)
+        lse = torch.full(q.shape[:3], -math.inf, dtype=torch.float32, device=q.device)
+        for row in range(self.batch):
+            tokens = self.table.tokens(row)
+            if tokens:
+                mask = reference.Mask(q.shape[2], tokens, True, window)
+                result = reference.attend_planes(q[row], self._planes(row), self.config, mask, scale, softcap)
+                out[row], lse[row] = result[0].to(q.dtype), result[1]
+        return out, lse
+
+    def _planes(self, row: int) -> reference.Planes:
+        """One sequence as the reference sees it: pages, then the incomplete block, exact on both paths."""
+        tokens = self.table.tokens(row)
+        read = read_blocks(self.pool, self.table.pages(row), **self._reading())
+        low_k, low_v, high_k, high_v = (x.transpose(0, 1).flatten(1, 2) for x in read[:4])  # [Hkv, T, D]
+        centres = read.centres.transpose(0, 1)  # [Hkv, N, D]
+        if tokens % BLOCK:
+            kept = self.tail[:, row, tokens // BLOCK % 2].float().clone()  # [2, Hkv, 64, D]
+            kept[:, :, tokens % BLOCK :] = 0
+            low_k, high_k = (torch.cat([x, kept[0]], 1) for x in (low_k, high_k))
+            low_v, high_v = (torch.cat([x, kept[1]], 1) for x in (low_v, high_v))
+            centres = torch.cat([centres, torch.zeros_like(kept[0, :, :1])], 1)
+        return reference.Planes(low_k, low_v, high_k, high_v, centres)
+
+    # -- checks --------------------------------------------------------------------------------------------------------
+
+    def _storage(self) -> dict[str, Any]:
+        return {
+            "low": self.config.low,
+            "high": self.config.high,
+            "centred": self.config.center == "block",
+            "best": self.config.scales == "best",
+        }
+
+    def _reading(self) -> dict[str, Any]:
+        return {"high": self.config.high, "centred": self.config.center == "block"}
+
+    def _check_row(self, row: int) -> None:
+        if not 0 <= row < self.batch:
+            raise ValueError(f"row must be from 0 to {self.batch - 1}, got {row}")
+
+    def _check_tokens(self, name: str, x: Tensor) -> None:
+        if x.ndim != 4:
+            raise ValueError(f"{name} must have 4 dimensions [B, H, T, D], got shape {list(x.shape)}")
+        if x.dtype != self.dtype:
+            raise TypeError(f"{name} must have the dtype of the cache, {self.dtype}, got {x.dtype}")
+        if x.device != self.device:
+            raise ValueError(f"{name} must be on the device of the cache, {self.device}, got {x.device}")

@@ -1,0 +1,107 @@
+"""Which page of the pool holds which block of which sequence. Host bookkeeping with a mirror on the device."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from thrift_attn.config import BLOCK
+
+
+class PageTable:
+    """Page tables and lengths of a batch of sequences over a pool of reference-counted pages.
+
+    A page holds one complete KV block and never changes once it is written, so sequences that share a prefix share its pages.
+    Pages are given out before they are written (`reserve`), so that nothing is half done when the pool is exhausted.
+
+    Args:
+        pages: pages in the pool.
+        batch: sequences.
+        max_pages: largest number of pages of one sequence.
+        device: where ``table`` and ``lengths`` live.
+
+    Attributes:
+        table: int32 ``[B, max_pages]``, the page of each block; entries beyond the complete blocks have no meaning.
+        lengths: int32 ``[B]``, tokens of each sequence.
+    """
+
+    def __init__(self, pages: int, batch: int, max_pages: int, device: torch.device):
+        self.table = torch.zeros(batch, max_pages, dtype=torch.int32, device=device)
+        self.lengths = torch.zeros(batch, dtype=torch.int32, device=device)
+        self._owned: list[list[int]] = [[] for _ in range(batch)]
+        self._tokens = [0] * batch
+        self._references = [0] * pages
+        self._free = list(range(pages - 1, -1, -1))
+
+    @property
+    def batch(self) -> int:
+        """Number of sequences."""
+        return len(self._tokens)
+
+    @property
+    def free_pages(self) -> int:
+        """Pages that no sequence holds."""
+        return len(self._free)
+
+    def tokens(self, row: int) -> int:
+        """Length of a sequence, known without asking the device."""
+        return self._tokens[row]
+
+    def pages(self, row: int) -> Tensor:
+        """Pages of the complete blocks of a sequence, int64 on the device."""
+        return self.table[row, : self._tokens[row] // BLOCK].long()
+
+    def reserve(self, wanted: list[int]) -> None:
+        """Give every sequence the pages for a length of ``wanted`` tokens; none if there are too few for all.
+
+        Raises:
+            ValueError: longer than ``max_pages`` pages hold.
+            RuntimeError: the pool is exhausted. Nothing has changed then.
+        """
+        limit = self.table.shape[1]
+        missing = [max(0, length // BLOCK - len(owned)) for length, owned in zip(wanted, self._owned, strict=True)]
+        for row, length in enumerate(wanted):
+            if length // BLOCK > limit:
+                raise ValueError(
+                    f"sequence {row} would have {length} tokens, more than its {limit} pages of {BLOCK} tokens hold"
+                )
+        if sum(missing) > len(self._free):
+            raise RuntimeError(
+                f"the page pool is exhausted: {sum(missing)} more pages are needed and {len(self._free)} of "
+                f"{len(self._references)} are free; free a sequence or make the pool larger"
+            )
+        for row, count in enumerate(missing):
+            if count:
+                given = [self._free.pop() for _ in range(count)]
+                for page in given:
+                    self._references[page] = 1
+                start = len(self._owned[row])
+                self._owned[row] += given
+                self.table[row, start : start + count] = torch.tensor(given, dtype=torch.int32)
+
+    def set_tokens(self, row: int, tokens: int) -> None:
+        """Set the length of a sequence, here and on the device."""
+        self._tokens[row] = tokens
+        self.lengths[row] = tokens
+
+    def note_tokens(self, row: int, tokens: int) -> None:
+        """Record a length that the device already knows."""
+        self._tokens[row] = tokens
+
+    def release(self, row: int, blocks: int) -> None:
+        """Give back the pages of a sequence from block ``blocks`` on."""
+        for page in self._owned[row][blocks:]:
+            self._references[page] -= 1
+            if not self._references[page]:
+                self._free.append(page)
+        del self._owned[row][blocks:]
+
+    def share(self, source: int, target: int) -> None:
+        """Let an empty sequence hold the complete blocks of another."""
+        blocks = self._tokens[source] // BLOCK
+        held = self._owned[source][:blocks]
+        for page in held:
+            self._references[page] += 1
+        self._owned[target] = list(held)
+        self.table[target, :blocks] = self.table[source, :blocks]
+        self.set_tokens(target, self._tokens[source])
