@@ -60,8 +60,9 @@ def test_round_trip(tmp_path):
     assert len(row["runs_us"]) == 5
 
 
-def test_context_names_versions_machine_and_commit():
-    context = make_context({"replays": 5}, commit="abc123")
+def test_context_names_versions_machine_and_commit(monkeypatch):
+    monkeypatch.setenv("THRIFT_COMMIT", "abc123")
+    context = make_context({"replays": 5})
     assert context["commit"] == "abc123"
     assert context["versions"]["torch"] == torch.__version__.split("+")[0] or "+" in torch.__version__
     assert {"fa3_fwd", "flashinfer-python", "triton", "cuda", "cudnn"} <= set(context["versions"])

@@ -42,8 +42,9 @@ def said(monkeypatch):
     return []
 
 
-def test_every_method_gets_a_row(said, tmp_path):
-    plan = Plan(CASES, tmp_path / "decode.json", profile=False, commit="abc")
+def test_every_method_gets_a_row(said, tmp_path, monkeypatch):
+    plan = Plan(CASES, tmp_path / "decode.json", profile=False)
+    monkeypatch.setenv("THRIFT_COMMIT", "abc")
     record = run(plan, say=said.append)
     assert Record.load(plan.out) == record
     assert len(record.rows) == 2 * len(BASELINES) + 3

@@ -47,7 +47,6 @@ def decode(
     minutes: Annotated[float, typer.Option(help="Begin no new shape after this.")] = 60.0,
     compile_seconds: Annotated[float, typer.Option(help="What FlashInfer's compiler may take.")] = 400.0,
     profile: Annotated[bool, typer.Option(help="Also list the kernels of our step as the profiler sees them.")] = True,
-    commit: Annotated[str, typer.Option(help="Commit for the record, where the tree has no history.")] = "",
     seed: Annotated[int, typer.Option(help="Of the inputs.")] = 0,
     resume: Annotated[bool, typer.Option(help="Keep the rows that the record in --out has already.")] = False,
     plot: Annotated[bool, typer.Option(help="Draw the pictures.")] = True,
@@ -90,7 +89,6 @@ def decode(
             minutes=minutes,
             compile_seconds=compile_seconds,
             profile=profile,
-            commit=commit or None,
             seed=seed,
         )
         try:

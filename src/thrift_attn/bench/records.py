@@ -2,24 +2,17 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import json
-import os
-import platform
-import subprocess
 from dataclasses import asdict, dataclass, field
-from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
-
-from thrift_attn import __version__
 from thrift_attn.bench.cases import DecodeCase
 from thrift_attn.bench.methods import Kind
 from thrift_attn.bench.timing import percentile
 from thrift_attn.bench.truth import Check
 from thrift_attn.config import check_choice
+from thrift_attn.provenance import commit, machine, now, versions
 
 SCHEMA = 1
 
@@ -207,83 +200,16 @@ class Speedup:
 PACKAGES = ("torch", "triton", "fa3_fwd", "flash_attn", "flashinfer-python", "apache-tvm-ffi", "numpy")
 
 
-def make_context(settings: dict[str, Any], commit: str | None = None) -> dict[str, Any]:
+def make_context(settings: dict[str, Any]) -> dict[str, Any]:
     """Everything needed to know what was measured.
 
     Args:
         settings: of the run.
-        commit: overrides what git says, for a copy of the tree without its history.
     """
     return {
-        "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "commit": commit or git_commit(),
+        "created": now(),
+        "commit": commit(),
         "machine": machine(),
-        "versions": versions(),
+        "versions": versions(PACKAGES),
         "settings": settings,
     }
-
-
-def versions() -> dict[str, str | None]:
-    """Versions of what decides the result; None for what is not installed."""
-
-    def version(package: str) -> str | None:
-        try:
-            return importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            return None
-
-    cudnn = torch.backends.cudnn.version() if torch.backends.cudnn.is_available() else None
-    return {
-        "python": platform.python_version(),
-        "thrift-attn": __version__,
-        **{package: version(package) for package in PACKAGES},
-        "cuda": torch.version.cuda,
-        "cudnn": None if cudnn is None else str(cudnn),
-    }
-
-
-def machine() -> dict[str, Any]:
-    """The device and its driver."""
-    found: dict[str, Any] = {"cpu": platform.machine(), "cores": os.cpu_count(), "gpu": None}
-    if torch.cuda.is_available():
-        properties = torch.cuda.get_device_properties(torch.cuda.current_device())
-        found |= {
-            "gpu": properties.name,
-            "capability": f"{properties.major}.{properties.minor}",
-            "multiprocessors": properties.multi_processor_count,
-            "memory_bytes": properties.total_memory,
-            "l2_bytes": properties.L2_cache_size,
-            **gpu_state(),
-        }
-    return found
-
-
-def gpu_state() -> dict[str, str]:
-    """Driver, clocks, temperature and power as nvidia-smi reads them; empty without nvidia-smi."""
-    fields = ("driver_version", "clocks.sm", "clocks.mem", "temperature.gpu", "power.draw")
-    try:
-        said = subprocess.run(
-            ["nvidia-smi", f"--query-gpu={','.join(fields)}", "--format=csv,noheader"],
-            capture_output=True,
-            text=True,
-            check=True,
-            timeout=20,
-        ).stdout.splitlines()[0]
-    except (OSError, subprocess.SubprocessError, IndexError):
-        return {}
-    return dict(zip((name.replace(".", "_") for name in fields), map(str.strip, said.split(",")), strict=False))
-
-
-def git_commit() -> str | None:
-    """Commit of the checkout that this file is tracked in (``+`` when files were changed), else None."""
-    here = Path(__file__).resolve()
-
-    def git(*arguments: str) -> str:
-        done = subprocess.run(["git", "-C", str(here.parent), *arguments], capture_output=True, text=True, check=True)
-        return done.stdout.strip()
-
-    try:
-        git("ls-files", "--error-unmatch", here.name)  # an installed copy may lie in some other checkout
-        return git("rev-parse", "HEAD") + ("+" if git("status", "--porcelain", "--untracked-files=no") else "")
-    except (OSError, subprocess.CalledProcessError):
-        return None

@@ -16,7 +16,7 @@ from thrift_attn.bench.baselines import BASELINES
 from thrift_attn.bench.cases import DecodeCase, by_shape, memory_needed
 from thrift_attn.bench.inputs import WORDS, Inputs, make_inputs, sets_for
 from thrift_attn.bench.methods import Absent, Launch, Method, Variant
-from thrift_attn.bench.records import KernelTime, Record, Row, gpu_state, make_context
+from thrift_attn.bench.records import KernelTime, Record, Row, make_context
 from thrift_attn.bench.timing import (
     DeviceLost,
     Settings,
@@ -29,6 +29,7 @@ from thrift_attn.bench.timing import (
     time_steps,
 )
 from thrift_attn.bench.truth import Check, Truth, pick_samples
+from thrift_attn.provenance import gpu_state
 
 SMALL_KV = 1000
 """Tokens of the small case of the gate: odd, so that the newest block is incomplete."""
@@ -249,7 +250,6 @@ class Plan:
         minutes: no new case is begun after this.
         compile_seconds: what FlashInfer's compiler may take.
         profile: whether the profiler looks at our steps.
-        commit: overrides what git says.
         seed: of the inputs.
     """
 
@@ -261,7 +261,6 @@ class Plan:
     minutes: float = 60.0
     compile_seconds: float = 400.0
     profile: bool = True
-    commit: str | None = None
     seed: int = 0
 
     def wants(self, name: str) -> bool:
@@ -316,7 +315,7 @@ def _opened(plan: Plan, resume: bool) -> Record:
         "data": WORDS,
         "timing": "CUDA graph replays",
     }
-    record = Record(make_context(settings, plan.commit), copy_bandwidth(), matmul_rate())
+    record = Record(make_context(settings), copy_bandwidth(), matmul_rate())
     record.save(plan.out)
     return record
 

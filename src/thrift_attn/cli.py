@@ -1,0 +1,243 @@
+"""The ``thrift`` command."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any
+
+try:
+    import typer
+    from rich.console import Console
+
+    from thrift_attn.bench.command import app as bench
+except ImportError as error:
+    raise SystemExit(f"the thrift command needs {error.name}: pip install 'thrift-attn[eval]'") from error
+
+# Everything heavier is imported inside the commands, so that --help answers at once.
+
+app = typer.Typer(no_args_is_help=True, add_completion=False, help="Long-context attention on a 4-bit budget.")
+evals = typer.Typer(no_args_is_help=True, help="Measure what a method costs on a real model and text.")
+app.add_typer(evals, name="eval")
+app.add_typer(bench, name="bench")
+
+DEMO_METHODS = "fp16,fp4,paper,thrift"
+DEMO_BUDGETS = "0,0.15"
+
+
+@app.command()
+def demo(
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder for record.json and recovery.png.")] = Path(
+        "demo"
+    ),
+    length: Annotated[int, typer.Option(help="Tokens.")] = 2048,
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda[:N].")] = "auto",
+) -> None:
+    """Run fp16, fp4, paper and thrift on SmolLM2-135M and Shakespeare: how much does FP4 lose, how much comes back?"""
+    _nll(
+        "smollm2-135m",
+        "shakespeare",
+        methods=DEMO_METHODS,
+        budgets=DEMO_BUDGETS,
+        length=length,
+        windows=1,
+        device=device,
+        dtype="auto",
+        json=output / "record.json",
+        plot=output / "recovery.png",
+    )
+
+
+@evals.command()
+def nll(
+    model: Annotated[str, typer.Option(help="Name, local folder, .gguf file or hub id.")] = "smollm2-135m",
+    text: Annotated[
+        str, typer.Option(help="File, shakespeare[:PLAY], pg19 or hub:OWNER/NAME[:SPLIT[:COLUMN]].")
+    ] = "pg19",
+    length: Annotated[int, typer.Option(help="Tokens of a window.")] = 8192,
+    windows: Annotated[int, typer.Option(help="Windows, one after the other from the start of the text.")] = 1,
+    methods: Annotated[
+        str, typer.Option(help="Comma-separated, options after a colon: fp16,fp4,thrift:budget=0.1,high=nested")
+    ] = DEMO_METHODS,
+    budgets: Annotated[
+        str, typer.Option(help="Also run every method that has a budget and names none at these: 0.01,5%,top_k(4)")
+    ] = "",
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda[:N].")] = "auto",
+    dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
+    json: Annotated[Path | None, typer.Option(help="Write the record here, the NLL of every token beside it.")] = None,
+    plot: Annotated[Path | None, typer.Option(help="Write the picture of recovery against budget here.")] = None,
+) -> None:
+    """NLL of methods on long windows of a text, against the model's own attention."""
+    _nll(
+        model,
+        text,
+        methods=methods,
+        budgets=budgets,
+        length=length,
+        windows=windows,
+        device=device,
+        dtype=dtype,
+        json=json,
+        plot=plot,
+    )
+
+
+@app.command()
+def doctor() -> None:
+    """Print versions, what this device can do and what is cached; exit code 0 when the commands can run."""
+    out = Console()
+    try:
+        problems = _doctor(out)
+    except ImportError as error:
+        problems = [str(error)]
+    for problem in problems:
+        out.print(f"missing: {problem}", style="red", highlight=False, markup=False)
+    out.print("[green]usable[/green]" if not problems else "[red]not usable[/red]")
+    raise typer.Exit(1 if problems else 0)
+
+
+def _doctor(out: Console) -> list[str]:
+    """Print the tables; return what is missing."""
+    import torch
+    from rich.table import Table
+
+    from thrift_attn.capability import support
+    from thrift_attn.eval.assets import MODELS, SHAKESPEARE
+    from thrift_attn.eval.extras import missing
+    from thrift_attn.eval.fetch import cache_dir, cached
+    from thrift_attn.eval.models import is_cached
+    from thrift_attn.eval.runner import PACKAGES
+    from thrift_attn.provenance import device_name, versions
+
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    plain = Table(box=None, show_header=False, padding=(0, 1))
+    for name, version in versions(PACKAGES).items():
+        plain.add_row(name, version or "[dim]not installed[/dim]")
+    plain.add_row("device", device_name(device))
+    plain.add_row("cache", str(cache_dir()))
+    for asset, here in [(asset, is_cached(asset)) for asset in MODELS.values()] + [
+        (SHAKESPEARE, bool(cached(SHAKESPEARE)))
+    ]:
+        size = sum(part.megabytes for part in asset.parts)
+        plain.add_row(asset.name, "[green]cached[/green]" if here else f"fetched when first used ({size} MB)")
+    out.print(plain)
+    out.print()
+
+    table = Table(box=None, padding=(0, 1), header_style="bold")
+    for header in ("feature", "status", "why"):
+        table.add_column(header)
+    colours = {"native": "green", "emulated": "yellow", "no": "red"}
+    for row in support(device):
+        colour = colours.get(row.status, "default")
+        table.add_row(row.feature, f"[{colour}]{row.status}[/{colour}]", row.why)
+    out.print(table)
+    out.print()
+
+    wanted = (("transformers", "hf"), ("gguf", "eval"), ("matplotlib", "plot"))
+    return [problem for module, extra in wanted if (problem := missing(module, extra))]
+
+
+def _nll(
+    model: str,
+    text: str,
+    *,
+    methods: str,
+    budgets: str,
+    length: int,
+    windows: int,
+    device: str,
+    dtype: str,
+    json: Path | None,
+    plot: Path | None,
+) -> None:
+    """Run, print, write."""
+    out = Console()
+    with _errors():
+        from thrift_attn.config import Budget
+        from thrift_attn.eval.extras import need
+        from thrift_attn.eval.methods import parse_methods, sweep
+
+        rows = parse_methods(methods)
+        rows = sweep(rows, [Budget.parse(piece) for piece in budgets.split(",") if piece.strip()])
+        if plot is not None:
+            need("matplotlib", "plot")  # better now than after the run
+
+        from thrift_attn.eval import report
+        from thrift_attn.eval.runner import evaluate
+
+        with _shown(Console(file=sys.stderr)) as (notify, progress):
+            result = evaluate(
+                model,
+                text,
+                rows,
+                length=length,
+                windows=windows,
+                device=device,
+                dtype=dtype,
+                notify=notify,
+                progress=progress,
+            )
+        out.print()
+        out.print(report.table(result))
+        out.print()
+        for note in report.notes(result):
+            out.print(note, style="yellow", highlight=False, markup=False)
+        out.print(report.sentence(result), highlight=False, markup=False)
+        if json is not None:
+            beside = result.save(json)
+            out.print(f"wrote {json} and {beside}", style="dim", highlight=False, markup=False)
+        if plot is not None:
+            from thrift_attn.eval.plot import draw
+
+            draw(result, plot)
+            out.print(f"wrote {plot}", style="dim", highlight=False, markup=False)
+
+
+@contextmanager
+def _errors() -> Iterator[None]:
+    """Known errors become one line on stderr and exit code 2; others keep their traceback."""
+    from thrift_attn.eval.fetch import FetchError
+
+    try:
+        yield
+    except (ValueError, NotImplementedError, OSError, ImportError, FetchError) as error:
+        Console(stderr=True).print(f"error: {error}", style="red", highlight=False, markup=False, soft_wrap=True)
+        raise typer.Exit(2) from error
+
+
+@contextmanager
+def _shown(console: Console) -> Iterator[Any]:
+    """A progress line: first what is being loaded, then a bar over windows, methods and layers."""
+    from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+    columns = (
+        SpinnerColumn(),
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=console, transient=True) as bar:
+        task = bar.add_task("starting", total=None)
+
+        def notify(message: str) -> None:
+            if message:
+                bar.update(task, description=message)
+            if message and not console.is_terminal:
+                console.print(message, highlight=False)
+
+        def progress(what: str, done: int, total: int) -> None:
+            bar.update(task, description=what, completed=done, total=total)
+
+        yield notify, progress
+
+
+def main() -> None:
+    """Entry point of the ``thrift`` command."""
+    app()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,98 @@
+"""What a record must say about where its numbers come from: code, versions, machine."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import platform
+import subprocess
+from collections.abc import Iterable
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+import torch
+
+
+def now() -> str:
+    """The time in UTC, ISO 8601."""
+    return datetime.now(timezone.utc).isoformat(timespec="seconds")
+
+
+def commit() -> str | None:
+    """Commit of the checkout that this file is tracked in (``+`` when files were changed), else None.
+
+    The environment variable THRIFT_COMMIT speaks for a copy of the tree without its history.
+    """
+    if os.environ.get("THRIFT_COMMIT"):
+        return os.environ["THRIFT_COMMIT"]
+    here = Path(__file__).resolve()
+
+    def git(*arguments: str) -> str:
+        done = subprocess.run(["git", "-C", str(here.parent), *arguments], capture_output=True, text=True, check=True)
+        return done.stdout.strip()
+
+    try:
+        git("ls-files", "--error-unmatch", here.name)  # an installed copy may lie in some other checkout
+        return git("rev-parse", "HEAD") + ("+" if git("status", "--porcelain", "--untracked-files=no") else "")
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+def versions(packages: Iterable[str]) -> dict[str, str | None]:
+    """Versions of Python, this package, others by their distribution name, CUDA and cuDNN; None for what is absent."""
+    from thrift_attn import __version__
+
+    def version(package: str) -> str | None:
+        try:
+            return importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            return None
+
+    cudnn = torch.backends.cudnn.version() if torch.backends.cudnn.is_available() else None
+    return {
+        "python": platform.python_version(),
+        "thrift-attn": __version__,
+        **{package: version(package) for package in packages},
+        "cuda": torch.version.cuda,
+        "cudnn": None if cudnn is None else str(cudnn),
+    }
+
+
+def device_name(device: torch.device) -> str:
+    """The device in words."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{device.type} ({platform.machine()})"
+
+
+def machine() -> dict[str, Any]:
+    """Processor, and the current CUDA device with its driver if there is one."""
+    found: dict[str, Any] = {"cpu": platform.machine(), "cores": os.cpu_count(), "gpu": None}
+    if torch.cuda.is_available():
+        properties = torch.cuda.get_device_properties(torch.cuda.current_device())
+        found |= {
+            "gpu": properties.name,
+            "capability": f"{properties.major}.{properties.minor}",
+            "multiprocessors": properties.multi_processor_count,
+            "memory_bytes": properties.total_memory,
+            "l2_bytes": properties.L2_cache_size,
+            **gpu_state(),
+        }
+    return found
+
+
+def gpu_state() -> dict[str, str]:
+    """Driver, clocks, temperature and power as nvidia-smi reads them; empty without nvidia-smi."""
+    fields = ("driver_version", "clocks.sm", "clocks.mem", "temperature.gpu", "power.draw")
+    try:
+        said = subprocess.run(
+            ["nvidia-smi", f"--query-gpu={','.join(fields)}", "--format=csv,noheader"],
+            capture_output=True,
+            text=True,
+            check=True,
+            timeout=20,
+        ).stdout.splitlines()[0]
+    except (OSError, subprocess.SubprocessError, IndexError):
+        return {}
+    return dict(zip((name.replace(".", "_") for name in fields), map(str.strip, said.split(",")), strict=False))
