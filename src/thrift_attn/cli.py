@@ -84,6 +84,38 @@ def nll(
     )
 
 
+@evals.command()
+def show(
+    record: Annotated[Path, typer.Argument(help="JSON record of `thrift eval nll`.")],
+    methods: Annotated[
+        str, typer.Option(help="Only these at any budget (paper,thrift:math=16bit); fp16 and fp4 always.")
+    ] = "",
+    markdown: Annotated[bool, typer.Option(help="Print the table as Markdown.")] = False,
+    plot: Annotated[Path | None, typer.Option(help="Draw the picture again.")] = None,
+) -> None:
+    """Print and draw a record again."""
+    with _errors():
+        from dataclasses import replace
+
+        from thrift_attn.eval import report
+        from thrift_attn.eval.methods import parse_methods
+        from thrift_attn.eval.runner import Result, is_fp4
+
+        result = Result.load(record)
+        wanted = parse_methods(methods) if methods else [row.method for row in result.rows]
+        families = {method.family for method in wanted}
+        kept = [r for r in result.rows if r.method.config is None or is_fp4(r.method) or r.method.family in families]
+        result = replace(result, rows=kept)
+        if markdown:
+            print(report.markdown(result))
+        else:
+            _console().print(report.table(result))
+        if plot is not None:
+            from thrift_attn.eval.plot import draw
+
+            draw(result, plot)
+
+
 @app.command()
 def doctor() -> None:
     """Print versions, what this device can do and what is cached; exit code 0 when the commands can run."""
@@ -153,7 +185,7 @@ def _nll(
     plot: Path | None,
 ) -> None:
     """Run, print, write."""
-    out = Console()
+    out = _console()
     with _errors():
         from thrift_attn.config import Budget
         from thrift_attn.eval.extras import need
@@ -193,6 +225,11 @@ def _nll(
 
             draw(result, plot)
             out.print(f"wrote {plot}", style="dim", highlight=False, markup=False)
+
+
+def _console() -> Console:
+    """Where tables go; a pipe or a file gets the width that they need."""
+    return Console() if sys.stdout.isatty() else Console(width=118)
 
 
 @contextmanager

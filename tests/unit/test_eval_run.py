@@ -17,7 +17,6 @@ import torch.nn.functional as F
 from eval_tiny import LIMIT, TEXT, loaded, make_model, make_tokenizer, save_model
 from transformers import AutoModelForCausalLM, CohereConfig, Gemma2Config
 
-from thrift_attn.attend.stats import Stats
 from thrift_attn.eval import models, nll, texts
 from thrift_attn.eval.extras import MissingExtra, need
 from thrift_attn.eval.methods import parse_method, parse_methods
@@ -25,7 +24,7 @@ from thrift_attn.eval.models import load_model
 from thrift_attn.eval.nll import check_head, leading_bos, run_window, windows_of
 from thrift_attn.eval.plot import draw, families
 from thrift_attn.eval.report import notes, sentence, table
-from thrift_attn.eval.runner import Result, Row, evaluate
+from thrift_attn.eval.runner import Result, Row, Spent, evaluate
 from thrift_attn.eval.texts import load_text
 
 
@@ -353,16 +352,20 @@ def test_a_whole_run_and_its_record(folder: Path, text: str, tmp_path: Path) -> 
     assert 0 < rows["topk:budget=0.5"]["high_mass"] <= 1.001
     low, high = rows["paper"]["loss_interval"]
     assert low <= rows["paper"]["loss"] <= high
+    again = Result.load(tmp_path / "new" / "record.json")
+    assert again.rows == result.rows
+    assert again.context == result.context
+    assert all(np.array_equal(again.nll[name], result.nll[name]) for name in result.nll)
 
 
 def a_result(figures: Mapping[str, tuple[float, float | None]], gap: float | None = 0.1) -> Result:
     """A result made by hand: name to (share promoted, recovered)."""
     rows = [Row(parse_method("fp16"), 3.5, None, None, None, None, None, 1.0, ())]
     if gap is not None:
-        stats = Stats(1000, 0, 0.0, 0.0, 10)
+        stats = Spent(0.0, 0.0, 0.0)
         rows.append(Row(parse_method("fp4"), 3.5 + gap, gap, (gap / 2, gap * 2), None, None, stats, 1.0, ()))
     for name, (share, back) in figures.items():
-        method, stats = parse_method(name), Stats(1000, round(1000 * share), 1000 * share, 3.0, 10)
+        method, stats = parse_method(name), Spent(share, share, 0.3)
         sure = None if back is None else (back - 0.1, min(1.0, back + 0.1))
         rows.append(Row(method, 3.52, 0.02, (0.01, 0.03), back, sure, stats, 2.0, ()))
     context: dict[str, Any] = {

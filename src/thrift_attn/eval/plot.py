@@ -21,7 +21,7 @@ def families(rows: list[Row]) -> dict[str, list[Row]]:
     for row in rows:
         if (
             row.method.config is not None
-            and row.stats is not None
+            and row.spent is not None
             and (row.recovered is not None or is_fp4(row.method))
         ):
             groups.setdefault(row.method.config.with_(budget=fraction(1)), []).append(row)
@@ -34,7 +34,7 @@ def families(rows: list[Row]) -> dict[str, list[Row]]:
 
 
 def _share(row: Row) -> float:
-    return row.stats.share if row.stats else 0.0
+    return row.spent.share if row.spent else 0.0
 
 
 def draw(result: Result, path: Path) -> None:

@@ -30,11 +30,27 @@ def table(result: Result) -> Table:
             f"{row.nll:.4f}",
             _or_dash(row.loss, "{:+.4f}"),
             _recovered(row),
-            _or_dash(row.stats.share if row.stats else None, "{:.1%}"),
-            _or_dash(row.stats.high_mass if row.stats else None, "{:.1%}"),
+            _or_dash(row.spent.share if row.spent else None, "{:.1%}"),
+            _or_dash(row.spent.high_mass if row.spent else None, "{:.1%}"),
             f"{row.seconds:.1f}",
         )
     return drawn
+
+
+def markdown(result: Result) -> str:
+    """The rows of a run as a Markdown table."""
+    lines = ["| method | NLL | vs fp16 | recovered [95% interval] | blocks | mass |", "|---|---|---|---|---|---|"]
+    for row in result.rows:
+        cells = (
+            f"`{row.method.name}`",
+            f"{row.nll:.4f}",
+            _or_dash(row.loss, "{:+.4f}"),
+            " ".join(_recovered(row).split()),
+            _or_dash(row.spent.share if row.spent else None, "{:.1%}"),
+            _or_dash(row.spent.high_mass if row.spent else None, "{:.1%}"),
+        )
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
 
 
 def _recovered(row: Row) -> str:
@@ -87,5 +103,5 @@ def _brings_back(row: Row) -> str:
         how = "dropping the rest"
     else:
         how = "in high precision"
-    kept = f" with {row.stats.share:.1%} of the blocks {how}" if row.stats else ""
+    kept = f" with {row.spent.share:.1%} of the blocks {how}" if row.spent else ""
     return f"{row.method.name} brings back {row.recovered:.0%}{sure}{kept}"

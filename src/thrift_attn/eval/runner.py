@@ -6,14 +6,14 @@ import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
 from thrift_attn.attend.stats import Stats
-from thrift_attn.config import ThriftConfig, fraction
+from thrift_attn.config import Budget, ThriftConfig, fraction
 from thrift_attn.eval.fetch import Notify
 from thrift_attn.eval.methods import Method, check_distinct
 from thrift_attn.eval.models import Loaded, load_model
@@ -39,6 +39,21 @@ SCHEMA = 1
 PACKAGES = ("torch", "triton", "transformers", "tokenizers", "numpy", "gguf")
 
 
+class Spent(NamedTuple):
+    """Blocks in high precision: share promoted, share the budget asked for, and their share of the softmax mass."""
+
+    share: float
+    asked: float
+    high_mass: float
+
+    @classmethod
+    def of(cls, windows: list[Window]) -> Spent | None:
+        """Over all windows; None for the model's own attention."""
+        stats = [window.stats for window in windows if window.stats is not None]
+        total = sum(stats, Stats())
+        return cls(total.share, total.asked_share, total.high_mass) if stats else None
+
+
 @dataclass(frozen=True)
 class Row:
     """One method's line of the result; None where a figure does not exist.
@@ -50,7 +65,7 @@ class Row:
         loss_interval: 95% interval of ``loss``.
         recovered: share of the fp4-to-fp16 gap that the method brings back.
         recovered_interval: 95% interval of ``recovered``.
-        stats: what was promoted; None for fp16.
+        spent: what was promoted; None for fp16.
         seconds: of all windows, the output head left out.
         unserved: layers left to the model's own attention.
     """
@@ -61,13 +76,13 @@ class Row:
     loss_interval: Interval | None
     recovered: float | None
     recovered_interval: Interval | None
-    stats: Stats | None
+    spent: Spent | None
     seconds: float
     unserved: tuple[str, ...]
 
     def to_dict(self) -> dict[str, Any]:
         """The row as plain JSON values."""
-        stats = self.stats
+        spent = self.spent
         return {
             "name": self.method.name,
             "config": self.method.config.to_dict() if self.method.config else None,
@@ -76,12 +91,35 @@ class Row:
             "loss_interval": self.loss_interval,
             "recovered": self.recovered,
             "recovered_interval": self.recovered_interval,
-            "share_promoted": stats.share if stats else None,
-            "share_asked": stats.asked_share if stats else None,
-            "high_mass": stats.high_mass if stats else None,
+            "share_promoted": spent.share if spent else None,
+            "share_asked": spent.asked if spent else None,
+            "high_mass": spent.high_mass if spent else None,
             "seconds": self.seconds,
             "unserved": list(self.unserved),
         }
+
+    @classmethod
+    def from_dict(cls, row: dict[str, Any]) -> Row:
+        """The inverse of `to_dict`."""
+
+        def interval(name: str) -> Interval | None:
+            return None if row[name] is None else (row[name][0], row[name][1])
+
+        config = row["config"] and ThriftConfig(**{**row["config"], "budget": Budget.parse(row["config"]["budget"])})
+        spent = None
+        if row["share_promoted"] is not None:
+            spent = Spent(row["share_promoted"], row["share_asked"], row["high_mass"])
+        return cls(
+            method=Method(row["name"], config),
+            nll=row["nll"],
+            loss=row["loss"],
+            loss_interval=interval("loss_interval"),
+            recovered=row["recovered"],
+            recovered_interval=interval("recovered_interval"),
+            spent=spent,
+            seconds=row["seconds"],
+            unserved=tuple(row["unserved"]),
+        )
 
 
 @dataclass(frozen=True)
@@ -109,6 +147,22 @@ class Result:
         record = {**self.context, "per_token": beside.name, "methods": [row.to_dict() for row in self.rows]}
         path.write_text(json.dumps(record, indent=2, allow_nan=False) + "\n", encoding="utf-8")
         return beside
+
+    @classmethod
+    def load(cls, path: Path) -> Result:
+        """A result from its record and the NLL of every token beside it.
+
+        Raises:
+            FileNotFoundError: no such record.
+            ValueError: not a record of this kind.
+        """
+        record = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(record, dict) or record.get("kind") != "nll" or record.get("schema") != SCHEMA:
+            raise ValueError(f"{path} is not an NLL record of schema {SCHEMA}")
+        with np.load(path.with_name(record.pop("per_token"))) as arrays:
+            nll = {name: arrays[name] for name in arrays.files if name != "tokens"}
+            tokens = arrays["tokens"]
+        return cls([Row.from_dict(row) for row in record.pop("methods")], tokens, nll, record)
 
 
 def is_fp4(method: Method) -> bool:
@@ -195,7 +249,6 @@ def _rows(methods: list[Method], runs: dict[str, list[Window]], nll: dict[str, N
         back = None
         if loss is not None and base is not None and fp4 is not None and not is_fp4(method):
             back = recovery(boot, loss, fp4 - base)
-        stats = [window.stats for window in run if window.stats is not None]
         rows.append(
             Row(
                 method=method,
@@ -204,7 +257,7 @@ def _rows(methods: list[Method], runs: dict[str, list[Window]], nll: dict[str, N
                 loss_interval=None if loss is None else interval(boot.means(loss)),
                 recovered=back.share if back else None,
                 recovered_interval=back.interval if back else None,
-                stats=sum(stats, Stats()) if stats else None,
+                spent=Spent.of(run),
                 seconds=sum(window.seconds for window in run),
                 unserved=run[0].unserved,
             )
