@@ -25,7 +25,7 @@ columns 4q to 4q+3. That is the fragment of a 16 x 16 matrix operand, so a tile 
 needs no shared memory::
 
     16-bit word of a tile:  a a a q q h c c      (h: row a or 8+a; c: column 4q+c)
-    16-bit plane:           a a a q q h w e      (column 8w + 2q + e; tile index 4t+j)
+    16-bit plane:           a a a q q w h e      (column 4q + 2w + e of K, token 8w + 2q + e of V; tile index 4t+j)
 
 **A word.** Four e2m1 codes, placed so that a shift and a mask leave a half float of the value times 2^-14 (sign in bit 15,
 exponent in bits 11:10, mantissa in bit 9), with M = 0x8E00::
@@ -167,23 +167,38 @@ def _from_v_tiles(x: Tensor) -> Tensor:
     return x.flatten(-2).flatten(-5, -2)
 
 
-def _to_lanes(x: Tensor, order: int) -> Tensor:
-    """``[..., 16, 16]`` to ``[..., 256]`` in the order the lanes own; ``order`` is 4 (packed planes) or 2 (16-bit plane)."""
-    x = x.unflatten(-2, (2, 8))  # [..., h, a, column]
-    n = x.dim() - 3
-    if order == 4:
-        return x.unflatten(-1, (4, 4)).permute(*range(n), n + 1, n + 2, n, n + 3).flatten(-4)  # a q h c
-    x = x.unflatten(-1, (2, 4, 2))  # [..., h, a, w, q, e]
-    return x.permute(*range(n), n + 1, n + 3, n, n + 2, n + 4).flatten(-5)  # a q h w e
+def _to_lanes(x: Tensor) -> Tensor:
+    """Tiles of words ``[..., 16, 16]`` to ``[..., 256]`` in the order the lanes own."""
+    x = x.unflatten(-2, (2, 8)).unflatten(-1, (4, 4))  # [..., h, a, q, c]
+    n = x.dim() - 4
+    return x.permute(*range(n), n + 1, n + 2, n, n + 3).flatten(-4)
 
 
-def _from_lanes(x: Tensor, order: int) -> Tensor:
-    n = x.dim() - 1
-    if order == 4:
-        x = x.unflatten(-1, (8, 4, 2, 4)).permute(*range(n), n + 2, n, n + 1, n + 3)  # h a q c
-        return x.flatten(-2).flatten(-3, -2)
-    x = x.unflatten(-1, (8, 4, 2, 2, 2)).permute(*range(n), n + 2, n, n + 3, n + 1, n + 4)  # h a w q e
-    return x.flatten(-3).flatten(-3, -2)
+def _from_lanes(x: Tensor) -> Tensor:
+    x = x.unflatten(-1, (8, 4, 2, 4))  # [..., a, q, h, c]
+    n = x.dim() - 4
+    return x.permute(*range(n), n + 2, n, n + 1, n + 3).flatten(-2).flatten(-3, -2)
+
+
+_COPY_COLUMNS = {"k": (4, 2, 2), "v": (2, 4, 2)}
+"""Column of a tile of the 16-bit plane: (q, w, e) for K and (w, q, e) for V, from the highest digit down."""
+
+
+def _copy_to_lanes(x: Tensor, which: str) -> Tensor:
+    """16-bit tiles ``[..., 16, 16]`` to ``[..., 256]``."""
+    x = x.unflatten(-1, _COPY_COLUMNS[which])
+    if which == "k":
+        x = x.transpose(-3, -2)
+    x = x.unflatten(-4, (2, 8))  # [..., h, a, w, q, e]
+    n = x.dim() - 5
+    return x.permute(*range(n), n + 1, n + 3, n + 2, n, n + 4).flatten(-5)
+
+
+def _copy_from_lanes(x: Tensor, which: str) -> Tensor:
+    x = x.unflatten(-1, (8, 4, 2, 2, 2))  # [..., a, q, w, h, e]
+    n = x.dim() - 5
+    x = x.permute(*range(n), n + 3, n, n + 2, n + 1, n + 4).flatten(-5, -4)  # [..., row, w, q, e]
+    return (x.transpose(-3, -2) if which == "k" else x).flatten(-3)
 
 
 def _pack_scales(scales: Tensor) -> Tensor:
@@ -234,10 +249,10 @@ def pack_plane(data: Codes, bits: int) -> Tensor:
     v_scales = data.v_scales.unflatten(-1, (-1, TILE)).movedim(-3, -1)
     for tiles, scales in ((_k_tiles(data.k), k_scales), (_v_tiles(data.v), v_scales)):
         if bits == 4:
-            words = _to_lanes(pack_word(tiles), 4)
+            words = _to_lanes(pack_word(tiles))
         else:
             pairs = tiles.int().unflatten(-1, (2, 2))  # [..., T, r, c, half, byte]
-            words = _to_lanes((pairs[..., 0] | (pairs[..., 1] << 8)).movedim(-1, -3), 4).flatten(-2)
+            words = _to_lanes((pairs[..., 0] | (pairs[..., 1] << 8)).movedim(-1, -3)).flatten(-2)
         parts += [_to_words(words).flatten(-2), _pack_scales(scales)]
     return torch.cat(parts, -1)
 
@@ -250,9 +265,9 @@ def unpack_plane(plane: Tensor, head_dim: int, bits: int) -> Codes:
         codes, scales = part.split([size.codes, size.scales], -1)
         words = _from_words(codes).unflatten(-1, (tiles, -1))
         if bits == 4:
-            quarters = unpack_word(_from_lanes(words, 4))
+            quarters = unpack_word(_from_lanes(words))
         else:
-            pairs = _from_lanes(words.unflatten(-1, (2, -1)), 4).movedim(-3, -1)  # [..., T, r, c, half]
+            pairs = _from_lanes(words.unflatten(-1, (2, -1))).movedim(-3, -1)  # [..., T, r, c, half]
             quarters = torch.stack([pairs & 0xFF, pairs >> 8], -1).flatten(-2).to(torch.uint8)
         out.append((quarters, _unpack_scales(scales, tiles)))
     (k, k_scales), (v, v_scales) = out
@@ -269,12 +284,13 @@ def pack_copy(k: Tensor, v: Tensor) -> Tensor:
     k_tiles = _k_tiles(k).movedim(-1, -3)  # [..., T, j, r, c]
     v_tiles = v.unflatten(-1, (-1, TILE)).unflatten(-3, (4, TILE))  # [..., j, c, t, r]
     v_tiles = v_tiles.movedim(-2, -4).movedim(-1, -2)  # [..., t, j, r, c]
-    return torch.cat([_to_lanes(x, 2).flatten(-3) for x in (k_tiles, v_tiles)], -1)
+    return torch.cat([_copy_to_lanes(k_tiles, "k").flatten(-3), _copy_to_lanes(v_tiles, "v").flatten(-3)], -1)
 
 
 def unpack_copy(plane: Tensor, head_dim: int) -> tuple[Tensor, Tensor]:
     """The inverse of `pack_copy`."""
     k, v = plane.split(BLOCK * head_dim, -1)
-    k, v = (_from_lanes(x.unflatten(-1, (head_dim // TILE, 4, -1)), 2) for x in (k, v))  # [..., t, j, r, c]
+    k, v = (x.unflatten(-1, (head_dim // TILE, 4, -1)) for x in (k, v))
+    k, v = _copy_from_lanes(k, "k"), _copy_from_lanes(v, "v")  # [..., t, j, r, c]
     v = v.movedim(-2, -1).movedim(-4, -2).flatten(-2).flatten(-3, -2)
     return _from_k_tiles(k.movedim(-3, -1)), v
