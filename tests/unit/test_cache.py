@@ -54,8 +54,8 @@ def test_pages_decode_to_what_the_formats_define(high, low, centred):
     k, v = (x.squeeze(0).unflatten(1, (3, 64)).transpose(0, 1) for x in tokens(192))  # [n, Hkv, 64, D]
     pool = Pool.empty(5, 2, 64, high, torch.float32, torch.device("cpu"))
     pages = torch.tensor([4, 0, 2])
-    write_blocks(pool, pages, k, v, low=low, high=high, centred=centred, best=True)
-    read = read_blocks(pool, pages, high=high, centred=centred)
+    write_blocks(pool, pages, k, v, low=low, plane=high, centred=centred, best=True)
+    read = read_blocks(pool, pages, plane=high, centred=centred)
     mean = block_means(k)
     delta = k - mean if centred else k
     assert torch.equal(read.centres, mean[..., 0, :])

@@ -146,7 +146,7 @@ class PagedThriftCache:
         self.table.reserve([self.table.tokens(row) + n for row, n in enumerate(new)])
         if self.backend == "triton" and lengths is None and count <= BLOCK:
             self._append_step(k, v)
-            if not torch.cuda.is_current_stream_capturing():
+            if not (self.device.type == "cuda" and torch.cuda.is_current_stream_capturing()):
                 self.advance(count)
             return
         for row, n in enumerate(new):
@@ -196,9 +196,9 @@ class PagedThriftCache:
         """Pack ``[2, n, Hkv, 64, D]`` (K and V) into the pages of the blocks from ``first`` on."""
         pages = self.table.table[row, first : first + blocks.shape[1]]
         if self.backend == "triton":
-            from thrift_attn.cache import ops
+            from thrift_attn.quant.kernels import pack_blocks
 
-            ops.write_blocks(blocks[0], blocks[1], pages, *self.pool, **self._storage())
+            pack_blocks(blocks[0], blocks[1], pages, *self.pool, **self._storage())
         else:
             write_blocks(self.pool, pages.long(), blocks[0], blocks[1], **self._storage())
 
@@ -349,13 +349,13 @@ class PagedThriftCache:
     def _storage(self) -> dict[str, Any]:
         return {
             "low": self.config.low,
-            "high": self.config.high,
+            "plane": self.config.high,
             "centred": self.config.center == "block",
             "best": self.config.scales == "best",
         }
 
     def _reading(self) -> dict[str, Any]:
-        return {"high": self.config.high, "centred": self.config.center == "block"}
+        return {"plane": self.config.high, "centred": self.config.center == "block"}
 
     def _check_row(self, row: int) -> None:
         if not 0 <= row < self.batch:

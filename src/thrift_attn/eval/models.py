@@ -112,6 +112,7 @@ def _decode(path: Path, sha256: str, notify: Notify) -> Path:
         return target
     transformers = need("transformers", "hf")
     need("gguf")
+    need("accelerate")
     notify(f"decoding {path.name} (first time only)")
     target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=target.parent, prefix=".decode-") as folder, _quiet(transformers):

@@ -66,7 +66,7 @@ def _encode(k: Tensor, v: Tensor, fmt: Format, best: bool) -> tuple[Tensor, Tens
 
 
 def write_blocks(
-    pool: Pool, pages: Tensor, k: Tensor, v: Tensor, *, low: str, high: str, centred: bool, best: bool
+    pool: Pool, pages: Tensor, k: Tensor, v: Tensor, *, low: str, plane: str, centred: bool, best: bool
 ) -> None:
     """Pack complete KV blocks into pages.
 
@@ -76,7 +76,7 @@ def write_blocks(
         k: 16-bit ``[n, Hkv, 64, D]``.
         v: likewise.
         low: ``"nvfp4"`` or ``"mxfp4"``.
-        high: ``"nested"``, ``"nested8"`` or ``"16bit"``.
+        plane: how high precision is stored: ``"nested"``, ``"nested8"`` or ``"16bit"``.
         centred: pack K minus its block mean.
         best: choose the better of the format's scales.
     """
@@ -84,10 +84,10 @@ def write_blocks(
     delta = k.float() - centres.float()[..., None, :] if centred else k.float()
     pool.centres[pages] = centres
     pool.base[pages], low_k, low_v = _encode(delta, v.float(), FORMATS[low], best)
-    if high == "16bit":
+    if plane == "16bit":
         pool.high[pages] = pack_copy(k, v)
     else:
-        pool.high[pages] = _encode(delta - low_k, v.float() - low_v, RESIDUALS[high], best)[0]
+        pool.high[pages] = _encode(delta - low_k, v.float() - low_v, RESIDUALS[plane], best)[0]
 
 
 def _decode(plane: Tensor, head_dim: int, fmt: Format) -> tuple[Tensor, Tensor]:
@@ -113,15 +113,15 @@ class Blocks(NamedTuple):
     centres: Tensor  # [n, Hkv, D]
 
 
-def read_blocks(pool: Pool, pages: Tensor, *, high: str, centred: bool) -> Blocks:
+def read_blocks(pool: Pool, pages: Tensor, *, plane: str, centred: bool) -> Blocks:
     """What pages decode to: the base, the base refined by the plane of high precision (c_b included), and c_b."""
     head_dim = pool.centres.shape[-1]
     centres = pool.centres[pages].float()
     low_k, low_v = _decode(pool.base[pages], head_dim, FORMATS["nvfp4"])
-    if high == "16bit":
+    if plane == "16bit":
         high_k, high_v = (x.float() for x in unpack_copy(pool.high[pages], head_dim))
     else:
-        fine_k, fine_v = _decode(pool.high[pages], head_dim, RESIDUALS[high])
+        fine_k, fine_v = _decode(pool.high[pages], head_dim, RESIDUALS[plane])
         mean = centres[..., None, :] if centred else 0
         high_k, high_v = mean + low_k + fine_k, low_v + fine_v
     return Blocks(low_k, low_v, high_k, high_v, centres)

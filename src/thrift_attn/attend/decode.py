@@ -1,0 +1,682 @@
+"""Split-KV attention over two-precision pages, and the merge of the splits.
+
+One program is one warp: it owns N query columns of one (sequence, KV head) and a share of the blocks, and computes the
+transposed products S^T = K Q^T [tokens, N] and O^T = V^T P^T [D, N], so that a widened tile is the first operand of a matrix
+product straight from the registers it was loaded into. The blocks come as a list (`thrift_attn.select.kernels`): promoted ones
+first, the others after them. Both parts of the list are dealt out evenly, so every split moves the same number of bytes.
+
+Units: widened K and V are 2^-7 of their value and Q is scaled to fill half precision by a power of two, all exact; logits are
+kept in base 2.
+"""
+
+# pyright: reportCallIssue=false, reportArgumentType=false, reportGeneralTypeIssues=false, reportAssignmentType=false
+# ruff: noqa: RUF005, SIM109  (kernels know tuples by `+` alone, and no `in`)
+
+from __future__ import annotations
+
+import os
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from thrift_attn.attend.tiles import (
+    again,
+    k_copy_operand,
+    k_operand,
+    load_codes,
+    load_copy,
+    load_scales,
+    next_operand,
+    over_rows,
+    query_index,
+    query_operand,
+    split_order,
+    split_query_operand,
+    v_copy_operand,
+    v_operand,
+    widen4,
+    widen8,
+)
+from thrift_attn.config import BLOCK
+from thrift_attn.quant.layout import TILE, plane_size
+
+LOG2E = 1.4426950408889634
+
+PORTABLE = os.environ.get("TRITON_INTERPRET", "0") == "1"
+"""Plain operations instead of inline assembly, and float32 products of 16-bit data, for the interpreter."""
+
+NONE, NESTED, NESTED8, COPY = 0, 1, 2, 3
+HIGH = {None: NONE, "nested": NESTED, "nested8": NESTED8, "16bit": COPY}
+
+_NONE: tl.constexpr = tl.constexpr(NONE)
+_NESTED: tl.constexpr = tl.constexpr(NESTED)
+_NESTED8: tl.constexpr = tl.constexpr(NESTED8)
+_COPY: tl.constexpr = tl.constexpr(COPY)
+_LOWEST: tl.constexpr = tl.constexpr(-1.0e30)  # below every logit, and still finite so that differences are defined
+
+
+@triton.jit
+def _dot16(a, b, acc, PORTABLE: tl.constexpr):
+    """Product of 16-bit operands (the interpreter is wrong on bf16)."""
+    if PORTABLE:
+        return tl.dot(a.to(tl.float32), b.to(tl.float32), acc, input_precision="ieee")
+    else:
+        return tl.dot(a, b, acc)
+
+
+@triton.jit
+def _cap(s, factor, CAP: tl.constexpr):
+    """Logits from accumulators under the soft cap CAP, all in base 2."""
+    t = tl.exp2(s * factor * (2.8853900817779268 / CAP))  # exp(2 x / cap)
+    return CAP - 2.0 * CAP / (t + 1.0)
+
+
+@triton.jit
+def _cap_block(s0, s1, s2, s3, factor, CAP: tl.constexpr):
+    """What turns accumulators into logits, and the factor that is left to apply."""
+    if CAP > 0:
+        return _cap(s0, factor, CAP), _cap(s1, factor, CAP), _cap(s2, factor, CAP), _cap(s3, factor, CAP), 1.0
+    else:
+        return s0, s1, s2, s3, factor
+
+
+@triton.jit
+def _hide(s, token, position, first):
+    return tl.where((token[:, None] <= position[None, :]) & (token[:, None] >= first[None, :]), s, float("-inf"))
+
+
+@triton.jit
+def _softmax_step(s0, s1, s2, s3, factor, m, total):
+    """Running maximum and sum with four quarters of a block; weights p0..p3 and the factor for earlier results."""
+    peak = tl.max(tl.maximum(tl.maximum(s0, s1), tl.maximum(s2, s3)), 0)
+    new = tl.maximum(m, peak * factor)
+    decay = tl.exp2(m - new)
+    p0 = tl.exp2(s0 * factor - new[None, :])
+    p1 = tl.exp2(s1 * factor - new[None, :])
+    p2 = tl.exp2(s2 * factor - new[None, :])
+    p3 = tl.exp2(s3 * factor - new[None, :])
+    total = total * decay[None, :] + ((p0 + p1) + (p2 + p3))
+    return p0, p1, p2, p3, new, total, decay
+
+
+@triton.jit
+def _load_queries(
+    q_ptr, rows, stride_qh, stride_qt,
+    GROUP: tl.constexpr, TQ: tl.constexpr, N: tl.constexpr, CHUNKS: tl.constexpr,
+):  # fmt: skip
+    """Queries of N columns as given, per chunk, in the order of `query_index`."""
+    given = ()
+    for i in tl.static_range(len(CHUNKS)):
+        row, dim = query_index(CHUNKS[i][1], N)
+        row += rows
+        at = row // GROUP * stride_qt + row % GROUP * stride_qh + CHUNKS[i][0] * 16 + dim
+        given = given + (tl.load(q_ptr + at, mask=row < GROUP * TQ, other=0.0),)
+    return given
+
+
+@triton.jit
+def _load_chunk(ptr, SCALES: tl.constexpr, WIDE: tl.constexpr, AT: tl.constexpr, C: tl.constexpr):
+    """Codes and scales of the tiles AT to AT + C of one plane's K or V; ``SCALES`` is the place of the scales."""
+    return load_codes(ptr + AT * WIDE * 128, C * WIDE), load_scales(ptr + SCALES + AT * 16, C)
+
+
+@triton.jit
+def _widen(codes, WIDE: tl.constexpr, C: tl.constexpr, PORTABLE: tl.constexpr):
+    if WIDE == 1:
+        return widen4(codes[0], codes[1], C, PORTABLE)
+    else:
+        return widen8(codes[0], codes[1], C, PORTABLE)
+
+
+@triton.jit
+def _add_k(
+    s0, s1, s2, s3, codes, queries, next_ptr,
+    WIDE: tl.constexpr, NEXT_SCALES: tl.constexpr, NEXT_WIDE: tl.constexpr, CHUNKS: tl.constexpr, PORTABLE: tl.constexpr,
+):  # fmt: skip
+    """Four quarters [16, N] plus K Q^T.
+
+    As soon as the registers of a chunk are free, the same chunk of what comes next is loaded into them.
+    """
+    loaded = ()
+    for i in tl.static_range(len(CHUNKS)):
+        a, b, c, d = _widen(codes[i], WIDE, CHUNKS[i][1], PORTABLE)
+        s0 = tl.dot(k_operand(a, CHUNKS[i][1]), queries[i], s0)
+        s1 = tl.dot(k_operand(b, CHUNKS[i][1]), queries[i], s1)
+        s2 = tl.dot(k_operand(c, CHUNKS[i][1]), queries[i], s2)
+        s3 = tl.dot(k_operand(d, CHUNKS[i][1]), queries[i], s3)
+        loaded = loaded + (_load_chunk(next_ptr, NEXT_SCALES, NEXT_WIDE, CHUNKS[i][0], CHUNKS[i][1]),)
+    return s0, s1, s2, s3, loaded
+
+
+@triton.jit
+def _add_v(
+    out, codes, decay, b0, b1, b2, b3, next_ptr,
+    WIDE: tl.constexpr, NEXT_SCALES: tl.constexpr, NEXT_WIDE: tl.constexpr, CHUNKS: tl.constexpr, PORTABLE: tl.constexpr,
+):  # fmt: skip
+    """Output chunks [16 * C, N] times ``decay`` plus V^T P^T; loads what comes next like `_add_k`."""
+    grown = ()
+    loaded = ()
+    for i in tl.static_range(len(CHUNKS)):
+        a, b, c, d = _widen(codes[i], WIDE, CHUNKS[i][1], PORTABLE)
+        o = tl.dot(v_operand(a, CHUNKS[i][1]), b0, out[i] * decay[None, :])
+        o = tl.dot(v_operand(b, CHUNKS[i][1]), b1, o)
+        o = tl.dot(v_operand(c, CHUNKS[i][1]), b2, o)
+        o = tl.dot(v_operand(d, CHUNKS[i][1]), b3, o)
+        grown = grown + (o,)
+        loaded = loaded + (_load_chunk(next_ptr, NEXT_SCALES, NEXT_WIDE, CHUNKS[i][0], CHUNKS[i][1]),)
+    return grown, loaded
+
+
+@triton.jit
+def _scaled(out, factor, CHUNKS: tl.constexpr):
+    """Output chunks times one number per query."""
+    new = ()
+    for i in tl.static_range(len(CHUNKS)):
+        new = new + (out[i] * factor[None, :],)
+    return new
+
+
+@triton.jit(do_not_specialize=["window", "blocks"])
+def attend_split_kernel(
+    q_ptr,  # [B, Hq, Tq, D], 16-bit
+    base_ptr,  # int32 [pages, Hkv, words]
+    high_ptr,  # the residual plane, int32 [pages, Hkv, words], or the 16-bit plane [pages, Hkv, 2 * 64 * D]
+    tail_ptr,  # [2, B, 2, Hkv, 64, D], 16-bit: K and V, block b in slot b mod 2
+    bias_ptr,  # float32 [B, Hkv, NB, RP]: q.c_b in base 2
+    list_ptr,  # int32 [B, Hkv, 2, NB]: block numbers, page numbers
+    counts_ptr,  # int32 [B, Hkv, 2]: promoted, all listed
+    lengths_ptr,  # int32 [B]
+    out_ptr,  # float32 [B, Hkv, SPLITS, RP, D]
+    lse_ptr,  # float32 [B, Hkv, SPLITS, RP], base 2
+    scale,  # factor of the logits times log2(e)
+    stride_qb,
+    stride_qh,
+    stride_qt,
+    window,
+    blocks,  # NB
+    HKV: tl.constexpr,
+    GROUP: tl.constexpr,
+    TQ: tl.constexpr,
+    D: tl.constexpr,
+    CHUNKS: tl.constexpr,  # (first tile, number of tiles), see `chunks`
+    N: tl.constexpr,
+    RP: tl.constexpr,
+    HIGH: tl.constexpr,
+    CENTRED: tl.constexpr,
+    WINDOW: tl.constexpr,
+    CAP: tl.constexpr,
+    PORTABLE: tl.constexpr,
+):
+    T: tl.constexpr = D // 16
+    HALF: tl.constexpr = T * 128 + (T + 1) // 2 * 32  # words of K, and of V
+    PARTS: tl.constexpr = len(CHUNKS)
+    WIDE: tl.constexpr = 2 if HIGH == _NESTED8 else 1
+    WEIGHT: tl.constexpr = 4 if HIGH == _NESTED else (6 if HIGH == _NESTED8 else 7)
+    MASKED: tl.constexpr = WINDOW or TQ > 1  # some block of the list may be visible in part
+    DTYPE: tl.constexpr = q_ptr.dtype.element_ty
+
+    split = tl.program_id(0)
+    splits = tl.num_programs(0)
+    rows = tl.program_id(1) * N
+    bh = tl.program_id(2)
+    b = bh // HKV
+    h = bh % HKV
+    length = tl.load(lengths_ptr + b)
+    promoted = tl.load(counts_ptr + bh * 2)
+    listed = tl.load(counts_ptr + bh * 2 + 1)
+
+    # -- queries, scaled by a power of two such that the largest uses the range of fp16 --
+    q_start = q_ptr + b.to(tl.int64) * stride_qb + (h * GROUP).to(tl.int64) * stride_qh
+    given = _load_queries(q_start, rows, stride_qh, stride_qt, GROUP, TQ, N, CHUNKS)
+    largest = 0.0
+    for i in tl.static_range(PARTS):
+        largest = tl.maximum(largest, tl.max(tl.abs(given[i].to(tl.float32)), 0))
+    field = 268 - ((largest.to(tl.int32, bitcast=True) >> 23) & 0xFF)
+    field = tl.minimum(tl.maximum(field, 1), 253)
+    up = (field << 23).to(tl.float32, bitcast=True)
+    factor = scale * 128.0 * ((254 - field) << 23).to(tl.float32, bitcast=True)
+    unfactor = 1.0 / factor
+    queries = ()
+    for i in tl.static_range(PARTS):
+        queries = queries + (query_operand((given[i].to(tl.float32) * up).to(tl.float16), CHUNKS[i][1], N),)
+
+    column = rows + tl.arange(0, N)
+    position = length - TQ + column // GROUP  # [N]
+    first = tl.zeros([N], tl.int32)
+    if WINDOW:
+        first = position - window + 1
+    token = tl.arange(0, 16)
+
+    bias_start = bias_ptr + bh.to(tl.int64) * blocks * RP + rows
+    blocks_ptr = list_ptr + bh.to(tl.int64) * 2 * blocks
+    pages_ptr = blocks_ptr + blocks
+    m = tl.full([N], _LOWEST, tl.float32)
+    total = tl.zeros([16, N], tl.float32)
+    out = ()
+    for i in tl.static_range(PARTS):
+        out = out + (tl.zeros([16 * CHUNKS[i][1], N], tl.float32),)
+
+    # This split's share. Work is counted in half blocks of the base: promoted blocks first (WEIGHT each), then the others (2),
+    # then the incomplete block in steps of 16 tokens (2); an item belongs to the split in whose range it starts.
+    rest = listed - promoted
+    steps = (length % 64 + 15) // 16
+    work = promoted * WEIGHT + rest * 2 + steps * 2
+    begin = work * split // splits
+    end = work * (split + 1) // splits
+    p_lo = tl.minimum((begin + WEIGHT - 1) // WEIGHT, promoted)
+    p_hi = tl.minimum((end + WEIGHT - 1) // WEIGHT, promoted)
+    begin -= promoted * WEIGHT
+    end -= promoted * WEIGHT
+    lo = promoted + tl.minimum((tl.maximum(begin, 0) + 1) // 2, rest)
+    hi = promoted + tl.minimum((tl.maximum(end, 0) + 1) // 2, rest)
+    t_lo = tl.minimum((tl.maximum(begin - rest * 2, 0) + 1) // 2, steps)
+    t_hi = tl.minimum((tl.maximum(end - rest * 2, 0) + 1) // 2, steps)
+
+    # -- blocks in low precision. The next block is loaded while this one is worked on, its numbers one block earlier; past
+    # the end that is block 0 and page 0, whatever they hold. --
+    block = tl.load(blocks_ptr + lo, mask=lo < hi, other=0)
+    page = tl.load(pages_ptr + lo, mask=lo < hi, other=0)
+    page_ptr = base_ptr + (page * HKV + h).to(tl.int64) * (2 * HALF)
+    codes = ()
+    for j in tl.static_range(PARTS):
+        codes = codes + (_load_chunk(page_ptr, T * 128, 1, CHUNKS[j][0], CHUNKS[j][1]),)
+    bias = tl.zeros([16, N], tl.float32)
+    if CENTRED:
+        bias = over_rows(bias_start + block.to(tl.int64) * RP, N) * unfactor
+    block_after = tl.load(blocks_ptr + lo + 1, mask=lo + 1 < hi, other=0)
+    page_after = tl.load(pages_ptr + lo + 1, mask=lo + 1 < hi, other=0)
+    for i in range(lo, hi):
+        s0, s1, s2, s3, v_codes = _add_k(
+            bias, bias, bias, bias, codes, queries, page_ptr + HALF, 1, T * 128, 1, CHUNKS, PORTABLE
+        )
+        page_ptr = base_ptr + (page_after * HKV + h).to(tl.int64) * (2 * HALF)
+        if CENTRED:
+            bias = over_rows(bias_start + block_after.to(tl.int64) * RP, N) * unfactor
+        s0, s1, s2, s3, left = _cap_block(s0, s1, s2, s3, factor, CAP)
+        if MASKED:
+            start = block * 64
+            if (start + 64 > length - TQ + 1) | (start < length - window):
+                s0 = _hide(s0, start + token, position, first)
+                s1 = _hide(s1, start + 16 + token, position, first)
+                s2 = _hide(s2, start + 32 + token, position, first)
+                s3 = _hide(s3, start + 48 + token, position, first)
+        p0, p1, p2, p3, m, total, decay = _softmax_step(s0, s1, s2, s3, left, m, total)
+        b0 = next_operand(p0, N, tl.float16, 4, PORTABLE)
+        b1 = next_operand(p1, N, tl.float16, 4, PORTABLE)
+        b2 = next_operand(p2, N, tl.float16, 4, PORTABLE)
+        b3 = next_operand(p3, N, tl.float16, 4, PORTABLE)
+        out, codes = _add_v(out, v_codes, decay, b0, b1, b2, b3, page_ptr, 1, T * 128, 1, CHUNKS, PORTABLE)
+        block = block_after
+        block_after = tl.load(blocks_ptr + i + 2, mask=i + 2 < hi, other=0)
+        page_after = tl.load(pages_ptr + i + 2, mask=i + 2 < hi, other=0)
+
+    # -- promoted blocks --
+    if HIGH == _NESTED or HIGH == _NESTED8:
+        SCALES: tl.constexpr = T * WIDE * 128  # place of the scales in half a residual page
+        HALF_R: tl.constexpr = SCALES + HALF - T * 128
+        ones = tl.full([N], 1.0, tl.float32)
+        place = (tl.load(pages_ptr + p_lo, mask=p_lo < p_hi, other=0) * HKV + h).to(tl.int64)
+        bk_codes = ()
+        for j in tl.static_range(PARTS):
+            bk_codes = bk_codes + (_load_chunk(base_ptr + place * (2 * HALF), T * 128, 1, CHUNKS[j][0], CHUNKS[j][1]),)
+        for i in range(p_lo, p_hi):
+            number = tl.load(blocks_ptr + i)
+            b_ptr = base_ptr + place * (2 * HALF)
+            r_ptr = high_ptr + place * (2 * HALF_R)
+            place = (tl.load(pages_ptr + i + 1, mask=i + 1 < p_hi, other=0) * HKV + h).to(tl.int64)
+            s0 = tl.zeros([16, N], tl.float32)
+            if CENTRED:
+                s0 = over_rows(bias_start + number.to(tl.int64) * RP, N) * unfactor
+            s0, s1, s2, s3, rk_codes = _add_k(
+                s0, s0, s0, s0, bk_codes, queries, r_ptr, 1, SCALES, WIDE, CHUNKS, PORTABLE
+            )
+            s0, s1, s2, s3, bv_codes = _add_k(
+                s0, s1, s2, s3, rk_codes, queries, b_ptr + HALF, WIDE, T * 128, 1, CHUNKS, PORTABLE
+            )
+            s0, s1, s2, s3, left = _cap_block(s0, s1, s2, s3, factor, CAP)
+            if MASKED:
+                start = number * 64
+                s0 = _hide(s0, start + token, position, first)
+                s1 = _hide(s1, start + 16 + token, position, first)
+                s2 = _hide(s2, start + 32 + token, position, first)
+                s3 = _hide(s3, start + 48 + token, position, first)
+            p0, p1, p2, p3, m, total, decay = _softmax_step(s0, s1, s2, s3, left, m, total)
+            b0 = next_operand(p0, N, tl.float16, 4, PORTABLE)
+            b1 = next_operand(p1, N, tl.float16, 4, PORTABLE)
+            b2 = next_operand(p2, N, tl.float16, 4, PORTABLE)
+            b3 = next_operand(p3, N, tl.float16, 4, PORTABLE)
+            out, rv_codes = _add_v(
+                out, bv_codes, decay, b0, b1, b2, b3, r_ptr + HALF_R, 1, SCALES, WIDE, CHUNKS, PORTABLE
+            )
+            out, bk_codes = _add_v(
+                out, rv_codes, ones, b0, b1, b2, b3, base_ptr + place * (2 * HALF), WIDE, T * 128, 1, CHUNKS, PORTABLE
+            )
+
+    # -- 16-bit data: V has its own unit from here on, and the queries are read again rather than kept --
+    given = _load_queries(q_start, again(rows, PORTABLE), stride_qh, stride_qt, GROUP, TQ, N, CHUNKS)
+    raw = ()
+    for i in tl.static_range(PARTS):
+        raw = raw + (split_query_operand(given[i], CHUNKS[i][1], N),)
+    out = _scaled(out, tl.full([N], 128.0, tl.float32), CHUNKS)
+    if HIGH == _COPY:
+        for i in range(p_lo, p_hi):
+            number = tl.load(blocks_ptr + i)
+            c_ptr = high_ptr + (tl.load(pages_ptr + i) * HKV + h).to(tl.int64) * (128 * D)
+            s0 = tl.zeros([16, N], tl.float32)
+            s1 = tl.zeros([16, N], tl.float32)
+            s2 = tl.zeros([16, N], tl.float32)
+            s3 = tl.zeros([16, N], tl.float32)
+            for j in tl.static_range(PARTS):
+                k_ptr = c_ptr + CHUNKS[j][0] * 1024
+                s0 = _dot16(k_copy_operand(load_copy(k_ptr, 0, CHUNKS[j][1]), CHUNKS[j][1]), raw[j], s0, PORTABLE)
+                s1 = _dot16(k_copy_operand(load_copy(k_ptr, 1, CHUNKS[j][1]), CHUNKS[j][1]), raw[j], s1, PORTABLE)
+                s2 = _dot16(k_copy_operand(load_copy(k_ptr, 2, CHUNKS[j][1]), CHUNKS[j][1]), raw[j], s2, PORTABLE)
+                s3 = _dot16(k_copy_operand(load_copy(k_ptr, 3, CHUNKS[j][1]), CHUNKS[j][1]), raw[j], s3, PORTABLE)
+            s0, s1, s2, s3, left = _cap_block(s0, s1, s2, s3, scale, CAP)
+            if MASKED:
+                start = number * 64
+                s0 = _hide(s0, start + token, position, first)
+                s1 = _hide(s1, start + 16 + token, position, first)
+                s2 = _hide(s2, start + 32 + token, position, first)
+                s3 = _hide(s3, start + 48 + token, position, first)
+            p0, p1, p2, p3, m, total, decay = _softmax_step(s0, s1, s2, s3, left, m, total)
+            b0 = next_operand(p0, N, DTYPE, 2, PORTABLE)
+            b1 = next_operand(p1, N, DTYPE, 2, PORTABLE)
+            b2 = next_operand(p2, N, DTYPE, 2, PORTABLE)
+            b3 = next_operand(p3, N, DTYPE, 2, PORTABLE)
+            grown = ()
+            for j in tl.static_range(PARTS):
+                v_ptr = c_ptr + 64 * D + CHUNKS[j][0] * 1024
+                o = out[j] * decay[None, :]
+                o = _dot16(v_copy_operand(load_copy(v_ptr, 0, CHUNKS[j][1]), CHUNKS[j][1]), b0, o, PORTABLE)
+                o = _dot16(v_copy_operand(load_copy(v_ptr, 1, CHUNKS[j][1]), CHUNKS[j][1]), b1, o, PORTABLE)
+                o = _dot16(v_copy_operand(load_copy(v_ptr, 2, CHUNKS[j][1]), CHUNKS[j][1]), b2, o, PORTABLE)
+                o = _dot16(v_copy_operand(load_copy(v_ptr, 3, CHUNKS[j][1]), CHUNKS[j][1]), b3, o, PORTABLE)
+                grown = grown + (o,)
+            out = grown
+
+    # -- the newest, incomplete block --
+    tail = length % 64
+    tail_start = ((b * 2 + length // 64 % 2) * HKV + h).to(tl.int64) * (64 * D)
+    v_tail_ptr = tail_ptr + (tl.num_programs(2) * 2).to(tl.int64) * (64 * D)
+    for quarter in range(t_lo, t_hi):
+        tokens = quarter * 16 + token  # [16]
+        there = tokens < tail
+        tail_at = tail_start + tokens * D
+        s0 = tl.zeros([16, N], tl.float32)
+        for j in tl.static_range(PARTS):
+            d = CHUNKS[j][0] * 16 + tl.arange(0, 16 * CHUNKS[j][1])
+            k_tile = tl.load(tail_ptr + tail_at[:, None] + d[None, :], mask=there[:, None], other=0.0)
+            s0 = _dot16(split_order(k_tile, CHUNKS[j][1]), raw[j], s0, PORTABLE)
+        if CAP > 0:
+            s0 = _cap(s0, scale, CAP)
+        else:
+            s0 = s0 * scale
+        s0 = _hide(s0, length - tail + tokens, position, first)
+        peak = tl.maximum(m, tl.max(s0, 0))
+        decay = tl.exp2(m - peak)
+        p0 = tl.exp2(s0 - peak[None, :])
+        m = peak
+        total = total * decay[None, :] + p0
+        grown = ()
+        for j in tl.static_range(PARTS):
+            d = CHUNKS[j][0] * 16 + tl.arange(0, 16 * CHUNKS[j][1])
+            v_tile = tl.load(v_tail_ptr + tail_at[None, :] + d[:, None], mask=there[None, :], other=0.0)
+            grown = grown + (_dot16(v_tile, p0.to(DTYPE), out[j] * decay[None, :], PORTABLE),)
+        out = grown
+
+    # -- this split's result --
+    mass = tl.sum(total, 0)
+    seen = mass > 0
+    norm = 1.0 / tl.where(seen, mass, 1.0)
+    o_start = (bh.to(tl.int64) * splits + split) * RP
+    inside = column < GROUP * TQ
+    for j in tl.static_range(PARTS):
+        d = CHUNKS[j][0] * 16 + tl.arange(0, 16 * CHUNKS[j][1])
+        at_out = (o_start + column[None, :]) * D + d[:, None]
+        tl.store(out_ptr + at_out, out[j] * norm[None, :], mask=inside[None, :])
+    lse = tl.where(seen, m + tl.log2(tl.where(seen, mass, 1.0)), float("-inf"))
+    tl.store(lse_ptr + o_start + column, lse, mask=inside)
+
+
+@triton.jit(do_not_specialize=["splits"])
+def merge_splits_kernel(
+    part_ptr,  # float32 [B, Hkv, SPLITS, RP, D]
+    part_lse_ptr,  # float32 [B, Hkv, SPLITS, RP], base 2
+    out_ptr,  # [B, Hq, Tq, D]
+    lse_ptr,  # float32 [B, Hq, Tq], natural
+    stride_ob,
+    stride_oh,
+    stride_ot,
+    splits,
+    HKV: tl.constexpr,
+    GROUP: tl.constexpr,
+    TQ: tl.constexpr,
+    D: tl.constexpr,
+    RP: tl.constexpr,
+    PAD: tl.constexpr,  # splits rounded up to a power of two
+    SLICE: tl.constexpr,  # dimensions per program, a power of two
+):
+    row = tl.program_id(0)
+    bh = tl.program_id(1)
+    b = bh // HKV
+    head = bh % HKV * GROUP + row % GROUP
+    step = row // GROUP
+    d = tl.program_id(2) * SLICE + tl.arange(0, SLICE)
+    split = tl.arange(0, PAD)
+    start = bh.to(tl.int64) * splits * RP + row
+    lse = tl.load(part_lse_ptr + start + split * RP, mask=split < splits, other=float("-inf"))  # [PAD]
+    part = tl.load(
+        part_ptr + (start + split[:, None].to(tl.int64) * RP) * D + d[None, :],
+        mask=(split[:, None] < splits) & (d[None, :] < D),
+        other=0.0,
+    )  # [PAD, SLICE]
+    peak = tl.max(lse, 0)
+    weight = tl.exp2(lse - tl.where(peak == float("-inf"), 0.0, peak))
+    mass = tl.sum(weight, 0)
+    out = tl.sum(part * weight[:, None], 0) / tl.where(mass > 0, mass, 1.0)
+    at = b.to(tl.int64) * stride_ob + head.to(tl.int64) * stride_oh + step * stride_ot
+    tl.store(out_ptr + at + d, out.to(out_ptr.dtype.element_ty), mask=d < D)
+    if tl.program_id(2) == 0:
+        natural = tl.where(mass > 0, (peak + tl.log2(mass)) * 0.6931471805599453, float("-inf"))
+        tl.store(lse_ptr + (b.to(tl.int64) * HKV * GROUP + head) * TQ + step, natural)
+
+
+def _row_tile(rows: int) -> tuple[int, int]:
+    """Query columns of one program, and all columns rounded up to a multiple of that."""
+    tile = 8 if rows <= 8 else 16
+    return tile, -(-rows // tile) * tile
+
+
+def chunks(head_dim: int, largest: int) -> tuple[tuple[int, int], ...]:
+    """How the tiles of a head are handled: (first tile, number of tiles), the numbers powers of two, none above ``largest``."""
+    out, at, tiles = [], 0, head_dim // TILE
+    while at < tiles:
+        size = min(largest, 1 << ((tiles - at).bit_length() - 1))
+        out.append((at, size))
+        at += size
+    return tuple(out)
+
+
+def padded_rows(group: int, tq: int) -> int:
+    """Query rows of one KV head as the kernels store them: ``group * tq`` rounded up to 8, or to a multiple of 16."""
+    rows = group * tq
+    return 8 if rows <= 8 else -(-rows // 16) * 16
+
+
+def column_tile(group: int, tq: int, head_dim: int) -> int:
+    """Query columns of one program: 8, or 16 where there are that many and the output of all of them fits the registers."""
+    return 8 if group * tq <= 8 or head_dim > 128 else 16
+
+
+class Tuning(NamedTuple):
+    """What was found to compile to fast code that does not spill.
+
+    Args:
+        maxnreg: registers per thread: 168 lets 12 programs run on a multiprocessor of 64k registers, 255 lets 8.
+        chunk: tiles that are widened at a time: fewer need fewer registers, more are compiled faster.
+    """
+
+    maxnreg: int
+    chunk: int
+
+    @property
+    def programs(self) -> int:
+        """Programs (of one warp) that a multiprocessor runs at a time; its registers are dealt out in four equal parts."""
+        return 4 * (16384 // (32 * -(-self.maxnreg // 8) * 8))
+
+
+def tuning(head_dim: int, tile: int, masked: bool, plane: str | None) -> Tuning:
+    """Registers and chunk for a head dimension, column tile, partly visible blocks, and plane of high precision."""
+    if head_dim > 128:
+        return Tuning(255, 4 if plane == "16bit" else 2)
+    if tile > 8:
+        return Tuning(255, 4)
+    return Tuning(168, 2 if masked else 4)
+
+
+def choose_splits(max_blocks: int, batch: int, kv_heads: int, row_tiles: int, slots: int) -> int:
+    """Splits per (sequence, KV head) such that no more than ``slots`` programs run, each with two blocks or more.
+
+    Args:
+        max_blocks: most blocks of a sequence.
+        batch: B.
+        kv_heads: Hkv.
+        row_tiles: programs that share a split: padded rows over `column_tile`.
+        slots: programs the device runs at a time: its multiprocessors times `Tuning.programs`.
+    """
+    return max(1, min(slots // max(1, batch * kv_heads * row_tiles), -(-max_blocks // 2), 1024))
+
+
+def attend_pages(
+    q: Tensor,
+    base: Tensor,
+    high: Tensor | None,
+    tail: Tensor,
+    bias: Tensor,
+    blocks: Tensor,
+    counts: Tensor,
+    lengths: Tensor,
+    parts: Tensor,
+    part_lse: Tensor,
+    *,
+    scale: float,
+    plane: str | None = "nested",
+    centred: bool = True,
+    window: int | None = None,
+    softcap: float | None = None,
+    tuned: Tuning | None = None,
+) -> None:
+    """Attention of the newest tokens over the listed pages and the incomplete block, in splits.
+
+    Args:
+        q: queries ``[B, Hq, Tq, D]``, 16-bit, contiguous in D; query i of a sequence sits at position length - Tq + i.
+        base: packed pages, int32 ``[pages, Hkv, plane_size(D, 4).words]``.
+        high: the plane that ``plane`` names, or None.
+        tail: ``[2, B, 2, Hkv, 64, D]`` in the dtype of ``q``: K and V of the newest blocks, block b in slot b mod 2. Only the
+            first length % 64 tokens of the incomplete block are read.
+        bias: float32 ``[B, Hkv, NB, RP]`` of `thrift_attn.select.kernels.score_blocks`.
+        blocks: int32 ``[B, Hkv, 2, NB]`` of `thrift_attn.select.kernels.select_blocks`.
+        counts: int32 ``[B, Hkv, 2]`` of the same.
+        lengths: int32 ``[B]``, tokens of each sequence, the new ones included.
+        parts: float32 ``[B, Hkv, SPLITS, RP, D]``, written.
+        part_lse: float32 ``[B, Hkv, SPLITS, RP]``, written; base 2, -inf for an empty split.
+        scale: factor of the logits.
+        plane: ``"nested"``, ``"nested8"``, ``"16bit"`` or None (no block is promoted).
+        centred: K pages hold K - c_b and ``bias`` is added.
+        window: each query sees so many tokens, itself included; None for all.
+        softcap: bound of the logits.
+        tuned: registers and chunk, by default `tuning`.
+
+    Raises:
+        ValueError: shapes that do not fit.
+        TypeError: queries that are not 16-bit, or of another dtype than the incomplete block.
+    """
+    batch, heads, tq, dim = q.shape
+    kv_heads, splits, rows = parts.shape[1], parts.shape[2], parts.shape[3]
+    group = heads // kv_heads
+    tile = column_tile(group, tq, dim)
+    words = plane_size(dim, 4).words
+    if base.shape[1:] != (kv_heads, words) or heads % kv_heads or rows != padded_rows(group, tq):
+        raise ValueError(
+            f"expected base [*, {kv_heads}, {words}] and parts [B, {kv_heads}, SPLITS, {padded_rows(group, tq)}, {dim}] "
+            f"for q {list(q.shape)}, got {list(base.shape)} and {list(parts.shape)}"
+        )
+    if q.dtype not in (torch.float16, torch.bfloat16) or tail.dtype != q.dtype:
+        raise TypeError(f"expected 16-bit q and tail of one dtype, got {q.dtype} and {tail.dtype}")
+    if tail.shape != (2, batch, 2, kv_heads, BLOCK, dim) or not tail.is_contiguous():
+        raise ValueError(
+            f"expected a contiguous tail [2, {batch}, 2, {kv_heads}, {BLOCK}, {dim}], got {list(tail.shape)}"
+        )
+    masked = tq > 1 or window is not None
+    tuned = tuned or tuning(dim, tile, masked, plane)
+    attend_split_kernel[(splits, rows // tile, batch * kv_heads)](
+        q,
+        base,
+        base if high is None else high,
+        tail,
+        bias,
+        blocks,
+        counts,
+        lengths,
+        parts,
+        part_lse,
+        scale * LOG2E,
+        q.stride(0),
+        q.stride(1),
+        q.stride(2),
+        window or 0,
+        blocks.shape[-1],
+        HKV=kv_heads,
+        GROUP=group,
+        TQ=tq,
+        D=dim,
+        CHUNKS=chunks(dim, tuned.chunk),
+        N=tile,
+        RP=rows,
+        HIGH=HIGH[plane],
+        CENTRED=centred,
+        WINDOW=window is not None,
+        CAP=(softcap or 0.0) * LOG2E,
+        PORTABLE=PORTABLE,
+        num_warps=1,
+        num_stages=1,
+        maxnreg=tuned.maxnreg,
+    )
+
+
+def merge_splits(parts: Tensor, part_lse: Tensor, out: Tensor, lse: Tensor) -> None:
+    """Merge the splits of `attend_pages`.
+
+    Args:
+        parts: float32 ``[B, Hkv, SPLITS, RP, D]``.
+        part_lse: float32 ``[B, Hkv, SPLITS, RP]``, base 2.
+        out: ``[B, Hq, Tq, D]``, any float dtype, contiguous in D, written; zeros for a row that sees no token.
+        lse: float32 ``[B, Hq, Tq]``, contiguous, natural logarithm, written; -inf for a row that sees no token.
+    """
+    batch, heads, tq, dim = out.shape
+    kv_heads, splits, rows = parts.shape[1:4]
+    group = heads // kv_heads
+    width = triton.next_power_of_2(dim)
+    lanes = 32 if splits > 16 else min(width, 128)
+    merge_splits_kernel[(group * tq, batch * kv_heads, triton.cdiv(dim, lanes))](
+        parts,
+        part_lse,
+        out,
+        lse,
+        out.stride(0),
+        out.stride(1),
+        out.stride(2),
+        splits,
+        HKV=kv_heads,
+        GROUP=group,
+        TQ=tq,
+        D=dim,
+        RP=rows,
+        PAD=triton.next_power_of_2(splits),
+        SLICE=lanes,
+        num_warps=4,
+    )

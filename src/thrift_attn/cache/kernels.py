@@ -1,0 +1,86 @@
+"""Writing new tokens into the 16-bit slots, on the device and without knowing the lengths on the host."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from thrift_attn.config import BLOCK
+
+
+@triton.jit
+def write_tail_kernel(
+    k_ptr,  # [B, Hkv, T, D]
+    v_ptr,
+    tail_ptr,  # [2, B, 2, Hkv, 64, D], contiguous
+    page_table_ptr,  # int32 [B, NB]
+    lengths_ptr,  # int32 [B], before the new tokens
+    pages_ptr,  # int32 [B, 2]: the page of the block that slot s completes, or -1
+    stride_kb,
+    stride_kh,
+    stride_kt,
+    stride_vb,
+    stride_vh,
+    stride_vt,
+    blocks,  # NB
+    BATCH: tl.constexpr,
+    HKV: tl.constexpr,
+    T: tl.constexpr,
+    D: tl.constexpr,
+    DP: tl.constexpr,  # D rounded up to a power of two
+):
+    token = tl.program_id(0)
+    bh = tl.program_id(1)
+    b, h = bh // HKV, bh % HKV
+    length = tl.load(lengths_ptr + b)
+    at = length + token
+    d = tl.arange(0, DP)
+    k_at = b.to(tl.int64) * stride_kb + h.to(tl.int64) * stride_kh + token * stride_kt
+    v_at = b.to(tl.int64) * stride_vb + h.to(tl.int64) * stride_vh + token * stride_vt
+    k = tl.load(k_ptr + k_at + d, mask=d < D)
+    v = tl.load(v_ptr + v_at + d, mask=d < D)
+    slot = at // 64 % 2
+    out = (((b.to(tl.int64) * 2 + slot) * HKV + h) * 64 + at % 64) * D + d
+    tl.store(tail_ptr + out, k, mask=d < D)
+    tl.store(tail_ptr + BATCH * 2 * HKV * 64 * D + out, v, mask=d < D)
+    if (token == 0) & (h == 0):
+        # At most 64 tokens complete at most one block: the one that held the old end.
+        full = (length % 64 + T) >= 64
+        page = tl.load(page_table_ptr + b.to(tl.int64) * blocks + length // 64, mask=full, other=-1)
+        side = length // 64 % 2
+        tl.store(pages_ptr + b * 2 + side, page)
+        tl.store(pages_ptr + b * 2 + 1 - side, -1)
+
+
+def write_tail(k: Tensor, v: Tensor, tail: Tensor, page_table: Tensor, lengths: Tensor, pages: Tensor) -> None:
+    """Write new tokens into the slots of the two newest blocks and say which pages have become complete.
+
+    Args:
+        k: new tokens ``[B, Hkv, T, D]``, T at most 64, contiguous in D.
+        v: likewise.
+        tail: ``[2, B, 2, Hkv, 64, D]``: K and V, slots, written.
+        page_table: int32 ``[B, NB]``.
+        lengths: int32 ``[B]``, before the new tokens; not changed.
+        pages: int32 ``[B, 2]``, written: for each slot the page its block goes to if it is complete now, else -1.
+    """
+    batch, kv_heads, count, dim = k.shape
+    if count > BLOCK:
+        raise ValueError(f"one step writes at most {BLOCK} tokens, got {count}")
+    write_tail_kernel[(count, batch * kv_heads)](
+        k,
+        v,
+        tail,
+        page_table,
+        lengths,
+        pages,
+        *k.stride()[:3],
+        *v.stride()[:3],
+        page_table.shape[1],
+        BATCH=batch,
+        HKV=kv_heads,
+        T=count,
+        D=dim,
+        DP=triton.next_power_of_2(dim),
+        num_warps=1,
+    )

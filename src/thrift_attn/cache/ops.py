@@ -1,0 +1,99 @@
+"""The cache's kernels as torch.library operators, so that they trace, compile and capture."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from thrift_attn.attend.decode import attend_pages, choose_splits, column_tile, merge_splits, padded_rows, tuning
+from thrift_attn.cache.kernels import write_tail
+from thrift_attn.config import BLOCK
+from thrift_attn.quant.kernels import pack_blocks
+from thrift_attn.select.kernels import score_blocks, select_blocks
+
+
+def _multiprocessors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
+
+
+@torch.library.custom_op(
+    "thrift_attn::append_step", mutates_args=("tail", "base", "centres", "high", "lengths"), device_types=None
+)
+def append_step(
+    k: Tensor,
+    v: Tensor,
+    tail: Tensor,
+    base: Tensor,
+    centres: Tensor,
+    high: Tensor,
+    page_table: Tensor,
+    lengths: Tensor,
+    low: str,
+    plane: str,
+    centred: bool,
+    best: bool,
+) -> None:
+    """Append T <= 64 tokens to every sequence and pack the blocks that are complete now; ``lengths`` grows by T."""
+    batch, kv_heads, count, dim = k.shape
+    pages = torch.empty(batch, 2, dtype=torch.int32, device=k.device)
+    write_tail(k, v, tail, page_table, lengths, pages)
+    blocks = tail.view(2, batch * 2, kv_heads, BLOCK, dim)
+    pack_blocks(
+        blocks[0], blocks[1], pages.view(-1), base, centres, high, low=low, plane=plane, centred=centred, best=best
+    )
+    lengths.add_(count)
+
+
+@append_step.register_fake
+def _(k, v, tail, base, centres, high, page_table, lengths, low, plane, centred, best):
+    return None
+
+
+@torch.library.custom_op("thrift_attn::attend_cache", mutates_args=(), device_types=None)
+def attend_cache(
+    q: Tensor,
+    base: Tensor,
+    centres: Tensor,
+    high: Tensor,
+    tail: Tensor,
+    page_table: Tensor,
+    lengths: Tensor,
+    budget: Tensor,
+    scale: float,
+    window: int | None,
+    softcap: float | None,
+    plane: str,
+    centred: bool,
+    first: int,
+    last: int,
+) -> tuple[Tensor, Tensor]:
+    """Scores, selection, attention and merge of the newest tokens over the pages; see `PagedThriftCache.attend`."""
+    batch, heads, tq, dim = q.shape
+    kv_heads, blocks = base.shape[1], page_table.shape[1]
+    rows = padded_rows(heads // kv_heads, tq)
+    q = q if q.stride(-1) == 1 else q.contiguous()
+
+    def empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        return torch.empty(shape, dtype=dtype, device=q.device)
+
+    bias, scores = empty(batch, kv_heads, blocks, rows), empty(batch, kv_heads, blocks)
+    chosen, counts = (empty(batch, kv_heads, 2, n, dtype=torch.int32) for n in (blocks, 1))
+    score_blocks(q, centres, page_table, lengths, bias, scores, scale=scale)
+    select_blocks(scores, page_table, lengths, budget, chosen, counts, tq=tq, first=first, last=last, window=window)
+    group = heads // kv_heads
+    tile = column_tile(group, tq, dim)
+    tuned = tuning(dim, tile, tq > 1 or window is not None, plane)
+    splits = choose_splits(blocks, batch, kv_heads, rows // tile, _multiprocessors(q.device) * tuned.programs)
+    parts, part_lse = empty(batch, kv_heads, splits, rows, dim), empty(batch, kv_heads, splits, rows)
+    attend_pages(
+        q, base, high, tail, bias, chosen, counts, lengths, parts, part_lse,
+        scale=scale, plane=plane, centred=centred, window=window, softcap=softcap, tuned=tuned,
+    )  # fmt: skip
+    out, lse = torch.empty_like(q, memory_format=torch.contiguous_format), empty(batch, heads, tq)
+    merge_splits(parts, part_lse, out, lse)
+    return out, lse
+
+
+@attend_cache.register_fake
+def _(q, base, centres, high, tail, page_table, lengths, budget, scale, window, softcap, plane, centred, first, last):
+    return q.new_empty(q.shape), q.new_empty(q.shape[:3], dtype=torch.float32)

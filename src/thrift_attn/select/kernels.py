@@ -1,0 +1,264 @@
+"""Block scores q.c_b and the choice of promoted blocks, on the device."""
+
+# pyright: reportCallIssue=false, reportArgumentType=false, reportGeneralTypeIssues=false, reportAssignmentType=false
+
+from __future__ import annotations
+
+import os
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from thrift_attn.config import BLOCK
+
+LOG2E = 1.4426950408889634
+PORTABLE = os.environ.get("TRITON_INTERPRET", "0") == "1"
+"""float32 products of 16-bit data, for the interpreter."""
+
+MAX_BLOCKS = 16384
+"""Most blocks of one sequence: the choice is made by one program per KV head, which holds all scores."""
+
+
+@triton.jit(do_not_specialize=["blocks"])
+def block_scores_kernel(
+    q_ptr,  # [B, Hq, Tq, D]
+    centre_ptr,  # 16-bit [pages, Hkv, D]
+    page_table_ptr,  # int32 [B, NB]
+    lengths_ptr,  # int32 [B]
+    bias_ptr,  # float32 [B, Hkv, NB, RP]
+    score_ptr,  # float32 [B, Hkv, NB]
+    scale,  # factor of the logits times log2(e)
+    stride_qb,
+    stride_qh,
+    stride_qt,
+    blocks,  # NB
+    HKV: tl.constexpr,
+    GROUP: tl.constexpr,
+    TQ: tl.constexpr,
+    D: tl.constexpr,
+    DP: tl.constexpr,  # D rounded up to a power of two
+    GP: tl.constexpr,  # group rounded up to a power of two, at least 16
+    N: tl.constexpr,
+    RP: tl.constexpr,
+    BM: tl.constexpr,  # blocks per program
+    PORTABLE: tl.constexpr,
+):
+    bh = tl.program_id(1)
+    b = bh // HKV
+    h = bh % HKV
+    full = tl.load(lengths_ptr + b) // 64  # complete blocks
+    if tl.program_id(0) * BM < full:
+        block = tl.program_id(0) * BM + tl.arange(0, BM)
+        there = block < full
+        d = tl.arange(0, DP)
+        page = tl.load(page_table_ptr + b.to(tl.int64) * blocks + block, mask=there, other=0)
+        centre_at = (page * HKV + h).to(tl.int64)[:, None] * D + d[None, :]
+        centre = tl.load(centre_ptr + centre_at, mask=there[:, None] & (d < D)[None, :], other=0.0)  # [BM, DP]
+        best = tl.full([BM], float("-inf"), tl.float32)
+        q_start = q_ptr + b.to(tl.int64) * stride_qb + (h * GROUP).to(tl.int64) * stride_qh
+        for first in tl.static_range(0, RP, N):
+            row = first + tl.arange(0, N)
+            at = row // GROUP * stride_qt + row % GROUP * stride_qh
+            inside = row < GROUP * TQ
+            q = tl.load(q_start + at[None, :] + d[:, None], mask=inside[None, :] & (d < D)[:, None], other=0.0)
+            if PORTABLE:
+                s = tl.dot(centre.to(tl.float32), q.to(tl.float32), input_precision="ieee") * scale
+            else:
+                s = tl.dot(centre, q) * scale  # [BM, N]
+            bias_at = (bh.to(tl.int64) * blocks + block)[:, None] * RP + row[None, :]
+            tl.store(bias_ptr + bias_at, s, mask=there[:, None])
+            if TQ == 1:
+                best = tl.maximum(best, tl.max(tl.where(inside[None, :], s, float("-inf")), 1))
+        if TQ > 1:  # of each head the mean of the queries
+            head = tl.arange(0, GP)
+            mean = tl.zeros([DP, GP], tl.float32)
+            real = (head < GROUP)[None, :]
+            for i in tl.static_range(TQ):
+                at = q_start + i * stride_qt + head[None, :] * stride_qh + d[:, None]
+                mean += tl.load(at, mask=real & (d < D)[:, None], other=0.0).to(tl.float32)
+            mean = (mean * (1.0 / TQ)).to(centre.dtype)
+            if PORTABLE:
+                s = tl.dot(centre.to(tl.float32), mean.to(tl.float32), input_precision="ieee") * scale
+            else:
+                s = tl.dot(centre, mean) * scale  # [BM, GP]
+            best = tl.max(tl.where(real, s, float("-inf")), 1)
+        tl.store(score_ptr + bh.to(tl.int64) * blocks + block, best, mask=there)
+
+
+@triton.jit(do_not_specialize=["blocks", "window"])
+def select_blocks_kernel(
+    score_ptr,  # float32 [B, Hkv, NB]
+    page_table_ptr,  # int32 [B, NB]
+    lengths_ptr,  # int32 [B]
+    budget_ptr,  # int32 [NB + 2]: promoted blocks, the incomplete one included, of a sequence of so many blocks
+    list_ptr,  # int32 [B, Hkv, 2, NB]: block numbers and page numbers, promoted ones first, each part in order
+    counts_ptr,  # int32 [B, Hkv, 2]: promoted, all listed
+    blocks,  # NB
+    window,
+    FIRST: tl.constexpr,  # forced first and last blocks
+    LAST: tl.constexpr,
+    HKV: tl.constexpr,
+    TQ: tl.constexpr,
+    WINDOW: tl.constexpr,
+    PAD: tl.constexpr,  # NB rounded up to a power of two
+):
+    bh = tl.program_id(0)
+    b = bh // HKV
+    length = tl.load(lengths_ptr + b)
+    full = length // 64
+    total = (length + 63) // 64
+    start = full - full
+    if WINDOW:
+        start = tl.maximum(length - TQ - window + 1, 0) // 64
+    listed = tl.maximum(full - start, 0)
+
+    block = tl.arange(0, PAD)
+    there = (block >= start) & (block < full)
+    score = tl.load(score_ptr + bh.to(tl.int64) * blocks + block, mask=there, other=0.0)
+    # Order-preserving integers; -0 and 0 compare equal through the addition.
+    bits = (score + 0.0).to(tl.int32, bitcast=True)
+    key = bits ^ ((bits >> 31) & 0x7FFFFFFF)
+    key = tl.minimum(key, 0x7FFFFFF0)
+    key = tl.where(block >= total - LAST, 0x7FFFFFFE, key)
+    key = tl.where(block < FIRST, 0x7FFFFFFF, key)
+    key = tl.where(there, tl.maximum(key, -0x7FFFFFF0), -0x7FFFFFFF)
+
+    # The incomplete block is in 16 bits in any case. It takes its place in the budget after the forced first blocks; where no
+    # last block is forced, as a block of score 0.
+    wanted = tl.load(budget_ptr + total - start)
+    if LAST > 0:
+        better = tl.minimum(tl.maximum(FIRST - start, 0), listed)
+    else:
+        better = tl.sum((there & (key >= 0)).to(tl.int32), 0)
+    wanted -= ((total > full) & (better < wanted)).to(tl.int32)
+    wanted = tl.minimum(tl.maximum(wanted, 0), listed)
+
+    # The largest threshold that at least `wanted` keys reach, bit by bit.
+    least = -0x7FFFFFFF - 1
+    threshold = wanted - wanted + least
+    for bit in tl.static_range(31, -1, -1):
+        if bit == 31:
+            trial = threshold - least  # 0: the sign bit counts the other way round
+        else:
+            trial = threshold + (1 << bit)
+        reached = tl.sum((key >= trial).to(tl.int32), 0)
+        threshold = tl.where(reached >= wanted, trial, threshold)
+    above = key > threshold
+    ties = (key == threshold) & there
+    room = wanted - tl.sum(above.to(tl.int32), 0)
+    chosen = above | (ties & (tl.cumsum(ties.to(tl.int32), 0) <= room))
+    chosen = chosen & there & (wanted > 0)
+    rank = tl.cumsum(chosen.to(tl.int32), 0)  # inclusive
+    place = tl.where(chosen, rank - 1, wanted + block - start - rank)
+    page = tl.load(page_table_ptr + b.to(tl.int64) * blocks + block, mask=there, other=0)
+    out = list_ptr + bh.to(tl.int64) * 2 * blocks + place
+    tl.store(out, block, mask=there)
+    tl.store(out + blocks, page, mask=there)
+    tl.store(counts_ptr + bh * 2, wanted)
+    tl.store(counts_ptr + bh * 2 + 1, listed)
+
+
+def score_blocks(
+    q: Tensor,
+    centres: Tensor,
+    page_table: Tensor,
+    lengths: Tensor,
+    bias: Tensor,
+    scores: Tensor,
+    *,
+    scale: float,
+) -> None:
+    """q.c_b of every complete block, for the logits and for the choice of blocks.
+
+    Args:
+        q: queries ``[B, Hq, Tq, D]``, 16-bit, contiguous in D.
+        centres: c_b ``[pages, Hkv, D]`` in the dtype of ``q``.
+        page_table: int32 ``[B, NB]``.
+        lengths: int32 ``[B]``, tokens of each sequence.
+        bias: float32 ``[B, Hkv, NB, RP]``, written for complete blocks: logits times log2(e), rows (query, group head).
+        scores: float32 ``[B, Hkv, NB]``, written for complete blocks: the largest of the group's heads, of each
+            head the mean over the queries.
+        scale: factor of the logits.
+    """
+    batch, heads, tq, dim = q.shape
+    kv_heads, blocks, rows = bias.shape[1:]
+    per_program = 64
+    block_scores_kernel[(triton.cdiv(blocks, per_program), batch * kv_heads)](
+        q,
+        centres,
+        page_table,
+        lengths,
+        bias,
+        scores,
+        scale * LOG2E,
+        q.stride(0),
+        q.stride(1),
+        q.stride(2),
+        blocks,
+        HKV=kv_heads,
+        GROUP=heads // kv_heads,
+        TQ=tq,
+        D=dim,
+        DP=triton.next_power_of_2(dim),
+        GP=max(16, triton.next_power_of_2(heads // kv_heads)),
+        N=16 if rows % 16 == 0 else 8,
+        RP=rows,
+        BM=per_program,
+        PORTABLE=PORTABLE,
+        num_warps=4,
+    )
+
+
+def select_blocks(
+    scores: Tensor,
+    page_table: Tensor,
+    lengths: Tensor,
+    budget: Tensor,
+    blocks: Tensor,
+    counts: Tensor,
+    *,
+    tq: int,
+    first: int = 1,
+    last: int = 1,
+    window: int | None = None,
+) -> None:
+    """Choose the promoted blocks of every KV head: forced ones first, then the highest scores, ties to the lower index.
+
+    Args:
+        scores: float32 ``[B, Hkv, NB]`` of `score_blocks`.
+        page_table: int32 ``[B, NB]``.
+        lengths: int32 ``[B]``.
+        budget: int32 ``[NB + 2]``: how many blocks to promote, the incomplete one included, if a sequence has so many.
+        blocks: int32 ``[B, Hkv, 2, NB]``, written: numbers of the complete visible blocks, the promoted ones before the others
+            and each part in order, and their pages.
+        counts: int32 ``[B, Hkv, 2]``, written: how many are promoted, and how many are listed.
+        tq: queries per sequence.
+        first: forced first blocks.
+        last: forced last blocks, the incomplete one included.
+        window: tokens that a query sees.
+
+    Raises:
+        ValueError: more blocks than one program can hold.
+    """
+    batch, kv_heads, capacity = scores.shape
+    if capacity > MAX_BLOCKS:
+        raise ValueError(f"the choice of blocks holds at most {MAX_BLOCKS} blocks ({MAX_BLOCKS * BLOCK} tokens)")
+    pad = max(32, triton.next_power_of_2(capacity))
+    select_blocks_kernel[(batch * kv_heads,)](
+        scores,
+        page_table,
+        lengths,
+        budget,
+        blocks,
+        counts,
+        capacity,
+        window or 0,
+        FIRST=first,
+        LAST=last,
+        HKV=kv_heads,
+        TQ=tq,
+        WINDOW=window is not None,
+        PAD=pad,
+        num_warps=max(1, min(16, pad // 256)),
+    )

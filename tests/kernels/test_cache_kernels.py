@@ -1,0 +1,174 @@
+"""The cache on its kernels against the cache in plain PyTorch: the same pages, the same attention."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from thrift_attn import fraction, top_k
+from thrift_attn.cache import PagedThriftCache, ops
+from thrift_attn.cache.paged import DECODE
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def make(backend, *, batch=1, pages=24, heads=2, dim=64, config=DECODE, dtype=torch.float16):
+    cache = PagedThriftCache(
+        batch=batch, kv_heads=heads, head_dim=dim, num_pages=pages, config=config, dtype=dtype, device=DEVICE
+    )
+    assert cache.backend == "triton"
+    cache.backend = backend
+    return cache
+
+
+def both(**options):
+    return make("triton", **options), make("reference", **options)
+
+
+def tokens(count, *, batch=1, heads=2, dim=64, dtype=torch.float16, seed=0):
+    gen = torch.Generator().manual_seed(seed)
+    bias = 4 * torch.randn(dim, generator=gen)
+    k = torch.randn(batch, heads, count, dim, generator=gen) + bias
+    return k.to(dtype).to(DEVICE), torch.randn(batch, heads, count, dim, generator=gen).to(dtype).to(DEVICE)
+
+
+def query(count=1, *, batch=1, heads=4, dim=64, dtype=torch.float16):
+    return torch.randn(batch, heads, count, dim, generator=torch.Generator().manual_seed(9)).to(dtype).to(DEVICE)
+
+
+def check(kernels, plain, q, **options):
+    """Attention agrees to the rounding of P and of the output to 16 bits."""
+    out, lse = kernels.attend(q, return_lse=True, **options)
+    want, want_lse = plain.attend(q, return_lse=True, **options)
+    assert not out.isnan().any()
+    assert (out.float() - want.float()).norm() <= 2e-3 * want.float().norm() + 1e-6
+    finite = want_lse.isfinite()
+    assert torch.equal(finite, lse.isfinite())
+    assert (lse - want_lse)[finite].abs().max() < 3e-3 if finite.any() else True
+
+
+@pytest.mark.parametrize(("high", "scales"), [("nested", "best"), ("nested8", "max"), ("16bit", "best")])
+def test_pages_written_by_kernels_and_by_pytorch_agree(high, scales):
+    k, v = tokens(64, heads=1)
+    caches = both(config=DECODE.with_(high=high, scales=scales), heads=1)
+    for cache in caches:
+        cache.append(k, v)
+    one, other = caches
+    assert (one.pool.centres[:1].float() - other.pool.centres[:1].float()).abs().max() <= 2**-7
+    # Means are summed in another order: one that rounds the other way, or a near tie of two scales, moves single codes.
+    different = (one.pool.base[:1] != other.pool.base[:1]).float().mean()
+    assert different < 0.02
+    for a, b in zip(one.read(0), other.read(0), strict=True):
+        assert (a.float() - b.float()).norm() < 4e-3 * b.float().norm()
+
+
+@pytest.mark.parametrize("steps", [[63, 1, 1, 64], [70, 62, 3]])
+def test_steps_on_the_device_equal_bulk_appends(steps):
+    k, v = tokens(sum(steps), batch=2, heads=1)
+    kernels, plain = both(batch=2, heads=1)
+    start = 0
+    for n in steps:
+        kernels.append(k[:, :, start : start + n], v[:, :, start : start + n])
+        start += n
+    plain.append(k, v)
+    assert kernels.lengths.tolist() == plain.lengths.tolist() == [sum(steps)] * 2
+    assert [kernels.tokens(row) for row in range(2)] == [sum(steps)] * 2
+    check(kernels, plain, query(batch=2, heads=2))
+    for cache in (kernels, plain):
+        cache.truncate(1, sum(steps) - 5)
+        cache.append(k[:, :, :10], v[:, :, :10], lengths=[0, 10])
+    check(kernels, plain, query(3, batch=2, heads=2))
+
+
+@pytest.mark.parametrize(
+    ("high", "budget"), [("nested", fraction(0)), ("nested8", top_k(2)), ("16bit", fraction(1)), ("nested", top_k(1))]
+)
+def test_attention_over_ragged_batches(high, budget):
+    lengths = [0, 1, 64, 150]
+    k, v = tokens(150, batch=4)
+    kernels, plain = both(batch=4, config=DECODE.with_(high=high, budget=budget))
+    for cache in (kernels, plain):
+        cache.append(k, v, lengths=lengths)
+    check(kernels, plain, query(batch=4))
+    out, lse = kernels.attend(query(batch=4), return_lse=True)
+    assert not out[0].any()
+    assert (lse[0] == -math.inf).all()
+
+
+@pytest.mark.parametrize(
+    "options", [{"window": 100}, {"softcap": 2.0}, {"scale": 0.3}, {"window": 70, "softcap": 5.0}], ids=str
+)
+@pytest.mark.parametrize("tq", [4])
+def test_options(options, tq):
+    k, v = tokens(140, heads=1)
+    kernels, plain = both(heads=1)
+    for cache in (kernels, plain):
+        cache.append(k, v)
+    check(kernels, plain, query(tq), **options)
+
+
+@pytest.mark.parametrize(("low", "center"), [("nvfp4", "none"), ("mxfp4", "block")])
+def test_formats(low, center):
+    k, v = tokens(70, heads=1)
+    kernels, plain = both(config=DECODE.with_(low=low, center=center), heads=1)
+    for cache in (kernels, plain):
+        cache.append(k, v)
+    check(kernels, plain, query())
+
+
+def test_operators_are_registered_properly():
+    k, v = tokens(40, heads=1)
+    cache = make("triton", heads=1)
+    cache.append(k, v)
+    args = (
+        query(), *cache.pool, cache.tail, cache.table.table, cache.lengths, cache.budget,
+        0.125, None, None, "nested", True, 1, 1,
+    )  # fmt: skip
+    torch.library.opcheck(ops.attend_cache, args)
+    step = (k[:, :, :3], v[:, :, :3], cache.tail, *cache.pool, cache.table.table, cache.lengths)
+    torch.library.opcheck(ops.append_step, (*step, "nvfp4", "nested", True, True), test_utils="test_schema")
+
+
+def test_a_step_compiles_as_one_graph():
+    k, v = tokens(40, heads=1)
+    cache = make("triton", heads=1)
+    cache.append(k, v)
+
+    @torch.compile(fullgraph=True, backend="aot_eager")
+    def step(q):
+        return 2 * cache.attend(q)
+
+    assert torch.equal(step(query()), 2 * cache.attend(query()))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("tq", [1, 3])
+def test_a_graph_replays_as_the_lengths_grow(tq):
+    k, v = tokens(400 + 40 * tq, batch=2)
+    eager, graphed = make("triton", batch=2), make("triton", batch=2)
+    for cache in (eager, graphed):
+        cache.append(k[:, :, :400], v[:, :, :400])
+    graphed.reserve(40 * tq)
+    new_k, new_v, q = k[:, :, 400 : 400 + tq].clone(), v[:, :, 400 : 400 + tq].clone(), query(tq, batch=2)
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):  # compile outside of the capture
+        graphed.attend(q)
+        warm = make("triton", batch=2)
+        warm.append(new_k, new_v)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        graphed.append(new_k, new_v)
+        out = graphed.attend(q)
+    for step in range(40):
+        at = 400 + step * tq
+        new_k.copy_(k[:, :, at : at + tq])
+        new_v.copy_(v[:, :, at : at + tq])
+        graph.replay()
+        graphed.advance(tq)
+        eager.append(new_k, new_v)
+        assert torch.equal(out, eager.attend(q))
+    assert graphed.lengths.tolist() == eager.lengths.tolist() == [400 + 40 * tq] * 2
+    assert torch.equal(graphed.pool.base[graphed.table.pages(0)], eager.pool.base[eager.table.pages(0)])

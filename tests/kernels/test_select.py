@@ -1,0 +1,78 @@
+"""Block scores and the choice of blocks against plain PyTorch."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from test_pack import DEVICE
+
+from thrift_attn.select.budget import promote
+from thrift_attn.select.kernels import score_blocks, select_blocks
+
+
+@pytest.mark.parametrize(("dim", "tq"), [(64, 1), (80, 3)])
+def test_scores(dim: int, tq: int) -> None:
+    torch.manual_seed(0)
+    q = torch.randn(2, 6, tq, dim, device=DEVICE).half()
+    centres = torch.randn(9, 2, dim, device=DEVICE).half()
+    table = torch.randperm(9, device=DEVICE).int()[:8].view(2, 4)
+    lengths = torch.tensor([64 * 4 + 3, 64 * 2 + 63], dtype=torch.int32, device=DEVICE)
+    rows = 8 if 3 * tq <= 8 else 16
+    bias = torch.full((2, 2, 4, rows), torch.nan, device=DEVICE)
+    scores = torch.full((2, 2, 4), torch.nan, device=DEVICE)
+    score_blocks(q, centres, table, lengths, bias, scores, scale=0.2)
+    grouped = q.view(2, 2, 3, tq, dim).transpose(2, 3).flatten(2, 3).float()  # rows (query, group head)
+    want = torch.einsum("bhrd,bnhd->bhnr", grouped, centres[table].float()) * 0.2
+    for b, full in enumerate((4, 2)):
+        got = bias[b, :, :full, : 3 * tq] / 1.4426950408889634
+        torch.testing.assert_close(got, want[b, :, :full], rtol=1e-4, atol=1e-4)
+        mean = bias[b, :, :full, : 3 * tq].unflatten(-1, (tq, 3)).mean(-2).amax(-1)
+        torch.testing.assert_close(scores[b, :, :full], mean, rtol=2e-3, atol=2e-3)
+        assert scores[b, :, full:].isnan().all()
+
+
+@pytest.mark.parametrize("blocks", [1, 5, 37, 300])
+@pytest.mark.parametrize("tail", [0, 7])
+@pytest.mark.parametrize(("first", "last"), [(1, 1), (0, 0), (2, 3)])
+def test_choice_equals_the_reference(blocks: int, tail: int, first: int, last: int) -> None:
+    torch.manual_seed(blocks)
+    capacity = blocks + 2
+    scores = torch.randn(1, 3, capacity, device=DEVICE).mul(3).round()  # many ties
+    scores[0, 1] = 0.5
+    scores[0, 2, ::2] = -torch.inf
+    table = torch.randperm(capacity, device=DEVICE).int()[None]
+    lengths = torch.tensor([blocks * 64 + tail], dtype=torch.int32, device=DEVICE)
+    total = blocks + (tail > 0)
+    for k in {0, 1, 3, total // 2, total}:
+        if k < first + last and last > 1:
+            continue  # which of several last blocks goes without is not the same
+        budget = torch.full((capacity + 2,), -99, dtype=torch.int32, device=DEVICE)
+        budget[total] = k
+        out = torch.full((1, 3, 2, capacity), -5, dtype=torch.int32, device=DEVICE)
+        counts = torch.full((1, 3, 2), -5, dtype=torch.int32, device=DEVICE)
+        select_blocks(scores, table, lengths, budget, out, counts, tq=1, first=first, last=last)
+        padded = torch.cat([scores[0, :, :blocks], scores.new_zeros(3, 1)], 1)[:, None, :total]
+        visible = torch.ones(1, total, dtype=torch.bool, device=DEVICE)
+        want = promote(padded, visible, torch.tensor([k], device=DEVICE), first=first, last=last)[:, 0, :blocks]
+        for h in range(3):
+            n, listed = counts[0, h].tolist()
+            assert listed == blocks
+            assert n == int(want[h].sum()), (k, h)
+            row = out[0, h, 0, :blocks].long()
+            assert row[:n].tolist() == want[h].nonzero()[:, 0].tolist()
+            assert row[n:].tolist() == (~want[h]).nonzero()[:, 0].tolist()
+            assert torch.equal(out[0, h, 1, :blocks], table[0, row])
+            assert (out[0, h, :, blocks:] == -5).all()
+
+
+def test_window_lists_only_what_is_seen() -> None:
+    scores = torch.randn(1, 1, 10, device=DEVICE)
+    table = torch.arange(10, dtype=torch.int32, device=DEVICE)[None]
+    lengths = torch.tensor([64 * 8 + 10], dtype=torch.int32, device=DEVICE)
+    budget = torch.arange(12, dtype=torch.int32, device=DEVICE).clamp(max=2)
+    out = torch.full((1, 1, 2, 10), -5, dtype=torch.int32, device=DEVICE)
+    counts = torch.full((1, 1, 2), -5, dtype=torch.int32, device=DEVICE)
+    select_blocks(scores, table, lengths, budget, out, counts, tq=1, window=200)
+    # the query at 521 sees 322..521: blocks 5, 6, 7 and the incomplete one
+    assert counts.flatten().tolist() == [1, 3]  # two promoted blocks, one of them the incomplete one
+    assert sorted(out[0, 0, 0, :3].tolist()) == [5, 6, 7]
