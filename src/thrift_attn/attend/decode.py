@@ -485,12 +485,6 @@ def merge_splits_kernel(
         tl.store(lse_ptr + (b.to(tl.int64) * HKV * GROUP + head) * TQ + step, natural)
 
 
-def _row_tile(rows: int) -> tuple[int, int]:
-    """Query columns of one program, and all columns rounded up to a multiple of that."""
-    tile = 8 if rows <= 8 else 16
-    return tile, -(-rows // tile) * tile
-
-
 def chunks(head_dim: int, largest: int) -> tuple[tuple[int, int], ...]:
     """How the tiles of a head are handled: (first tile, number of tiles), the numbers powers of two, none above ``largest``."""
     out, at, tiles = [], 0, head_dim // TILE

@@ -134,16 +134,23 @@ def select_blocks_kernel(
     wanted -= ((total > full) & (better < wanted)).to(tl.int32)
     wanted = tl.minimum(tl.maximum(wanted, 0), listed)
 
-    # The largest threshold that at least `wanted` keys reach, bit by bit.
+    # The largest threshold that at least `wanted` keys reach, two bits at a time: three trials are counted in one reduction,
+    # since the barriers of a reduction take longer than its additions.
     least = -0x7FFFFFFF - 1
     threshold = wanted - wanted + least
-    for bit in tl.static_range(31, -1, -1):
-        if bit == 31:
-            trial = threshold - least  # 0: the sign bit counts the other way round
+    for pair in tl.static_range(15, -1, -1):
+        step = 1 << (2 * pair)
+        low = threshold + step
+        if pair == 15:
+            middle = threshold - least  # 0: the sign bit counts the other way round
         else:
-            trial = threshold + (1 << bit)
-        reached = tl.sum((key >= trial).to(tl.int32), 0)
-        threshold = tl.where(reached >= wanted, trial, threshold)
+            middle = threshold + 2 * step
+        high = middle + step
+        counted = (key >= low).to(tl.int64) + ((key >= middle).to(tl.int64) << 20) + ((key >= high).to(tl.int64) << 40)
+        reached = tl.sum(counted, 0)
+        threshold = tl.where((reached & 0xFFFFF).to(tl.int32) >= wanted, low, threshold)
+        threshold = tl.where(((reached >> 20) & 0xFFFFF).to(tl.int32) >= wanted, middle, threshold)
+        threshold = tl.where((reached >> 40).to(tl.int32) >= wanted, high, threshold)
     above = key > threshold
     ties = (key == threshold) & there
     room = wanted - tl.sum(above.to(tl.int32), 0)
