@@ -533,7 +533,7 @@ def tuning(head_dim: int, tile: int, masked: bool, plane: str | None) -> Tuning:
 
 
 def choose_splits(max_blocks: int, batch: int, kv_heads: int, row_tiles: int, slots: int) -> int:
-    """Splits per (sequence, KV head) such that no more than ``slots`` programs run, each with two blocks or more.
+    """Splits per (sequence, KV head) such that no more than ``slots`` programs run, each with three blocks or more.
 
     Args:
         max_blocks: most blocks of a sequence.
@@ -542,7 +542,7 @@ def choose_splits(max_blocks: int, batch: int, kv_heads: int, row_tiles: int, sl
         row_tiles: programs that share a split: padded rows over `column_tile`.
         slots: programs the device runs at a time: its multiprocessors times `Tuning.programs`.
     """
-    return max(1, min(slots // max(1, batch * kv_heads * row_tiles), -(-max_blocks // 2), 1024))
+    return max(1, min(slots // max(1, batch * kv_heads * row_tiles), max_blocks // 3, 1024))
 
 
 def attend_pages(
