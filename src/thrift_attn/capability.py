@@ -32,13 +32,20 @@ def support(device: torch.device | str | None = None) -> list[Row]:
     """
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     where = torch.cuda.get_device_name(device) if device.type == "cuda" else "the CPU"
-    formats = f"PyTorch reference in float32 on {where}: every value exact to the format's definition, no speed gained"
-    return [
-        Row("attention(), backend='reference'", "native", f"plain PyTorch, runs on {where}"),
+    plain = f"plain PyTorch on {where}: every value exact to the format's definition, no speed gained"
+    rows = [
+        Row("attention(), any low, math and high", "emulated", plain),
         Row("attention(), backend='triton'", "no", "fused prefill kernels are not written yet"),
-        Row("low='nvfp4' | 'mxfp4' | 'fp8', math='fp4'", "emulated", formats),
-        Row("low='nvfp4' | 'mxfp4' | 'fp8', math='16bit'", "emulated", formats),
     ]
+    try:
+        backend = check_cache(ThriftConfig(math="16bit", high="nested"), 128, torch.bfloat16, device)
+    except NotImplementedError as error:
+        return [*rows, Row("PagedThriftCache", "no", str(error))]
+    if backend == "reference":
+        return [*rows, Row("PagedThriftCache", "emulated", "pages are written and read in plain PyTorch")]
+    dims = ", ".join(map(str, HEAD_DIMS))
+    timed = "timed" if torch.cuda.get_device_capability(device) == (9, 0) else "compiled for this GPU, not timed on one"
+    return [*rows, Row("PagedThriftCache, low='nvfp4' | 'mxfp4'", "native", f"kernels for head_dim {dims}; {timed}")]
 
 
 HEAD_DIMS = (64, 80, 96, 128, 256)

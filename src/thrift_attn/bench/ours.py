@@ -9,7 +9,7 @@ from torch import Tensor
 
 from thrift_attn.bench.cases import DecodeCase, thrift_bytes
 from thrift_attn.bench.inputs import Inputs
-from thrift_attn.bench.methods import Absent, Launch, Method, Variant
+from thrift_attn.bench.methods import Absent, Method, Variant
 from thrift_attn.bench.timing import Step
 from thrift_attn.config import ThriftConfig
 from thrift_attn.quant.formats import FORMATS, RESIDUALS
@@ -32,7 +32,6 @@ def method(case: DecodeCase) -> Method:
         bytes=lambda case: thrift_bytes(case)["step"],
         bytes_per_token=_bytes_per_token,
         variants=lambda case: [Variant("paged", partial(_steps, case.config))],
-        launches=partial(_launches, case),
     )
 
 
@@ -82,15 +81,3 @@ def _steps(config: ThriftConfig, inputs: Inputs) -> list[Step]:
         return cache.attend(q, scale=inputs.case.scale)
 
     return [partial(step, fill(config, inputs, at), q) for at, q in enumerate(inputs.q)]
-
-
-def _launches(case: DecodeCase, inputs: Inputs) -> list[Launch]:
-    """The kernels one by one.
-
-    The launchers of `thrift_attn.select.kernels` and `thrift_attn.attend.decode` are listed here, one `Launch` each, with the
-    bytes of `thrift_bytes` for the sequences and heads of ``inputs``, and the budget and storage of ``case``:
-    ``Launch("attend", [partial(launcher, planes of the set, ...) for each set], moved["attend"])``.
-    """
-    # moved = thrift_bytes(replace(inputs.case, budget=case.budget, high=case.high))
-    # caches = [fill(case.config, inputs, at) for at in range(inputs.sets)]
-    return []
