@@ -9,7 +9,6 @@ Units: widened K and V are 2^-7 of their value and Q is scaled to fill half prec
 kept in base 2.
 """
 
-# pyright: reportCallIssue=false, reportArgumentType=false, reportGeneralTypeIssues=false, reportAssignmentType=false
 # ruff: noqa: RUF005, SIM109  (kernels know tuples by `+` alone, and no `in`)
 
 from __future__ import annotations

@@ -9,8 +9,6 @@ tensors have power-of-two sides, and few large operations keep the compiler's ti
 their number.
 """
 
-# pyright: reportCallIssue=false, reportArgumentType=false, reportGeneralTypeIssues=false, reportAssignmentType=false
-
 from __future__ import annotations
 
 import triton

@@ -1,7 +1,5 @@
 """Writing new tokens into the 16-bit slots, on the device and without knowing the lengths on the host."""
 
-# pyright: reportCallIssue=false
-
 from __future__ import annotations
 
 import triton

@@ -5,8 +5,6 @@ packs one tile of one block and head; it works in the order the lanes of the dec
 16-byte stores.
 """
 
-# pyright: reportCallIssue=false, reportArgumentType=false, reportGeneralTypeIssues=false, reportAssignmentType=false
-
 from __future__ import annotations
 
 import torch

@@ -1,7 +1,5 @@
 """Block scores q.c_b and the choice of promoted blocks, on the device."""
 
-# pyright: reportCallIssue=false, reportArgumentType=false, reportGeneralTypeIssues=false, reportAssignmentType=false
-
 from __future__ import annotations
 
 import os
