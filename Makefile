@@ -10,7 +10,8 @@ demo: $(VENV)/.eval
 	$(BIN)/thrift demo
 
 test: $(VENV)/.dev lint
-	$(BIN)/pytest -n 2
+	$(BIN)/pytest -n 2 tests/unit tests/integration tests/architecture
+	TRITON_INTERPRET=1 $(BIN)/pytest -n 2 tests/kernels
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .

@@ -1,21 +1,32 @@
-"""Kernel tests run interpreted on the CPU, or compiled where there is a GPU."""
+"""Kernel tests run compiled where there is a GPU, else interpreted on the CPU.
+
+The interpreter has to be chosen before Triton is first imported, and it would reach into every other test of the process, so
+``make test`` runs this folder by itself with TRITON_INTERPRET=1.
+"""
 
 from __future__ import annotations
 
-import os
-
+import pytest
 import torch
 
-if not torch.cuda.is_available():
-    os.environ["TRITON_INTERPRET"] = "1"  # before any kernel module is imported
+from thrift_attn.capability import interpreted
 
+if interpreted():
     from triton.runtime import interpreter
 
     _patch = interpreter._patch_lang_tensor
 
-    def _patch_lang_tensor(tensor, scope) -> None:
+    def _patch_lang_tensor(tensor, *scope) -> None:
         """Triton 3.6 converts arrays of one element to a loop bound in a way that numpy 2.4 refuses."""
-        _patch(tensor, scope)
-        scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
+        _patch(tensor, *scope)
+        if scope:
+            scope[0].set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
 
     interpreter._patch_lang_tensor = _patch_lang_tensor
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if not torch.cuda.is_available() and not interpreted():
+        for item in items:
+            if "kernels" in item.path.parts:
+                item.add_marker(pytest.mark.skip(reason="without a GPU kernel tests need TRITON_INTERPRET=1"))
