@@ -102,7 +102,7 @@ def test_doctor(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     assert result.exit_code == 0, result.output
     for word in ("python", "torch", "triton", "transformers", "smollm2-135m", "shakespeare", "fetched when first used"):
         assert word in result.output
-    assert "native" in result.output
+    assert "emulated" in result.output
     (tmp_path / "SmolLM2-135M-Instruct.Q4_1.gguf").touch()
     assert "cached" in thrift("doctor").output
 
