@@ -11,7 +11,7 @@ from torch import Tensor
 from thrift_attn.attend import reference
 from thrift_attn.attend.stats import Stats
 from thrift_attn.capability import pick_backend
-from thrift_attn.config import ThriftConfig, check_scale
+from thrift_attn.config import ThriftConfig, check_logits
 from thrift_attn.quant.formats import FORMATS
 
 if TYPE_CHECKING:
@@ -59,19 +59,6 @@ def _check_tensors(q: Tensor, k: Tensor, v: Tensor, config: ThriftConfig) -> Non
         raise NotImplementedError(
             "attention is inference only: call it under torch.no_grad() or torch.inference_mode()"
         )
-
-
-def _check_options(causal: bool, scale: float | None, window: int | None, softcap: float | None) -> None:
-    check_scale(scale)
-    if window is not None:
-        if isinstance(window, bool) or not isinstance(window, int):
-            raise TypeError(f"window must be an int number of tokens, got {type(window).__name__}")
-        if window < 1:
-            raise ValueError(f"window must be at least 1 token, got {window}")
-        if not causal:
-            raise ValueError("window needs causal=True: it counts back from the position of the query")
-    if softcap is not None and not (math.isfinite(softcap) and softcap > 0):
-        raise ValueError(f"softcap must be a finite number > 0, got {softcap!r}")
 
 
 def _check_lengths(kv_lengths: Tensor | None, k: Tensor) -> None:
@@ -182,7 +169,9 @@ def attention(
     Source: ThriftAttention, arXiv 2605.23081.
     """
     _check_tensors(q, k, v, config)
-    _check_options(causal, scale, window, softcap)
+    check_logits(scale, window, softcap)
+    if window is not None and not causal:
+        raise ValueError("window needs causal=True: it counts back from the position of the query")
     _check_lengths(kv_lengths, k)
     pick_backend(backend)
     scale = 1 / math.sqrt(q.shape[-1]) if scale is None else scale

@@ -169,7 +169,18 @@ class ThriftConfig:
         return {**asdict(self), "budget": str(self.budget)}
 
 
-def check_scale(scale: float | None) -> None:
-    """Raise unless the logit scale is None or a finite positive number."""
-    if scale is not None and not (_math.isfinite(scale) and scale > 0):
-        raise ValueError(f"scale must be a finite number > 0, got {scale!r}")
+def check_logits(scale: float | None, window: int | None, softcap: float | None) -> None:
+    """Check what shapes the logits: scale and softcap are None or finite and positive, the window None or a positive int.
+
+    Raises:
+        TypeError: a window that is no int.
+        ValueError: a value out of range.
+    """
+    for name, value in (("scale", scale), ("softcap", softcap)):
+        if value is not None and not (_math.isfinite(value) and value > 0):
+            raise ValueError(f"{name} must be a finite number > 0, got {value!r}")
+    if window is not None:
+        if isinstance(window, bool) or not isinstance(window, int):
+            raise TypeError(f"window must be an int number of tokens, got {type(window).__name__}")
+        if window < 1:
+            raise ValueError(f"window must be at least 1 token, got {window}")

@@ -16,7 +16,7 @@ from torch import Tensor
 from thrift_attn.attend import reference
 from thrift_attn.cache.pages import PageTable
 from thrift_attn.capability import check_cache
-from thrift_attn.config import BLOCK, DECODE_ROWS, ThriftConfig, check_scale
+from thrift_attn.config import BLOCK, DECODE_ROWS, ThriftConfig, check_logits
 from thrift_attn.quant.pages import Pool, read_blocks, write_blocks
 from thrift_attn.select.budget import decode_budget
 
@@ -281,7 +281,7 @@ class PagedThriftCache:
 
         Raises:
             ValueError: shapes that do not fit, options out of range.
-            TypeError: another dtype.
+            TypeError: another dtype, or a window that is no int.
         """
         self._check_tokens("q", q)
         if q.shape[0] != self.batch or q.shape[3] != self.head_dim or q.shape[1] % self.kv_heads:
@@ -289,11 +289,7 @@ class PagedThriftCache:
             raise ValueError(f"q must have shape {want}, got {list(q.shape)}")
         if not 1 <= q.shape[2] <= DECODE_ROWS:
             raise ValueError(f"decode takes 1 to {DECODE_ROWS} new tokens, got {q.shape[2]}")
-        check_scale(scale)
-        if window is not None and window < 1:
-            raise ValueError(f"window must be at least 1 token, got {window}")
-        if softcap is not None and not (math.isfinite(softcap) and softcap > 0):
-            raise ValueError(f"softcap must be a finite number > 0, got {softcap!r}")
+        check_logits(scale, window, softcap)
         scale = 1 / math.sqrt(self.head_dim) if scale is None else scale
         if self.backend == "triton":
             from thrift_attn.cache import ops

@@ -14,10 +14,7 @@ from torch import Tensor
 
 from thrift_attn.capability import interpreted
 from thrift_attn.config import BLOCK
-from thrift_attn.quant.layout import TILE, plane_size
-
-NONE, NESTED, NESTED8, COPY = 0, 1, 2, 3
-HIGH = {None: NONE, "nested": NESTED, "nested8": NESTED8, "16bit": COPY}
+from thrift_attn.quant.layout import HIGH, TILE, plane_size
 
 _MASK = tl.constexpr(0x8E00)
 _INTERPRETED = tl.constexpr(interpreted())

@@ -70,6 +70,10 @@ MASK = 0x8E00
 """Bits of a half float that an e2m1 value times 2^-14 can set."""
 
 
+HIGH = {None: 0, "nested": 1, "nested8": 2, "16bit": 3}
+"""Numbers by which the kernels know the plane of high precision; None: no block is promoted."""
+
+
 class PlaneSize(NamedTuple):
     """32-bit words of the parts of one plane of one page and head; V follows K."""
 
