@@ -13,7 +13,6 @@ kept in base 2.
 
 from __future__ import annotations
 
-import os
 from typing import NamedTuple
 
 import torch
@@ -39,21 +38,18 @@ from thrift_attn.attend.tiles import (
     widen4,
     widen8,
 )
+from thrift_attn.capability import interpreted
 from thrift_attn.config import BLOCK
-from thrift_attn.quant.layout import TILE, plane_size
+from thrift_attn.quant.layout import HIGH, TILE, plane_size
 
 LOG2E = 1.4426950408889634
 
-PORTABLE = os.environ.get("TRITON_INTERPRET", "0") == "1"
+PORTABLE = interpreted()
 """Plain operations instead of inline assembly, and float32 products of 16-bit data, for the interpreter."""
 
-NONE, NESTED, NESTED8, COPY = 0, 1, 2, 3
-HIGH = {None: NONE, "nested": NESTED, "nested8": NESTED8, "16bit": COPY}
-
-_NONE: tl.constexpr = tl.constexpr(NONE)
-_NESTED: tl.constexpr = tl.constexpr(NESTED)
-_NESTED8: tl.constexpr = tl.constexpr(NESTED8)
-_COPY: tl.constexpr = tl.constexpr(COPY)
+_NESTED: tl.constexpr = tl.constexpr(HIGH["nested"])
+_NESTED8: tl.constexpr = tl.constexpr(HIGH["nested8"])
+_COPY: tl.constexpr = tl.constexpr(HIGH["16bit"])
 _LOWEST: tl.constexpr = tl.constexpr(-1.0e30)  # below every logit, and still finite so that differences are defined
 
 
@@ -85,6 +81,26 @@ def _cap_block(s0, s1, s2, s3, factor, CAP: tl.constexpr):
 @triton.jit
 def _hide(s, token, position, first):
     return tl.where((token[:, None] <= position[None, :]) & (token[:, None] >= first[None, :]), s, float("-inf"))
+
+
+@triton.jit
+def _hide_block(s0, s1, s2, s3, token, position, first):
+    """`_hide` for the four quarters of a block; ``token`` are the 16 tokens of the first."""
+    s0 = _hide(s0, token, position, first)
+    s1 = _hide(s1, token + 16, position, first)
+    s2 = _hide(s2, token + 32, position, first)
+    s3 = _hide(s3, token + 48, position, first)
+    return s0, s1, s2, s3
+
+
+@triton.jit
+def _operands(p0, p1, p2, p3, N: tl.constexpr, DTYPE: tl.constexpr, ORDER: tl.constexpr, PORTABLE: tl.constexpr):
+    """`next_operand` for the four quarters of a block."""
+    b0 = next_operand(p0, N, DTYPE, ORDER, PORTABLE)
+    b1 = next_operand(p1, N, DTYPE, ORDER, PORTABLE)
+    b2 = next_operand(p2, N, DTYPE, ORDER, PORTABLE)
+    b3 = next_operand(p3, N, DTYPE, ORDER, PORTABLE)
+    return b0, b1, b2, b3
 
 
 @triton.jit
@@ -298,15 +314,9 @@ def attend_split_kernel(
         if MASKED:
             start = block * 64
             if (start + 64 > length - TQ + 1) | (start < length - window):
-                s0 = _hide(s0, start + token, position, first)
-                s1 = _hide(s1, start + 16 + token, position, first)
-                s2 = _hide(s2, start + 32 + token, position, first)
-                s3 = _hide(s3, start + 48 + token, position, first)
+                s0, s1, s2, s3 = _hide_block(s0, s1, s2, s3, start + token, position, first)
         p0, p1, p2, p3, m, total, decay = _softmax_step(s0, s1, s2, s3, left, m, total)
-        b0 = next_operand(p0, N, tl.float16, 4, PORTABLE)
-        b1 = next_operand(p1, N, tl.float16, 4, PORTABLE)
-        b2 = next_operand(p2, N, tl.float16, 4, PORTABLE)
-        b3 = next_operand(p3, N, tl.float16, 4, PORTABLE)
+        b0, b1, b2, b3 = _operands(p0, p1, p2, p3, N, tl.float16, 4, PORTABLE)
         out, codes = _add_v(out, v_codes, decay, b0, b1, b2, b3, page_ptr, 1, T * 128, 1, CHUNKS, PORTABLE)
         block = block_after
         block_after = tl.load(blocks_ptr + i + 2, mask=i + 2 < hi, other=0)
@@ -338,15 +348,9 @@ def attend_split_kernel(
             s0, s1, s2, s3, left = _cap_block(s0, s1, s2, s3, factor, CAP)
             if MASKED:
                 start = number * 64
-                s0 = _hide(s0, start + token, position, first)
-                s1 = _hide(s1, start + 16 + token, position, first)
-                s2 = _hide(s2, start + 32 + token, position, first)
-                s3 = _hide(s3, start + 48 + token, position, first)
+                s0, s1, s2, s3 = _hide_block(s0, s1, s2, s3, start + token, position, first)
             p0, p1, p2, p3, m, total, decay = _softmax_step(s0, s1, s2, s3, left, m, total)
-            b0 = next_operand(p0, N, tl.float16, 4, PORTABLE)
-            b1 = next_operand(p1, N, tl.float16, 4, PORTABLE)
-            b2 = next_operand(p2, N, tl.float16, 4, PORTABLE)
-            b3 = next_operand(p3, N, tl.float16, 4, PORTABLE)
+            b0, b1, b2, b3 = _operands(p0, p1, p2, p3, N, tl.float16, 4, PORTABLE)
             out, rv_codes = _add_v(
                 out, bv_codes, decay, b0, b1, b2, b3, r_ptr + HALF_R, 1, SCALES, WIDE, CHUNKS, PORTABLE
             )
@@ -377,15 +381,9 @@ def attend_split_kernel(
             s0, s1, s2, s3, left = _cap_block(s0, s1, s2, s3, scale, CAP)
             if MASKED:
                 start = number * 64
-                s0 = _hide(s0, start + token, position, first)
-                s1 = _hide(s1, start + 16 + token, position, first)
-                s2 = _hide(s2, start + 32 + token, position, first)
-                s3 = _hide(s3, start + 48 + token, position, first)
+                s0, s1, s2, s3 = _hide_block(s0, s1, s2, s3, start + token, position, first)
             p0, p1, p2, p3, m, total, decay = _softmax_step(s0, s1, s2, s3, left, m, total)
-            b0 = next_operand(p0, N, DTYPE, 2, PORTABLE)
-            b1 = next_operand(p1, N, DTYPE, 2, PORTABLE)
-            b2 = next_operand(p2, N, DTYPE, 2, PORTABLE)
-            b3 = next_operand(p3, N, DTYPE, 2, PORTABLE)
+            b0, b1, b2, b3 = _operands(p0, p1, p2, p3, N, DTYPE, 2, PORTABLE)
             grown = ()
             for j in tl.static_range(PARTS):
                 v_ptr = c_ptr + 64 * D + CHUNKS[j][0] * 1024

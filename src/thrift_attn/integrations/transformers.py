@@ -213,9 +213,7 @@ def disable(model: nn.Module) -> None:
         TypeError: something else than a transformers model.
         ValueError: the model does not use thrift.
     """
-    _check_model(model)
-    if _implementation(model) != NAME:
-        raise ValueError(f"the model does not use thrift attention but {_implementation(model)!r}")
+    _check_enabled(model)
     enabled = vars(model).pop(_MODEL, None) or _snapshot(model)
     model.set_attn_implementation(enabled.implementations)  # pyright: ignore[reportCallIssue]
     if (generation := getattr(model, "generation_config", None)) is not None:
@@ -234,9 +232,7 @@ def report(model: nn.Module) -> Report:
         TypeError: something else than a transformers model.
         ValueError: the model does not use thrift.
     """
-    _check_model(model)
-    if _implementation(model) != NAME:
-        raise ValueError(f"the model does not use thrift attention but {_implementation(model)!r}")
+    _check_enabled(model)
     rows = Report()
     for name, module in model.named_modules():
         layer: _Layer | None = vars(module).get(_LAYER)
@@ -250,6 +246,12 @@ def report(model: nn.Module) -> Report:
 def _check_model(model: object) -> None:
     if not isinstance(model, nn.Module) or not hasattr(model, "set_attn_implementation"):
         raise TypeError(f"model must be a transformers model, got {type(model).__name__}")
+
+
+def _check_enabled(model: nn.Module) -> None:
+    _check_model(model)
+    if _implementation(model) != NAME:
+        raise ValueError(f"the model does not use thrift attention but {_implementation(model)!r}")
 
 
 def _implementation(model: nn.Module) -> str | None:

@@ -19,7 +19,7 @@ from thrift_attn.quant.layout import (
     unpack_copy,
     unpack_plane,
 )
-from thrift_attn.quant.reference import Quantised, block_means, dequantise, quantise
+from thrift_attn.quant.reference import block_means, decode_elements, dequantise, quantise
 
 
 class Pool(NamedTuple):
@@ -92,14 +92,8 @@ def write_blocks(
 
 def _decode(plane: Tensor, head_dim: int, fmt: Format) -> tuple[Tensor, Tensor]:
     data = unpack_plane(plane, head_dim, fmt.element_bits)
-    units = torch.ones((), dtype=torch.uint8, device=plane.device)
-
-    def values(codes: Tensor) -> Tensor:  # e2m1 or e4m3 with a scale of 1 (e4m3 byte 0x38)
-        ones = (units * 0x38).expand(*codes.shape[:-1], codes.shape[-1] // 16)
-        return dequantise(Quantised(codes, ones), FORMATS["nvfp4" if fmt.element == "e2m1" else "e4m3g16"])
-
-    k = values(data.k) * decode_bytes(data.k_scales).repeat_interleave(16, -1)
-    v = values(data.v) * decode_bytes(data.v_scales).repeat_interleave(16, -2)
+    k = decode_elements(data.k, fmt) * decode_bytes(data.k_scales).repeat_interleave(16, -1)
+    v = decode_elements(data.v, fmt) * decode_bytes(data.v_scales).repeat_interleave(16, -2)
     return k, v
 
 

@@ -162,13 +162,17 @@ def quantise(x: Tensor, fmt: Format, dim: int = -1, *, best: bool = False) -> Qu
     return Quantised(_ungrouped(codes, fmt, dim, x.shape), scales)
 
 
+def decode_elements(codes: Tensor, fmt: Format) -> Tensor:
+    """Float32 values of codes in units of their scale."""
+    if fmt.element == "e2m1":
+        magnitudes = torch.tensor(E2M1_VALUES, device=codes.device)
+        return torch.cat([magnitudes, -magnitudes])[codes.int()]
+    return codes.view(torch.float8_e4m3fn).float()
+
+
 def dequantise(q: Quantised, fmt: Format, dim: int = -1) -> Tensor:
     """Float32 values of `Quantised` data, the shape of the codes; the inverse of `quantise`."""
-    if fmt.element == "e2m1":
-        magnitudes = torch.tensor(E2M1_VALUES, device=q.codes.device)
-        values = torch.cat([magnitudes, -magnitudes])[q.codes.int()]
-    else:
-        values = q.codes.view(torch.float8_e4m3fn).float()
+    values = decode_elements(q.codes, fmt)
     scales = q.scales if fmt.group is None else q.scales.movedim(dim, -1)
     scale = decode_scales(scales, fmt).unsqueeze(-1)
     return _ungrouped(_grouped(values, fmt, dim) * scale, fmt, dim, q.codes.shape)

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import os
-
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from thrift_attn.capability import interpreted
 from thrift_attn.config import BLOCK
 
 LOG2E = 1.4426950408889634
-PORTABLE = os.environ.get("TRITON_INTERPRET", "0") == "1"
+PORTABLE = interpreted()
 """float32 products of 16-bit data, for the interpreter."""
 
 MAX_BLOCKS = 16384
@@ -132,23 +131,16 @@ def select_blocks_kernel(
     wanted -= ((total > full) & (better < wanted)).to(tl.int32)
     wanted = tl.minimum(tl.maximum(wanted, 0), listed)
 
-    # The largest threshold that at least `wanted` keys reach, two bits at a time: three trials are counted in one reduction,
-    # since the barriers of a reduction take longer than its additions.
+    # The largest threshold that at least `wanted` keys reach, bit by bit.
     least = -0x7FFFFFFF - 1
     threshold = wanted - wanted + least
-    for pair in tl.static_range(15, -1, -1):
-        step = 1 << (2 * pair)
-        low = threshold + step
-        if pair == 15:
-            middle = threshold - least  # 0: the sign bit counts the other way round
+    for bit in tl.static_range(31, -1, -1):
+        if bit == 31:
+            trial = threshold - least  # 0: the sign bit counts the other way round
         else:
-            middle = threshold + 2 * step
-        high = middle + step
-        counted = (key >= low).to(tl.int64) + ((key >= middle).to(tl.int64) << 20) + ((key >= high).to(tl.int64) << 40)
-        reached = tl.sum(counted, 0)
-        threshold = tl.where((reached & 0xFFFFF).to(tl.int32) >= wanted, low, threshold)
-        threshold = tl.where(((reached >> 20) & 0xFFFFF).to(tl.int32) >= wanted, middle, threshold)
-        threshold = tl.where((reached >> 40).to(tl.int32) >= wanted, high, threshold)
+            trial = threshold + (1 << bit)
+        reached = tl.sum((key >= trial).to(tl.int32), 0)
+        threshold = tl.where(reached >= wanted, trial, threshold)
     above = key > threshold
     ties = (key == threshold) & there
     room = wanted - tl.sum(above.to(tl.int32), 0)
