@@ -7,6 +7,7 @@ stays as well (two slots, block b in slot b mod 2), so that taking back up to 64
 
 from __future__ import annotations
 
+import copy
 import math
 from typing import Any
 
@@ -248,7 +249,62 @@ class PagedThriftCache:
         self.table.release(row, block)
         self.table.set_tokens(row, tokens)
 
+    def select(self, rows: list[int]) -> None:
+        """Make sequence i what sequence ``rows[i]`` was (beam search, repeating or dropping sequences of a batch).
+
+        Copies share their complete blocks. The batch becomes ``len(rows)``; while it stays the same, so do the tensors on
+        the device, and a captured graph remains valid.
+
+        Raises:
+            ValueError: no rows, or a row out of range.
+        """
+        for row in rows:
+            self._check_row(row)
+        if not rows:
+            raise ValueError("a cache holds at least one sequence, got no rows")
+        tail = self.tail[:, torch.tensor(rows, device=self.device)]
+        if len(rows) == self.batch:
+            self.tail.copy_(tail)
+        else:
+            self.tail = tail
+        self._slots = [list(self._slots[row]) for row in rows]
+        self.table.select(rows)
+
+    def branch(self) -> PagedThriftCache:
+        """Another cache over the same pool that begins with what this one holds; complete blocks are shared.
+
+        The pages it takes go back to the pool when it is freed or no longer used.
+        """
+        other = copy.copy(self)
+        other.table, other.tail = self.table.branch(), self.tail.clone()
+        other._slots = [list(slots) for slots in self._slots]
+        return other
+
     # -- reading -------------------------------------------------------------------------------------------------------
+
+    def widen(self, room: int = 0) -> tuple[Tensor, Tensor]:
+        """K and V of all sequences in 16 bits, from the plane of high precision, for attention of many new tokens.
+
+        Args:
+            room: tokens of room behind the longest sequence.
+
+        Returns:
+            K and V ``[B, Hkv, longest + room, D]`` in the dtype of the cache, 0 behind the end of a sequence.
+        """
+        longest = max(self.table.tokens(row) for row in range(self.batch))
+        shape = (2, self.batch, self.kv_heads, longest + room, self.head_dim)
+        out = torch.zeros(shape, dtype=self.dtype, device=self.device)
+        if self.backend == "triton":
+            from thrift_attn.cache.widen import widen_pages
+
+            widen_pages(
+                out[0], out[1], *self.pool, self.tail, self.table.table, self.lengths, tokens=longest, **self._reading()
+            )
+        else:
+            for row in range(self.batch):
+                for which, x in enumerate(self.read(row)):
+                    out[which, row, :, : x.shape[1]] = x
+        return out[0], out[1]
 
     def read(self, row: int) -> tuple[Tensor, Tensor]:
         """K and V of one sequence in high precision, ``[Hkv, T, D]`` in the dtype of the cache."""
@@ -294,24 +350,19 @@ class PagedThriftCache:
         if self.backend == "triton":
             from thrift_attn.cache import ops
 
-            out, lse = ops.attend_cache(
-                q,
-                *self.pool,
-                self.tail,
-                self.table.table,
-                self.lengths,
-                self.budget,
-                scale,
-                window,
-                softcap,
-                self.config.high,
-                self.config.center == "block",
-                self.config.force_first,
-                self.config.force_last,
-            )
+            out, lse = ops.attend_cache(*self.step_arguments(q, scale, window, softcap))
         else:
             out, lse = self._attend_reference(q, scale, window, softcap)
         return (out, lse) if return_lse else out
+
+    def step_arguments(
+        self, q: Tensor, scale: float, window: int | None = None, softcap: float | None = None
+    ) -> tuple[Any, ...]:
+        """What the kernels of one step take: the queries, the cache as it is, and the options (`cache.ops.step_kernels`)."""
+        config = self.config
+        state = (*self.pool, self.tail, self.table.table, self.lengths, self.budget)
+        options = (config.high, config.center == "block", config.force_first, config.force_last)
+        return (q, *state, scale, window, softcap, *options)
 
     def _attend_reference(
         self, q: Tensor, scale: float, window: int | None, softcap: float | None

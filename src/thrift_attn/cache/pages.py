@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -105,3 +108,75 @@ class PageTable:
         self._owned[target] = list(held)
         self.table[target, :blocks] = self.table[source, :blocks]
         self.set_tokens(target, self._tokens[source])
+
+    def select(self, rows: list[int]) -> None:
+        """Make row i what row ``rows[i]`` was: copies share the complete blocks, rows left out give their pages back.
+
+        The tensors on the device stay where they are if the number of rows does.
+        """
+        owned = [
+            list(self._owned[row]) if row not in rows[:at] else self._owned[row][: self._tokens[row] // BLOCK]
+            for at, row in enumerate(rows)
+        ]
+        self._hold(owned)
+        self.free_all()
+        self._owned = owned
+        self._tokens = [self._tokens[row] for row in rows]
+        index = torch.tensor(rows, device=self.table.device)
+        table, lengths = self.table[index], self.lengths[index]
+        if len(rows) == self.table.shape[0]:
+            self.table.copy_(table)
+            self.lengths.copy_(lengths)
+        else:
+            self.table, self.lengths = table, lengths
+
+    def branch(self) -> PageTable:
+        """Another table over the same pages, whose sequences start with the complete blocks of these."""
+        other = copy.copy(self)
+        other.table, other.lengths = self.table.clone(), self.lengths.clone()
+        other._owned = [held[: tokens // BLOCK] for held, tokens in zip(self._owned, self._tokens, strict=True)]
+        other._tokens = list(self._tokens)
+        other._hold(other._owned)
+        return other
+
+    def assign(self, blocks: list[list[int]], tokens: list[int]) -> list[int]:
+        """Give empty sequences pages for numbered blocks; equal numbers become one shared page.
+
+        Args:
+            blocks: for each sequence the numbers of its complete blocks, from 0 on without gaps.
+            tokens: length of each sequence.
+
+        Returns:
+            The page of each number.
+
+        Raises:
+            ValueError: a sequence longer than ``max_pages``.
+            RuntimeError: the pool is exhausted. Nothing has changed then.
+        """
+        limit = self.table.shape[1]
+        longest, count = max(map(len, blocks)), 1 + max((number for held in blocks for number in held), default=-1)
+        if longest > limit:
+            raise ValueError(f"a sequence of {longest} blocks does not fit into {limit} pages")
+        if count > len(self._free):
+            raise RuntimeError(f"the page pool is exhausted: {count} pages are needed and {len(self._free)} are free")
+        given = [self._free.pop() for _ in range(count)]
+        self._owned = [[given[number] for number in held] for held in blocks]
+        self._hold(self._owned)
+        for row, held in enumerate(self._owned):
+            self.table[row, : len(held)] = torch.tensor(held, dtype=torch.int32)
+            self.set_tokens(row, tokens[row])
+        return given
+
+    def free_all(self) -> None:
+        """Give back the pages of all sequences; lengths stay."""
+        for row in range(len(self._owned)):
+            self.release(row, 0)
+
+    def _hold(self, owned: list[list[int]]) -> None:
+        for held in owned:
+            for page in held:
+                self._references[page] += 1
+
+    def __del__(self, *_: Any) -> None:
+        if hasattr(self, "_owned"):  # other tables may live on over the same pages
+            self.free_all()
