@@ -15,39 +15,13 @@ from torch import Tensor
 from thrift_attn.capability import interpreted
 from thrift_attn.config import BLOCK
 from thrift_attn.quant.layout import HIGH, TILE, plane_size
+from thrift_attn.quant.rounding import bits as _bits
+from thrift_attn.quant.rounding import from_bits as _float
+from thrift_attn.quant.rounding import round_e2m1 as _round_e2m1
+from thrift_attn.quant.rounding import round_e4m3 as _round_e4m3
 
 _MASK = tl.constexpr(0x8E00)
 _INTERPRETED = tl.constexpr(interpreted())
-
-
-@triton.jit
-def _bits(x):
-    return x.to(tl.int32, bitcast=True)
-
-
-@triton.jit
-def _float(x):
-    return x.to(tl.float32, bitcast=True)
-
-
-@triton.jit
-def _round_e4m3(y):
-    """Nearest e4m3 value of a float32, ties to even, saturating at 448; NaN stays."""
-    size = _bits(y) & 0x7FFFFFFF
-    normal = _float((size + 0x7FFFF + ((size >> 20) & 1)) & ~0xFFFFF)
-    small = (_float(size) + 16384.0) - 16384.0  # the spacing at 2^14 is 2^-9, that of subnormal e4m3
-    size_r = tl.where(_float(size) < 0.015625, small, tl.minimum(normal, 448.0))
-    size_r = tl.where(y == y, size_r, y)
-    return tl.where(_bits(y) < 0, -size_r, size_r)
-
-
-@triton.jit
-def _round_e2m1(x):
-    """Nearest e2m1 value, ties to even, saturating at 6."""
-    x = tl.minimum(tl.maximum(x, -6.0), 6.0)
-    # 1.5 * 2^23 spacings; the spacing of e2m1 at x is 2^(max(exponent, 0) - 1).
-    magic = _float(tl.maximum(_bits(x) & 0x7F800000, 0x3F800000)) * 6291456.0
-    return (x + magic) - magic
 
 
 @triton.jit

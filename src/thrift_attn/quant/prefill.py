@@ -1,0 +1,537 @@
+"""Quantise for prefill: one pass over K and V, one over Q. The bytes are those of `thrift_attn.quant.quantise`.
+
+What is written depends on what multiplies it. Letters: P parts, N blocks, R rows of 64 queries (`thrift_attn.sequences`),
+G elements per scale. ``wide`` data are the decoded numbers in bfloat16, which holds every product of an element and a
+group scale exactly (2 or 4 significant bits times 4), so ordinary 16-bit products compute what narrow units would; fp8
+keeps its float32 scale outside.
+
+=======  ===========================  ==============  ==================================  ==============
+form     k                            k_scale         v                                   v_scale
+=======  ===========================  ==============  ==================================  ==============
+wide     bf16 [P, Hkv, N*64, D]       none, or fp8's  bf16 [P, Hkv, N*64, D]              none, or fp8's
+native   e2m1 [P, Hkv, N*64, D/2]     [..., N*64, G]  e2m1 [P, Hkv, D, N*32], transposed  [..., D, N*64/G]
+         e4m3 [P, Hkv, N*64, D]       f32 [..., N]    e4m3 [P, Hkv, D, N*64], transposed  f32 [..., N]
+=======  ===========================  ==============  ==================================  ==============
+
+Native e2m1 has the even element in the low nibble. Native e4m3 V has the tokens of each 16 in the order of
+`position_of`, in which an accumulator of a tensor core product already is the operand of the next: token bits 3 2 1 0
+become position bits 2 1 3 0::
+
+    token     0 1 2 3 4 5 6 7 8 9 10 11 12 13 14 15
+    position  0 1 4 5 8 9 12 13 2 3 6 7 10 11 14 15
+"""
+
+from __future__ import annotations
+
+from typing import Literal, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from thrift_attn.capability import interpreted
+from thrift_attn.config import BLOCK
+from thrift_attn.quant.formats import FORMATS, RESIDUALS
+from thrift_attn.quant.rounding import bits, e2m1_code, e4m3_code, from_bits, round_e2m1, round_e4m3
+from thrift_attn.sequences import Sequences
+
+Form = Literal["wide", "native"]
+_INTERPRETED = tl.constexpr(interpreted())
+
+
+class PackedKV(NamedTuple):
+    """K and V as `quantise_kv` writes them; absent parts are None. ``centres`` is c_b ``[P, Hkv, N, D]``, 16-bit.
+
+    ``k_rest`` and ``v_rest`` are what a nested plane adds to ``k`` and ``v``, wide.
+    """
+
+    centres: Tensor
+    k: Tensor | None = None
+    k_scale: Tensor | None = None
+    v: Tensor | None = None
+    v_scale: Tensor | None = None
+    k_rest: Tensor | None = None
+    v_rest: Tensor | None = None
+
+
+class PackedQ(NamedTuple):
+    """Q as `quantise_q` writes it: mean queries float32 ``[P, Hq, R, D]``; codes and scales like those of K, or None."""
+
+    means: Tensor
+    q: Tensor | None = None
+    q_scale: Tensor | None = None
+
+
+def position_of(tokens: int) -> Tensor:
+    """Where a token lies in native e4m3 V: int64 ``[tokens]``, in the order of tokens.
+
+    Args:
+        tokens: a multiple of 16.
+    """
+    t = torch.arange(tokens)
+    return (t & ~15) | (t & 1) | ((t & 8) >> 2) | ((t & 6) << 1)
+
+
+@triton.jit
+def _group_scale(peak, TOP: tl.constexpr, POWER: tl.constexpr):
+    """Scale of groups with these maxima, see `thrift_attn.quant.formats`; NaN for NaN."""
+    if POWER:
+        exponent = tl.maximum((bits(peak) >> 23) - (2 if TOP == 4.0 else 1), 0)
+        scale = from_bits(tl.where(exponent == 0, 1 << 22, exponent << 23))
+        return tl.where(peak == peak, scale, peak)
+    else:
+        return round_e4m3(tl.div_rn(peak, TOP + tl.zeros_like(peak)))
+
+
+@triton.jit
+def _scale_code(scale, POWER: tl.constexpr):
+    if POWER:
+        return tl.where(scale == scale, bits(scale) >> 23, 0xFF).to(tl.uint8)
+    else:
+        return e4m3_code(scale).to(tl.uint8)
+
+
+@triton.jit
+def _ratio(x, scale, AXIS: tl.constexpr, POWER: tl.constexpr):
+    """x / scale, correctly rounded, with one division per group; 0 where there is no usable scale."""
+    s = tl.expand_dims(scale, AXIS)
+    if POWER:
+        field = 254 - (bits(scale) >> 23)
+        inverse = from_bits(tl.where(field == 0, 1 << 22, field << 23))
+        ratio = x * tl.expand_dims(inverse, AXIS)
+    elif _INTERPRETED:  # its fma rounds twice
+        ratio = tl.div_rn(x, tl.where(s > 0.0, s, 1.0) + tl.zeros_like(x))
+    else:  # Markstein's correction of x * (1 / scale)
+        inverse = tl.expand_dims(tl.div_rn(tl.full(scale.shape, 1.0, tl.float32), scale), AXIS)
+        inverse, s = tl.broadcast(inverse, x)[0], tl.broadcast(s, x)[0]
+        estimate = x * inverse
+        ratio = tl.fma(tl.fma(-estimate, s, x), inverse, estimate)
+    return tl.where(s > 0.0, ratio, 0.0)
+
+
+@triton.jit
+def _round_groups(x, AXIS: tl.constexpr, LOW: tl.constexpr, BEST: tl.constexpr):
+    """Elements, their ratios (for the sign of zero) and scales of groups along AXIS of x; LOW names the format."""
+    POWER: tl.constexpr = LOW == "mxfp4"
+    TOP: tl.constexpr = 4.0 if LOW == "mxfp4" else 6.0
+    peak = tl.max(tl.abs(x), AXIS) + tl.sum(x * 0.0, AXIS)  # NaN where an element is not finite
+    scale = _group_scale(peak, TOP, POWER)
+    ratio = _ratio(x, scale, AXIS, POWER)
+    if LOW == "e4m3g16":
+        value = round_e4m3(ratio)
+    else:
+        value = round_e2m1(ratio)
+        if BEST:
+            scale2 = _group_scale(peak, 2.0 if POWER else 4.0, POWER)
+            ratio2 = _ratio(x, scale2, AXIS, POWER)
+            value2 = round_e2m1(ratio2)
+            e = value * tl.expand_dims(scale, AXIS) - x
+            e2 = value2 * tl.expand_dims(scale2, AXIS) - x
+            better = tl.sum(e2 * e2, AXIS) < tl.sum(e * e, AXIS)
+            scale = tl.where(better, scale2, scale)
+            ratio = tl.where(tl.expand_dims(better, AXIS), ratio2, ratio)
+            value = tl.where(tl.expand_dims(better, AXIS), value2, value)
+    return value, ratio, scale
+
+
+@triton.jit
+def _round_block(x, CAST: tl.constexpr):
+    """e4m3 of a whole block [64, DP] with one float32 scale: codes uint8, scale. CAST converts in hardware."""
+    peak = tl.max(tl.max(tl.abs(x), 1), 0) + tl.sum(tl.sum(x * 0.0, 1), 0)
+    scale = tl.div_rn(peak, 448.0 + peak * 0.0)
+    ratio = tl.div_rn(x, tl.where(scale > 0.0, scale, 1.0) + tl.zeros_like(x))
+    ratio = tl.where(scale > 0.0, ratio, 0.0)
+    if CAST:
+        code = ratio.to(tl.float8e4nv).to(tl.uint8, bitcast=True)
+    else:
+        code = e4m3_code(round_e4m3(ratio)).to(tl.uint8)
+    return code, scale
+
+
+@triton.jit
+def _e4m3_value(code):
+    """float32 of e4m3 codes; all of ours are finite."""
+    c = code.to(tl.int32)
+    magnitude = c & 0x7F
+    value = tl.where(magnitude < 8, magnitude.to(tl.float32) * 0.001953125, from_bits((magnitude + (120 << 3)) << 20))
+    return tl.where(c > 0x7F, -value, value)
+
+
+@triton.jit
+def _by_column(x, G: tl.constexpr):
+    """[T, D] to groups along D: [T, D / G, G]."""
+    return tl.reshape(x, [x.shape[0], x.shape[1] // G, G])
+
+
+@triton.jit
+def _by_token(x, G: tl.constexpr):
+    """[T, D] to groups along T: [T / G, G, D]."""
+    return tl.reshape(x, [x.shape[0] // G, G, x.shape[1]])
+
+
+@triton.jit
+def _store_rows(
+    x, ptr, scale_ptr, at, D: tl.constexpr, DP: tl.constexpr, LOW: tl.constexpr, BEST: tl.constexpr,
+    NATIVE: tl.constexpr, CAST: tl.constexpr,
+):  # fmt: skip
+    """Quantise 64 rows [64, DP] with groups along D and store them as block ``at`` (of the whole tensor).
+
+    Returns what they decode to in float32 (for fp8 in units of the scale).
+    """
+    t = tl.arange(0, 64)[:, None]
+    d = tl.arange(0, DP)[None, :]
+    row = at * 64 + t
+    if LOW == "fp8":
+        code, scale = _round_block(x, CAST)
+        tl.store(scale_ptr + at, scale)
+        if NATIVE:
+            tl.store(ptr + row * D + d, code.to(ptr.dtype.element_ty, bitcast=True), mask=d < D)
+            return x
+        else:
+            wide = _e4m3_value(code)
+            tl.store(ptr + row * D + d, wide.to(tl.bfloat16), mask=d < D)
+            return wide
+    else:
+        G: tl.constexpr = 32 if LOW == "mxfp4" else 16
+        value, ratio, scale = _round_groups(_by_column(x, G), 2, LOW, BEST)
+        wide = tl.reshape(value * tl.expand_dims(scale, 2), [64, DP])
+        if NATIVE:
+            code = tl.reshape(e2m1_code(value, ratio), [64, DP // 2, 2])
+            low, high = tl.split(code)
+            half = tl.arange(0, DP // 2)[None, :]
+            tl.store(ptr + row * (D // 2) + half, (low | (high << 4)).to(tl.uint8), mask=half < D // 2)
+            g = tl.arange(0, DP // G)[None, :]
+            tl.store(scale_ptr + row * (D // G) + g, _scale_code(scale, LOW == "mxfp4"), mask=g < D // G)
+        else:
+            tl.store(ptr + row * D + d, wide.to(tl.bfloat16), mask=d < D)
+        return wide
+
+
+@triton.jit
+def _store_columns(
+    x, ptr, scale_ptr, head, block, blocks, D: tl.constexpr, DP: tl.constexpr, LOW: tl.constexpr,
+    BEST: tl.constexpr, NATIVE: tl.constexpr, CAST: tl.constexpr,
+):  # fmt: skip
+    """`_store_rows` for V: groups along the tokens; native data are stored transposed.
+
+    ``head`` counts heads of the whole tensor, ``block`` blocks of the head, of which there are ``blocks``.
+    """
+    t = tl.arange(0, 64)[:, None]
+    d = tl.arange(0, DP)[None, :]
+    at = head * blocks + block
+    row = at * 64 + t
+    column = (head * D + tl.arange(0, DP)[:, None]) * blocks + block  # [DP, 1], in blocks
+    inside = tl.arange(0, DP)[:, None] < D
+    if LOW == "fp8":
+        code, scale = _round_block(x, CAST)
+        tl.store(scale_ptr + at, scale)
+        if NATIVE:
+            turned = tl.trans(code)
+            p = tl.arange(0, 64)[None, :]
+            tl.store(ptr + column * 64 + p, turned.to(ptr.dtype.element_ty, bitcast=True), mask=inside)
+            return x
+        else:
+            wide = _e4m3_value(code)
+            tl.store(ptr + row * D + d, wide.to(tl.bfloat16), mask=d < D)
+            return wide
+    else:
+        G: tl.constexpr = 32 if LOW == "mxfp4" else 16
+        value, ratio, scale = _round_groups(_by_token(x, G), 1, LOW, BEST)
+        wide = tl.reshape(value * tl.expand_dims(scale, 1), [64, DP])
+        if NATIVE:
+            code = tl.reshape(e2m1_code(value, ratio), [32, 2, DP])
+            low, high = tl.split(tl.permute(code, [0, 2, 1]))
+            half = tl.arange(0, 32)[None, :]
+            tl.store(ptr + column * 32 + half, tl.trans((low | (high << 4)).to(tl.uint8)), mask=inside)
+            g = tl.arange(0, 64 // G)[None, :]
+            place = scale_ptr + column * (64 // G) + g
+            tl.store(place, tl.trans(_scale_code(scale, LOW == "mxfp4")), mask=inside)
+        else:
+            tl.store(ptr + row * D + d, wide.to(tl.bfloat16), mask=d < D)
+        return wide
+
+
+@triton.jit
+def _store_rest(
+    x, ptr, at, AXIS: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, REST: tl.constexpr, BEST: tl.constexpr
+):
+    """Round a residual [64, DP] in groups of 16 along AXIS and store it wide."""
+    if AXIS == 1:
+        value, _signed, scale = _round_groups(_by_column(x, 16), 2, REST, BEST)
+        wide = value * tl.expand_dims(scale, 2)
+    else:
+        value, _signed, scale = _round_groups(_by_token(x, 16), 1, REST, BEST)
+        wide = value * tl.expand_dims(scale, 1)
+    d = tl.arange(0, DP)[None, :]
+    row = at * 64 + tl.arange(0, 64)[:, None]
+    tl.store(ptr + row * D + d, tl.reshape(wide, [64, DP]).to(tl.bfloat16), mask=d < D)
+
+
+@triton.jit(do_not_specialize=["blocks"])
+def quantise_kv_kernel(
+    k_ptr,  # 16-bit, addressed by strides
+    v_ptr,
+    spans_ptr,  # int32 [B, 6]
+    centre_ptr,  # 16-bit [P, Hkv, N, D]
+    kp_ptr,  # packed, see the table above
+    ks_ptr,
+    vp_ptr,
+    vs_ptr,
+    k_rest_ptr,  # bf16 [P, Hkv, N*64, D]
+    v_rest_ptr,
+    stride_kb,
+    stride_kh,
+    stride_kt,
+    stride_vb,
+    stride_vh,
+    stride_vt,
+    blocks,  # N
+    HKV: tl.constexpr,
+    D: tl.constexpr,
+    DP: tl.constexpr,  # D rounded up to a power of two
+    RAGGED: tl.constexpr,  # all sequences in one part
+    LOW: tl.constexpr,  # format, or "drop": centres only
+    REST: tl.constexpr,  # format of the residual plane, or "none"
+    CENTRED: tl.constexpr,
+    BEST: tl.constexpr,
+    NATIVE: tl.constexpr,
+    CAST: tl.constexpr,
+):
+    n = tl.program_id(0)
+    h = tl.program_id(1)
+    b = tl.program_id(2)
+    span = spans_ptr + b * 6
+    start, length = tl.load(span + 2), tl.load(span + 3)
+    if n * 64 < length:
+        block = n + tl.load(span + 5)
+        part = (b * (not RAGGED)).to(tl.int64)
+        head = part * HKV + h
+        at = head * blocks + block
+        t = tl.arange(0, 64)[:, None]
+        d = tl.arange(0, DP)[None, :]
+        there = (n * 64 + t < length) & (d < D)
+        first = (start + n * 64).to(tl.int64)
+        k_start = k_ptr + part * stride_kb + h.to(tl.int64) * stride_kh + first * stride_kt
+        k = tl.load(k_start + t.to(tl.int64) * stride_kt + d, mask=there, other=0.0)
+        k = k.to(tl.float32)
+        count = tl.minimum(length - n * 64, 64).to(tl.float32)
+        total = tl.sum(k, 0)
+        centre = tl.div_rn(total, count + tl.zeros_like(total)).to(centre_ptr.dtype.element_ty)
+        dim = tl.arange(0, DP)
+        tl.store(centre_ptr + at * D + dim, centre, mask=dim < D)
+        if LOW != "drop":
+            if CENTRED:
+                k = tl.where(there, k - centre.to(tl.float32)[None, :], 0.0)
+            wide = _store_rows(k, kp_ptr, ks_ptr, at, D, DP, LOW, BEST, NATIVE, CAST)
+            if REST != "none":
+                _store_rest(k - wide, k_rest_ptr, at, 1, D, DP, REST, BEST)
+            if NATIVE and LOW == "fp8":  # rows in the order of positions
+                t = (t & 0x31) | ((t & 2) << 2) | ((t & 12) >> 1)
+                there = (n * 64 + t < length) & (d < D)
+            first_v = v_ptr + part * stride_vb + h.to(tl.int64) * stride_vh + first * stride_vt
+            v = tl.load(first_v + t.to(tl.int64) * stride_vt + d, mask=there, other=0.0)
+            v = v.to(tl.float32)
+            wide = _store_columns(v, vp_ptr, vs_ptr, head, block, blocks, D, DP, LOW, BEST, NATIVE, CAST)
+            if REST != "none":
+                _store_rest(v - wide, v_rest_ptr, at, 0, D, DP, REST, BEST)
+
+
+@triton.jit(do_not_specialize=["rows"])
+def quantise_q_kernel(
+    q_ptr,  # 16-bit, addressed by strides
+    spans_ptr,  # int32 [B, 6]
+    mean_ptr,  # float32 [P, Hq, R, D]
+    qp_ptr,
+    qs_ptr,
+    stride_qb,
+    stride_qh,
+    stride_qt,
+    rows,  # R
+    HQ: tl.constexpr,
+    D: tl.constexpr,
+    DP: tl.constexpr,
+    CAUSAL: tl.constexpr,
+    RAGGED: tl.constexpr,
+    LOW: tl.constexpr,  # "none": means only
+    BEST: tl.constexpr,
+    NATIVE: tl.constexpr,
+    CAST: tl.constexpr,
+):
+    r = tl.program_id(0)
+    h = tl.program_id(1)
+    b = tl.program_id(2)
+    span = spans_ptr + b * 6
+    start, length = tl.load(span), tl.load(span + 1)
+    offset = length - length
+    if CAUSAL:
+        offset = tl.load(span + 3) - length
+    first = ((offset >> 6) + r) * 64 - offset  # query of the row's first position; >> rounds down
+    if first < length:
+        part = (b * (not RAGGED)).to(tl.int64)
+        head = part * HQ + h
+        at = head * rows + r + tl.load(span + 4)
+        t = tl.arange(0, 64)[:, None]
+        d = tl.arange(0, DP)[None, :]
+        seen = (first + t >= tl.maximum(0, -offset)) & (first + t < length)
+        q_start = q_ptr + part * stride_qb + h.to(tl.int64) * stride_qh + start.to(tl.int64) * stride_qt
+        at_q = (first + t).to(tl.int64) * stride_qt
+        q = tl.load(q_start + at_q + d, mask=seen & (d < D), other=0.0).to(tl.float32)
+        count = tl.maximum(tl.sum(seen.to(tl.int32)), 1).to(tl.float32)
+        total = tl.sum(q, 0)
+        dim = tl.arange(0, DP)
+        tl.store(mean_ptr + at * D + dim, tl.div_rn(total, count + tl.zeros_like(total)), mask=dim < D)
+        if LOW != "none":
+            _store_rows(q, qp_ptr, qs_ptr, at, D, DP, LOW, BEST, NATIVE, CAST)
+
+
+def _check(low: str, form: Form, dim: int) -> None:
+    if form not in ("wide", "native"):
+        raise ValueError(f"form must be 'wide' or 'native', got {form!r}")
+    group = FORMATS[low].group
+    if group is not None and dim % group:
+        raise ValueError(f"{low} needs a head dim that is a multiple of {group}, got {dim}")
+
+
+def _warps(low: str | None, width: int) -> int:
+    """Enough lanes that nothing spills; the 4-bit formats hold two candidates of every element."""
+    return max(4, width // 32) * (2 if low in ("nvfp4", "mxfp4") else 1)
+
+
+def _casts(device: torch.device) -> bool:
+    """Whether the device converts to e4m3 in hardware."""
+    return device.type == "cuda" and not interpreted() and torch.cuda.get_device_capability(device) >= (8, 9)
+
+
+def _planes(low: str, form: Form, shape: tuple[int, int, int], dim: int, turned: bool, device: torch.device):
+    """Empty packed data and scales of ``shape`` = (parts, heads, blocks); ``turned`` for V."""
+    parts, heads, blocks = shape
+    fmt = FORMATS[low]
+
+    def empty(*size: int, dtype: torch.dtype) -> Tensor:
+        return torch.empty(parts, heads, *size, dtype=dtype, device=device)
+
+    scale = empty(blocks, dtype=torch.float32) if fmt.group is None else None
+    if form == "wide":
+        return empty(blocks * BLOCK, dim, dtype=torch.bfloat16), scale
+    if fmt.group is None:
+        size = (dim, blocks * BLOCK) if turned else (blocks * BLOCK, dim)
+        return empty(*size, dtype=torch.float8_e4m3fn), scale
+    sizes = [
+        (dim, blocks * BLOCK // n) if turned else (blocks * BLOCK, dim // n) for n in (2, fmt.group)
+    ]  # codes, scales
+    return empty(*sizes[0], dtype=torch.uint8), empty(*sizes[1], dtype=torch.uint8)
+
+
+def quantise_kv(
+    k: Tensor,
+    v: Tensor,
+    sequences: Sequences,
+    *,
+    low: str,
+    form: Form,
+    rest: str | None = None,
+    centred: bool = True,
+    best: bool = True,
+) -> PackedKV:
+    """Centre and quantise K and V.
+
+    Args:
+        k: 16-bit ``[B, Hkv, Tk, D]``, or ``[1, Hkv, tokens, D]`` for sequences end to end; contiguous in D.
+        v: likewise.
+        sequences: how they lie.
+        low: ``"nvfp4"``, ``"mxfp4"`` or ``"fp8"``; ``"drop"`` for the centres alone.
+        form: ``"wide"`` or ``"native"``, see above.
+        rest: ``"nested"`` or ``"nested8"``: also write what the residual plane decodes to. Wide 4-bit formats only.
+        centred: quantise K - c_b; else K itself.
+        best: keep the better of the format's scales for each group.
+
+    Returns:
+        `PackedKV`. Blocks beyond the end of a sequence, and elements beyond the end of its last block, are not written,
+        or are zero.
+
+    Raises:
+        ValueError: a head dim that is no multiple of the group, an unknown form.
+        NotImplementedError: a residual plane of native or fp8 data.
+    """
+    _, heads, _, dim = k.shape
+    shape = (sequences.parts, heads, sequences.blocks)
+    centres = torch.empty(*shape, dim, dtype=k.dtype, device=k.device)
+    out = PackedKV(centres)
+    if low != "drop":
+        _check(low, form, dim)
+        if rest is not None and (form == "native" or low == "fp8"):
+            raise NotImplementedError(f"high={rest!r} is decoded from wide 4-bit data, got {form} {low}")
+        out = PackedKV(
+            centres,
+            *_planes(low, form, shape, dim, False, k.device),
+            *_planes(low, form, shape, dim, True, k.device),
+            *(_planes("nvfp4", "wide", shape, dim, False, k.device)[0] for _ in range(2 if rest else 0)),
+        )
+    width = triton.next_power_of_2(dim)
+    quantise_kv_kernel[(sequences.most_blocks, heads, sequences.batch)](
+        k,
+        v,
+        sequences.spans,
+        centres,
+        *(centres if x is None else x for x in out[1:]),
+        *(x.stride(i) for x in (k, v) for i in range(3)),
+        sequences.blocks,
+        HKV=heads,
+        D=dim,
+        DP=width,
+        RAGGED=sequences.parts == 1,
+        LOW=low,
+        REST="none" if rest is None else RESIDUALS[rest].name,
+        CENTRED=centred,
+        BEST=best,
+        NATIVE=form == "native",
+        CAST=_casts(k.device),
+        num_warps=_warps(low, width),
+    )
+    return out
+
+
+def quantise_q(q: Tensor, sequences: Sequences, *, low: str | None, form: Form, best: bool = True) -> PackedQ:
+    """Mean queries of every row, and Q quantised.
+
+    Args:
+        q: 16-bit ``[B, Hq, Tq, D]``, or ``[1, Hq, tokens, D]`` for sequences end to end; contiguous in D.
+        sequences: how they lie.
+        low: the format; None writes the means alone.
+        form: as of K.
+        best: keep the better of the format's scales for each group.
+
+    Returns:
+        `PackedQ`. Queries before position 0 count as missing; missing queries of a row are zero.
+
+    Raises:
+        ValueError: a head dim that is no multiple of the group, an unknown form.
+    """
+    _, heads, _, dim = q.shape
+    shape = (sequences.parts, heads, sequences.rows)
+    means = torch.empty(*shape, dim, dtype=torch.float32, device=q.device)
+    out = PackedQ(means)
+    if low is not None:
+        _check(low, form, dim)
+        out = PackedQ(means, *_planes(low, form, shape, dim, False, q.device))
+    width = triton.next_power_of_2(dim)
+    quantise_q_kernel[(sequences.most_rows, heads, sequences.batch)](
+        q,
+        sequences.spans,
+        means,
+        *(means if x is None else x for x in out[1:]),
+        *q.stride()[:3],
+        sequences.rows,
+        HQ=heads,
+        D=dim,
+        DP=width,
+        CAUSAL=sequences.causal,
+        RAGGED=sequences.parts == 1,
+        LOW=low or "none",
+        BEST=best,
+        NATIVE=form == "native",
+        CAST=_casts(q.device),
+        num_warps=_warps(low, width),
+    )
+    return out

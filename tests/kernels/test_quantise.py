@@ -1,0 +1,188 @@
+"""Quantised prefill data hold exactly the reference's codes and scales, in every form and layout."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from test_pack import DEVICE
+
+from thrift_attn.config import BLOCK
+from thrift_attn.quant.formats import FORMATS, RESIDUALS
+from thrift_attn.quant.prefill import PackedKV, position_of, quantise_kv, quantise_q
+from thrift_attn.quant.reference import block_means, decode_elements, dequantise, pack_e2m1, quantise, residual
+from thrift_attn.sequences import dense, packed, padded
+
+DTYPE = torch.float16
+DEV = torch.device(DEVICE)
+
+
+def draw(*shape: int) -> torch.Tensor:
+    x = torch.randn(*shape, device=DEVICE) * torch.logspace(-2, 1, shape[-1], device=DEVICE)
+    return (x + 3 * torch.randn(shape[1], 1, shape[-1], device=DEVICE)).to(DTYPE)
+
+
+def padded_blocks(x: torch.Tensor) -> torch.Tensor:
+    return torch.nn.functional.pad(x, (0, 0, 0, -x.shape[-2] % BLOCK))
+
+
+def same(got: torch.Tensor, want: torch.Tensor, best: bool) -> None:
+    """Equal; errors of two scales that differ by the order of a sum may be ranked either way."""
+    assert got.shape == want.shape
+    assert (got != want).float().mean() <= (1e-3 if best else 0)
+
+
+def check_kv(got: PackedKV, k, v, low: str, form: str, *, centred=True, best=False, rest=None) -> None:
+    """Compare the planes of whole tensors [B, Hkv, T, D] with the reference's."""
+    fmt, blocks = FORMATS[low], got.centres.shape[2]
+    want = block_means(k)
+    torch.testing.assert_close(got.centres, want, rtol=1e-3, atol=1e-6)
+    # A mean that rounds the other way changes the codes, so they are compared on the kernel's own means.
+    mean = got.centres.float().repeat_interleave(BLOCK, -2)[..., : k.shape[-2], :] if centred else 0
+    delta, v = padded_blocks(k.float() - mean), padded_blocks(v.float())
+    a, b = quantise(delta, fmt, -1, best=best), quantise(v, fmt, -2, best=best)
+    if form == "wide":
+        if fmt.group is None:
+            wide = decode_elements(a.codes, fmt), decode_elements(b.codes, fmt)
+            assert torch.equal(got.k_scale, a.scales)
+            assert torch.equal(got.v_scale, b.scales)
+        else:
+            wide = dequantise(a, fmt, -1), dequantise(b, fmt, -2)
+        same(got.k.float(), wide[0], best)
+        same(got.v.float(), wide[1], best)
+        if rest is not None:
+            plane = RESIDUALS[rest]
+            same(got.k_rest.float(), residual(delta, got.k.float(), plane, best=best), best)
+            same(got.v_rest.float(), residual(v, got.v.float(), plane, -2, best=best), best)
+        return
+    if fmt.group is None:
+        assert torch.equal(got.k.view(torch.uint8), a.codes)
+        at = position_of(blocks * BLOCK).to(DEVICE)
+        assert torch.equal(got.v.view(torch.uint8)[..., at], b.codes.mT)
+        assert torch.equal(got.k_scale, a.scales)
+        assert torch.equal(got.v_scale, b.scales)
+        return
+    same(got.k, pack_e2m1(a.codes), best)
+    same(got.k_scale, a.scales, best)
+    same(got.v, pack_e2m1(b.codes.mT.contiguous()), best)
+    same(got.v_scale, b.scales.mT, best)
+
+
+@pytest.mark.parametrize(
+    ("low", "form", "dim", "best"),
+    [
+        ("fp8", "native", 64, True),
+        ("fp8", "native", 128, True),
+        ("fp8", "wide", 80, True),
+        ("nvfp4", "wide", 80, True),
+        ("nvfp4", "native", 128, False),
+        ("nvfp4", "native", 64, True),
+        ("mxfp4", "wide", 64, True),
+        ("mxfp4", "native", 96, False),
+        ("nvfp4", "wide", 256, False),
+    ],
+)
+def test_keys_and_values_equal_the_reference(low: str, form: str, dim: int, best: bool) -> None:
+    torch.manual_seed(dim)
+    tokens = 1 if dim == 80 else 64 if dim == 256 else 129
+    k, v = draw(2, 2, tokens, dim), draw(2, 2, tokens, dim)
+    k[0, 0, :16, :32] = 0
+    v[1, 1, :32, 3] = 0
+    k[1, 0], v[0, 1] = 0, 0  # whole heads
+    sequences = dense(2, tokens, tokens, True, DEV)
+    got = quantise_kv(k, v, sequences, low=low, form=form, best=best)
+    check_kv(got, k, v, low, form, best=best)
+
+
+@pytest.mark.parametrize("rest", ["nested", "nested8"])
+def test_residual_planes(rest: str) -> None:
+    torch.manual_seed(1)
+    k, v = draw(1, 2, 70, 64), draw(1, 2, 70, 64)
+    got = quantise_kv(k, v, dense(1, 70, 70, True, DEV), low="nvfp4", form="wide", rest=rest, centred=False)
+    check_kv(got, k, v, "nvfp4", "wide", centred=False, best=True, rest=rest)
+
+
+def test_faults_stay_visible() -> None:
+    torch.manual_seed(2)
+    k, v = draw(1, 1, 64, 64), draw(1, 1, 64, 64)
+    k[0, 0, 3, 20], v[0, 0, 40, 7] = torch.nan, torch.inf
+    sequences = dense(1, 64, 64, True, DEV)
+    got = quantise_kv(k, v, sequences, low="nvfp4", form="wide", centred=False)
+    assert got.k[0, 0, 3, 16:32].isnan().all()
+    assert int(got.k.isnan().sum()) == 16
+    assert got.v[0, 0, 32:48, 7].isnan().all()
+    assert int(got.v.isnan().sum()) == 16
+    got = quantise_kv(k, v, sequences, low="fp8", form="native", centred=False)
+    assert got.k_scale.isnan().all()
+    assert got.v_scale.isnan().all()
+
+
+@pytest.mark.parametrize(
+    ("low", "form", "queries", "keys"),
+    [("fp8", "native", 70, 200), ("fp8", "wide", 65, 65), ("nvfp4", "wide", 70, 100), ("mxfp4", "native", 100, 60)],
+)
+def test_queries_equal_the_reference(low: str, form: str, queries: int, keys: int) -> None:
+    torch.manual_seed(queries)
+    q, fmt = draw(2, 3, queries, 64), FORMATS[low]
+    sequences = dense(2, queries, keys, True, DEV)
+    got = quantise_q(q, sequences, low=low, form=form)
+    lead = (keys - queries) % BLOCK
+    rows = padded_blocks(torch.nn.functional.pad(q.float(), (0, 0, lead, 0)))
+    seen = torch.zeros(rows.shape[-2], dtype=torch.bool, device=DEVICE)
+    seen[lead + max(0, queries - keys) : lead + queries] = True
+    rows = torch.where(seen[:, None], rows, 0)
+    sizes = seen.view(-1, BLOCK).sum(-1).clamp(min=1)
+    torch.testing.assert_close(
+        got.means, rows.unflatten(-2, (-1, BLOCK)).sum(-2) / sizes[:, None], rtol=1e-5, atol=1e-5
+    )
+    want = quantise(rows, fmt, best=True)
+    if fmt.group is None:
+        assert torch.equal(got.q_scale, want.scales)
+        codes = got.q.view(torch.uint8) if form == "native" else got.q.float()
+        assert torch.equal(codes, want.codes if form == "native" else decode_elements(want.codes, fmt))
+    elif form == "wide":
+        same(got.q.float(), dequantise(want, fmt), True)
+    else:
+        same(got.q, pack_e2m1(want.codes), True)
+        same(got.q_scale, want.scales, True)
+
+
+def test_sequences_end_to_end_and_padded() -> None:
+    """Every sequence gets what it gets alone, wherever it lies; inputs are strided views."""
+    torch.manual_seed(3)
+    lengths = [(65, 130), (1, 64), (40, 30)]
+    q, k, v = (draw(1, 200, 2, 64).transpose(1, 2) for _ in range(3))
+    cu = [torch.tensor([0, *x], device=DEVICE, dtype=torch.int32).cumsum(0).int() for x in zip(*lengths, strict=True)]
+    every = packed(*cu, queries=106, keys=224, most_queries=65, most_keys=130, causal=True)
+    k, v = (torch.cat([x, x[:, :, :24]], 2).transpose(1, 2).contiguous().transpose(1, 2) for x in (k, v))
+    kv = quantise_kv(k, v, every, low="fp8", form="native")
+    qp = quantise_q(q[:, :, :106], every, low="fp8", form="native")
+    for b, (queries, keys) in enumerate(lengths):
+        q0, k0, row, block = (int(every.spans[b, i]) for i in (0, 2, 4, 5))
+        alone = dense(1, queries, keys, True, DEV)
+        one = quantise_kv(k[:, :, k0 : k0 + keys], v[:, :, k0 : k0 + keys], alone, low="fp8", form="native")
+        n = alone.blocks
+        assert torch.equal(kv.centres[:, :, block : block + n], one.centres)
+        assert torch.equal(kv.k_scale[:, :, block : block + n], one.k_scale)
+        tokens = slice(block * BLOCK, (block + n) * BLOCK)
+        assert torch.equal(kv.k.view(torch.uint8)[:, :, tokens], one.k.view(torch.uint8))
+        assert torch.equal(kv.v.view(torch.uint8)[..., tokens], one.v.view(torch.uint8))
+        mine = quantise_q(q[:, :, q0 : q0 + queries], alone, low="fp8", form="native")
+        assert torch.equal(qp.means[:, :, row : row + alone.rows], mine.means)
+        assert torch.equal(qp.q_scale[:, :, row : row + alone.rows], mine.q_scale)
+    ragged = padded(65, 130, True, torch.tensor([130, 7], device=DEVICE))
+    assert ragged.spans.tolist() == [[0, 65, 0, 130, 0, 0], [0, 65, 0, 7, 0, 0]]
+    both = quantise_q(torch.cat([q[:, :, :65]] * 2), ragged, low="fp8", form="wide")
+    alone = quantise_q(q[:, :, :65], dense(1, 65, 7, True, DEV), low="fp8", form="wide")
+    rows = alone.means.shape[2]
+    assert torch.equal(both.means[1:, :, :rows], alone.means)
+
+
+def test_errors() -> None:
+    k = draw(1, 1, 64, 80)
+    sequences = dense(1, 64, 64, True, DEV)
+    with pytest.raises(ValueError, match="multiple of 32"):
+        quantise_kv(k, k, sequences, low="mxfp4", form="wide")
+    with pytest.raises(NotImplementedError, match="nested"):
+        quantise_kv(k, k, sequences, low="nvfp4", form="native", rest="nested")
+    with pytest.raises(ValueError, match="form"):
+        quantise_q(k, sequences, low="nvfp4", form="packed")
