@@ -7,7 +7,9 @@
     print(report(model))
     disable(model)
 
-or, with the default configuration: ``register()`` and ``from_pretrained(..., attn_implementation="thrift")``.
+or, with the default configuration: ``register()`` and ``from_pretrained(..., attn_implementation="thrift")``. With
+``past_key_values=ThriftCache(model.config, max_tokens=...)`` K and V are also stored in 4 bits, see
+`thrift_attn.integrations.cache`; that cache's configurations then say what is computed.
 
 The rule. A call of an attention layer is served by thrift when its mask is causal, with padding only before and after
 the tokens of a row. The others are computed in the dtype of the model by PyTorch's SDPA:
@@ -18,7 +20,8 @@ the tokens of a row. The others are computed in the dtype of the model by PyTorc
 - attention sinks (``s_aux``, gpt-oss);
 - dropout in training;
 - K and V of different head dims (multi-head latent attention);
-- any other mask: packed sequences, prefix-LM, image tokens, padding between tokens, a 4D mask given by the caller.
+- any other mask: packed sequences, prefix-LM, image tokens, a 4D mask given by the caller, and padding between tokens
+  (which a ThriftCache leaves out, so that with one it is served too).
 
 SDPA has neither softcap nor sinks: layers off the rule that need them (sliding layers of Gemma-2, gpt-oss) are computed
 by a plain softmax here, and the report says ``eager``. A call with tensors that neither path knows raises. `report`
@@ -47,10 +50,15 @@ try:
     from transformers import AttentionInterface, AttentionMaskInterface
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
     from transformers.masking_utils import causal_mask_function, eager_mask
+
+    from thrift_attn.integrations.cache import ThriftCache
+    from thrift_attn.integrations.handles import Cached
 except ImportError as error:
     raise ImportError('this integration needs transformers >= 5.0: pip install "thrift-attn[hf]"') from error
 if int(transformers.__version__.split(".")[0]) < 5:
     raise ImportError(f"this integration needs transformers >= 5.0, got {transformers.__version__}")
+
+__all__ = ["ThriftCache", "disable", "enable", "register", "report"]
 
 NAME = "thrift"
 """The name to give as ``attn_implementation``."""
@@ -59,6 +67,7 @@ ServedBy = Literal["thrift", "sdpa", "eager"]
 LayerConfigs = Mapping[int, ThriftConfig | None] | Callable[[int], ThriftConfig | None]
 
 _LAYER, _MODEL = "_thrift_layer", "_thrift_model"  # attributes on attention modules and on the model
+_RUNS = "_thrift_runs"  # attribute on 2D masks
 _HARMLESS = {"position_ids", "cache_position", "token_type_ids", "mm_token_type_ids", "num_items_in_batch"}
 _EAGER_QUERIES = 512  # queries at a time where SDPA cannot compute a layer
 
@@ -313,8 +322,7 @@ def thrift_mask(
 
     Returns:
         None: causal, keys and queries end together and all are tokens. Bool ``[B, S]``: causal, the last query is in
-        slot S - 1, True at tokens, which are one run in every row. Float ``[B, 1, Tq, kv_length]``, added to the
-        logits: anything else.
+        slot S - 1, True at tokens. Float ``[B, 1, Tq, kv_length]``, added to the logits: anything else.
 
     Raises:
         ValueError: an attention mask that ends before the last query.
@@ -333,9 +341,8 @@ def thrift_mask(
         tokens = attention_mask[:, kv_offset : kv_offset + slots].bool()
         if slots == kv_length and bool(tokens.all()):
             return None
-        starts = tokens[:, :1].sum(-1) + (tokens[:, 1:] & ~tokens[:, :-1]).sum(-1)
-        if int(starts.max()) <= 1:
-            return tokens
+        setattr(tokens, _RUNS, _count_runs(tokens))  # here once for all layers
+        return tokens
     kwargs["allow_is_bidirectional_skip"] = False  # None has one meaning only
     # The additive form: SDPA takes it, and models that extend their masks all know it.
     return eager_mask(
@@ -346,6 +353,12 @@ def thrift_mask(
         attention_mask=attention_mask,
         **kwargs,
     )
+
+
+def _count_runs(tokens: Tensor) -> int:
+    """Most runs of tokens in a row of ``[B, S]``."""
+    starts = tokens[:, :1].sum(-1) + (tokens[:, 1:] & ~tokens[:, :-1]).sum(-1)
+    return int(starts.max())
 
 
 def _position_after_queries(kwargs: Mapping[str, Any]) -> int:
@@ -417,6 +430,19 @@ def thrift_attention(
         reason = f"head dims of K and V differ, {key.shape[-1]} and {value.shape[-1]}"
     elif attention_mask is not None and attention_mask.ndim == 4:
         reason = "the mask is not causal with padding at the ends"
+    if isinstance(key, Cached):
+        tokens = attention_mask if attention_mask is not None and attention_mask.ndim == 2 else None
+        if reason is None:
+            found = key.step.attend(query, tokens, scale=scaling, softcap=softcap, backend=layer.backend)
+            if found is not None:
+                layer.count("thrift", "causal, cached", found[1])
+                return found[0].transpose(1, 2).contiguous(), None
+            reason = "the mask hides tokens that the cache holds"
+        key, value = key.step.full(tokens)
+    elif reason is None and attention_mask is not None:
+        runs = getattr(attention_mask, _RUNS, None)
+        if (_count_runs(attention_mask) if runs is None else runs) > 1:
+            reason = "the mask is not causal with padding at the ends"
     if config is not None and reason is None:
         out, stats = _serve(query, key, value, attention_mask, config, layer.backend, scaling, softcap)
         layer.count("thrift", "causal", stats)
