@@ -1,0 +1,392 @@
+"""Which KV blocks every query row promotes, on the device: scores, budget and the choice, without a matrix of all scores.
+
+A row is 64 queries (`thrift_attn.sequences`). Its score for block b is mean(Q) . c_b. The choice equals
+`thrift_attn.select.budget.promote`, ties included.
+"""
+
+from __future__ import annotations
+
+import math
+from functools import lru_cache
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from thrift_attn.capability import interpreted
+from thrift_attn.config import BLOCK, Budget
+from thrift_attn.select.budget import blocks_per_row, promote
+from thrift_attn.sequences import Sequences
+
+MAX_BLOCKS = 16384
+"""Most KV blocks of one sequence: a program holds the scores of a row."""
+
+ROWS = 16
+"""Query rows whose scores one program works out at a time."""
+
+HELD = 4096
+"""Scores a program holds in registers at a time."""
+
+
+def visible_blocks(queries: Tensor, keys: Tensor, rows: int, *, causal: bool, window: int | None) -> Tensor:
+    """How many KV blocks every query row sees.
+
+    Args:
+        queries: int64 ``[B]``, length of q of each sequence.
+        keys: int64 ``[B]``, length of k.
+        rows: R, rows to return; those a sequence does not have see nothing.
+        causal: see `thrift_attn.attention`.
+        window: likewise.
+
+    Returns:
+        int64 ``[B, R]``.
+    """
+    queries, keys = queries.long()[:, None], keys.long()[:, None]
+    offset = keys - queries if causal else torch.zeros_like(keys)
+    start = (offset.div(BLOCK, rounding_mode="floor") + torch.arange(rows, device=keys.device)) * BLOCK
+    first = start.maximum(offset).clamp(min=0)  # position of the row's first query
+    last = (start + BLOCK).minimum(offset + queries)  # one past the position of its last
+    end = last.minimum(keys) if causal else keys
+    begin = (first + 1 - window).clamp(min=0) if window else torch.zeros_like(first)
+    count = -(-end // BLOCK) - begin // BLOCK
+    return torch.where(first < last, count, 0)
+
+
+def budget_rows(budget: Budget, visible: Tensor, blocks: Tensor) -> Tensor:
+    """`blocks_per_row` of several sequences at once, without a copy to the host.
+
+    Args:
+        budget: the budget.
+        visible: int64 ``[B, R]``; rows that a sequence does not have see 0 blocks.
+        blocks: int64 ``[B]``, N of each sequence.
+
+    Returns:
+        int64 ``[B, R]``.
+    """
+    if budget.kind == "top_k":
+        return visible.clamp(max=int(budget.value))
+    if budget.kind == "paper":
+        return visible.minimum((blocks // BLOCK).clamp(min=1)[:, None])
+    counts = visible.double()
+    total = budget.value * counts.sum(1, keepdim=True)
+    ordered = counts.sort(1).values
+    rows = counts.shape[1]
+    below = ordered.cumsum(1) - ordered
+    left = torch.arange(rows, 0, -1, device=counts.device, dtype=counts.dtype)
+    first = (below + ordered * left < total).sum(1, keepdim=True)  # rows that the level exceeds
+    at = first.clamp(max=rows - 1)
+    level = (total - below.gather(1, at)) / (rows - at)
+    level = torch.where(first == rows, ordered[:, -1:], level)
+    ends = (counts.minimum(level).cumsum(1) + 0.5).floor().long()
+    return torch.diff(ends, prepend=torch.zeros_like(ends[:, :1])).minimum(visible)
+
+
+def capacity(budget: Budget, blocks: int) -> int:
+    """Upper limit of the promoted blocks of a row that sees at most ``blocks`` blocks.
+
+    The share of rows grows concavely with the level, so the level is at most fraction * blocks; carried rounding adds 1.
+    """
+    if budget.kind == "top_k":
+        most = int(budget.value)
+    elif budget.kind == "paper":
+        most = max(1, blocks // BLOCK)
+    else:
+        most = math.floor(budget.value * blocks) + 2
+    return max(1, min(most, blocks))
+
+
+@lru_cache(maxsize=256)
+def _wanted_dense(
+    budget: Budget,
+    queries: int,
+    keys: int,
+    rows: int,
+    causal: bool,
+    window: int | None,
+    least: int,
+    device: torch.device,
+) -> Tensor:
+    lengths = torch.tensor([queries]), torch.tensor([keys])
+    visible = visible_blocks(*lengths, rows, causal=causal, window=window)[0]
+    wanted = blocks_per_row(budget, visible, -(-keys // BLOCK))
+    return wanted.clamp(min=least).minimum(visible).int()[None].to(device)
+
+
+def wanted_blocks(budget: Budget, sequences: Sequences, *, window: int | None = None, least: int = 0) -> Tensor:
+    """Blocks to promote in every row of every sequence.
+
+    Args:
+        budget: the budget.
+        sequences: how the sequences lie.
+        window: sliding window in tokens.
+        least: at least so many in a row that sees any.
+
+    Returns:
+        int32 ``[B, most_rows]``, ``[1, most_rows]`` when all sequences have one length; that one is kept for the next call.
+    """
+    if sequences.lengths is not None:
+        queries, keys = sequences.lengths
+        return _wanted_dense(
+            budget, queries, keys, sequences.most_rows, sequences.causal, window, least, sequences.spans.device
+        )
+    queries, keys = sequences.spans[:, 1], sequences.spans[:, 3]
+    visible = visible_blocks(queries, keys, sequences.most_rows, causal=sequences.causal, window=window)
+    wanted = budget_rows(budget, visible, -(-keys.long() // BLOCK))
+    return wanted.clamp(min=least).minimum(visible).int()
+
+
+@triton.jit(do_not_specialize=["items", "tiles", "rows", "blocks", "most", "window"])
+def select_rows_kernel(
+    mean_ptr,  # float32 [P, Hq, R, D]
+    centre_ptr,  # 16-bit [P, Hkv, N, D]
+    spans_ptr,  # int32 [B, 6]
+    wanted_ptr,  # int32 [B or 1, most_rows]
+    scratch_ptr,  # float32 [programs, ROWS, PAD]
+    list_ptr,  # int32 [P, Hq, R, K], written up to the count
+    counts_ptr,  # int32 [P, Hq, R]
+    stride_wanted,  # 0 when all sequences share one row of counts
+    items,  # B * Hq * tiles
+    tiles,  # of ROWS query rows, per sequence
+    rows,  # R
+    blocks,  # N
+    most,  # K
+    window,
+    HQ: tl.constexpr,
+    HKV: tl.constexpr,
+    D: tl.constexpr,
+    DP: tl.constexpr,  # D rounded up to a power of two
+    CAUSAL: tl.constexpr,
+    RAGGED: tl.constexpr,
+    WINDOW: tl.constexpr,
+    FIRST: tl.constexpr,  # forced first and last blocks
+    LAST: tl.constexpr,
+    PAD: tl.constexpr,  # most_blocks rounded up to a power of two
+    ROWS: tl.constexpr,
+    SUB: tl.constexpr,  # rows chosen at a time
+    BN: tl.constexpr,  # blocks scored at a time
+    PORTABLE: tl.constexpr,  # float32 products, for the interpreter
+):
+    scratch = scratch_ptr + tl.program_id(0).to(tl.int64) * (ROWS * PAD)
+    for item in range(tl.program_id(0), items, tl.num_programs(0)):
+        bh = item // tiles
+        b = bh // HQ
+        h = bh % HQ
+        part = (b * (not RAGGED)).to(tl.int64)
+        span = spans_ptr + b * 6
+        queries, keys = tl.load(span + 1), tl.load(span + 3)
+        row_start, block_start = tl.load(span + 4), tl.load(span + 5)
+        offset = keys - keys
+        if CAUSAL:
+            offset = keys - queries
+        base = offset >> 6  # absolute block of row 0, rounded down
+        own = (offset - base * 64 + queries + 63) // 64  # rows of this sequence
+        row0 = item % tiles * ROWS
+        if row0 < own:
+            total = (keys + 63) // 64
+            # What the rows of the tile see together.
+            low = total - total
+            high = total
+            if CAUSAL:
+                high = tl.minimum(total, base + row0 + ROWS)
+            if WINDOW:
+                low = tl.maximum((base + row0) * 64 + 1 - window, 0) // 64
+            row = row0 + tl.arange(0, ROWS)
+            d = tl.arange(0, DP)
+            head = part * HQ + h
+            at = (head * rows + row_start + row) * D
+            mean = tl.load(mean_ptr + at[:, None] + d[None, :], mask=(row < own)[:, None] & (d < D)[None, :], other=0.0)
+            DTYPE: tl.constexpr = centre_ptr.dtype.element_ty
+            upper = mean.to(DTYPE)  # the mean in two parts, so that products of 16-bit data are almost float32
+            lower = (mean - upper.to(tl.float32)).to(DTYPE)
+            centres = centre_ptr + ((part * HKV + h // (HQ // HKV)) * blocks + block_start) * D
+            for n0 in range(low // BN * BN, high, BN):
+                n = n0 + tl.arange(0, BN)
+                c = tl.load(
+                    centres + n[None, :] * D + d[:, None], mask=(n < high)[None, :] & (d < D)[:, None], other=0.0
+                )
+                if PORTABLE:
+                    s = tl.dot(mean, c.to(tl.float32), input_precision="ieee")
+                else:
+                    s = tl.dot(upper, c, tl.dot(lower, c))  # [ROWS, BN]
+                tl.store(scratch + tl.arange(0, ROWS)[:, None] * PAD + n[None, :], s + 0.0, mask=(n < PAD)[None, :])
+            tl.debug_barrier()
+            for s0 in range(0, ROWS, SUB):
+                mine = s0 + tl.arange(0, SUB)
+                r = row0 + mine
+                start = (base + r) * 64
+                last = tl.minimum(start + 64, offset + queries)
+                first = tl.maximum(tl.maximum(start, offset), 0)
+                begin = r - r
+                end = begin + total
+                if CAUSAL:
+                    end = (tl.minimum(last, keys) + 63) // 64
+                if WINDOW:
+                    begin = tl.maximum(first + 1 - window, 0) // 64
+                there = (r < own) & (first < last)
+                end = tl.where(there, end, begin)
+                wanted = tl.load(wanted_ptr + b.to(tl.int64) * stride_wanted + r, mask=r < own, other=0)
+                index = tl.arange(0, PAD)[None, :]
+                seen = (index >= begin[:, None]) & (index < end[:, None])
+                score = tl.load(scratch + mine[:, None] * PAD + index, mask=seen, other=0.0)
+                key = score.to(tl.int32, bitcast=True)
+                key = key ^ ((key >> 31) & 0x7FFFFFFF)
+                # Forced blocks: from the beginning, then from the end; the scores decide about what is left.
+                size = end - begin
+                wanted = tl.minimum(wanted, size)
+                leading = tl.minimum(wanted, tl.minimum(tl.maximum(FIRST - begin, 0), size))
+                rest = tl.maximum(end - tl.maximum(begin, FIRST), 0)
+                trailing = tl.minimum(wanted - leading, tl.minimum(rest, LAST))
+                forced = (index < (begin + leading)[:, None]) | (index >= (end - trailing)[:, None])
+                room = wanted - leading - trailing
+                open_ = seen & ~forced
+                key = tl.where(open_, key, -0x7FFFFFFF - 1)
+                # The largest threshold that at least `room` keys reach, bit by bit; the sign bit counts the other way round.
+                enough = tl.sum((key >= 0).to(tl.int32), 1) >= room
+                threshold = tl.where(enough, 0, -0x7FFFFFFF - 1)
+                for step in range(0, 31):
+                    trial = threshold + (1 << (30 - step))
+                    enough = tl.sum((key >= trial[:, None]).to(tl.int32), 1) >= room
+                    threshold = tl.where(enough, trial, threshold)
+                above = open_ & (key > threshold[:, None])
+                ties = open_ & (key == threshold[:, None])
+                need = room - tl.sum(above.to(tl.int32), 1)
+                chosen = (seen & forced) | above | (ties & (tl.cumsum(ties.to(tl.int32), 1) <= need[:, None]))
+                place = tl.cumsum(chosen.to(tl.int32), 1) - 1
+                out = (head * rows + row_start + r) * most
+                tl.store(list_ptr + out[:, None] + place, index + tl.zeros_like(place), mask=chosen & (place < most))
+                tl.store(counts_ptr + head * rows + row_start + r, wanted, mask=r < own)
+            tl.debug_barrier()
+
+
+def select_rows(
+    means: Tensor,
+    centres: Tensor,
+    sequences: Sequences,
+    wanted: Tensor,
+    most: int,
+    *,
+    first: int = 0,
+    last: int = 0,
+    window: int | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Lists of the promoted blocks of every query row.
+
+    Args:
+        means: mean queries float32 ``[P, Hq, R, D]``.
+        centres: c_b ``[P, Hkv, N, D]``, 16-bit.
+        sequences: how the sequences lie.
+        wanted: blocks to promote, see `wanted_blocks`.
+        most: K, room in a list; at least the largest of ``wanted``.
+        first: so many first blocks come before all others.
+        last: so many last visible blocks come next.
+        window: sliding window in tokens.
+
+    Returns:
+        Block numbers, ascending, int32 ``[P, Hq, R, K]``, undefined from the count on, and counts int32 ``[P, Hq, R]``.
+        Rows that no sequence has are undefined.
+
+    Raises:
+        NotImplementedError: more than `MAX_BLOCKS` blocks in a sequence.
+    """
+    if sequences.most_blocks > MAX_BLOCKS:
+        raise NotImplementedError(
+            f"blocks are chosen among at most {MAX_BLOCKS} ({MAX_BLOCKS * BLOCK} keys), got {sequences.most_blocks}"
+        )
+    parts, heads, rows, dim = means.shape
+    pad = max(16, triton.next_power_of_2(sequences.most_blocks))
+    tiles = -(-sequences.most_rows // ROWS)
+    items = sequences.batch * heads * tiles
+    chosen = torch.empty(parts, heads, rows, most, dtype=torch.int32, device=means.device)
+    counts = torch.empty(parts, heads, rows, dtype=torch.int32, device=means.device)
+    per_processor = max(1, min(4, 8192 // pad))
+    programs = min(items, per_processor * _multiprocessors(means.device))
+    scratch = torch.empty(programs, ROWS, pad, dtype=torch.float32, device=means.device)
+    select_rows_kernel[(programs,)](
+        means,
+        centres,
+        sequences.spans,
+        wanted,
+        scratch,
+        chosen,
+        counts,
+        0 if len(wanted) == 1 else wanted.stride(0),
+        items,
+        tiles,
+        rows,
+        centres.shape[2],
+        most,
+        window or 0,
+        HQ=heads,
+        HKV=centres.shape[1],
+        D=dim,
+        DP=triton.next_power_of_2(dim),
+        CAUSAL=sequences.causal,
+        RAGGED=parts == 1,
+        WINDOW=window is not None,
+        FIRST=first,
+        LAST=last,
+        PAD=pad,
+        ROWS=ROWS,
+        SUB=max(1, min(ROWS, HELD // pad)),
+        BN=min(64, pad),
+        PORTABLE=interpreted(),
+        num_warps=max(4, pad // 1024),
+    )
+    return chosen, counts
+
+
+def select_decode(
+    q: Tensor,
+    centres: Tensor,
+    sequences: Sequences,
+    budget: Budget,
+    most: int,
+    *,
+    first: int = 0,
+    last: int = 0,
+    window: int | None = None,
+    least: int = 0,
+) -> tuple[Tensor, Tensor]:
+    """`select_rows` for up to 16 new tokens: one list per KV head, by the largest score of all its queries.
+
+    Args:
+        q: 16-bit ``[B, Hq, Tq, D]``.
+        centres: c_b ``[B, Hkv, N, D]``; undefined beyond the end of a sequence.
+        sequences: a batch.
+        budget: the budget.
+        most: K, room in a list.
+        first: see `select_rows`.
+        last: see `select_rows`.
+        window: see `select_rows`.
+        least: at least so many.
+
+    Returns:
+        As `select_rows`, the same list for every query head of a KV head and both rows that 16 queries may lie in.
+    """
+    keys = sequences.spans[:, 3].long()
+    queries, heads, kv_heads = q.shape[2], q.shape[1], centres.shape[1]
+    index = torch.arange(centres.shape[2], device=q.device)
+    end = -(-keys // BLOCK)
+    begin = torch.zeros_like(keys)
+    if window is not None and sequences.causal:
+        begin = ((keys - queries).clamp(min=0) + 1 - window).clamp(min=0) // BLOCK
+    visible = (index >= begin[:, None]) & (index < end[:, None])  # [B, N]
+    grouped = q.float().unflatten(1, (kv_heads, -1)).flatten(2, 3)
+    there = torch.arange(queries, device=q.device) >= (queries - keys if sequences.causal else keys - keys)[:, None]
+    scores = grouped @ centres.float().mT  # [B, Hkv, G * Tq, N]
+    hidden = ~there[:, None, None].expand(-1, kv_heads, heads // kv_heads, -1).flatten(2)
+    scores = scores.masked_fill(hidden[..., None], -torch.inf).amax(2).nan_to_num(-torch.inf)
+    counts = visible.sum(1)
+    wanted = budget_rows(budget, counts[:, None], end)[:, 0]
+    wanted = wanted.clamp(min=least).minimum(counts)
+    chosen = promote(scores.transpose(0, 1), visible, wanted, first=first, last=last).transpose(0, 1)  # [B, Hkv, N]
+    order = torch.where(chosen, index, len(index)).sort(-1).values.int()
+    order = torch.nn.functional.pad(order, (0, max(0, most - len(index))))[..., :most]
+    shape = (sequences.batch, heads, sequences.rows)
+    lists = order.repeat_interleave(heads // kv_heads, 1)[:, :, None].expand(*shape, most).contiguous()
+    return lists, wanted.int()[:, None, None].expand(shape).contiguous()
+
+
+def _multiprocessors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
