@@ -57,6 +57,11 @@ def interpreted() -> bool:
     return os.environ.get("TRITON_INTERPRET", "0") == "1"
 
 
+def overlaps(device: torch.device) -> bool:
+    """Whether a kernel may start while the one before it ends (programmatic dependent launch, compute capability 9 and up)."""
+    return device.type == "cuda" and not interpreted() and torch.cuda.get_device_capability(device) >= (9, 0)
+
+
 def check_cache(
     config: ThriftConfig, head_dim: int, dtype: torch.dtype, device: torch.device
 ) -> Literal["triton", "reference"]:

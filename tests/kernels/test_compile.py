@@ -29,6 +29,7 @@ numbers = dict(scale="fp32", stride_qb="i32", stride_qh="i32", stride_qt="i32", 
 constants = dict(
     HKV=8, GROUP=group, TQ=1, D=dim, CHUNKS=decode.chunks(dim, tuned.chunk), N=tile,
     RP=decode.padded_rows(group, 1), HIGH=decode.HIGH[plane], CENTRED=True, WINDOW=False, CAP=0.0, PORTABLE=False,
+    OVERLAP=capability >= 90,
 )
 signature = {n: {**pointers, **numbers}.get(n, "constexpr") for n in fn.arg_names}
 aligned = [*pointers, "stride_qb", "stride_qh", "stride_qt"]

@@ -38,7 +38,7 @@ from thrift_attn.attend.tiles import (
     widen4,
     widen8,
 )
-from thrift_attn.capability import interpreted
+from thrift_attn.capability import interpreted, overlaps
 from thrift_attn.config import BLOCK
 from thrift_attn.quant.layout import HIGH, TILE, plane_size
 
@@ -224,6 +224,7 @@ def attend_split_kernel(
     WINDOW: tl.constexpr,
     CAP: tl.constexpr,
     PORTABLE: tl.constexpr,
+    OVERLAP: tl.constexpr,  # starts while the choice of blocks is still being made
 ):
     T: tl.constexpr = D // 16
     HALF: tl.constexpr = T * 128 + (T + 1) // 2 * 32  # words of K, and of V
@@ -240,8 +241,8 @@ def attend_split_kernel(
     b = bh // HKV
     h = bh % HKV
     length = tl.load(lengths_ptr + b)
-    promoted = tl.load(counts_ptr + bh * 2)
-    listed = tl.load(counts_ptr + bh * 2 + 1)
+    if OVERLAP:
+        tl.extra.cuda.gdc_launch_dependents()
 
     # -- queries, scaled by a power of two such that the largest uses the range of fp16 --
     q_start = q_ptr + b.to(tl.int64) * stride_qb + (h * GROUP).to(tl.int64) * stride_qh
@@ -273,6 +274,11 @@ def attend_split_kernel(
     out = ()
     for i in tl.static_range(PARTS):
         out = out + (tl.zeros([16 * CHUNKS[i][1], N], tl.float32),)
+
+    if OVERLAP:
+        tl.extra.cuda.gdc_wait()
+    promoted = tl.load(counts_ptr + bh * 2)
+    listed = tl.load(counts_ptr + bh * 2 + 1)
 
     # This split's share. Work is counted in half blocks of the base: promoted blocks first (WEIGHT each), then the others (2),
     # then the incomplete block in steps of 16 tokens (2); an item belongs to the split in whose range it starts.
@@ -456,6 +462,7 @@ def merge_splits_kernel(
     RP: tl.constexpr,
     PAD: tl.constexpr,  # splits rounded up to a power of two
     SLICE: tl.constexpr,  # dimensions per program, a power of two
+    OVERLAP: tl.constexpr,
 ):
     row = tl.program_id(0)
     bh = tl.program_id(1)
@@ -465,6 +472,8 @@ def merge_splits_kernel(
     d = tl.program_id(2) * SLICE + tl.arange(0, SLICE)
     split = tl.arange(0, PAD)
     start = bh.to(tl.int64) * splits * RP + row
+    if OVERLAP:
+        tl.extra.cuda.gdc_wait()
     lse = tl.load(part_lse_ptr + start + split * RP, mask=split < splits, other=float("-inf"))  # [PAD]
     part = tl.load(
         part_ptr + (start + split[:, None].to(tl.int64) * RP) * D + d[None, :],
@@ -603,6 +612,7 @@ def attend_pages(
             f"expected a contiguous tail [2, {batch}, 2, {kv_heads}, {BLOCK}, {dim}], got {list(tail.shape)}"
         )
     masked = tq > 1 or window is not None
+    overlap = overlaps(q.device)
     tuned = tuned or tuning(dim, tile, masked, plane)
     attend_split_kernel[(splits, rows // tile, batch * kv_heads)](
         q,
@@ -633,6 +643,8 @@ def attend_pages(
         WINDOW=window is not None,
         CAP=(softcap or 0.0) * LOG2E,
         PORTABLE=PORTABLE,
+        OVERLAP=overlap,
+        launch_pdl=overlap,
         num_warps=1,
         num_stages=1,
         maxnreg=tuned.maxnreg,
@@ -653,6 +665,7 @@ def merge_splits(parts: Tensor, part_lse: Tensor, out: Tensor, lse: Tensor) -> N
     group = heads // kv_heads
     width = triton.next_power_of_2(dim)
     lanes = 32 if splits > 16 else min(width, 128)
+    overlap = overlaps(parts.device)
     merge_splits_kernel[(group * tq, batch * kv_heads, triton.cdiv(dim, lanes))](
         parts,
         part_lse,
@@ -669,5 +682,7 @@ def merge_splits(parts: Tensor, part_lse: Tensor, out: Tensor, lse: Tensor) -> N
         RP=rows,
         PAD=triton.next_power_of_2(splits),
         SLICE=lanes,
+        OVERLAP=overlap,
+        launch_pdl=overlap,
         num_warps=4,
     )

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from thrift_attn.bench.cases import DecodeCase, thrift_bytes
 from thrift_attn.bench.inputs import Inputs
-from thrift_attn.bench.methods import Absent, Method, Variant
+from thrift_attn.bench.methods import Absent, Launch, Method, Variant
 from thrift_attn.bench.timing import Step
 from thrift_attn.config import ThriftConfig
 from thrift_attn.quant.formats import FORMATS, RESIDUALS
@@ -32,6 +32,7 @@ def method(case: DecodeCase) -> Method:
         bytes=lambda case: thrift_bytes(case)["step"],
         bytes_per_token=_bytes_per_token,
         variants=lambda case: [Variant("paged", partial(_steps, case.config))],
+        launches=partial(_launches, case),
     )
 
 
@@ -81,3 +82,18 @@ def _steps(config: ThriftConfig, inputs: Inputs) -> list[Step]:
         return cache.attend(q, scale=inputs.case.scale)
 
     return [partial(step, fill(config, inputs, at), q) for at, q in enumerate(inputs.q)]
+
+
+def _launches(case: DecodeCase, inputs: Inputs) -> list[Launch]:
+    """Every kernel of the step alone, on what the kernels before it wrote."""
+    from thrift_attn.cache.ops import step_kernels
+
+    kernels: dict[str, list[Step]] = {}
+    for at, q in enumerate(inputs.q):
+        cache = fill(case.config, inputs, at)
+        launches, _, _ = step_kernels(*cache.step_arguments(q, inputs.case.scale))
+        for name, launch in launches.items():
+            launch()
+            kernels.setdefault(name, []).append(launch)
+    bytes_moved = thrift_bytes(case)
+    return [Launch(name, steps, bytes_moved[name]) for name, steps in kernels.items()]

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
+
 import torch
 from torch import Tensor
 
@@ -49,6 +52,55 @@ def _(k, v, tail, base, centres, high, page_table, lengths, low, plane, centred,
     return None
 
 
+def step_kernels(
+    q: Tensor,
+    base: Tensor,
+    centres: Tensor,
+    high: Tensor,
+    tail: Tensor,
+    page_table: Tensor,
+    lengths: Tensor,
+    budget: Tensor,
+    scale: float,
+    window: int | None,
+    softcap: float | None,
+    plane: str,
+    centred: bool,
+    first: int,
+    last: int,
+) -> tuple[dict[str, Callable[[], None]], Tensor, Tensor]:
+    """The kernels of one step by name, in the order in which they run, and the output and LSE that they write."""
+    batch, heads, tq, dim = q.shape
+    kv_heads, blocks = base.shape[1], page_table.shape[1]
+    rows = padded_rows(heads // kv_heads, tq)
+    q = q if q.stride(-1) == 1 else q.contiguous()
+
+    def empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        return torch.empty(shape, dtype=dtype, device=q.device)
+
+    bias, scores = empty(batch, kv_heads, blocks, rows), empty(batch, kv_heads, blocks)
+    chosen, counts = (empty(batch, kv_heads, 2, n, dtype=torch.int32) for n in (blocks, 1))
+    group = heads // kv_heads
+    tile = column_tile(group, tq, dim)
+    tuned = tuning(dim, tile, tq > 1 or window is not None, plane)
+    splits = choose_splits(blocks, batch, kv_heads, rows // tile, _multiprocessors(q.device) * tuned.programs)
+    parts, part_lse = empty(batch, kv_heads, splits, rows, dim), empty(batch, kv_heads, splits, rows)
+    out, lse = torch.empty_like(q, memory_format=torch.contiguous_format), empty(batch, heads, tq)
+    kernels = {
+        "scores": partial(score_blocks, q, centres, page_table, lengths, bias, scores, scale=scale),
+        "select": partial(
+            select_blocks, scores, page_table, lengths, budget, chosen, counts,
+            tq=tq, first=first, last=last, window=window,
+        ),
+        "attend": partial(
+            attend_pages, q, base, high, tail, bias, chosen, counts, lengths, parts, part_lse,
+            scale=scale, plane=plane, centred=centred, window=window, softcap=softcap, tuned=tuned,
+        ),
+        "merge": partial(merge_splits, parts, part_lse, out, lse),
+    }  # fmt: skip
+    return kernels, out, lse
+
+
 @torch.library.custom_op("thrift_attn::attend_cache", mutates_args=(), device_types=None)
 def attend_cache(
     q: Tensor,
@@ -68,29 +120,12 @@ def attend_cache(
     last: int,
 ) -> tuple[Tensor, Tensor]:
     """Scores, selection, attention and merge of the newest tokens over the pages; see `PagedThriftCache.attend`."""
-    batch, heads, tq, dim = q.shape
-    kv_heads, blocks = base.shape[1], page_table.shape[1]
-    rows = padded_rows(heads // kv_heads, tq)
-    q = q if q.stride(-1) == 1 else q.contiguous()
-
-    def empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
-        return torch.empty(shape, dtype=dtype, device=q.device)
-
-    bias, scores = empty(batch, kv_heads, blocks, rows), empty(batch, kv_heads, blocks)
-    chosen, counts = (empty(batch, kv_heads, 2, n, dtype=torch.int32) for n in (blocks, 1))
-    score_blocks(q, centres, page_table, lengths, bias, scores, scale=scale)
-    select_blocks(scores, page_table, lengths, budget, chosen, counts, tq=tq, first=first, last=last, window=window)
-    group = heads // kv_heads
-    tile = column_tile(group, tq, dim)
-    tuned = tuning(dim, tile, tq > 1 or window is not None, plane)
-    splits = choose_splits(blocks, batch, kv_heads, rows // tile, _multiprocessors(q.device) * tuned.programs)
-    parts, part_lse = empty(batch, kv_heads, splits, rows, dim), empty(batch, kv_heads, splits, rows)
-    attend_pages(
-        q, base, high, tail, bias, chosen, counts, lengths, parts, part_lse,
-        scale=scale, plane=plane, centred=centred, window=window, softcap=softcap, tuned=tuned,
+    kernels, out, lse = step_kernels(
+        q, base, centres, high, tail, page_table, lengths, budget,
+        scale, window, softcap, plane, centred, first, last,
     )  # fmt: skip
-    out, lse = torch.empty_like(q, memory_format=torch.contiguous_format), empty(batch, heads, tq)
-    merge_splits(parts, part_lse, out, lse)
+    for launch in kernels.values():
+        launch()
     return out, lse
 
 

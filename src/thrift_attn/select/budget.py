@@ -74,6 +74,8 @@ def asked_share(budget: Budget, visible: Tensor, blocks: int) -> float:
 def promote(scores: Tensor, visible: Tensor, counts: Tensor, *, first: int = 0, last: int = 0) -> Tensor:
     """Choose the promoted KV blocks: forced ones first, then the highest scores, ties to the lower index.
 
+    Where the budget is below the forced blocks, those nearest to the beginning go first, then those nearest to the end.
+
     Args:
         scores: float ``[H, R, N]``, higher is more important.
         visible: bool ``[R, N]``.
@@ -87,8 +89,9 @@ def promote(scores: Tensor, visible: Tensor, counts: Tensor, *, first: int = 0, 
     blocks = scores.shape[-1]
     index = torch.arange(blocks, device=scores.device)
     ends = torch.where(visible, index, -1).amax(-1, keepdim=True)  # [R, 1] last visible block of each row
-    tier = 2 * (index < first).long() + (index > ends - last).long() + 1
-    tier = torch.where(visible, tier, 0)  # [R, N]: 0 hidden, 1 by score, 2 forced last, 3 and up forced first
+    tier = 1 + (last - ends + index).clamp(min=0)  # [R, N]: 1 by score, above it the forced last ones
+    tier = torch.where(index < first, first - index + last + 1, tier)
+    tier = torch.where(visible, tier, 0)  # 0 hidden
     by_score = scores.argsort(dim=-1, descending=True, stable=True)
     by_tier = tier.expand_as(scores).gather(-1, by_score).argsort(dim=-1, descending=True, stable=True)
     order = by_score.gather(-1, by_tier)
