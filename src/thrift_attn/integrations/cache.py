@@ -303,14 +303,20 @@ class ThriftCache(Cache):
         self.decode, self.prefill = decode, prefill
         self._budget: list[int] = []
         self._read: tuple[Tensor, int, list[int], Padding | None] | None = None
+        kinds = set(getattr(text, "layer_types", None) or ()) - {"full_attention", "sliding_attention"}
+        if kinds:
+            raise NotImplementedError(
+                f"ThriftCache serves full and sliding-window attention; {type(text).__name__} has layers of "
+                f"{', '.join(sorted(kinds))}"
+            )
         layers: list[Any] = DynamicCache(config=config).layers
         for at, layer in enumerate(layers):
             if type(layer) is DynamicLayer:
                 layers[at] = ThriftLayer(self)
             elif type(layer) is not DynamicSlidingWindowLayer:
                 raise NotImplementedError(
-                    f"ThriftCache serves full and sliding-window attention; layer {at} of {type(config).__name__} "
-                    f"needs a {type(layer).__name__}"
+                    f"ThriftCache serves full and sliding-window attention; {type(text).__name__} needs a "
+                    f"{type(layer).__name__} for layer {at}"
                 )
         super().__init__(layers=layers)
 
@@ -377,7 +383,13 @@ class ThriftCache(Cache):
     def crop(self, tokens_to_remove: int) -> None:
         """Take slots back from the end of all layers: ``-n`` takes n, and ``n``, as in transformers 5.0, leaves n."""
         self._mend()
-        super().crop(tokens_to_remove)
+        there = self.get_seq_length()
+        keep = max(0, there + tokens_to_remove) if tokens_to_remove <= 0 else min(there, tokens_to_remove)
+        for layer in self.layers:
+            if isinstance(layer, ThriftLayer):
+                layer.keep(keep)
+            elif keep < there or getattr(layer, "record_past", False):
+                layer.crop(keep - there)
 
     def _mend(self) -> None:
         """Take back what not all layers hold."""
@@ -464,7 +476,7 @@ class ThriftCache(Cache):
             if isinstance(layer, ThriftLayer):
                 found = state.dump(layer.paged)
                 paddings = [(padding.start, padding.is_token) for padding in layer.paddings]
-                found |= {f"padding{i}": is_token for i, (_, is_token) in enumerate(paddings)}
+                found |= {f"padding{i}": is_token.clone() for i, (_, is_token) in enumerate(paddings)}
                 described.append({"slots": layer.slots, "paddings": [start for start, _ in paddings]})
             else:
                 found = {"keys": layer.keys, "values": layer.values}
