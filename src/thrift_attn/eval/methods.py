@@ -1,4 +1,4 @@
-"""Method specs: ``fp16``, ``fp4``, ``paper``, ``thrift:budget=0.1,high=nested``, ``quest:budget=5%`` ..."""
+"""Method specs: ``fp16``, ``fp4``, ``paper``, ``thrift:budget=0.1,high=nested``, ``quest:budget=5%``, ``snapkv:keep=0.3``."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from dataclasses import Field, dataclass, fields, replace
 from typing import Any
 
 from thrift_attn.config import Budget, ThriftConfig, fraction
+from thrift_attn.eval.eviction import Eviction
 
 
 def _parser(option: Field[Any]) -> Callable[[str], Any]:
@@ -17,14 +18,16 @@ def _parser(option: Field[Any]) -> Callable[[str], Any]:
     return int if isinstance(option.default, int) else str
 
 
-_PARSERS = {option.name: _parser(option) for option in fields(ThriftConfig)}
+_PARSERS: dict[str, Callable[[str], Any]] = {option.name: _parser(option) for option in fields(ThriftConfig)}
+_PARSERS["keep"] = float
+_OPTIONS = tuple(option.name for option in fields(ThriftConfig))
 _PROMOTION = ("budget", "score", "force_first", "force_last", "high")
 _SPARSE = ("budget", "force_first", "force_last")
 
 
 @dataclass(frozen=True)
 class _Kind:
-    make: Callable[..., ThriftConfig | None]
+    make: Callable[..., ThriftConfig | Eviction | None]
     options: tuple[str, ...]
     about: str
 
@@ -33,31 +36,46 @@ KINDS: dict[str, _Kind] = {
     "fp16": _Kind(lambda: None, (), "the model's own attention in its own dtype"),
     "fp4": _Kind(
         lambda **options: ThriftConfig.paper(**{"budget": fraction(0), **options}),
-        tuple(option for option in _PARSERS if option not in _PROMOTION),
+        tuple(option for option in _OPTIONS if option not in _PROMOTION),
         "every block in 4 bits",
     ),
-    "paper": _Kind(ThriftConfig.paper, tuple(_PARSERS), "4 bits and the paper's promotion, 5% of the blocks"),
-    "thrift": _Kind(ThriftConfig, tuple(_PARSERS), "the default configuration of this package, or any other"),
+    "paper": _Kind(ThriftConfig.paper, _OPTIONS, "4 bits and the paper's promotion, 5% of the blocks"),
+    "thrift": _Kind(ThriftConfig, _OPTIONS, "the default configuration of this package, or any other"),
     "quest": _Kind(lambda **o: ThriftConfig.sparse("quest", **o), _SPARSE, "drops blocks by min/max bounds"),
     "topk": _Kind(
         lambda **o: ThriftConfig.sparse("oracle", **o), _SPARSE, "drops blocks by their true mass (an oracle)"
     ),
     "local": _Kind(lambda **o: ThriftConfig.sparse("local", **o), _SPARSE, "drops all but the nearest blocks"),
+    "snapkv": _Kind(
+        Eviction, ("keep",), "forgets the tokens of the prompt that its end did not look at (for answers only)"
+    ),
 }
 
 
 @dataclass(frozen=True)
 class Method:
-    """One row of an evaluation: a name and what it computes (None: the model's own attention)."""
+    """One row of an evaluation: a name and what it computes.
+
+    Args:
+        name: as it was asked for.
+        config: of thrift attention; None for the model's own.
+        evict: what becomes of the cache between prompt and answer.
+    """
 
     name: str
     config: ThriftConfig | None
+    evict: Eviction | None = None
+
+    @property
+    def plain(self) -> bool:
+        """Whether this is the model as it is, which the others are compared with."""
+        return self.config is None and self.evict is None
 
     @property
     def family(self) -> str:
         """The name without its budget: methods of one family make one line in the plot."""
         kind, _, options = self.name.partition(":")
-        kept = [option for option in options.split(",") if option and not option.startswith("budget=")]
+        kept = [option for option in options.split(",") if option and not option.startswith(("budget=", "keep="))]
         return ":".join(filter(None, (kind, ",".join(kept))))
 
 
@@ -87,12 +105,11 @@ def parse_method(spec: str) -> Method:
         except ValueError as error:
             raise ValueError(f"method {spec!r}: option {key}: {error}") from error
     try:
-        config = KINDS[kind].make(**options)
+        made = KINDS[kind].make(**options)
     except (ValueError, TypeError) as error:
         raise ValueError(f"method {spec!r}: {error}") from error
-    return Method(
-        kind + (":" + ",".join(f"{key}={value}" for key, value in options.items()) if options else ""), config
-    )
+    name = kind + (":" + ",".join(f"{key}={value}" for key, value in options.items()) if options else "")
+    return Method(name, None, made) if isinstance(made, Eviction) else Method(name, made)
 
 
 def parse_methods(text: str) -> list[Method]:
@@ -116,11 +133,12 @@ def parse_methods(text: str) -> list[Method]:
 
 def check_distinct(methods: Iterable[Method]) -> None:
     """Raise ValueError when two methods compute the same thing."""
-    seen: dict[ThriftConfig | None, str] = {}
+    seen: dict[Any, str] = {}
     for method in methods:
-        if method.config in seen:
-            raise ValueError(f"methods {seen[method.config]!r} and {method.name!r} are the same computation; give one")
-        seen[method.config] = method.name
+        computed = (method.config, method.evict)
+        if computed in seen:
+            raise ValueError(f"methods {seen[computed]!r} and {method.name!r} are the same computation; give one")
+        seen[computed] = method.name
 
 
 def sweep(methods: list[Method], budgets: list[Budget]) -> list[Method]:

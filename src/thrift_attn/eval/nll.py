@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from thrift_attn.attend.stats import Stats
+from thrift_attn.eval.apply import applied, served
 from thrift_attn.eval.methods import Method
 
 LOGITS_AT_ONCE = 1 << 25
@@ -104,7 +104,7 @@ def check_head(model: Any, tokens: Tensor) -> None:
     ids = tokens[:1, :32].to(model.device)
     with torch.inference_mode():
         own = model(input_ids=ids, use_cache=False).logits.float()
-        ours = _logits(model, model.base_model(input_ids=ids, use_cache=False).last_hidden_state)
+        ours = logits_of(model, model.base_model(input_ids=ids, use_cache=False).last_hidden_state)
     error, size = float((own - ours).abs().max()), float(own.abs().max())
     if own.shape != ours.shape or not error <= 0.02 * size:
         raise NotImplementedError(
@@ -113,7 +113,7 @@ def check_head(model: Any, tokens: Tensor) -> None:
         )
 
 
-def _logits(model: Any, hidden: Tensor) -> Tensor:
+def logits_of(model: Any, hidden: Tensor) -> Tensor:
     """Float32 logits of some hidden states."""
     logits = model.get_output_embeddings()(hidden).float()
     cap = getattr(model.config.get_text_config(), "final_logit_softcapping", None)
@@ -133,34 +133,7 @@ def token_nll(model: Any, hidden: Tensor, tokens: Tensor) -> Tensor:
     """
     rows = max(1, LOGITS_AT_ONCE // model.get_output_embeddings().weight.shape[0])
     pairs = zip(hidden[:-1].split(rows), tokens[1:].split(rows), strict=True)
-    return torch.cat([F.cross_entropy(_logits(model, h), t, reduction="none") for h, t in pairs]).cpu()
-
-
-@contextmanager
-def _attention(model: Any, method: Method) -> Iterator[None]:
-    """The model with a method's attention inside, its own outside."""
-    if method.config is None:
-        yield
-        return
-    from thrift_attn.integrations import transformers as integration
-
-    integration.enable(model, method.config)
-    try:
-        yield
-    finally:
-        integration.disable(model)
-
-
-def _report(model: Any, method: Method) -> tuple[Stats, tuple[str, ...]]:
-    """What was promoted, and one line for every layer that was left to the model's own attention."""
-    from thrift_attn.integrations.transformers import report
-
-    rows = report(model)
-    if not any(row.served_by == "thrift" for row in rows):
-        reasons = ", ".join(sorted({row.reason for row in rows})) or "no attention layer found"
-        raise NotImplementedError(f"method {method.name!r} serves no layer of {type(model).__name__}: {reasons}")
-    left = [row for row in rows if row.served_by not in ("thrift", None)]
-    return rows.stats, tuple(f"layer {row.layer}: {row.served_by}, {row.reason}" for row in left)
+    return torch.cat([F.cross_entropy(logits_of(model, h), t, reduction="none") for h, t in pairs]).cpu()
 
 
 def layers_of(model: Any) -> list[Any]:
@@ -182,15 +155,19 @@ def run_window(model: Any, method: Method, tokens: Tensor, on_layer: Layer = lam
         NotImplementedError: the method serves none of the model's layers.
     """
     ids = tokens[None].to(model.device)
+    if method.evict is not None:
+        raise NotImplementedError(
+            f"method {method.name!r} forgets tokens between a prompt and its answer: it has no NLL of a text read in one go"
+        )
     hooks = [layer.register_forward_hook(lambda *_: on_layer()) for layer in layers_of(model)]
     try:
-        with torch.inference_mode(), _attention(model, method):
-            _wait(ids)
+        with torch.inference_mode(), applied(model, method):
+            wait(ids)
             start = time.perf_counter()
             hidden = model.base_model(input_ids=ids, use_cache=False).last_hidden_state[0]
-            _wait(ids)
+            wait(ids)
             seconds = time.perf_counter() - start
-            stats, unserved = _report(model, method) if method.config is not None else (None, ())
+            stats, unserved = served(model, method)
             nll = token_nll(model, hidden, ids[0])
     finally:
         for hook in hooks:
@@ -200,7 +177,7 @@ def run_window(model: Any, method: Method, tokens: Tensor, on_layer: Layer = lam
     return Window(nll, seconds, stats, unserved)
 
 
-def _wait(x: Tensor) -> None:
+def wait(x: Tensor) -> None:
     """Wait for the device, so that seconds are true."""
     if x.device.type == "cuda":
         torch.cuda.synchronize(x.device)

@@ -239,13 +239,13 @@ def _run(loaded: Loaded, methods: list[Method], tokens: torch.Tensor, progress: 
 def _rows(methods: list[Method], runs: dict[str, list[Window]], nll: dict[str, NDArray[np.float32]]) -> list[Row]:
     """Figures and intervals of every method."""
     values = {name: array.astype(np.float64) for name, array in nll.items()}
-    base = next((values[method.name] for method in methods if method.config is None), None)
+    base = next((values[method.name] for method in methods if method.plain), None)
     fp4 = next((values[method.name] for method in methods if is_fp4(method)), None)
     boot = Bootstrap.over(*next(iter(values.values())).shape)
     rows: list[Row] = []
     for method in methods:
         mine, run = values[method.name], runs[method.name]
-        loss = None if base is None or method.config is None else mine - base
+        loss = None if base is None or method.plain else mine - base
         back = None
         if loss is not None and base is not None and fp4 is not None and not is_fp4(method):
             back = recovery(boot, loss, fp4 - base)

@@ -14,6 +14,12 @@ LEVEL = 0.95
 Interval = tuple[float, float]
 
 
+def draws(units: int, *, seed: int = 0) -> NDArray[np.float64]:
+    """How often each of so many units is drawn in every resample, `[resamples, units]`."""
+    drawn = np.random.default_rng(seed).multinomial(units, np.full(units, 1 / units), size=RESAMPLES)
+    return drawn.astype(np.float64)
+
+
 @dataclass(frozen=True)
 class Bootstrap:
     """One set of resamples shared by all methods of a run, which makes every comparison paired.
@@ -30,8 +36,7 @@ class Bootstrap:
     def over(cls, windows: int, tokens: int, *, seed: int = 0) -> Bootstrap:
         """Resamples for `[windows, tokens]` values; blocks do not cross windows."""
         blocks = windows * -(-tokens // BOOTSTRAP_BLOCK)
-        drawn = np.random.default_rng(seed).multinomial(blocks, np.full(blocks, 1 / blocks), size=RESAMPLES)
-        return cls(drawn.astype(np.float64), (windows, tokens))
+        return cls(draws(blocks, seed=seed), (windows, tokens))
 
     def means(self, values: NDArray[np.floating]) -> NDArray[np.float64] | None:
         """Mean of the values in every resample, `[resamples]`; None when there are fewer than two blocks."""

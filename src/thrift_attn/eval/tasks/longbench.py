@@ -204,7 +204,5 @@ def tasks(folder: Path | None, hub: bool = False) -> list[LongBench]:
     if hub:
         read = from_hub()
         return [LongBench(kind, cache(lambda kind=kind: read(kind))) for kind in TABLE]
-    if folder is None:
-        return []
-    there = [kind for kind in TABLE if (folder / f"{kind}.jsonl").is_file()]
-    return [LongBench(kind, cache(lambda kind=kind: read_jsonl(folder / f"{kind}.jsonl"))) for kind in there]
+    files = {} if folder is None else {kind: folder / f"{kind}.jsonl" for kind in TABLE}
+    return [LongBench(kind, cache(lambda path=path: read_jsonl(path))) for kind, path in files.items() if path.is_file()]

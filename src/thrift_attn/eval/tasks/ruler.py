@@ -15,6 +15,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 from importlib import resources
+from itertools import pairwise
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -127,9 +128,10 @@ class Niah(_Ruler):
         return 1 if self.haystack == "essay" else max(self.keys, self.queries) * self.values
 
     def build(self, size: int, random: Random, length: int, index: int) -> Sample:
-        pairs: list[tuple[str, list[str]]] = []
-        for _ in range(max(self.keys, self.queries)):
-            pairs.append((thing(self.key, random), [thing(self.value, random) for _ in range(self.values)]))
+        pairs = [
+            (thing(self.key, random), [thing(self.value, random) for _ in range(self.values)])
+            for _ in range(max(self.keys, self.queries))
+        ]
         asked = random.sample(pairs, self.queries)
         needles = [NEEDLE.format(kind=self.value, key=key, value=value) for key, found in pairs for value in found]
         random.shuffle(needles)
@@ -199,9 +201,7 @@ class Trace(_Ruler):
             name = "".join(random.choices(string.ascii_uppercase, k=letters))
             names += [name] if name not in names else []
         value = str(random.randint(10000, 99998))
-        chain = [f"VAR {names[0]} = {value}"] + [
-            f"VAR {new} = VAR {old} " for old, new in zip(names, names[1:], strict=False)
-        ]
+        chain = [f"VAR {names[0]} = {value}"] + [f"VAR {new} = VAR {old} " for old, new in pairwise(names)]
         lines = [NOISE] * size
         for at, place in enumerate(sorted(random.sample(range(size), len(chain)))):
             lines.insert(place + at, chain[at])
