@@ -241,8 +241,6 @@ def attend_split_kernel(
     b = bh // HKV
     h = bh % HKV
     length = tl.load(lengths_ptr + b)
-    if OVERLAP:
-        tl.extra.cuda.gdc_launch_dependents()
 
     # -- queries, scaled by a power of two such that the largest uses the range of fp16 --
     q_start = q_ptr + b.to(tl.int64) * stride_qb + (h * GROUP).to(tl.int64) * stride_qh
@@ -432,6 +430,8 @@ def attend_split_kernel(
         out = grown
 
     # -- this split's result --
+    if OVERLAP:
+        tl.extra.cuda.gdc_launch_dependents()
     mass = tl.sum(total, 0)
     seen = mass > 0
     norm = 1.0 / tl.where(seen, mass, 1.0)

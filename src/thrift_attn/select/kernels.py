@@ -16,9 +16,6 @@ PORTABLE = interpreted()
 MAX_BLOCKS = 16384
 """Most blocks of one sequence: the choice is made by one program per KV head, which holds all scores."""
 
-MOST_PAIRS = 2**26
-"""Pairs of blocks up to which ranking them all is faster than a search (docs/log.md)."""
-
 
 @triton.jit(do_not_specialize=["blocks"])
 def block_scores_kernel(
@@ -101,31 +98,13 @@ def _keys(score_ptr, block, start, full, total, FIRST: tl.constexpr, LAST: tl.co
     return tl.where(there, tl.maximum(key, -0x7FFFFFF0), -0x7FFFFFFF)
 
 
-@triton.jit
-def _seen(lengths_ptr, b, window, TQ: tl.constexpr, WINDOW: tl.constexpr):
-    """Blocks that the queries see: the first, the end of the complete ones, and the end of all."""
-    length = tl.load(lengths_ptr + b)
-    start = length - length
-    if WINDOW:
-        start = tl.maximum(length - TQ - window + 1, 0) // 64
-    return start, length // 64, (length + 63) // 64
-
-
-@triton.jit
-def _wanted(budget, better, start, full, total):
-    """Complete blocks to promote. The incomplete one is in 16 bits in any case and takes its place in the budget after the
-    ``better`` ones: the forced first blocks or, where no last block is forced, those of a positive score."""
-    wanted = budget - ((total > full) & (better < budget)).to(tl.int32)
-    return tl.minimum(tl.maximum(wanted, 0), tl.maximum(full - start, 0))
-
-
 @triton.jit(do_not_specialize=["blocks", "window"])
-def rank_blocks_kernel(
+def select_blocks_kernel(
     score_ptr,  # float32 [B, Hkv, NB]
     page_table_ptr,  # int32 [B, NB]
     lengths_ptr,  # int32 [B]
     budget_ptr,  # int32 [NB + 2]: promoted blocks, the incomplete one included, of a sequence of so many blocks
-    list_ptr,  # int32 [B, Hkv, 2, NB]: block numbers and page numbers, promoted ones first
+    list_ptr,  # int32 [B, Hkv, 2, NB]: block numbers and page numbers, promoted ones first, each part in order
     counts_ptr,  # int32 [B, Hkv, 2]: promoted, all listed
     blocks,  # NB
     window,
@@ -134,88 +113,35 @@ def rank_blocks_kernel(
     HKV: tl.constexpr,
     TQ: tl.constexpr,
     WINDOW: tl.constexpr,
-    BM: tl.constexpr,  # blocks per program
-    CHUNK: tl.constexpr,  # blocks they are compared with at a time, a multiple of BM
-    OVERLAP: tl.constexpr,
-):
-    """Each block's place in the list is the number of blocks that go before it. No step waits for another, so this is the
-    faster way for few blocks; the work grows with their square."""
-    bh = tl.program_id(1)
-    b = bh // HKV
-    begin = tl.program_id(0) * BM
-    start, full, total = _seen(lengths_ptr, b, window, TQ, WINDOW)
-    if OVERLAP:
-        tl.extra.cuda.gdc_launch_dependents()
-    if (begin < full) | (begin == 0):
-        mine = begin + tl.arange(0, BM)
-        there = (mine >= start) & (mine < full)
-        page = tl.load(page_table_ptr + b.to(tl.int64) * blocks + mine, mask=there, other=0)
-        budget = tl.load(budget_ptr + total - start)
-        if OVERLAP:
-            tl.extra.cuda.gdc_wait()
-        scores = score_ptr + bh.to(tl.int64) * blocks
-        key = _keys(scores, mine, start, full, total, FIRST, LAST)  # [BM]
-        ahead = tl.zeros([BM, CHUNK], tl.int32)
-        positive = tl.zeros([CHUNK], tl.int32)
-        for c in range(start // CHUNK * CHUNK, full, CHUNK):
-            other = _keys(scores, c + tl.arange(0, CHUNK), start, full, total, FIRST, LAST)  # [CHUNK]
-            # Equal keys of a lower index go before: in a chunk that is all lower, those above key - 1.
-            limit = key - (c + CHUNK <= begin).to(tl.int32)
-            ahead += (other[None, :] > limit[:, None]).to(tl.int32)
-            if LAST == 0:
-                positive += (other >= 0).to(tl.int32)
-        own = begin // CHUNK * CHUNK + tl.arange(0, CHUNK)
-        other = _keys(scores, own, start, full, total, FIRST, LAST)
-        ahead += ((other[None, :] == key[:, None]) & (own[None, :] < mine[:, None])).to(tl.int32)
-        place = tl.sum(ahead, 1)
-        out = list_ptr + bh.to(tl.int64) * 2 * blocks + place
-        tl.store(out, mine, mask=there)
-        tl.store(out + blocks, page, mask=there)
-        if begin == 0:
-            if LAST > 0:
-                better = tl.minimum(tl.maximum(FIRST - start, 0), tl.maximum(full - start, 0))
-            else:
-                better = tl.sum(positive, 0)
-            tl.store(counts_ptr + bh * 2, _wanted(budget, better, start, full, total))
-            tl.store(counts_ptr + bh * 2 + 1, tl.maximum(full - start, 0))
-
-
-@triton.jit(do_not_specialize=["blocks", "window"])
-def select_blocks_kernel(
-    score_ptr,  # all as for `rank_blocks_kernel`
-    page_table_ptr,
-    lengths_ptr,
-    budget_ptr,
-    list_ptr,
-    counts_ptr,
-    blocks,
-    window,
-    FIRST: tl.constexpr,
-    LAST: tl.constexpr,
-    HKV: tl.constexpr,
-    TQ: tl.constexpr,
-    WINDOW: tl.constexpr,
     PAD: tl.constexpr,  # NB rounded up to a power of two
     OVERLAP: tl.constexpr,
 ):
-    """One program per KV head searches the key that separates promoted blocks from the others; both parts keep their order."""
     bh = tl.program_id(0)
     b = bh // HKV
-    start, full, total = _seen(lengths_ptr, b, window, TQ, WINDOW)
+    length = tl.load(lengths_ptr + b)
+    full = length // 64
+    total = (length + 63) // 64
+    start = full - full
+    if WINDOW:
+        start = tl.maximum(length - TQ - window + 1, 0) // 64
     listed = tl.maximum(full - start, 0)
     block = tl.arange(0, PAD)
     there = (block >= start) & (block < full)
     page = tl.load(page_table_ptr + b.to(tl.int64) * blocks + block, mask=there, other=0)
-    budget = tl.load(budget_ptr + total - start)
-    if OVERLAP:
-        tl.extra.cuda.gdc_launch_dependents()
+    wanted = tl.load(budget_ptr + total - start)
+    if OVERLAP:  # not earlier, or the programs of the attention take places that the scores still need
         tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
     key = _keys(score_ptr + bh.to(tl.int64) * blocks, block, start, full, total, FIRST, LAST)
+
+    # The incomplete block is in 16 bits in any case. It takes its place in the budget after the forced first blocks; where no
+    # last block is forced, as a block of score 0.
     if LAST > 0:
         better = tl.minimum(tl.maximum(FIRST - start, 0), listed)
     else:
         better = tl.sum((key >= 0).to(tl.int32), 0)
-    wanted = _wanted(budget, better, start, full, total)
+    wanted -= ((total > full) & (better < wanted)).to(tl.int32)
+    wanted = tl.minimum(tl.maximum(wanted, 0), listed)
 
     # The largest threshold that at least `wanted` keys reach, bit by bit, or one that exactly so many reach.
     least = -0x7FFFFFFF - 1
@@ -315,8 +241,8 @@ def select_blocks(
         page_table: int32 ``[B, NB]``.
         lengths: int32 ``[B]``.
         budget: int32 ``[NB + 2]``: how many blocks to promote, the incomplete one included, if a sequence has so many.
-        blocks: int32 ``[B, Hkv, 2, NB]``, written: numbers of the complete visible blocks, the promoted ones before the
-            others, and their pages.
+        blocks: int32 ``[B, Hkv, 2, NB]``, written: numbers of the complete visible blocks, the promoted ones before the others
+            and each part in order, and their pages.
         counts: int32 ``[B, Hkv, 2]``, written: how many are promoted, and how many are listed.
         tq: queries per sequence.
         first: forced first blocks.
@@ -331,15 +257,22 @@ def select_blocks(
         raise ValueError(f"the choice of blocks holds at most {MAX_BLOCKS} blocks ({MAX_BLOCKS * BLOCK} tokens)")
     pad = max(32, triton.next_power_of_2(capacity))
     overlap = overlaps(scores.device)
-    arguments = (scores, page_table, lengths, budget, blocks, counts, capacity, window or 0)
-    forced = {"FIRST": first, "LAST": last}
-    options = {"HKV": kv_heads, "TQ": tq, "WINDOW": window is not None, "OVERLAP": overlap, "launch_pdl": overlap}
-    if batch * kv_heads * capacity**2 <= MOST_PAIRS:
-        chunk = min(512, pad)
-        rank_blocks_kernel[(triton.cdiv(capacity, 16), batch * kv_heads)](
-            *arguments, BM=16, CHUNK=chunk, num_warps=max(1, chunk // 128), **forced, **options
-        )
-    else:
-        select_blocks_kernel[(batch * kv_heads,)](
-            *arguments, PAD=pad, num_warps=max(1, min(16, pad // 256)), **forced, **options
-        )
+    select_blocks_kernel[(batch * kv_heads,)](
+        scores,
+        page_table,
+        lengths,
+        budget,
+        blocks,
+        counts,
+        capacity,
+        window or 0,
+        FIRST=first,
+        LAST=last,
+        HKV=kv_heads,
+        TQ=tq,
+        WINDOW=window is not None,
+        PAD=pad,
+        OVERLAP=overlap,
+        launch_pdl=overlap,
+        num_warps=max(1, min(16, pad // 256)),
+    )
