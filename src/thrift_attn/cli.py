@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 try:
     import typer
     from rich.console import Console
 
     from thrift_attn.bench.command import app as bench
+    from thrift_attn.eval import command as suites
+    from thrift_attn.eval.console import errors, shown
 except ImportError as error:
     raise SystemExit(f"the thrift command needs {error.name}: pip install 'thrift-attn[eval]'") from error
 
@@ -20,6 +20,7 @@ except ImportError as error:
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, help="Long-context attention on a 4-bit budget.")
 evals = typer.Typer(no_args_is_help=True, help="Measure what a method costs on a real model and text.")
+suites.add_to(evals)
 app.add_typer(evals, name="eval")
 app.add_typer(bench, name="bench")
 
@@ -94,7 +95,7 @@ def show(
     plot: Annotated[Path | None, typer.Option(help="Draw the picture again.")] = None,
 ) -> None:
     """Print and draw a record again."""
-    with _errors():
+    with errors():
         from dataclasses import replace
 
         from thrift_attn.eval import report
@@ -186,7 +187,7 @@ def _nll(
 ) -> None:
     """Run, print, write."""
     out = _console()
-    with _errors():
+    with errors():
         from thrift_attn.config import Budget
         from thrift_attn.eval.extras import need
         from thrift_attn.eval.methods import parse_methods, sweep
@@ -199,7 +200,7 @@ def _nll(
         from thrift_attn.eval import report
         from thrift_attn.eval.runner import evaluate
 
-        with _shown(Console(file=sys.stderr)) as (notify, progress):
+        with shown(Console(file=sys.stderr)) as (notify, progress):
             result = evaluate(
                 model,
                 text,
@@ -230,45 +231,6 @@ def _nll(
 def _console() -> Console:
     """Where tables go; a pipe or a file gets the width that they need."""
     return Console() if sys.stdout.isatty() else Console(width=118)
-
-
-@contextmanager
-def _errors() -> Iterator[None]:
-    """Known errors become one line on stderr and exit code 2; others keep their traceback."""
-    from thrift_attn.eval.fetch import FetchError
-
-    try:
-        yield
-    except (ValueError, NotImplementedError, OSError, ImportError, FetchError) as error:
-        Console(stderr=True).print(f"error: {error}", style="red", highlight=False, markup=False, soft_wrap=True)
-        raise typer.Exit(2) from error
-
-
-@contextmanager
-def _shown(console: Console) -> Iterator[Any]:
-    """A progress line: first what is being loaded, then a bar over windows, methods and layers."""
-    from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-
-    columns = (
-        SpinnerColumn(),
-        TextColumn("{task.description}"),
-        BarColumn(),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-    )
-    with Progress(*columns, console=console, transient=True) as bar:
-        task = bar.add_task("starting", total=None)
-
-        def notify(message: str) -> None:
-            if message:
-                bar.update(task, description=message)
-            if message and not console.is_terminal:
-                console.print(message, highlight=False)
-
-        def progress(what: str, done: int, total: int) -> None:
-            bar.update(task, description=what, completed=done, total=total)
-
-        yield notify, progress
 
 
 def main() -> None:

@@ -205,4 +205,6 @@ def tasks(folder: Path | None, hub: bool = False) -> list[LongBench]:
         read = from_hub()
         return [LongBench(kind, cache(lambda kind=kind: read(kind))) for kind in TABLE]
     files = {} if folder is None else {kind: folder / f"{kind}.jsonl" for kind in TABLE}
-    return [LongBench(kind, cache(lambda path=path: read_jsonl(path))) for kind, path in files.items() if path.is_file()]
+    return [
+        LongBench(kind, cache(lambda path=path: read_jsonl(path))) for kind, path in files.items() if path.is_file()
+    ]

@@ -1,0 +1,233 @@
+"""The charts of the report."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from thrift_attn.eval.svg import Axis, Series, bars, lines, nice
+
+Row = dict[str, Any]
+Figure = tuple[str, str, str]
+"""Title, drawing, and a sentence below it."""
+
+COLOURS = {"thrift": 0, "paper": 1, "fp4": 2, "quest": 3, "topk": 4, "local": 5, "snapkv": 6, "fp16": 7}
+_LOWEST = -0.5  # recovered shares below it are drawn at the edge
+
+
+def colour(method: str) -> int:
+    """The colour of a method, by its kind."""
+    return COLOURS.get(method.partition(":")[0], 2)
+
+
+def of_run(metrics: Row) -> list[Figure]:
+    """Every chart that the metrics of a run can fill."""
+    makers = (recovery, by_length, by_position, pareto, concentration, by_layer, task_bars)
+    return [figure for figure in (make(metrics) for make in makers) if figure is not None]
+
+
+def _overall(rows: list[Row]) -> list[Row]:
+    return [row for row in rows if row["text"] == "all"] or rows
+
+
+def _longest(metrics: Row) -> list[Row]:
+    length = max((row["length"] for row in metrics["nll"]), default=0)
+    return _overall([row for row in metrics["nll"] if row["length"] == length])
+
+
+def _plain_families(metrics: Row) -> dict[str, list[Row]]:
+    """Methods that differ only in budget, in the order of their share of the blocks; sparse ones left out."""
+    found: dict[str, list[Row]] = {}
+    for about in metrics["methods"]:
+        if about["share"] is not None and not about["sparse"] and not about["fp4"]:
+            found.setdefault(about["family"], []).append(about)
+    return {name: sorted(rows, key=lambda row: row["share"]) for name, rows in found.items()}
+
+
+def recovery(metrics: Row) -> Figure | None:
+    """Recovered share against the share of the blocks that is promoted."""
+    rows = {row["method"]: row for row in _longest(metrics) if row["recovered"] is not None}
+    series = []
+    for name, members in _plain_families(metrics).items():
+        shown = [about for about in members if about["name"] in rows and about["share"] > 0]
+        points = [(about["share"], rows[about["name"]]["recovered"]) for about in shown]
+        if points:
+            sure = [rows[about["name"]]["recovered_interval"] for about in shown]
+            series.append(Series(name, colour(name), points, sure))
+    sparse = [about for about in metrics["methods"] if about["sparse"] and about["name"] in rows and about["share"]]
+    for about in sparse:
+        point = (about["share"], rows[about["name"]]["recovered"])
+        series.append(
+            Series(about["name"], colour(about["name"]), [point], [rows[about["name"]]["recovered_interval"]])
+        )
+    if not series:
+        return None
+    values = [y for one in series for _, y in one.points]
+    low = max(_LOWEST, min([*values, 0.0]) - 0.05)
+    ticks = [t for t in (-0.5, -0.25, 0, 0.25, 0.5, 0.75, 1) if t >= low]
+    shares = [x for one in series for x, _ in one.points]
+    x = Axis(
+        "blocks in high precision (log)", 0.8 * min(shares), 1.25 * max(shares), _log_ticks(shares), "{:.0%}", True
+    )
+    y = Axis("share of the fp4 loss brought back", low, 1.06, ticks, "{:.0%}")
+    words = "Bars: 95% intervals. Sparse baselines drop the other blocks; they stand at the share that costs as much as thrift."
+    return (
+        "Recovery against budget",
+        lines("recovery against budget", x, y, series, [(1.0, "fp16"), (0.0, "fp4")]),
+        words,
+    )
+
+
+def _log_ticks(shares: list[float]) -> list[float]:
+    steps = (0.005, 0.01, 0.02, 0.05, 0.1, 0.25, 0.5, 1)
+    return [step for step in steps if 0.8 * min(shares) <= step <= 1.25 * max(shares)]
+
+
+def _selected(metrics: Row) -> list[str]:
+    """The few methods that fit into a chart: one of each family, the default budget if it is there."""
+    chosen: dict[str, str] = {}
+    for about in metrics["methods"]:
+        if not about["plain"] and (about["family"] not in chosen or about["name"] == about["family"]):
+            chosen[about["family"]] = about["name"]
+    return list(chosen.values())
+
+
+def by_length(metrics: Row) -> Figure | None:
+    """Loss against the length of the window."""
+    lengths = sorted({row["length"] for row in metrics["nll"]})
+    if len(lengths) < 2:
+        return None
+    rows = {(row["method"], row["length"]): row for length in lengths for row in _at(metrics, length)}
+    series = []
+    for name in _selected(metrics):
+        shown = [rows[name, length] for length in lengths if (name, length) in rows]
+        points = [(row["length"], row["loss"]) for row in shown if row["loss"] is not None]
+        if points:
+            series.append(Series(name, colour(name), points, [row["loss_interval"] for row in shown]))
+    if not series:
+        return None
+    x = Axis("tokens in the window", 0.9 * lengths[0], 1.1 * lengths[-1], lengths, "{:,}", True)
+    return "NLL against length", lines("loss against length", x, _loss_axis(series), series), _UPPER
+
+
+_UPPER = "Nats per token above fp16, 0 is fp16. Triangles at the edge: beyond it, with their value."
+
+
+def _loss_axis(series: list[Series]) -> Axis:
+    """An axis for losses that is not stretched by one bad method."""
+    values = sorted(y for one in series for _, y in one.points)
+    middle = values[len(values) // 2]
+    kept = [value for value in values if value <= max(6 * abs(middle), 1e-3)] or values
+    return nice("nats per token above fp16", kept, "{:.3g}", zero=True)
+
+
+def _at(metrics: Row, length: int) -> list[Row]:
+    return _overall([row for row in metrics["nll"] if row["length"] == length])
+
+
+def by_position(metrics: Row) -> Figure | None:
+    """Loss by position in the longest window."""
+    rows = metrics["positions"]
+    series = []
+    for name in _selected(metrics):
+        mine = [row for row in rows if row["method"] == name]
+        points = [((row["from"] + row["to"]) / 2, row["loss"]) for row in mine]
+        if len(points) > 1:
+            series.append(Series(name, colour(name), points, [row["loss_interval"] for row in mine]))
+    if not series:
+        return None
+    length = rows[0]["length"]
+    x = Axis("position in the window", 0, length, [length * i // 4 for i in range(5)], "{:,}")
+    title = f"NLL by position, windows of {length:,} tokens"
+    return title, lines("loss by position", x, _loss_axis(series), series), _UPPER
+
+
+def pareto(metrics: Row) -> Figure | None:
+    """Loss against prefill cost; the line joins what nothing beats in both."""
+    rows = {row["method"]: row for row in _longest(metrics) if row["loss"] is not None}
+    shown = [about for about in metrics["methods"] if about["name"] in rows and about["prefill_cost"] is not None]
+    if len(shown) < 2:
+        return None
+    families: dict[str, list[Row]] = {}
+    for about in shown:
+        families.setdefault(about["family"], []).append(about)
+    series = []
+    for name, members in families.items():
+        points = [(about["prefill_cost"], rows[about["name"]]["loss"]) for about in members]
+        series.append(
+            Series(name, colour(name), points, [rows[a["name"]]["loss_interval"] for a in members], line=False)
+        )
+    best: list[tuple[float, float]] = []
+    for point in sorted(point for one in series for point in one.points):
+        if not best or point[1] < best[-1][1]:
+            best.append(point)
+    costs = [x for one in series for x, _ in one.points]
+    x = nice("prefill cost, dense 16-bit attention is 1", [*costs, 1.0], "{:.2g}", zero=True)
+    frontier = Series("frontier", 7, best, dashed=True)
+    words = (
+        "Operations weighted by tensor-core rate (Blackwell). Lower left is better; dashed: nothing is better in both."
+    )
+    return "Quality and cost", lines("quality and cost", x, _loss_axis(series), [*series, frontier]), words
+
+
+def concentration(metrics: Row) -> Figure | None:
+    """Share of the error in the first blocks by mass."""
+    if not metrics["concentration"]:
+        return None
+    found = metrics["concentration"][0]
+    shares = found["shares"]
+
+    def points(name: str) -> list[tuple[float, float]]:
+        return list(zip(shares, found[name], strict=True))
+
+    series = [
+        Series("error", 1, points("error_share")),
+        Series("attention mass", 0, points("mass_share")),
+        Series("evenly spread", 2, [(share, share) for share in shares], dashed=True),
+    ]
+    ticks = [share for share in shares if share != 0.005]
+    x = Axis("blocks, by attention mass (log)", shares[0], 1.0, ticks, "{:.0%}", True)
+    y = Axis("share of the total", 0, 1.03, [0, 0.25, 0.5, 0.75, 1], "{:.0%}")
+    words = (
+        f"Mean over {found['heads']} heads, {found['length']:,} tokens of {Path(found['text']).name}, uniform NVFP4."
+    )
+    return "Where the 4-bit error sits", lines("error concentration", x, y, series), words
+
+
+def by_layer(metrics: Row) -> Figure | None:
+    """Share of the error in the top 1, 5 and 10% of the blocks, layer by layer."""
+    if not metrics["concentration"]:
+        return None
+    found = metrics["concentration"][0]
+    layers = found["layers"]
+    if len(layers) < 2:
+        return None
+    series = [
+        Series(
+            f"top {share:.0%}",
+            number,
+            [(row["layer"], row["error_share"][found["shares"].index(share)]) for row in layers],
+        )
+        for share, number in ((0.01, 1), (0.05, 0), (0.1, 3))
+    ]
+    last = layers[-1]["layer"]
+    x = Axis("layer", 0, last, sorted({round(last * i / 5) for i in range(6)}))
+    y = Axis("share of the error", 0, 1.03, [0, 0.25, 0.5, 0.75, 1], "{:.0%}")
+    words = "Blocks ordered by attention mass, mean over the heads of a layer."
+    return "Error concentration by layer", lines("error concentration by layer", x, y, series), words
+
+
+def task_bars(metrics: Row) -> Figure | None:
+    """Scores of every task."""
+    lengths = {row["length"] for row in metrics["tasks"]}
+    if not lengths:
+        return None
+    rows = [row for row in metrics["tasks"] if row["length"] == max(lengths) and not row["group"]]
+    cells = {(row["task"], row["method"]): row["score"] for row in rows}
+    tasks = list(dict.fromkeys(row["task"] for row in rows))
+    base = [about["name"] for about in metrics["methods"] if about["plain"]]
+    shown = [name for name in [*base, *_selected(metrics)] if all((task, name) in cells for task in tasks)][:8]
+    series = [(name, colour(name), [100 * cells[task, name] for task in tasks]) for name in shown]
+    names = [task.replace("ruler_", "").replace("longbench_", "lb ").replace("helmet_", "hm ") for task in tasks]
+    words = f"Per cent, {max(lengths):,} tokens. lb: LongBench, hm: HELMET, the others RULER."
+    return "Tasks", bars("task scores", "score", names, series, 100), words

@@ -1,0 +1,355 @@
+"""The report of one or more runs: a self-contained HTML page, and the same tables in Markdown."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from html import escape
+from pathlib import Path
+from typing import Any
+
+from thrift_attn.eval import figures
+from thrift_attn.eval.style import CSS
+from thrift_attn.eval.suite import STANDIN, Folder
+from thrift_attn.eval.summary import summarise
+
+Row = dict[str, Any]
+
+_COSTS = (
+    "Cost: prefill in weighted tensor-core operations (16-bit 1, FP8 2, FP4 4 operations per unit, as on Blackwell), decode in "
+    "bytes of KV cache read, both relative to dense 16-bit attention; quest, topk, local and snapkv have the budget that makes "
+    "them cost what thrift costs (snapkv at decode, the others in prefill)."
+)
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run with its metrics, finished or not."""
+
+    name: str
+    plan: dict[str, Any]
+    environments: list[dict[str, Any]]
+    metrics: dict[str, Any]
+
+    @classmethod
+    def load(cls, folder: Path) -> Run:
+        """From its folder; metrics are worked out anew.
+
+        Raises:
+            FileNotFoundError: no run there.
+            ValueError: a run of another schema, or one without a single result.
+        """
+        plan, environments, records = Folder(folder).load()
+        if not records:
+            raise ValueError(f"{folder} holds no results yet")
+        head_dim = environments[-1]["model"]["head_dim"] if environments else 128
+        return cls(folder.name, plan, environments, summarise(plan, records, head_dim))
+
+    @property
+    def longest(self) -> int | None:
+        """Longest NLL window."""
+        return max((row["length"] for row in self.metrics["nll"]), default=None)
+
+    def nll(self, length: int | None = None) -> list[Row]:
+        """Rows of one length over all texts."""
+        rows = [row for row in self.metrics["nll"] if row["length"] == (length or self.longest)]
+        overall = [row for row in rows if row["text"] == "all"]
+        return overall or rows
+
+    def tasks(self, length: int | None = None) -> list[Row]:
+        """Rows of the longest (or given) length."""
+        lengths = {row["length"] for row in self.metrics["tasks"]}
+        return [row for row in self.metrics["tasks"] if row["length"] == (length or max(lengths, default=0))]
+
+    def methods(self) -> dict[str, Row]:
+        """Facts about methods by name."""
+        return {row["name"]: row for row in self.metrics["methods"]}
+
+
+def _signed(value: float | None, bounds: list[float] | None, form: str = "{:+.4f}") -> str:
+    if value is None:
+        return "-"
+    if bounds is None:
+        return form.format(value)
+    return f"{form.format(value)} [{form.format(bounds[0])}, {form.format(bounds[1])}]"
+
+
+def _percent(value: float | None, bounds: list[float] | None = None) -> str:
+    if value is None:
+        return "-"
+    return f"{value:.1%}" + (f" [{bounds[0] * 100:.0f}, {bounds[1] * 100:.0f}]" if bounds else "")
+
+
+def _number(value: float | None, form: str = "{:.3f}") -> str:
+    return "-" if value is None else form.format(value)
+
+
+Table = tuple[list[str], list[list[str]]]
+
+
+def nll_table(run: Run) -> Table:
+    """Method by method at the longest length."""
+    facts = run.methods()
+    head = ["method", "NLL", "vs fp16 [95%]", "recovered [95%]", "blocks", "prefill cost", "decode cost"]
+    body = []
+    for row in run.nll():
+        about = facts[row["method"]]
+        body.append(
+            [
+                row["method"],
+                f"{row['nll']:.4f}",
+                _signed(row["loss"], row["loss_interval"]),
+                "0%" if about["fp4"] else _percent(row["recovered"], row["recovered_interval"]),
+                _percent(about["share"]),
+                _number(about["prefill_cost"]),
+                _number(about["decode_cost"]),
+            ]
+        )
+    return head, body
+
+
+def text_table(run: Run) -> Table:
+    """Loss against fp16 for every text and length."""
+    rows = run.metrics["nll"]
+    columns = list(dict.fromkeys((row["text"], row["length"]) for row in rows))
+    cells = {(row["method"], row["text"], row["length"]): row["loss"] for row in rows}
+    names = [row["method"] for row in run.nll() if row["loss"] is not None]
+    head = ["method", *(f"{Path(text).name} {length:,}" for text, length in columns)]
+    return head, [[name, *(_number(cells.get((name, *at)), "{:+.4f}") for at in columns)] for name in names]
+
+
+def task_table(run: Run) -> Table:
+    """Score of every task and method at the longest length, in per cent."""
+    rows = run.tasks()
+    methods = list(dict.fromkeys(row["method"] for row in rows))
+    tasks = list(dict.fromkeys(row["task"] for row in rows))
+    cells = {(row["task"], row["method"]): row for row in rows}
+    head = ["task", "score", "samples", *methods]
+    body = []
+    for task in tasks:
+        first = cells[task, methods[0]]
+        scores = [f"{100 * cells[task, m]['score']:.1f}" if (task, m) in cells else "-" for m in methods]
+        body.append([_task_name(task, run), first["metric"], str(first["samples"]), *scores])
+    return head, body
+
+
+def gold_table(run: Run) -> Table:
+    """NLL of the right answer over all tasks."""
+    head = ["method", "score", "vs fp16 [95%]", "NLL of right answer", "vs fp16 [95%]", "recovered [95%]"]
+    body = [
+        [
+            row["method"],
+            f"{100 * row['score']:.1f}",
+            _signed(row["difference"], row["difference_interval"], "{:+.3f}"),
+            f"{row['gold_nll']:.4f}",
+            _signed(row["gold_loss"], row["gold_loss_interval"]),
+            _percent(row["gold_recovered"], row["gold_recovered_interval"]),
+        ]
+        for row in run.tasks()
+        if row["task"] == "all"
+    ]
+    return head, body
+
+
+def concentration_table(run: Run) -> Table:
+    """Share of the error in the first blocks by mass."""
+    found = run.metrics["concentration"]
+    if not found:
+        return [], []
+    head = ["blocks, by attention mass", "share of the error", "10% to 90% of heads", "share of the mass"]
+    body = [
+        [f"{share:.1%}", f"{error:.1%}", f"{low:.0%} to {high:.0%}", f"{mass:.1%}"]
+        for share, error, low, high, mass in zip(
+            found[0]["shares"],
+            found[0]["error_share"],
+            found[0]["error_share_low"],
+            found[0]["error_share_high"],
+            found[0]["mass_share"],
+            strict=True,
+        )
+    ]
+    return head, body
+
+
+def _task_name(task: str, run: Run) -> str:
+    """The name, with a star for stand-ins."""
+    made = run.plan["data"] == STANDIN and (
+        task.startswith(("longbench_", "ruler_qa")) or (task.startswith("helmet_") and task != "helmet_json_kv")
+    )
+    return task + ("*" if made else "")
+
+
+def findings(run: Run) -> list[str]:
+    """What the figures say, in plain sentences."""
+    found: list[str] = []
+    facts, rows = run.methods(), {row["method"]: row for row in run.nll()}
+    fp4 = next((row for name, row in rows.items() if facts[name]["fp4"]), None)
+    if fp4 is not None and fp4["loss"] is not None:
+        windows = f"{fp4['windows']} windows of {fp4['length']:,} tokens"
+        found.append(
+            f"Uniform 4-bit attention costs {_signed(fp4['loss'], fp4['loss_interval'])} nats per token over {windows}."
+        )
+    for name, row in rows.items():
+        if facts[name]["family"] in ("thrift", "paper") and row["recovered"] is not None:
+            found.append(
+                f"{name} ({_percent(facts[name]['share'])} of the blocks promoted) is {row['loss']:+.4f} nats from fp16 and "
+                f"brings back {_percent(row['recovered'], row['recovered_interval'])} of that loss."
+            )
+    ours = rows.get("thrift") or next((r for n, r in rows.items() if facts[n]["family"] == "thrift"), None)
+    for name, row in rows.items():
+        if ours is not None and facts[name]["sparse"] and row["loss"] is not None:
+            found.append(
+                f"{name}, which drops blocks, is {row['loss']:+.4f} nats from fp16 at a prefill cost of "
+                f"{_number(facts[name]['prefill_cost'])}; {ours['method']} is {ours['loss']:+.4f} at "
+                f"{_number(facts[ours['method']]['prefill_cost'])}."
+            )
+    return found
+
+
+def losses(run: Run) -> list[str]:
+    """Where thrift loses, as far as these samples can tell."""
+    found: list[str] = []
+    facts, rows = run.methods(), {row["method"]: row for row in run.nll()}
+    ours = [name for name, about in facts.items() if about["family"].startswith("thrift")]
+    for name in ours:
+        row = rows.get(name)
+        if row and row["loss_interval"] and row["loss_interval"][0] > 0:
+            found.append(f"{name} is worse than fp16: {_signed(row['loss'], row['loss_interval'])} nats per token.")
+    for name, row in rows.items():
+        if not facts[name]["sparse"] and facts[name]["family"] != "paper":
+            continue
+        for mine in ours:
+            other = rows.get(mine)
+            sure = (row["loss_interval"], other["loss_interval"]) if other else (None, None)
+            if other is None or sure[0] is None or sure[1] is None or sure[0][1] >= sure[1][0]:
+                continue  # intervals that overlap say nothing
+            cheap = [facts[at]["prefill_cost"] for at in (name, mine)]
+            if None not in cheap and cheap[0] <= cheap[1] * 1.01:
+                found.append(
+                    f"{name} is better than {mine} at no higher prefill cost ({row['loss']:+.4f}, {other['loss']:+.4f})."
+                )
+    for row in run.tasks():
+        if row["group"] or row["method"] not in ours:
+            continue
+        if row["gold_loss_interval"] and row["gold_loss_interval"][0] > 0:
+            found.append(
+                f"{_task_name(row['task'], run)}, {row['method']}: the right answer is "
+                f"{_signed(row['gold_loss'], row['gold_loss_interval'], '{:+.3f}')} nats per token less likely than with fp16."
+            )
+        if row["difference_interval"] and row["difference_interval"][1] < 0:
+            found.append(
+                f"{_task_name(row['task'], run)}, {row['method']}: the score is "
+                f"{_signed(row['difference'], row['difference_interval'], '{:+.3f}')} against fp16."
+            )
+    return found or ["No difference to fp16 is above noise at the 95% level on these samples."]
+
+
+def circumstances(run: Run) -> list[tuple[str, str]]:
+    """How it was run."""
+    last = run.environments[-1] if run.environments else {}
+    versions = last.get("versions", {})
+    machine = last.get("machine", {})
+    plan = run.plan
+    facts = [
+        ("model", f"{plan['model']}, {last.get('model', {}).get('class', '')}, {last.get('dtype', '')}"),
+        ("device", f"{last.get('device', '')}, driver {machine.get('driver_version', '-')}"),
+        ("commit", str(last.get("commit"))),
+        ("started", ", ".join(entry["started"] for entry in run.environments)),
+        ("versions", ", ".join(f"{key} {value}" for key, value in versions.items() if value)),
+        ("texts", f"{', '.join(plan['texts'])}; {plan['windows']} windows each of {plan['nll_lengths']} tokens"),
+        ("tasks", f"{plan['tasks'] or 'none'}; {plan['samples']} samples each of {plan['lengths']} tokens"),
+        ("longest answer", f"{plan['max_new'] or 'as published'} tokens"),
+        ("chat template", "yes" if plan["chat"] else "no"),
+        ("seed", str(plan["seed"])),
+    ]
+    left = {line for row in run.metrics["methods"] for line in row["unserved"]}
+    return facts + ([("left to the model's own attention", "; ".join(sorted(left)))] if left else [])
+
+
+def _html_table(table: Table, caption: str) -> str:
+    head, body = table
+    if not body:
+        return ""
+    top = "".join(f"<th{' class=text' if i == 0 else ''}>{escape(cell)}</th>" for i, cell in enumerate(head))
+    rows = "".join(
+        "<tr>"
+        + "".join(f"<td{' class=text' if i == 0 else ''}>{escape(cell)}</td>" for i, cell in enumerate(row))
+        + "</tr>"
+        for row in body
+    )
+    return (
+        f'<div class="scroll" tabindex="0"><table><caption>{escape(caption)}</caption><thead><tr>{top}</tr></thead>'
+        f"<tbody>{rows}</tbody></table></div>"
+    )
+
+
+def _list(sentences: list[str]) -> str:
+    return "<ul>" + "".join(f"<li>{escape(sentence)}</li>" for sentence in sentences) + "</ul>" if sentences else ""
+
+
+def _section(run: Run) -> str:
+    parts = [f"<section><h2>{escape(run.plan['model'])} <small>{escape(run.name)}</small></h2>"]
+    parts += ["<h3>In short</h3>", _list(findings(run)), "<h3>Where it loses</h3>", _list(losses(run))]
+    charts = [
+        f"<figure><figcaption>{escape(title)}</figcaption>{drawing}<p>{escape(words)}</p></figure>"
+        for title, drawing, words in figures.of_run(run.metrics)
+    ]
+    parts.append(f'<div class="grid">{"".join(charts)}</div>')
+    if run.metrics["nll"]:
+        parts += ["<h3>NLL</h3>", _html_table(nll_table(run), f"{run.longest:,} tokens. {_COSTS}")]
+        parts.append(_html_table(text_table(run), "Loss against fp16 in nats per token, by text and length."))
+    if run.metrics["tasks"]:
+        length = run.tasks()[0]["length"]
+        star = " * stand-in made from the text, not the published set." if run.plan["data"] == STANDIN else ""
+        parts += ["<h3>Tasks</h3>", _html_table(task_table(run), f"Scores in per cent, {length:,} tokens.{star}")]
+        parts.append(_html_table(gold_table(run), "All tasks together, every sample alike."))
+    if run.metrics["concentration"]:
+        words = (
+            "All heads and layers, pairs of a query block and a KV block ordered by attention mass within their head."
+        )
+        parts += ["<h3>Error concentration</h3>", _html_table(concentration_table(run), words)]
+    rows = "".join(f"<dt>{escape(k)}</dt><dd>{escape(v)}</dd>" for k, v in circumstances(run))
+    parts.append(f"<h3>How it was run</h3><dl>{rows}</dl></section>")
+    return "".join(parts)
+
+
+def html(runs: list[Run]) -> str:
+    """The whole page."""
+    nav = "".join(f"<span>{escape(run.plan['model'])}</span>" for run in runs)
+    return (
+        '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">'
+        '<meta name="viewport" content="width=device-width, initial-scale=1"><meta name="color-scheme" content="light dark">'
+        f"<title>thrift-attn: evaluation</title><style>{CSS}</style></head><body><header><h1>thrift-attn: evaluation</h1>"
+        f'<p class="models">{nav}</p><p>Differences are paired: every method reads the same samples. Intervals are 95%, from a '
+        "bootstrap over blocks of 64 tokens (NLL) or over samples (tasks). <em>Recovered</em> is the share of the loss of "
+        "uniform FP4 attention that a method brings back.</p></header><main>"
+        f"{''.join(map(_section, runs))}</main></body></html>\n"
+    )
+
+
+def _md_table(table: Table) -> str:
+    head, body = table
+    lines = [f"| {' | '.join(head)} |", f"|{'---|' * len(head)}"]
+    lines += [f"| `{row[0]}` | {' | '.join(row[1:])} |" for row in body]
+    return "\n".join(lines)
+
+
+def markdown(runs: list[Run], level: int = 2) -> str:
+    """The tables and sentences of the page."""
+    top, sub = "#" * level, "#" * (level + 1)
+    parts: list[str] = []
+    for run in runs:
+        parts.append(f"{top} {run.plan['model']}")
+        parts.append("\n".join(f"- {sentence}" for sentence in findings(run)))
+        parts += [f"{sub} Where it loses", "\n".join(f"- {sentence}" for sentence in losses(run))]
+        if run.metrics["nll"]:
+            parts += [f"{sub} NLL, {run.longest:,} tokens", _md_table(nll_table(run)), _COSTS]
+            parts += ["Loss against fp16 in nats per token, by text and length:", _md_table(text_table(run))]
+        if run.metrics["tasks"]:
+            parts += [f"{sub} Tasks, {run.tasks()[0]['length']:,} tokens", _md_table(task_table(run))]
+            if run.plan["data"] == STANDIN:
+                parts.append("\\* stand-in made from the text, not the published set.")
+            parts += ["All tasks together:", _md_table(gold_table(run))]
+        if run.metrics["concentration"]:
+            parts += [f"{sub} Error concentration", _md_table(concentration_table(run))]
+        parts += [f"{sub} How it was run", "\n".join(f"- {key}: {value}" for key, value in circumstances(run))]
+    return "\n\n".join(part for part in parts if part) + "\n"
