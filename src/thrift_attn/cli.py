@@ -51,6 +51,49 @@ def demo(
     )
 
 
+@app.command()
+def generate(
+    prompt: Annotated[str, typer.Argument(help="The prompt; - reads it from standard input.")],
+    model: Annotated[str, typer.Option(help="Name, local folder, .gguf file or hub id.")] = "smollm2-135m",
+    file: Annotated[Path | None, typer.Option(help="A text that is put before the prompt.")] = None,
+    max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", "-n", help="Tokens at most.")] = 256,
+    budget: Annotated[str, typer.Option(help="Blocks in high precision: 0.05, 5%, top_k(8) or paper.")] = "0.05",
+    high: Annotated[str, typer.Option(help="How they are stored: nested, nested8 or 16bit.")] = "nested",
+    temperature: Annotated[float, typer.Option(help="0 takes the most likely token.")] = 0.0,
+    top_p: Annotated[float, typer.Option(help="Draw from the likeliest tokens of this share.")] = 1.0,
+    seed: Annotated[int, typer.Option(help="Of the draws.")] = 0,
+    chunk: Annotated[int | None, typer.Option(help="Tokens of the prompt at a time.")] = None,
+    raw: Annotated[bool, typer.Option(help="No chat template.")] = False,
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda[:N].")] = "auto",
+    dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
+) -> None:
+    """Answer a prompt through the 4-bit cache, streaming; then say how fast, how many bytes and what was promoted."""
+    with errors():
+        import torch
+
+        from thrift_attn import chat
+        from thrift_attn.cache.paged import DECODE
+        from thrift_attn.config import Budget
+        from thrift_attn.eval.models import load_model
+
+        config = DECODE.with_(budget=Budget.parse(budget), high=high)
+        pick = chat.sampler(temperature, top_p)
+        text = sys.stdin.read() if prompt == "-" else prompt
+        if file is not None:
+            text = f"{file.read_text(encoding='utf-8')}\n\n{text}"
+        err = Console(stderr=True)
+        loaded = load_model(model, device=device, dtype=dtype, notify=lambda line: err.print(line, style="dim"))
+        ids, cost = chat.prompt_ids(loaded, text, raw=raw), chat.Cost()
+        torch.manual_seed(seed)
+        for piece in chat.answer(
+            loaded, ids, cost, config=config, max_new_tokens=max_new_tokens, pick=pick, chunk=chunk
+        ):
+            print(piece, end="", flush=True)
+        print(flush=True)
+        for line in cost.lines():
+            err.print(line, style="dim", highlight=False, markup=False)
+
+
 @evals.command()
 def nll(
     model: Annotated[str, typer.Option(help="Name, local folder, .gguf file or hub id.")] = "smollm2-135m",
