@@ -20,10 +20,16 @@ def colour(method: str) -> int:
     return COLOURS.get(method.partition(":")[0], 2)
 
 
+def _series(name: str, points: list[tuple[float, float]], sure: list[Any], *, line: bool = True) -> Series:
+    """A series in the colour of its method; variants of a kind (``thrift:math=16bit``) are hollow."""
+    options = [option for option in name.partition(":")[2].split(",") if not option.startswith(("budget=", "keep="))]
+    return Series(name, colour(name), points, sure, line=line, hollow=any(options))
+
+
 def of_run(metrics: Row) -> list[Figure]:
     """Every chart that the metrics of a run can fill."""
-    makers = (recovery, by_length, by_position, pareto, concentration, by_layer, task_bars)
-    return [figure for figure in (make(metrics) for make in makers) if figure is not None]
+    makers = (recovery, pareto, by_length, by_position, concentration, by_layer)
+    return [figure for figure in (make(metrics) for make in makers) if figure is not None] + task_bars(metrics)
 
 
 def _overall(rows: list[Row]) -> list[Row]:
@@ -53,7 +59,7 @@ def recovery(metrics: Row) -> Figure | None:
         points = [(about["share"], rows[about["name"]]["recovered"]) for about in shown]
         if points:
             sure = [rows[about["name"]]["recovered_interval"] for about in shown]
-            series.append(Series(name, colour(name), points, sure))
+            series.append(_series(name, points, sure))
     sparse = [about for about in metrics["methods"] if about["sparse"] and about["name"] in rows and about["share"]]
     for about in sparse:
         point = (about["share"], rows[about["name"]]["recovered"])
@@ -83,7 +89,7 @@ def _log_ticks(shares: list[float]) -> list[float]:
     return [step for step in steps if 0.8 * min(shares) <= step <= 1.25 * max(shares)]
 
 
-def _selected(metrics: Row) -> list[str]:
+def selected(metrics: Row) -> list[str]:
     """The few methods that fit into a chart: one of each family, the default budget if it is there."""
     chosen: dict[str, str] = {}
     for about in metrics["methods"]:
@@ -99,26 +105,26 @@ def by_length(metrics: Row) -> Figure | None:
         return None
     rows = {(row["method"], row["length"]): row for length in lengths for row in _at(metrics, length)}
     series = []
-    for name in _selected(metrics):
+    for name in selected(metrics):
         shown = [rows[name, length] for length in lengths if (name, length) in rows]
         points = [(row["length"], row["loss"]) for row in shown if row["loss"] is not None]
         if points:
-            series.append(Series(name, colour(name), points, [row["loss_interval"] for row in shown]))
+            series.append(_series(name, points, [row["loss_interval"] for row in shown]))
     if not series:
         return None
     x = Axis("tokens in the window", 0.9 * lengths[0], 1.1 * lengths[-1], lengths, "{:,}", True)
     return "NLL against length", lines("loss against length", x, _loss_axis(series), series), _UPPER
 
 
-_UPPER = "Nats per token above fp16, 0 is fp16. Triangles at the edge: beyond it, with their value."
+_UPPER = "Nats per token above fp16, 0 is fp16. Triangles lie beyond the edge; the legend gives their values."
 
 
 def _loss_axis(series: list[Series]) -> Axis:
-    """An axis for losses that is not stretched by one bad method."""
-    values = sorted(y for one in series for _, y in one.points)
-    middle = values[len(values) // 2]
-    kept = [value for value in values if value <= max(6 * abs(middle), 1e-3)] or values
-    return nice("nats per token above fp16", kept, "{:.3g}", zero=True)
+    """An axis for losses that ends a little above uniform fp4, if that is there, and not at the worst method."""
+    values = [y for one in series for _, y in one.points]
+    top = max((y for one in series if one.name == "fp4" for _, y in one.points), default=0.0)
+    kept = [value for value in values if value <= 1.2 * top] if top > 0 else values
+    return nice("nats per token above fp16", kept or values, "{:.3g}", zero=True)
 
 
 def _at(metrics: Row, length: int) -> list[Row]:
@@ -129,11 +135,11 @@ def by_position(metrics: Row) -> Figure | None:
     """Loss by position in the longest window."""
     rows = metrics["positions"]
     series = []
-    for name in _selected(metrics):
+    for name in selected(metrics):
         mine = [row for row in rows if row["method"] == name]
         points = [((row["from"] + row["to"]) / 2, row["loss"]) for row in mine]
         if len(points) > 1:
-            series.append(Series(name, colour(name), points, [row["loss_interval"] for row in mine]))
+            series.append(_series(name, points, [row["loss_interval"] for row in mine]))
     if not series:
         return None
     length = rows[0]["length"]
@@ -154,9 +160,7 @@ def pareto(metrics: Row) -> Figure | None:
     series = []
     for name, members in families.items():
         points = [(about["prefill_cost"], rows[about["name"]]["loss"]) for about in members]
-        series.append(
-            Series(name, colour(name), points, [rows[a["name"]]["loss_interval"] for a in members], line=False)
-        )
+        series.append(_series(name, points, [rows[a["name"]]["loss_interval"] for a in members], line=False))
     best: list[tuple[float, float]] = []
     for point in sorted(point for one in series for point in one.points):
         if not best or point[1] < best[-1][1]:
@@ -217,17 +221,25 @@ def by_layer(metrics: Row) -> Figure | None:
     return "Error concentration by layer", lines("error concentration by layer", x, y, series), words
 
 
-def task_bars(metrics: Row) -> Figure | None:
-    """Scores of every task."""
+def task_bars(metrics: Row) -> list[Figure]:
+    """Scores of every task, in charts of at most 16 tasks."""
     lengths = {row["length"] for row in metrics["tasks"]}
-    if not lengths:
-        return None
     rows = [row for row in metrics["tasks"] if row["length"] == max(lengths) and not row["group"]]
     cells = {(row["task"], row["method"]): row["score"] for row in rows}
     tasks = list(dict.fromkeys(row["task"] for row in rows))
     base = [about["name"] for about in metrics["methods"] if about["plain"]]
-    shown = [name for name in [*base, *_selected(metrics)] if all((task, name) in cells for task in tasks)][:8]
-    series = [(name, colour(name), [100 * cells[task, name] for task in tasks]) for name in shown]
-    names = [task.replace("ruler_", "").replace("longbench_", "lb ").replace("helmet_", "hm ") for task in tasks]
-    words = f"Per cent, {max(lengths):,} tokens. lb: LongBench, hm: HELMET, the others RULER."
-    return "Tasks", bars("task scores", "score", names, series, 100), words
+    kinds = [
+        name for name in selected(metrics) if name.partition(":")[0] in ("fp4", "paper", "thrift", "topk", "snapkv")
+    ]
+    chosen = [one for one in (_series(name, [], []) for name in [*base, *kinds]) if not one.hollow]
+    shown = [one for one in chosen if all((task, one.name) in cells for task in tasks)]
+    figures: list[Figure] = []
+    count = -(-len(tasks) // 16)
+    for part in range(count):
+        own = tasks[part * len(tasks) // count : (part + 1) * len(tasks) // count]
+        names = [task.replace("ruler_", "").replace("longbench_", "lb ").replace("helmet_", "hm ") for task in own]
+        series = [(one, [100 * cells[task, one.name] for task in own]) for one in shown]
+        words = f"Per cent, {max(lengths):,} tokens. lb: LongBench, hm: HELMET, the others RULER."
+        title = "Tasks" + (f" ({part + 1} of {count})" if count > 1 else "")
+        figures.append((title, bars("task scores", "score", names, series, 100), words))
+    return figures

@@ -179,7 +179,7 @@ def _task_name(task: str, run: Run) -> str:
 
 
 def findings(run: Run) -> list[str]:
-    """What the figures say, in plain sentences."""
+    """What the figures say, in plain sentences, about one method of each kind."""
     found: list[str] = []
     facts, rows = run.methods(), {row["method"]: row for row in run.nll()}
     fp4 = next((row for name, row in rows.items() if facts[name]["fp4"]), None)
@@ -188,20 +188,28 @@ def findings(run: Run) -> list[str]:
         found.append(
             f"Uniform 4-bit attention costs {_signed(fp4['loss'], fp4['loss_interval'])} nats per token over {windows}."
         )
-    for name, row in rows.items():
-        if facts[name]["family"] in ("thrift", "paper") and row["recovered"] is not None:
+    shown = [name for name in figures.selected(run.metrics) if rows.get(name, {}).get("loss") is not None]
+    for name in shown:
+        row = rows[name]
+        if row["recovered"] is not None and not facts[name]["sparse"]:
             found.append(
                 f"{name} ({_percent(facts[name]['share'])} of the blocks promoted) is {row['loss']:+.4f} nats from fp16 and "
                 f"brings back {_percent(row['recovered'], row['recovered_interval'])} of that loss."
             )
-    ours = rows.get("thrift") or next((r for n, r in rows.items() if facts[n]["family"] == "thrift"), None)
-    for name, row in rows.items():
-        if ours is not None and facts[name]["sparse"] and row["loss"] is not None:
-            found.append(
-                f"{name}, which drops blocks, is {row['loss']:+.4f} nats from fp16 at a prefill cost of "
-                f"{_number(facts[name]['prefill_cost'])}; {ours['method']} is {ours['loss']:+.4f} at "
-                f"{_number(facts[ours['method']]['prefill_cost'])}."
-            )
+    ours = next((name for name in shown if facts[name]["family"] == "thrift"), None)
+    dropping = [name for name in shown if facts[name]["sparse"]]
+    if ours and dropping:
+        others = ", ".join(f"{name} {rows[name]['loss']:+.4f}" for name in dropping)
+        cost = _number(facts[ours]["prefill_cost"])
+        found.append(
+            f"Methods that drop blocks, at the prefill cost of {ours} ({cost} of dense 16-bit attention), in nats from fp16: "
+            f"{others}; {ours} itself: {rows[ours]['loss']:+.4f}."
+        )
+    overall = {row["method"]: row for row in run.tasks() if row["task"] == "all"}
+    if overall:
+        scores = ", ".join(f"{name} {100 * overall[name]['score']:.1f}" for name in overall if name in {*shown, "fp16"})
+        samples = next(iter(overall.values()))["samples"]
+        found.append(f"Mean score over {samples} samples of all tasks, in per cent: {scores}.")
     return found
 
 
@@ -210,10 +218,13 @@ def losses(run: Run) -> list[str]:
     found: list[str] = []
     facts, rows = run.methods(), {row["method"]: row for row in run.nll()}
     ours = [name for name, about in facts.items() if about["family"].startswith("thrift")]
-    for name in ours:
-        row = rows.get(name)
-        if row and row["loss_interval"] and row["loss_interval"][0] > 0:
-            found.append(f"{name} is worse than fp16: {_signed(row['loss'], row['loss_interval'])} nats per token.")
+    worse = [
+        f"{name} {_signed(rows[name]['loss'], rows[name]['loss_interval'])}"
+        for name in ours
+        if name in rows and rows[name]["loss_interval"] and rows[name]["loss_interval"][0] > 0
+    ]
+    if worse:
+        found.append(f"Above fp16 beyond noise, in nats per token: {'; '.join(worse)}.")
     for name, row in rows.items():
         if not facts[name]["sparse"] and facts[name]["family"] != "paper":
             continue
@@ -224,22 +235,21 @@ def losses(run: Run) -> list[str]:
                 continue  # intervals that overlap say nothing
             cheap = [facts[at]["prefill_cost"] for at in (name, mine)]
             if None not in cheap and cheap[0] <= cheap[1] * 1.01:
-                found.append(
-                    f"{name} is better than {mine} at no higher prefill cost ({row['loss']:+.4f}, {other['loss']:+.4f})."
-                )
-    for row in run.tasks():
-        if row["group"] or row["method"] not in ours:
-            continue
-        if row["gold_loss_interval"] and row["gold_loss_interval"][0] > 0:
-            found.append(
-                f"{_task_name(row['task'], run)}, {row['method']}: the right answer is "
-                f"{_signed(row['gold_loss'], row['gold_loss_interval'], '{:+.3f}')} nats per token less likely than with fp16."
-            )
-        if row["difference_interval"] and row["difference_interval"][1] < 0:
-            found.append(
-                f"{_task_name(row['task'], run)}, {row['method']}: the score is "
-                f"{_signed(row['difference'], row['difference_interval'], '{:+.3f}')} against fp16."
-            )
+                losing = f"({row['loss']:+.4f}, {other['loss']:+.4f})"
+                found.append(f"{name} is nearer to fp16 than {mine} at no higher prefill cost {losing}.")
+    main = next((name for name in figures.selected(run.metrics) if facts[name]["family"] == "thrift"), None)
+    mine = [row for row in run.tasks() if row["method"] == main and not row["group"]]
+    unlikely = [row for row in mine if row["gold_loss_interval"] and row["gold_loss_interval"][0] > 0]
+    if unlikely:
+        named = ", ".join(f"{_task_name(row['task'], run)} {row['gold_loss']:+.3f}" for row in unlikely)
+        found.append(
+            f"With {main} the right answer is less likely than with fp16 beyond noise on {len(unlikely)} of {len(mine)} tasks "
+            f"(nats per token): {named}."
+        )
+    lower = [row for row in mine if row["difference_interval"] and row["difference_interval"][1] < 0]
+    if lower:
+        named = ", ".join(f"{_task_name(row['task'], run)} {100 * row['difference']:+.0f}" for row in lower)
+        found.append(f"With {main} the score is below fp16 beyond noise on {len(lower)} of {len(mine)} tasks (points): {named}.")
     return found or ["No difference to fp16 is above noise at the 95% level on these samples."]
 
 
@@ -288,12 +298,12 @@ def _list(sentences: list[str]) -> str:
 
 def _section(run: Run) -> str:
     parts = [f"<section><h2>{escape(run.plan['model'])} <small>{escape(run.name)}</small></h2>"]
-    parts += ["<h3>In short</h3>", _list(findings(run)), "<h3>Where it loses</h3>", _list(losses(run))]
+    parts += ["<h3>In short</h3>", _list(findings(run))]
     charts = [
         f"<figure><figcaption>{escape(title)}</figcaption>{drawing}<p>{escape(words)}</p></figure>"
         for title, drawing, words in figures.of_run(run.metrics)
     ]
-    parts.append(f'<div class="grid">{"".join(charts)}</div>')
+    parts += [f'<div class="grid">{"".join(charts)}</div>', "<h3>Where it loses</h3>", _list(losses(run))]
     if run.metrics["nll"]:
         parts += ["<h3>NLL</h3>", _html_table(nll_table(run), f"{run.longest:,} tokens. {_COSTS}")]
         parts.append(_html_table(text_table(run), "Loss against fp16 in nats per token, by text and length."))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,10 +15,12 @@ LEVEL = 0.95
 Interval = tuple[float, float]
 
 
+@lru_cache(maxsize=4)
 def draws(units: int, *, seed: int = 0) -> NDArray[np.float64]:
-    """How often each of so many units is drawn in every resample, `[resamples, units]`."""
-    drawn = np.random.default_rng(seed).multinomial(units, np.full(units, 1 / units), size=RESAMPLES)
-    return drawn.astype(np.float64)
+    """How often each of so many units is drawn in every resample, `[resamples, units]`; not to be written to."""
+    drawn = np.random.default_rng(seed).multinomial(units, np.full(units, 1 / units), size=RESAMPLES).astype(np.float64)
+    drawn.flags.writeable = False
+    return drawn
 
 
 @dataclass(frozen=True)

@@ -27,16 +27,18 @@ figure p{font-size:.85rem;margin:6px 0}
 svg{display:block;width:100%;height:auto}
 .tick{font-size:12.5px;fill:var(--soft)}
 .label{font-size:13px;fill:var(--ink)}
-.grid-line,.grid line.grid{stroke:var(--rule);stroke-width:1}
+.grid line.grid{stroke:var(--rule);stroke-width:1}
 .axis{stroke:var(--soft);stroke-width:1}
 .mark{stroke:var(--soft);stroke-width:1;stroke-dasharray:2 3}
 .line{fill:none;stroke-width:2}
 .bar{stroke-width:1.6}
 .dot{stroke:var(--card);stroke-width:1.2}
-.band{opacity:.16;stroke:none}
 .legend{display:flex;flex-wrap:wrap;gap:2px 14px;font-size:.85rem;margin:4px 0}
 .key{display:inline-flex;align-items:center;gap:6px;overflow-wrap:anywhere}
 .swatch{width:14px;height:10px;border-radius:2px;flex:none}
+.line.hollow{stroke-dasharray:2 3}
+.box.hollow{opacity:.5}
+.swatch.hollow{background:none!important;border:2px solid}
 .swatch.dashed{height:0;border-top:2px dashed;background:none!important}
 .scroll{overflow-x:auto;margin:10px 0 20px;border:1px solid var(--rule);border-radius:10px;background:var(--card)}
 table{border-collapse:collapse;width:100%;font-size:.86rem;font-variant-numeric:tabular-nums}
@@ -50,10 +52,10 @@ dl{display:grid;grid-template-columns:max-content 1fr;gap:4px 16px;font-size:.88
 dt{color:var(--soft)}
 dd{margin:0;overflow-wrap:anywhere}
 @media (max-width:620px){body{font-size:15px}header,main{padding-left:14px;padding-right:14px}
-.tick{font-size:15px}.label{font-size:16px}figure{padding:10px 8px 6px}dl{grid-template-columns:1fr}dt{margin-top:6px}
+.tick,.label{font-size:14.5px}figure{padding:10px 8px 6px}dl{grid-template-columns:1fr}dt{margin-top:6px}
 th,td{padding:5px 8px}td.text{font-size:.74rem;max-width:46vw;white-space:normal;overflow-wrap:anywhere}}
 """ + "".join(
-    f".line.c{i},.bar.c{i}{{stroke:var(--c{i})}}.dot.c{i},.band.c{i},.box.c{i}{{fill:var(--c{i})}}"
+    f".line.c{i},.bar.c{i}{{stroke:var(--c{i})}}.dot.c{i},.box.c{i}{{fill:var(--c{i})}}.dot.c{i}.hollow{{fill:var(--card);stroke:var(--c{i});stroke-width:2}}"
     f".swatch.c{i}{{background:var(--c{i});border-color:var(--c{i})}}\n"
     for i in range(8)
 )

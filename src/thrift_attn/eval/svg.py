@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from html import escape
 
 WIDTH, HEIGHT = 520, 330
-LEFT, RIGHT, TOP, BOTTOM = 58, 16, 14, 44
+LEFT, RIGHT, TOP, BOTTOM = 66, 24, 14, 44
 
 Range = tuple[float, float]
 
@@ -24,7 +24,7 @@ class Series:
         bars: an interval of y for each point, or None.
         dashed: whether the line is.
         line: whether there is one.
-        labels: text beside each point.
+        hollow: a second variant of its colour.
     """
 
     name: str
@@ -33,7 +33,12 @@ class Series:
     bars: Sequence[Range | None] = ()
     dashed: bool = False
     line: bool = True
-    labels: Sequence[str] = ()
+    hollow: bool = False
+
+    @property
+    def css(self) -> str:
+        """Classes of its colour."""
+        return f"c{self.colour}{' hollow' if self.hollow else ''}"
 
 
 @dataclass(frozen=True)
@@ -112,40 +117,32 @@ class Canvas:
         self.parts.append(f'<text class="{css}" x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}">{escape(words)}</text>')
 
     def draw(self, series: Series) -> None:
-        """A series: its line, intervals, points and labels."""
+        """A series: its line, intervals and points. Points beyond the edge become arrows, and the line stops before them."""
+        inside = [self.y.low <= y <= self.y.high for _, y in series.points]
         places = [(self.px(x), self.py(y)) for x, y in series.points]
         if series.line and len(places) > 1:
-            path = " ".join(f"{'L' if i else 'M'}{x:.1f} {y:.1f}" for i, (x, y) in enumerate(places))
+            pen = [
+                f"{'L' if i and inside[i - 1] else 'M'}{x:.1f} {y:.1f}" for i, (x, y) in enumerate(places) if inside[i]
+            ]
             dash = ' stroke-dasharray="5 4"' if series.dashed else ""
-            self.parts.append(f'<path class="line c{series.colour}"{dash} d="{path}"/>')
-        for (x, _), bar in zip(places, series.bars or [None] * len(places), strict=True):
-            if bar is not None:
-                self.line(x, self.py(bar[0]), x, self.py(bar[1]), f"bar c{series.colour}")
-        for (x, y), (true_x, true_y) in zip(places, series.points, strict=True):
+            self.parts.append(f'<path class="line {series.css}"{dash} d="{" ".join(pen)}"/>' if pen else "")
+        for i, bar in enumerate(series.bars):
+            if bar is not None and inside[i]:
+                x = places[i][0]
+                self.line(x, self.py(bar[0]), x, self.py(bar[1]), f"bar {series.css}")
+        for (x, y), (true_x, true_y), within in zip(places, series.points, inside, strict=True):
             tip = f"<title>{escape(series.name)}: {true_x:.4g}, {true_y:.4g}</title>"
-            if not self.y.low <= true_y <= self.y.high:  # beyond the edge: an arrow instead of a point
-                down = 6 if true_y < self.y.low else -6
+            if not within and not series.dashed:
+                down = 7 if true_y < self.y.low else -7
                 arrow = f"M{x - 5:.1f} {y - down:.1f} L{x + 5:.1f} {y - down:.1f} L{x:.1f} {y:.1f} Z"
-                self.parts.append(f'<path class="dot c{series.colour}" d="{arrow}">{tip}</path>')
-                self.text(x + 7, y - down / 2 + 3, self.y.form.format(true_y), "start")
+                self.parts.append(f'<path class="dot {series.css}" d="{arrow}">{tip}</path>')
             elif not series.dashed:
-                self.parts.append(
-                    f'<circle class="dot c{series.colour}" cx="{x:.1f}" cy="{y:.1f}" r="4">{tip}</circle>'
-                )
-        for (x, y), label in zip(places, series.labels, strict=False):
-            end = x > WIDTH - 130
-            self.text(x + (-8 if end else 8), y - 6, label, "end" if end else "start")
+                self.parts.append(f'<circle class="dot {series.css}" cx="{x:.1f}" cy="{y:.1f}" r="4">{tip}</circle>')
 
-    def band(self, colour: int, low: Sequence[tuple[float, float]], high: Sequence[tuple[float, float]]) -> None:
-        """The area between two lines."""
-        ring = [*low, *reversed(high)]
-        path = " ".join(f"{'L' if i else 'M'}{self.px(x):.1f} {self.py(y):.1f}" for i, (x, y) in enumerate(ring))
-        self.parts.append(f'<path class="band c{colour}" d="{path} Z"/>')
-
-    def box(self, x0: float, y0: float, x1: float, y1: float, colour: int, tip: str) -> None:
+    def box(self, x0: float, y0: float, x1: float, y1: float, css: str, tip: str) -> None:
         """A filled box in pixels."""
         self.parts.append(
-            f'<rect class="box c{colour}" x="{x0:.1f}" y="{min(y0, y1):.1f}" width="{x1 - x0:.1f}" '
+            f'<rect class="box {css}" x="{x0:.1f}" y="{min(y0, y1):.1f}" width="{x1 - x0:.1f}" '
             f'height="{abs(y1 - y0):.1f}"><title>{escape(tip)}</title></rect>'
         )
 
@@ -158,41 +155,49 @@ class Canvas:
 def legend(series: Sequence[Series]) -> str:
     """Names with their colours, as HTML that wraps."""
     marks = (
-        f'<span class="key"><i class="swatch c{s.colour}{" dashed" if s.dashed else ""}"></i>{escape(s.name)}</span>'
+        f'<span class="key"><i class="swatch {s.css}{" dashed" if s.dashed else ""}"></i>{escape(s.name)}</span>'
         for s in series
     )
     return f'<div class="legend">{"".join(marks)}</div>'
 
 
 def lines(title: str, x: Axis, y: Axis, series: Sequence[Series], marks: Sequence[tuple[float, str]] = ()) -> str:
-    """A chart of lines and points with its legend; ``marks`` are named horizontal lines."""
+    """A chart of lines and points with its legend; ``marks`` are named horizontal lines.
+
+    The legend gives the values of points that lie beyond the edge.
+    """
     canvas = Canvas(x, y)
     canvas.frame()
     for value, words in marks:
         if y.low <= value <= y.high:
             canvas.line(canvas.left, canvas.py(value), WIDTH - RIGHT, canvas.py(value), "mark")
             canvas.text(WIDTH - RIGHT - 2, canvas.py(value) - 5, words, "end")
+    named: list[Series] = []
     for one in series:
         canvas.draw(one)
-    return canvas.done(title) + legend(series)
+        beyond = [value for _, value in one.points if not y.low <= value <= y.high]
+        if beyond and not one.dashed:
+            ends = dict.fromkeys((y.form.format(min(beyond)), y.form.format(max(beyond))))
+            one = replace(one, name=f"{one.name} ({' to '.join(ends)})")
+        named.append(one)
+    return canvas.done(title) + legend(named)
 
 
 def bars(
-    title: str, label: str, groups: Sequence[str], series: Sequence[tuple[str, int, Sequence[float]]], high: float
+    title: str, label: str, groups: Sequence[str], series: Sequence[tuple[Series, Sequence[float]]], high: float
 ) -> str:
-    """Horizontal bars in groups, one bar per series, values from 0 to ``high``."""
-    thick, gap = 8, 10
+    """Horizontal bars in groups, one bar per series (its points are not used), values from 0 to ``high``."""
+    thick, gap, left = 7, 8, 172
     row = thick * len(series) + gap
     height = TOP + BOTTOM + row * len(groups)
     axis = Axis(label, 0, high, nice("", [0, high], zero=True, room=0).ticks)
-    canvas = Canvas(axis, Axis("", 0, 1, ()), height, 150)
+    canvas = Canvas(axis, Axis("", 0, 1, ()), height, left)
     canvas.frame()
     for i, group in enumerate(groups):
         top = TOP + row * i + gap / 2
-        canvas.text(142, top + (row - gap) / 2 + 4, group, "end")
-        for j, (name, colour, values) in enumerate(series):
-            value = values[i]
+        canvas.text(left - 8, top + (row - gap) / 2 + 4, group, "end")
+        for j, (one, values) in enumerate(series):
             y = top + thick * j
-            canvas.box(150, y, max(canvas.px(value), 151), y + thick - 1, colour, f"{group}, {name}: {value:.3g}")
-    shown = [Series(name, colour, ()) for name, colour, _ in series]
-    return canvas.done(title) + legend(shown)
+            tip = f"{group}, {one.name}: {values[i]:.3g}"
+            canvas.box(left, y, max(canvas.px(values[i]), left + 1), y + thick - 1, one.css, tip)
+    return canvas.done(title) + legend([one for one, _ in series])
