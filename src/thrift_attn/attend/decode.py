@@ -38,7 +38,7 @@ from thrift_attn.attend.tiles import (
     widen4,
     widen8,
 )
-from thrift_attn.capability import interpreted, overlaps
+from thrift_attn.capability import interpreted
 from thrift_attn.config import BLOCK
 from thrift_attn.quant.layout import HIGH, TILE, plane_size
 
@@ -569,6 +569,7 @@ def attend_pages(
     window: int | None = None,
     softcap: float | None = None,
     tuned: Tuning | None = None,
+    overlap: bool = False,
 ) -> None:
     """Attention of the newest tokens over the listed pages and the incomplete block, in splits.
 
@@ -590,6 +591,7 @@ def attend_pages(
         window: each query sees so many tokens, itself included; None for all.
         softcap: bound of the logits.
         tuned: registers and chunk, by default `tuning`.
+        overlap: start while the choice of blocks is still being made (programmatic dependent launch).
 
     Raises:
         ValueError: shapes that do not fit.
@@ -612,7 +614,6 @@ def attend_pages(
             f"expected a contiguous tail [2, {batch}, 2, {kv_heads}, {BLOCK}, {dim}], got {list(tail.shape)}"
         )
     masked = tq > 1 or window is not None
-    overlap = overlaps(q.device)
     tuned = tuned or tuning(dim, tile, masked, plane)
     attend_split_kernel[(splits, rows // tile, batch * kv_heads)](
         q,
@@ -651,7 +652,7 @@ def attend_pages(
     )
 
 
-def merge_splits(parts: Tensor, part_lse: Tensor, out: Tensor, lse: Tensor) -> None:
+def merge_splits(parts: Tensor, part_lse: Tensor, out: Tensor, lse: Tensor, *, overlap: bool = False) -> None:
     """Merge the splits of `attend_pages`.
 
     Args:
@@ -659,13 +660,13 @@ def merge_splits(parts: Tensor, part_lse: Tensor, out: Tensor, lse: Tensor) -> N
         part_lse: float32 ``[B, Hkv, SPLITS, RP]``, base 2.
         out: ``[B, Hq, Tq, D]``, any float dtype, contiguous in D, written; zeros for a row that sees no token.
         lse: float32 ``[B, Hq, Tq]``, contiguous, natural logarithm, written; -inf for a row that sees no token.
+        overlap: start while the splits end.
     """
     batch, heads, tq, dim = out.shape
     kv_heads, splits, rows = parts.shape[1:4]
     group = heads // kv_heads
     width = triton.next_power_of_2(dim)
     lanes = 32 if splits > 16 else min(width, 128)
-    overlap = overlaps(parts.device)
     merge_splits_kernel[(group * tq, batch * kv_heads, triton.cdiv(dim, lanes))](
         parts,
         part_lse,

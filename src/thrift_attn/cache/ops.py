@@ -10,9 +10,14 @@ from torch import Tensor
 
 from thrift_attn.attend.decode import attend_pages, choose_splits, column_tile, merge_splits, padded_rows, tuning
 from thrift_attn.cache.kernels import write_tail
+from thrift_attn.capability import overlaps
 from thrift_attn.config import BLOCK
 from thrift_attn.quant.kernels import pack_blocks
 from thrift_attn.select.kernels import score_blocks, select_blocks
+
+OVERLAPPED_BLOCKS = 2**14
+"""Blocks of all sequences and KV heads up to which the kernels of a step overlap: larger steps lose more than the latency that is
+saved (docs/log.md)."""
 
 
 def _multiprocessors(device: torch.device) -> int:
@@ -80,6 +85,7 @@ def step_kernels(
 
     bias, scores = empty(batch, kv_heads, blocks, rows), empty(batch, kv_heads, blocks)
     chosen, counts = (empty(batch, kv_heads, 2, n, dtype=torch.int32) for n in (blocks, 1))
+    overlap = overlaps(q.device) and batch * kv_heads * blocks <= OVERLAPPED_BLOCKS
     group = heads // kv_heads
     tile = column_tile(group, tq, dim)
     tuned = tuning(dim, tile, tq > 1 or window is not None, plane)
@@ -87,16 +93,17 @@ def step_kernels(
     parts, part_lse = empty(batch, kv_heads, splits, rows, dim), empty(batch, kv_heads, splits, rows)
     out, lse = torch.empty_like(q, memory_format=torch.contiguous_format), empty(batch, heads, tq)
     kernels = {
-        "scores": partial(score_blocks, q, centres, page_table, lengths, bias, scores, scale=scale),
+        "scores": partial(score_blocks, q, centres, page_table, lengths, bias, scores, scale=scale, overlap=overlap),
         "select": partial(
             select_blocks, scores, page_table, lengths, budget, chosen, counts,
-            tq=tq, first=first, last=last, window=window,
+            tq=tq, first=first, last=last, window=window, overlap=overlap,
         ),
         "attend": partial(
             attend_pages, q, base, high, tail, bias, chosen, counts, lengths, parts, part_lse,
             scale=scale, plane=plane, centred=centred, window=window, softcap=softcap, tuned=tuned,
+            overlap=overlap,
         ),
-        "merge": partial(merge_splits, parts, part_lse, out, lse),
+        "merge": partial(merge_splits, parts, part_lse, out, lse, overlap=overlap),
     }  # fmt: skip
     return kernels, out, lse
 

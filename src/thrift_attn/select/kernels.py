@@ -6,7 +6,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from thrift_attn.capability import interpreted, overlaps
+from thrift_attn.capability import interpreted
 from thrift_attn.config import BLOCK
 
 LOG2E = 1.4426950408889634
@@ -178,6 +178,7 @@ def score_blocks(
     scores: Tensor,
     *,
     scale: float,
+    overlap: bool = False,
 ) -> None:
     """q.c_b of every complete block, for the logits and for the choice of blocks.
 
@@ -190,6 +191,7 @@ def score_blocks(
         scores: float32 ``[B, Hkv, NB]``, written for complete blocks: the largest of the group's heads, of each
             head the mean over the queries.
         scale: factor of the logits.
+        overlap: the next kernel waits for this one itself (programmatic dependent launch).
     """
     batch, heads, tq, dim = q.shape
     kv_heads, blocks, rows = bias.shape[1:]
@@ -216,7 +218,7 @@ def score_blocks(
         RP=rows,
         BM=per_program,
         PORTABLE=PORTABLE,
-        OVERLAP=overlaps(q.device),
+        OVERLAP=overlap,
         num_warps=4,
     )
 
@@ -233,6 +235,7 @@ def select_blocks(
     first: int = 1,
     last: int = 1,
     window: int | None = None,
+    overlap: bool = False,
 ) -> None:
     """Choose the promoted blocks of every KV head: forced ones first, then the highest scores, ties to the lower index.
 
@@ -248,6 +251,7 @@ def select_blocks(
         first: forced first blocks.
         last: forced last blocks, the incomplete one included.
         window: tokens that a query sees.
+        overlap: start while the kernel before ends, and let the next one do so.
 
     Raises:
         ValueError: more blocks than one program can hold.
@@ -256,7 +260,6 @@ def select_blocks(
     if capacity > MAX_BLOCKS:
         raise ValueError(f"the choice of blocks holds at most {MAX_BLOCKS} blocks ({MAX_BLOCKS * BLOCK} tokens)")
     pad = max(32, triton.next_power_of_2(capacity))
-    overlap = overlaps(scores.device)
     select_blocks_kernel[(batch * kv_heads,)](
         scores,
         page_table,
