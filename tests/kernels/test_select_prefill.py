@@ -153,7 +153,8 @@ def test_decode_has_one_list_per_kv_head(queries: int, window: int | None) -> No
     sequences = padded(queries, 700, True, torch.tensor([700, 129], device=DEVICE))
     q = torch.randn(2, 4, queries, 32, device=DEVICE).half()
     centres = torch.randn(2, 2, sequences.blocks, 32, device=DEVICE).half()
-    chosen, counts = select_decode(q, centres, sequences, top_k(4), 4, first=1, last=1, window=window)
+    most = wanted_blocks(top_k(4), sequences, window=window, decode=True)
+    chosen, counts = select_decode(q, centres, sequences, most, 4, first=1, last=1, window=window)
     for b, keys in enumerate((700, 129)):
         n = -(-keys // BLOCK)
         visible = seen_blocks(queries, keys, True, window).any(0)

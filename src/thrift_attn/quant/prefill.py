@@ -1,14 +1,14 @@
 """Quantise for prefill: one pass over K and V, one over Q. The bytes are those of `thrift_attn.quant.quantise`.
 
 What is written depends on what multiplies it. Letters: P parts, N blocks, R rows of 64 queries (`thrift_attn.sequences`),
-G elements per scale. ``wide`` data are the decoded numbers in bfloat16, which holds every product of an element and a
-group scale exactly (2 or 4 significant bits times 4), so ordinary 16-bit products compute what narrow units would; fp8
-keeps its float32 scale outside.
+G elements per scale. ``wide`` data are the decoded numbers in the dtype of K, which holds every product of an element and a
+group scale (2 or 4 significant bits times 4), so ordinary 16-bit products compute what narrow units would; fp8 keeps its
+float32 scale outside. (One exception: float16 has no numbers below 2^-24, which mxfp4 may encode.)
 
 =======  ===========================  ==============  ==================================  ==============
 form     k                            k_scale         v                                   v_scale
 =======  ===========================  ==============  ==================================  ==============
-wide     bf16 [P, Hkv, N*64, D]       none, or fp8's  bf16 [P, Hkv, N*64, D]              none, or fp8's
+wide     16-bit [P, Hkv, N*64, D]     none, or fp8's  16-bit [P, Hkv, N*64, D]            none, or fp8's
 native   e2m1 [P, Hkv, N*64, D/2]     [..., N*64, G]  e2m1 [P, Hkv, D, N*32], transposed  [..., D, N*64/G]
          e4m3 [P, Hkv, N*64, D]       f32 [..., N]    e4m3 [P, Hkv, D, N*64], transposed  f32 [..., N]
 =======  ===========================  ==============  ==================================  ==============
@@ -137,25 +137,25 @@ def _round_groups(x, AXIS: tl.constexpr, LOW: tl.constexpr, BEST: tl.constexpr):
 
 @triton.jit
 def _round_block(x, CAST: tl.constexpr):
-    """e4m3 of a whole block [64, DP] with one float32 scale: codes uint8, scale. CAST converts in hardware."""
+    """e4m3 of a whole block [64, DP] with one float32 scale: elements (e4m3 if CAST, which rounds in hardware), scale."""
     peak = tl.max(tl.max(tl.abs(x), 1), 0) + tl.sum(tl.sum(x * 0.0, 1), 0)
     scale = tl.div_rn(peak, 448.0 + peak * 0.0)
     ratio = tl.div_rn(x, tl.where(scale > 0.0, scale, 1.0) + tl.zeros_like(x))
     ratio = tl.where(scale > 0.0, ratio, 0.0)
     if CAST:
-        code = ratio.to(tl.float8e4nv).to(tl.uint8, bitcast=True)
+        element = ratio.to(tl.float8e4nv)
     else:
-        code = e4m3_code(round_e4m3(ratio)).to(tl.uint8)
-    return code, scale
+        element = round_e4m3(ratio)
+    return element, scale
 
 
 @triton.jit
-def _e4m3_value(code):
-    """float32 of e4m3 codes; all of ours are finite."""
-    c = code.to(tl.int32)
-    magnitude = c & 0x7F
-    value = tl.where(magnitude < 8, magnitude.to(tl.float32) * 0.001953125, from_bits((magnitude + (120 << 3)) << 20))
-    return tl.where(c > 0x7F, -value, value)
+def _as_e4m3(element, TYPE: tl.constexpr, CAST: tl.constexpr):
+    """Elements of `_round_block` as stored codes."""
+    if CAST:
+        return element
+    else:
+        return e4m3_code(element).to(tl.uint8).to(TYPE, bitcast=True)
 
 
 @triton.jit
@@ -183,15 +183,14 @@ def _store_rows(
     d = tl.arange(0, DP)[None, :]
     row = at * 64 + t
     if LOW == "fp8":
-        code, scale = _round_block(x, CAST)
+        element, scale = _round_block(x, CAST)
+        wide = element.to(tl.float32)
         tl.store(scale_ptr + at, scale)
         if NATIVE:
-            tl.store(ptr + row * D + d, code.to(ptr.dtype.element_ty, bitcast=True), mask=d < D)
-            return x
+            tl.store(ptr + row * D + d, _as_e4m3(element, ptr.dtype.element_ty, CAST), mask=d < D)
         else:
-            wide = _e4m3_value(code)
-            tl.store(ptr + row * D + d, wide.to(tl.bfloat16), mask=d < D)
-            return wide
+            tl.store(ptr + row * D + d, wide.to(ptr.dtype.element_ty), mask=d < D)
+        return wide
     else:
         G: tl.constexpr = 32 if LOW == "mxfp4" else 16
         value, ratio, scale = _round_groups(_by_column(x, G), 2, LOW, BEST)
@@ -204,7 +203,7 @@ def _store_rows(
             g = tl.arange(0, DP // G)[None, :]
             tl.store(scale_ptr + row * (D // G) + g, _scale_code(scale, LOW == "mxfp4"), mask=g < D // G)
         else:
-            tl.store(ptr + row * D + d, wide.to(tl.bfloat16), mask=d < D)
+            tl.store(ptr + row * D + d, wide.to(ptr.dtype.element_ty), mask=d < D)
         return wide
 
 
@@ -224,17 +223,16 @@ def _store_columns(
     column = (head * D + tl.arange(0, DP)[:, None]) * blocks + block  # [DP, 1], in blocks
     inside = tl.arange(0, DP)[:, None] < D
     if LOW == "fp8":
-        code, scale = _round_block(x, CAST)
+        element, scale = _round_block(x, CAST)
+        wide = element.to(tl.float32)
         tl.store(scale_ptr + at, scale)
         if NATIVE:
-            turned = tl.trans(code)
+            turned = tl.trans(_as_e4m3(element, ptr.dtype.element_ty, CAST))
             p = tl.arange(0, 64)[None, :]
-            tl.store(ptr + column * 64 + p, turned.to(ptr.dtype.element_ty, bitcast=True), mask=inside)
-            return x
+            tl.store(ptr + column * 64 + p, turned, mask=inside)
         else:
-            wide = _e4m3_value(code)
-            tl.store(ptr + row * D + d, wide.to(tl.bfloat16), mask=d < D)
-            return wide
+            tl.store(ptr + row * D + d, wide.to(ptr.dtype.element_ty), mask=d < D)
+        return wide
     else:
         G: tl.constexpr = 32 if LOW == "mxfp4" else 16
         value, ratio, scale = _round_groups(_by_token(x, G), 1, LOW, BEST)
@@ -248,7 +246,7 @@ def _store_columns(
             place = scale_ptr + column * (64 // G) + g
             tl.store(place, tl.trans(_scale_code(scale, LOW == "mxfp4")), mask=inside)
         else:
-            tl.store(ptr + row * D + d, wide.to(tl.bfloat16), mask=d < D)
+            tl.store(ptr + row * D + d, wide.to(ptr.dtype.element_ty), mask=d < D)
         return wide
 
 
@@ -265,7 +263,7 @@ def _store_rest(
         wide = value * tl.expand_dims(scale, 1)
     d = tl.arange(0, DP)[None, :]
     row = at * 64 + tl.arange(0, 64)[:, None]
-    tl.store(ptr + row * D + d, tl.reshape(wide, [64, DP]).to(tl.bfloat16), mask=d < D)
+    tl.store(ptr + row * D + d, tl.reshape(wide, [64, DP]).to(ptr.dtype.element_ty), mask=d < D)
 
 
 @triton.jit(do_not_specialize=["blocks"])
@@ -278,7 +276,7 @@ def quantise_kv_kernel(
     ks_ptr,
     vp_ptr,
     vs_ptr,
-    k_rest_ptr,  # bf16 [P, Hkv, N*64, D]
+    k_rest_ptr,  # 16-bit [P, Hkv, N*64, D]
     v_rest_ptr,
     stride_kb,
     stride_kh,
@@ -403,17 +401,17 @@ def _casts(device: torch.device) -> bool:
     return device.type == "cuda" and not interpreted() and torch.cuda.get_device_capability(device) >= (8, 9)
 
 
-def _planes(low: str, form: Form, shape: tuple[int, int, int], dim: int, turned: bool, device: torch.device):
+def _planes(low: str, form: Form, shape: tuple[int, int, int], dim: int, turned: bool, like: Tensor):
     """Empty packed data and scales of ``shape`` = (parts, heads, blocks); ``turned`` for V."""
     parts, heads, blocks = shape
     fmt = FORMATS[low]
 
     def empty(*size: int, dtype: torch.dtype) -> Tensor:
-        return torch.empty(parts, heads, *size, dtype=dtype, device=device)
+        return torch.empty(parts, heads, *size, dtype=dtype, device=like.device)
 
     scale = empty(blocks, dtype=torch.float32) if fmt.group is None else None
     if form == "wide":
-        return empty(blocks * BLOCK, dim, dtype=torch.bfloat16), scale
+        return empty(blocks * BLOCK, dim, dtype=like.dtype), scale
     if fmt.group is None:
         size = (dim, blocks * BLOCK) if turned else (blocks * BLOCK, dim)
         return empty(*size, dtype=torch.float8_e4m3fn), scale
@@ -464,9 +462,9 @@ def quantise_kv(
             raise NotImplementedError(f"high={rest!r} is decoded from wide 4-bit data, got {form} {low}")
         out = PackedKV(
             centres,
-            *_planes(low, form, shape, dim, False, k.device),
-            *_planes(low, form, shape, dim, True, k.device),
-            *(_planes("nvfp4", "wide", shape, dim, False, k.device)[0] for _ in range(2 if rest else 0)),
+            *_planes(low, form, shape, dim, False, k),
+            *_planes(low, form, shape, dim, True, k),
+            *(_planes("nvfp4", "wide", shape, dim, False, k)[0] for _ in range(2 if rest else 0)),
         )
     width = triton.next_power_of_2(dim)
     quantise_kv_kernel[(sequences.most_blocks, heads, sequences.batch)](
@@ -514,7 +512,7 @@ def quantise_q(q: Tensor, sequences: Sequences, *, low: str | None, form: Form, 
     out = PackedQ(means)
     if low is not None:
         _check(low, form, dim)
-        out = PackedQ(means, *_planes(low, form, shape, dim, False, q.device))
+        out = PackedQ(means, *_planes(low, form, shape, dim, False, q))
     width = triton.next_power_of_2(dim)
     quantise_q_kernel[(sequences.most_rows, heads, sequences.batch)](
         q,

@@ -96,24 +96,42 @@ def capacity(budget: Budget, blocks: int) -> int:
     return max(1, min(most, blocks))
 
 
+def decode_bounds(queries: Tensor, keys: Tensor, *, causal: bool, window: int | None) -> tuple[Tensor, Tensor]:
+    """First KV block that any query of a sequence sees, and one past the last: int64 ``[B]`` each."""
+    queries, keys = queries.long(), keys.long()
+    begin = torch.zeros_like(keys)
+    if causal and window is not None:
+        begin = ((keys - queries).clamp(min=0) + 1 - window).clamp(min=0) // BLOCK
+    return begin, -(-keys // BLOCK)
+
+
+def _visible(queries: Tensor, keys: Tensor, rows: int, decode: bool, causal: bool, window: int | None) -> Tensor:
+    if not decode:
+        return visible_blocks(queries, keys, rows, causal=causal, window=window)
+    begin, end = decode_bounds(queries, keys, causal=causal, window=window)
+    return (end - begin)[:, None]
+
+
 @lru_cache(maxsize=256)
 def _wanted_dense(
     budget: Budget,
-    queries: int,
-    keys: int,
+    lengths: tuple[int, int],
     rows: int,
+    decode: bool,
     causal: bool,
     window: int | None,
     least: int,
     device: torch.device,
 ) -> Tensor:
-    lengths = torch.tensor([queries]), torch.tensor([keys])
-    visible = visible_blocks(*lengths, rows, causal=causal, window=window)[0]
-    wanted = blocks_per_row(budget, visible, -(-keys // BLOCK))
+    queries, keys = (torch.tensor([x]) for x in lengths)
+    visible = _visible(queries, keys, rows, decode, causal, window)[0]
+    wanted = blocks_per_row(budget, visible, -(-lengths[1] // BLOCK))
     return wanted.clamp(min=least).minimum(visible).int()[None].to(device)
 
 
-def wanted_blocks(budget: Budget, sequences: Sequences, *, window: int | None = None, least: int = 0) -> Tensor:
+def wanted_blocks(
+    budget: Budget, sequences: Sequences, *, window: int | None = None, least: int = 0, decode: bool = False
+) -> Tensor:
     """Blocks to promote in every row of every sequence.
 
     Args:
@@ -121,17 +139,25 @@ def wanted_blocks(budget: Budget, sequences: Sequences, *, window: int | None = 
         sequences: how the sequences lie.
         window: sliding window in tokens.
         least: at least so many in a row that sees any.
+        decode: all queries of a sequence are one row.
 
     Returns:
-        int32 ``[B, most_rows]``, ``[1, most_rows]`` when all sequences have one length; that one is kept for the next call.
+        int32 ``[B, most_rows]`` (1 for decode), ``[1, ...]`` when all sequences have one length; that tensor is kept for the
+        next call.
     """
     if sequences.lengths is not None:
-        queries, keys = sequences.lengths
         return _wanted_dense(
-            budget, queries, keys, sequences.most_rows, sequences.causal, window, least, sequences.spans.device
+            budget,
+            sequences.lengths,
+            sequences.most_rows,
+            decode,
+            sequences.causal,
+            window,
+            least,
+            sequences.spans.device,
         )
     queries, keys = sequences.spans[:, 1], sequences.spans[:, 3]
-    visible = visible_blocks(queries, keys, sequences.most_rows, causal=sequences.causal, window=window)
+    visible = _visible(queries, keys, sequences.most_rows, decode, sequences.causal, window)
     wanted = budget_rows(budget, visible, -(-keys.long() // BLOCK))
     return wanted.clamp(min=least).minimum(visible).int()
 
@@ -241,13 +267,18 @@ def select_rows_kernel(
                 room = wanted - leading - trailing
                 open_ = seen & ~forced
                 key = tl.where(open_, key, -0x7FFFFFFF - 1)
-                # The largest threshold that at least `room` keys reach, bit by bit; the sign bit counts the other way round.
-                enough = tl.sum((key >= 0).to(tl.int32), 1) >= room
-                threshold = tl.where(enough, 0, -0x7FFFFFFF - 1)
-                for step in range(0, 31):
-                    trial = threshold + (1 << (30 - step))
-                    enough = tl.sum((key >= trial[:, None]).to(tl.int32), 1) >= room
-                    threshold = tl.where(enough, trial, threshold)
+                # The largest threshold that at least `room` keys reach, bit by bit (the sign bit counts the other way
+                # round), or one that exactly so many reach.
+                reached = tl.sum((key >= 0).to(tl.int32), 1)
+                threshold = tl.where(reached >= room, 0, -0x7FFFFFFF - 1)
+                held = tl.where(reached >= room, reached, PAD)
+                bit = 30
+                while (bit >= 0) & (tl.max((held != room).to(tl.int32), 0) > 0):
+                    trial = threshold + (1 << bit)
+                    reached = tl.sum((key >= trial[:, None]).to(tl.int32), 1)
+                    threshold = tl.where(reached >= room, trial, threshold)
+                    held = tl.where(reached >= room, reached, held)
+                    bit -= 1
                 above = open_ & (key > threshold[:, None])
                 ties = open_ & (key == threshold[:, None])
                 need = room - tl.sum(above.to(tl.int32), 1)
@@ -299,7 +330,7 @@ def select_rows(
     items = sequences.batch * heads * tiles
     chosen = torch.empty(parts, heads, rows, most, dtype=torch.int32, device=means.device)
     counts = torch.empty(parts, heads, rows, dtype=torch.int32, device=means.device)
-    per_processor = max(1, min(4, 8192 // pad))
+    per_processor = 2 if pad <= HELD else 1  # as many as fit
     programs = min(items, per_processor * _multiprocessors(means.device))
     scratch = torch.empty(programs, ROWS, pad, dtype=torch.float32, device=means.device)
     select_rows_kernel[(programs,)](
@@ -329,7 +360,7 @@ def select_rows(
         PAD=pad,
         ROWS=ROWS,
         SUB=max(1, min(ROWS, HELD // pad)),
-        BN=min(64, pad),
+        BN=min(128, pad),
         PORTABLE=interpreted(),
         num_warps=max(4, pad // 1024),
     )
@@ -340,13 +371,12 @@ def select_decode(
     q: Tensor,
     centres: Tensor,
     sequences: Sequences,
-    budget: Budget,
+    wanted: Tensor,
     most: int,
     *,
     first: int = 0,
     last: int = 0,
     window: int | None = None,
-    least: int = 0,
 ) -> tuple[Tensor, Tensor]:
     """`select_rows` for up to 16 new tokens: one list per KV head, by the largest score of all its queries.
 
@@ -354,38 +384,33 @@ def select_decode(
         q: 16-bit ``[B, Hq, Tq, D]``.
         centres: c_b ``[B, Hkv, N, D]``; undefined beyond the end of a sequence.
         sequences: a batch.
-        budget: the budget.
+        wanted: int32 ``[B or 1, 1]``, see `wanted_blocks`.
         most: K, room in a list.
         first: see `select_rows`.
         last: see `select_rows`.
         window: see `select_rows`.
-        least: at least so many.
 
     Returns:
         As `select_rows`, the same list for every query head of a KV head and both rows that 16 queries may lie in.
     """
-    keys = sequences.spans[:, 3].long()
-    queries, heads, kv_heads = q.shape[2], q.shape[1], centres.shape[1]
+    queries, keys = sequences.spans[:, 1].long(), sequences.spans[:, 3].long()
+    heads, kv_heads = q.shape[1], centres.shape[1]
     index = torch.arange(centres.shape[2], device=q.device)
-    end = -(-keys // BLOCK)
-    begin = torch.zeros_like(keys)
-    if window is not None and sequences.causal:
-        begin = ((keys - queries).clamp(min=0) + 1 - window).clamp(min=0) // BLOCK
+    begin, end = decode_bounds(queries, keys, causal=sequences.causal, window=window)
     visible = (index >= begin[:, None]) & (index < end[:, None])  # [B, N]
-    grouped = q.float().unflatten(1, (kv_heads, -1)).flatten(2, 3)
-    there = torch.arange(queries, device=q.device) >= (queries - keys if sequences.causal else keys - keys)[:, None]
-    scores = grouped @ centres.float().mT  # [B, Hkv, G * Tq, N]
-    hidden = ~there[:, None, None].expand(-1, kv_heads, heads // kv_heads, -1).flatten(2)
-    scores = scores.masked_fill(hidden[..., None], -torch.inf).amax(2).nan_to_num(-torch.inf)
-    counts = visible.sum(1)
-    wanted = budget_rows(budget, counts[:, None], end)[:, 0]
-    wanted = wanted.clamp(min=least).minimum(counts)
-    chosen = promote(scores.transpose(0, 1), visible, wanted, first=first, last=last).transpose(0, 1)  # [B, Hkv, N]
+    grouped = q.float().unflatten(1, (kv_heads, -1))  # [B, Hkv, G, Tq, D]
+    scores = (grouped.flatten(2, 3) @ centres.float().mT).unflatten(2, grouped.shape[2:4])
+    if sequences.causal:  # queries before position 0 have no say
+        hidden = torch.arange(q.shape[2], device=q.device) < (queries - keys)[:, None]
+        scores = scores.masked_fill(hidden[:, None, None, :, None], -torch.inf)
+    scores = scores.amax((2, 3)).nan_to_num(-torch.inf)  # [B, Hkv, N]
+    counts = wanted[:, 0].long().expand(sequences.batch)
+    chosen = promote(scores.transpose(0, 1), visible, counts, first=first, last=last).transpose(0, 1)
     order = torch.where(chosen, index, len(index)).sort(-1).values.int()
     order = torch.nn.functional.pad(order, (0, max(0, most - len(index))))[..., :most]
     shape = (sequences.batch, heads, sequences.rows)
     lists = order.repeat_interleave(heads // kv_heads, 1)[:, :, None].expand(*shape, most).contiguous()
-    return lists, wanted.int()[:, None, None].expand(shape).contiguous()
+    return lists, counts.int()[:, None, None].expand(shape).contiguous()
 
 
 def _multiprocessors(device: torch.device) -> int:

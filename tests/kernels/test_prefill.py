@@ -1,0 +1,251 @@
+"""The fused prefill kernels against the reference: every format, arithmetic and mask, odd lengths, poisoned outputs."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from test_pack import DEVICE
+from torch import Tensor
+
+from thrift_attn.attend import prefill as kernels
+from thrift_attn.attend import reference
+from thrift_attn.attend.reference import Mask
+from thrift_attn.config import ThriftConfig, fraction, top_k
+from thrift_attn.merge import merge
+from thrift_attn.ops import prefill, prefill_op
+from thrift_attn.quant.formats import FORMATS
+from thrift_attn.sequences import Sequences, dense, packed, padded
+
+DTYPE = torch.float16
+EPS = 2.0**-11
+"""Largest relative rounding error of DTYPE."""
+
+
+def draw(batch: int, heads: tuple[int, int], queries: int, keys: int, dim: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Q, K with a bias per head and a topic per block, V."""
+    q = 1.5 * torch.randn(batch, heads[0], queries, dim)
+    k = torch.randn(batch, heads[1], keys, dim) + 2 * torch.randn(heads[1], 1, dim)
+    k += torch.randn(batch, heads[1], -(-keys // 64), dim).repeat_interleave(64, 2)[:, :, :keys]
+    v = torch.randn(batch, heads[1], keys, dim)
+    return q.to(DEVICE, DTYPE), k.to(DEVICE, DTYPE), v.to(DEVICE, DTYPE)
+
+
+def expected(q, k, v, config: ThriftConfig, *, causal=True, window=None, softcap=None) -> tuple[Tensor, Tensor, Tensor]:
+    """Output, LSE [H, Tq] and promoted blocks [H, R, N] of one sequence by the reference's parts, the kernel's peak.
+
+    Where P is rounded, the reference takes exp(S - max) and the kernel exp2(S' - ceil(max)), S' = S log2(e).
+    """
+    mask = Mask(q.shape[1], k.shape[1], causal, window)
+    planes = reference.build_planes(k, v, config)
+    one = reference._Sequence(q, planes, config, mask, q.shape[-1] ** -0.5, softcap)
+    promoted, _ = one.select()
+    chunk = reference._Chunk(slice(0, promoted.shape[1]), 0, one.q.shape[1], 0, promoted.shape[2])
+    exact = one._logits(planes.high_k, chunk)
+    high = promoted[:, one.row_of].repeat_interleave(64, -1)
+    low = exact if planes.low_k is None else one._low_logits(planes.low_k, chunk)
+    if planes.low_k is None:
+        low = low.masked_fill(~high, -torch.inf)
+    logits = one._masked(torch.where(high, exact, low), chunk).double()
+    peak = (logits.amax(-1, keepdim=True) / math.log(2)).ceil() * math.log(2)
+    p = (logits - torch.where(peak == -torch.inf, 0, peak)).exp()
+    total = p.sum(-1, keepdim=True)
+    group = len(q) // len(k)
+    rounded = p.float()
+    if planes.low_v is not None and config.math == "fp4":
+        rounded = reference._round_probabilities(p.float().masked_fill(high, 0), FORMATS[config.low])
+    low_v = planes.high_v if planes.low_v is None else planes.low_v
+    out = torch.where(high, 0, rounded.double()) @ low_v.double().repeat_interleave(group, 0)
+    out += torch.where(high, p, 0) @ planes.high_v.double().repeat_interleave(group, 0)
+    norm = torch.where(total == 0, 1, total)
+    pad = (0, 0, one.skipped, 0)
+    out = torch.nn.functional.pad(out / norm, pad)
+    lse = torch.nn.functional.pad((peak + total.log())[..., 0], (one.skipped, 0), value=-torch.inf)
+    return out, lse, promoted
+
+
+def error(got: Tensor, want: Tensor) -> float:
+    return float((got.double() - want).norm() / want.norm())
+
+
+def budget_of(config: ThriftConfig) -> float:
+    """Relative error that rounding explains.
+
+    Output, P and products of 16-bit data: a few EPS. Where P is rounded to 1 mantissa bit, an exponential that is off by
+    1e-6 takes another code near a boundary: about 1e-5 of them, each off by a quarter, and each scale moves a group.
+    """
+    return 2 * EPS + (5e-3 if config.math == "fp4" and config.low != "drop" else 0)
+
+
+def check(q, k, v, config: ThriftConfig, form="wide", *, causal=True, window=None, softcap=None) -> None:
+    """A batch through the operator, against every sequence by itself."""
+    sequences = dense(len(q), q.shape[2], k.shape[2], causal, q.device)
+    out, lse, counts, share = prefill(
+        q, k, v, sequences, config, form, scale=q.shape[-1] ** -0.5, window=window, softcap=softcap, mass=True
+    )
+    assert out.dtype == q.dtype
+    assert not out.isnan().any()
+    for b in range(len(q)):
+        want, want_lse, promoted = expected(q[b], k[b], v[b], config, causal=causal, window=window, softcap=softcap)
+        assert error(out[b], want) < budget_of(config)
+        torch.testing.assert_close(lse[b].double(), want_lse, rtol=1e-5, atol=1e-4)
+        rows = counts[b, :, counts.shape[2] - promoted.shape[1] :]
+        assert torch.equal(rows.long(), promoted.sum(-1))
+    whole = reference.attend(q, k, v, config, causal=causal, scale=q.shape[-1] ** -0.5, window=window, softcap=softcap)
+    assert float(share.sum()) == pytest.approx(whole[2].mass, rel=1e-4, abs=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("low", "math_", "dim", "queries", "keys", "options"),
+    [
+        ("nvfp4", "fp4", 64, 130, 200, {}),
+        ("mxfp4", "fp4", 96, 65, 65, {}),
+        ("fp8", "fp4", 80, 70, 200, {}),
+        ("nvfp4", "16bit", 64, 64, 129, {"window": 100}),
+        ("nvfp4", "16bit", 80, 65, 100, {"causal": False, "softcap": 5.0}),
+        ("mxfp4", "16bit", 128, 63, 63, {"softcap": 3.0}),
+        ("fp8", "16bit", 64, 100, 60, {}),
+        ("nvfp4", "16bit", 256, 17, 80, {}),
+        ("nvfp4", "fp4", 64, 100, 200, {"causal": False, "center": "none"}),
+    ],
+)
+def test_kernel_equals_the_reference(low: str, math_: str, dim: int, queries: int, keys: int, options: dict) -> None:
+    torch.manual_seed(keys)
+    config = ThriftConfig(low=low, math=math_, budget=fraction(0.4), center=options.pop("center", "block"))
+    q, k, v = draw(1 + (dim == 64), (4, 2), queries, keys, dim)
+    check(q, k, v, config, **options)
+
+
+@pytest.mark.parametrize("high", ["nested", "nested8"])
+def test_nested_planes(high: str) -> None:
+    torch.manual_seed(1)
+    check(*draw(1, (2, 1), 70, 150, 64), ThriftConfig(math="16bit", high=high, budget=fraction(0.5)))
+
+
+@pytest.mark.parametrize("share", [0.0, 1.0])
+def test_the_ends_of_the_budget(share: float) -> None:
+    torch.manual_seed(2)
+    q, k, v = draw(1, (2, 1), 65, 130, 64)
+    config = ThriftConfig(budget=fraction(share))
+    check(q, k, v, config)
+    if share == 1.0:
+        out = prefill(q, k, v, dense(1, 65, 130, True, q.device), config, "wide", scale=0.125)[0]
+        hidden = torch.ones(65, 130, dtype=torch.bool, device=DEVICE).triu(66)
+        logits = (q.double() @ k.double().mT * 0.125).masked_fill(hidden, -torch.inf)
+        assert error(out, logits.softmax(-1) @ v.double()) < 2 * EPS
+
+
+def test_two_rows_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Programs of 128 queries with two lists, and half blocks."""
+    monkeypatch.setattr(kernels, "tuning", lambda *_: kernels.Tuning(128, 32, 4, 1, 16))
+    torch.manual_seed(9)
+    check(*draw(1, (2, 1), 150, 200, 64), ThriftConfig(budget=fraction(0.4)))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("low", ["fp8", "mxfp4"])
+def test_native_products_equal_emulated_ones(low: str) -> None:
+    """The same codes through narrow units (mxfp4 by the compiler's own emulation where there are none) and as 16-bit data."""
+    if low == "fp8" and torch.cuda.get_device_capability() < (8, 9):
+        pytest.skip("no FP8 units")
+    torch.manual_seed(10)
+    q, k, v = draw(2, (4, 2), 300, 1000, 96)
+    sequences, config = dense(2, 300, 1000, True, q.device), ThriftConfig(low=low)
+    native, wide = (prefill(q, k, v, sequences, config, form, scale=0.1) for form in ("native", "wide"))
+    # FP8 units keep about 14 bits of a sum, so logits of size 10 move by 1e-3 and with them which way P rounds (1/16).
+    assert error(native[0], wide[0].double()) < 2e-2
+    torch.testing.assert_close(native[1], wide[1], rtol=0, atol=2e-2)
+
+
+def test_sparse_baseline_drops_what_is_not_chosen() -> None:
+    torch.manual_seed(3)
+    check(*draw(1, (2, 1), 130, 200, 64), ThriftConfig.sparse("mean", budget=top_k(2)))
+
+
+@pytest.mark.parametrize("queries", [1, 16])
+def test_few_queries_share_a_list(queries: int) -> None:
+    torch.manual_seed(4)
+    q, k, v = draw(1, (4, 2), queries, 300, 64)
+    check(q, k, v, ThriftConfig(math="16bit", budget=top_k(2)))
+
+
+def test_chunks_equal_the_whole() -> None:
+    """Rows are cut at absolute positions, so a prompt may come in any pieces."""
+    torch.manual_seed(5)
+    q, k, v = draw(1, (2, 1), 150, 150, 64)
+    config, scale = ThriftConfig(math="16bit", budget=top_k(2)), 0.125
+    whole = prefill(q, k, v, dense(1, 150, 150, True, q.device), config, "wide", scale=scale)
+    for start, end in ((64, 128), (128, 150)):
+        part = dense(1, end - start, end, True, q.device)
+        out, lse, *_ = prefill(q[:, :, start:end], k[:, :, :end], v[:, :, :end], part, config, "wide", scale=scale)
+        # The mean query and the block means are those of whole blocks only when the piece ends at a boundary.
+        torch.testing.assert_close(out, whole[0][:, :, start:end], rtol=0, atol=2 * EPS)
+        torch.testing.assert_close(lse, whole[1][:, :, start:end], rtol=1e-6, atol=1e-5)
+
+
+def test_partial_results_merge() -> None:
+    """Keys split in two at a block: the parts merge to the whole."""
+    torch.manual_seed(6)
+    q, k, v = draw(1, (2, 1), 40, 192, 64)
+    config = ThriftConfig(math="16bit", budget=fraction(0.0))
+    parts = []
+    for keys in (slice(0, 128), slice(128, 192), slice(0, 192)):
+        size = keys.stop - keys.start
+        sequences = dense(1, 40, size, False, q.device)
+        parts.append(prefill(q, k[:, :, keys], v[:, :, keys], sequences, config, "wide", scale=0.125)[:2])
+    out, lse = merge(*zip(*parts[:2], strict=True))
+    torch.testing.assert_close(lse, parts[2][1], rtol=1e-5, atol=1e-5)
+    assert error(out, parts[2][0].double()) < 3 * EPS
+
+
+def test_ragged_batches() -> None:
+    """Sequences end to end, and a padded batch, give what each gives alone; strided inputs, no value is read beyond an end."""
+    torch.manual_seed(7)
+    lengths = [(65, 130), (1, 64), (40, 30)]
+    config, scale = ThriftConfig(math="16bit", budget=fraction(0.5)), 0.125
+    q, k, v = (x.transpose(1, 2).contiguous().transpose(1, 2) for x in draw(1, (4, 2), 106, 224, 64))
+    cu = [torch.tensor([0, *x], device=DEVICE, dtype=torch.int32).cumsum(0).int() for x in zip(*lengths, strict=True)]
+    every = packed(*cu, queries=106, keys=224, most_queries=65, most_keys=130, causal=True)
+    out, lse, *_ = prefill(q, k, v, every, config, "wide", scale=scale)
+    for b, (queries, keys) in enumerate(lengths):
+        qs, ks = (slice(int(x[b]), int(x[b + 1])) for x in cu)
+        one = Sequences(  # by itself, with one list per query head however few queries there are
+            torch.tensor([[0, queries, 0, keys, 0, 0]], dtype=torch.int32, device=DEVICE), 1, 3, 4, 3, 4, True
+        )
+        alone = _rows(q[:, :, qs], k[:, :, ks], v[:, :, ks], one, config, scale)
+        torch.testing.assert_close(out[:, :, qs], alone[0], rtol=0, atol=0)
+        torch.testing.assert_close(lse[:, :, qs], alone[1], rtol=0, atol=0)
+    k, v = (torch.cat([x[:, :, :130], torch.full_like(x[:, :, :130], torch.nan)]) for x in (k, v))
+    k[1, :, :30], v[1, :, :30] = k[0, :, :30], v[0, :, :30]
+    q = torch.cat([q[:, :, :65]] * 2)
+    lens = torch.tensor([130, 30], device=DEVICE)
+    out, lse, *_ = prefill(q, k, v, padded(65, 130, True, lens), config, "wide", scale=scale)
+    for b, keys in enumerate((130, 30)):
+        alone = prefill(q[b:][:1], k[b:, :, :keys][:1], v[b:, :, :keys][:1], dense(1, 65, keys, True, q.device), config,
+                        "wide", scale=scale)  # fmt: skip
+        torch.testing.assert_close(out[b], alone[0][0], rtol=0, atol=0)
+        torch.testing.assert_close(lse[b], alone[1][0], rtol=0, atol=0)
+
+
+def _rows(q, k, v, sequences: Sequences, config: ThriftConfig, scale: float):
+    """`prefill` with the lists of prefill, also for few queries."""
+    from thrift_attn.select.prefill import capacity, wanted_blocks
+
+    wanted = wanted_blocks(config.budget, sequences)
+    sizes = [1, sequences.rows, sequences.blocks, sequences.most_rows, sequences.most_blocks]
+    return prefill_op(
+        q, k, v, sequences.spans, wanted, [*sizes, capacity(config.budget, 4)], True, False, "nvfp4", "wide", False, True,
+        True, None, 1, 1, scale, None, None, False,
+    )  # fmt: skip
+
+
+def test_operator_is_registered_well() -> None:
+    torch.manual_seed(8)
+    q, k, v = draw(1, (2, 1), 20, 64, 64)
+    sequences = dense(1, 20, 64, True, q.device)
+    arguments = (
+        q, k, v, sequences.spans, torch.ones(1, 1, dtype=torch.int32, device=DEVICE), [1, 1, 1, 1, 1, 1], True, False,
+        "nvfp4", "wide", False, True, False, None, 1, 1, 0.125, None, None, True,
+    )  # fmt: skip
+    torch.library.opcheck(prefill_op, arguments, test_utils=("test_schema", "test_faketensor"))
