@@ -14,6 +14,7 @@ from rich.console import Console
 from rich.table import Table
 
 if TYPE_CHECKING:
+    from thrift_attn.bench.e2e import Case
     from thrift_attn.bench.records import Record
 
 app = typer.Typer(
@@ -103,6 +104,56 @@ def decode(
 
             draw(record, out)
         console.print(f"wrote {plan.out}", style="dim", highlight=False, markup=False)
+
+
+@app.command()
+def e2e(
+    model: Annotated[
+        str, typer.Option(help="llama-3.1-8b or qwen3-8b (random weights), or a name, folder, .gguf file or hub id.")
+    ] = "llama-3.1-8b",
+    cases: Annotated[
+        str,
+        typer.Option(help="CONTEXTxBATCH after commas; with :fill the cache is filled instead of read from a prompt."),
+    ] = "131072x1,131072x3:fill",
+    out: Annotated[Path, typer.Option("--out", "-o", help="Folder for the record and the picture.")] = Path("bench"),
+    new: Annotated[int, typer.Option(min=2, help="Timed decode steps.")] = 32,
+    budget: Annotated[float, typer.Option(help="Share of blocks in high precision.")] = 0.05,
+    fused: Annotated[bool, typer.Option(help="Fuse norms and rotary embeddings, on all sides.")] = True,
+    largest: Annotated[bool, typer.Option(help="Also look for the largest context that fits.")] = True,
+    as_is: Annotated[bool, typer.Option(help="Also time the step of transformers as it is.")] = True,
+    device: Annotated[str, typer.Option(help="cuda; cpu runs, but its times mean nothing.")] = "cuda",
+    seed: Annotated[int, typer.Option(help="Of weights, prompts and fillings.")] = 0,
+) -> None:
+    """A whole model: prefill, first token, decode and memory, ours against BF16, CUDA graphs on both sides."""
+    console = Console(soft_wrap=True, width=None if sys.stdout.isatty() else 150)
+    with _errors():
+        if device != "cpu":
+            from thrift_attn.bench.timing import require_cuda
+
+            require_cuda()
+        from thrift_attn.bench import e2e as whole
+        from thrift_attn.bench.e2e_plot import draw, table
+
+        path = out / f"{Path(model).name}.json"
+        plan = whole.Plan(
+            model, tuple(map(_case, _words(cases))), path, new, budget, fused, largest, device, seed, as_is
+        )
+        record = whole.run(plan, say=lambda line: console.print(line, highlight=False, markup=False))
+        console.print()
+        console.print(table(record))
+        draw(record, path.with_suffix(".png"))
+        console.print(f"wrote {path}", style="dim", highlight=False, markup=False)
+
+
+def _case(text: str) -> Case:
+    """``131072x3:fill`` as a case."""
+    from thrift_attn.bench.e2e import Case
+
+    sizes, _, how = text.partition(":")
+    parts = sizes.split("x")
+    if len(parts) != 2 or not all(part.isdigit() and int(part) for part in parts) or how not in ("", "fill"):
+        raise ValueError(f"a case must look like 131072x1 or 131072x3:fill, got {text!r}")
+    return Case(int(parts[0]), int(parts[1]), not how)
 
 
 @app.command(name="plot")
