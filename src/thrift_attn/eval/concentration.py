@@ -33,7 +33,7 @@ SHARES = (0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0)
 FP4 = ThriftConfig.paper(budget=fraction(0))
 
 _NAME = "thrift-eval-capture"
-_ROWS = 512  # queries at a time
+_ROWS = {"cpu": 256, "cuda": 2048}  # queries at a time
 
 
 @dataclass(frozen=True)
@@ -68,14 +68,16 @@ def measure(
         v: ``[Hkv, T, D]``.
         scale: factor of the logits.
         layer: number of the layer, for the result.
-        config: of the low path, a 4-bit format with ``math="fp4"``; what it promotes is of no concern.
+        config: of the low path, a 4-bit format with ``math="fp4"``, K centred by block or not at all; what it promotes is
+            of no concern.
 
     Raises:
-        ValueError: another format or arithmetic.
+        ValueError: another format, arithmetic or centring.
     """
-    if config.low not in ("nvfp4", "mxfp4") or config.math != "fp4":
+    if config.low not in ("nvfp4", "mxfp4") or config.math != "fp4" or config.center not in ("none", "block"):
         raise ValueError(
-            f"error concentration is that of 4-bit formats with math='fp4', got {config.low}, {config.math}"
+            "error concentration is that of 4-bit formats with math='fp4' and center 'none' or 'block', got "
+            f"{config.low}, {config.math} and {config.center}"
         )
     planes = build_planes(k, v, config)
     assert planes.low_k is not None
@@ -120,8 +122,9 @@ def _pairs(
     error, mass = q.new_zeros(blocks, blocks), q.new_zeros(blocks, blocks)
     total, norm = q.new_zeros(()), q.new_zeros(())
     column = torch.arange(len(k), device=q.device)
-    for start in range(0, tokens, _ROWS):
-        row = torch.arange(start, min(start + _ROWS, tokens), device=q.device)
+    rows = _ROWS.get(q.device.type, _ROWS["cpu"])
+    for start in range(0, tokens, rows):
+        row = torch.arange(start, min(start + rows, tokens), device=q.device)
         seen = -(-(int(row[-1]) + 1) // BLOCK)  # blocks that any of the rows sees
         keys = slice(0, seen * BLOCK)
         hidden = column[keys] > row[:, None]

@@ -249,7 +249,9 @@ def losses(run: Run) -> list[str]:
     lower = [row for row in mine if row["difference_interval"] and row["difference_interval"][1] < 0]
     if lower:
         named = ", ".join(f"{_task_name(row['task'], run)} {100 * row['difference']:+.0f}" for row in lower)
-        found.append(f"With {main} the score is below fp16 beyond noise on {len(lower)} of {len(mine)} tasks (points): {named}.")
+        found.append(
+            f"With {main} the score is below fp16 beyond noise on {len(lower)} of {len(mine)} tasks (points): {named}."
+        )
     return found or ["No difference to fp16 is above noise at the 95% level on these samples."]
 
 

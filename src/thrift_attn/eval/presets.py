@@ -27,7 +27,7 @@ def equal(kind: str, to: str) -> Method:
 def quick(model: str = "smollm2-135m") -> Plan:
     """Every family of tasks and methods once, in minutes on a CPU: a check that all of it runs, too small to rank methods.
 
-    512 tokens are 8 blocks, so the budget is a quarter of them.
+    768 tokens are 12 blocks, so the budget is a quarter of them.
     """
     specs = ["fp16", "fp4", "paper:budget=0.25", "thrift:budget=0.25"]
     return Plan(
@@ -35,8 +35,8 @@ def quick(model: str = "smollm2-135m") -> Plan:
         methods=with_baselines(specs, "thrift:budget=0.25"),
         texts=("shakespeare",),
         nll_lengths=(512, 1024),
-        tasks="ruler_niah_single_1,helmet_json_kv,longbench_trec",
-        lengths=(512,),
+        tasks="ruler_niah_single_1,ruler_vt,ruler_fwe,ruler_qa_1,helmet_json_kv,helmet_nq,longbench_trec",
+        lengths=(768,),
         samples=1,
         max_new=8,
         data=STANDIN,
