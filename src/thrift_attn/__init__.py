@@ -1,6 +1,6 @@
 """Long-context attention from 4-bit data with a small budget of high-precision blocks."""
 
-from thrift_attn.api import attention
+from thrift_attn.api import attention, attention_varlen
 from thrift_attn.attend.stats import Stats
 from thrift_attn.capability import support
 from thrift_attn.config import BLOCK, Budget, ThriftConfig, fraction, paper, top_k
@@ -8,4 +8,16 @@ from thrift_attn.merge import merge
 
 __version__ = "0.1.0"
 
-__all__ = ["BLOCK", "Budget", "Stats", "ThriftConfig", "attention", "fraction", "merge", "paper", "support", "top_k"]
+__all__ = [
+    "BLOCK",
+    "Budget",
+    "Stats",
+    "ThriftConfig",
+    "attention",
+    "attention_varlen",
+    "fraction",
+    "merge",
+    "paper",
+    "support",
+    "top_k",
+]

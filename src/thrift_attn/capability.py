@@ -8,9 +8,13 @@ from typing import Literal, NamedTuple
 
 import torch
 
-from thrift_attn.config import ThriftConfig
+from thrift_attn.config import Low, Math, ThriftConfig
 
-Status = Literal["native", "emulated", "no"]
+Status = Literal["native", "compiled", "emulated", "no"]
+"""Compiled: native, but never run or timed on such a GPU."""
+
+Form = Literal["wide", "native"]
+"""How packed low-precision data are multiplied: as decoded 16-bit numbers, or by units of their own format."""
 
 
 class Row(NamedTuple):
@@ -31,12 +35,7 @@ def support(device: torch.device | str | None = None) -> list[Row]:
         One row per feature of the library.
     """
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    where = torch.cuda.get_device_name(device) if device.type == "cuda" else "the CPU"
-    plain = f"plain PyTorch on {where}: every value exact to the format's definition, no speed gained"
-    rows = [
-        Row("attention(), any low, math and high", "emulated", plain),
-        Row("attention(), backend='triton'", "no", "fused prefill kernels are not written yet"),
-    ]
+    rows = [*_prefill_rows(device)]
     try:
         backend = check_cache(ThriftConfig(math="16bit", high="nested"), 128, torch.bfloat16, device)
     except NotImplementedError as error:
@@ -46,6 +45,36 @@ def support(device: torch.device | str | None = None) -> list[Row]:
     dims = ", ".join(map(str, HEAD_DIMS))
     timed = "timed" if torch.cuda.get_device_capability(device) == (9, 0) else "compiled for this GPU, not timed on one"
     return [*rows, Row("PagedThriftCache, low='nvfp4' | 'mxfp4'", "native", f"kernels for head_dim {dims}; {timed}")]
+
+
+def _prefill_rows(device: torch.device) -> list[Row]:
+    """What `thrift_attn.attention` runs on a device."""
+    where = torch.cuda.get_device_name(device) if device.type == "cuda" else "the CPU"
+    plain = f"plain PyTorch on {where}: every value exact to the format's definition, no speed gained"
+    rows = [Row("attention(), any option, backend='reference'", "emulated", plain)]
+    dims = ", ".join(map(str, HEAD_DIMS))
+    kinds: tuple[tuple[Low, Math], ...] = (("nvfp4", "fp4"), ("mxfp4", "fp4"), ("fp8", "fp4"), ("nvfp4", "16bit"))
+    for low, math in kinds:
+        feature = f"attention(), low={low!r}, math={math!r}, backend='triton'"
+        try:
+            form = check_prefill(ThriftConfig(low=low, math=math), 128, torch.bfloat16, device)
+        except NotImplementedError as error:
+            rows.append(Row(feature, "no", str(error)))
+            continue
+        timed = torch.cuda.get_device_capability(device) == (9, 0)
+        if form == "native":
+            status, why = (
+                ("native", "timed on this GPU") if timed else ("compiled", "compiled for this GPU, not timed on one")
+            )
+            rows.append(Row(feature, status, f"{low} products in hardware, head_dim {dims}; {why}"))
+        elif math == "16bit":
+            why = "decoded to 16 bits once, head_dim " + dims
+            rows.append(Row(feature, "native" if timed else "compiled", why))
+        else:
+            rows.append(
+                Row(feature, "emulated", f"the same numbers in 16-bit products: no {low} units; head_dim {dims}")
+            )
+    return rows
 
 
 HEAD_DIMS = (64, 80, 96, 128, 256)
@@ -100,17 +129,58 @@ def check_cache(
     return "triton"
 
 
-def pick_backend(asked: str) -> Literal["reference"]:
-    """Backend for a call of `thrift_attn.attention`.
+MAX_KEYS = 1 << 20
+"""Most keys of one sequence that the prefill kernels choose blocks among."""
+
+
+def check_prefill(config: ThriftConfig, head_dim: int, dtype: torch.dtype, device: torch.device, keys: int = 1) -> Form:
+    """How the prefill kernels would multiply on this device.
+
+    Raises:
+        NotImplementedError: a call they do not serve, with the reason.
+    """
+    if device.type != "cuda" and not interpreted():
+        raise NotImplementedError(f"backend='triton' needs a CUDA device, got {device.type}")
+    if dtype not in (torch.float16, torch.bfloat16):
+        raise NotImplementedError(f"backend='triton' takes float16 and bfloat16, got {dtype}")
+    if head_dim not in HEAD_DIMS:
+        raise NotImplementedError(f"backend='triton' serves head_dim {', '.join(map(str, HEAD_DIMS))}, got {head_dim}")
+    if config.score != "mean":
+        raise NotImplementedError(f"backend='triton' scores blocks by score='mean', got score={config.score!r}")
+    if config.low == "fp8" and config.high != "16bit":
+        raise NotImplementedError(f"backend='triton' with low='fp8' promotes to high='16bit', got high={config.high!r}")
+    if keys > MAX_KEYS:
+        raise NotImplementedError(f"backend='triton' serves up to {MAX_KEYS} keys, got {keys}")
+    if importlib.util.find_spec("triton") is None:
+        raise NotImplementedError("backend='triton' needs triton: pip install 'thrift-attn[kernels]'")
+    if interpreted():
+        return "wide"
+    capability = torch.cuda.get_device_capability(device)
+    if capability < (8, 0):
+        raise NotImplementedError("backend='triton' needs a GPU of compute capability 8.0 or newer")
+    units = capability >= (8, 9) if config.low == "fp8" else capability[0] in (10, 12)
+    return "native" if units and config.math == "fp4" and config.high == "16bit" and config.low != "drop" else "wide"
+
+
+def pick_backend(
+    asked: str, config: ThriftConfig, head_dim: int, dtype: torch.dtype, device: torch.device, keys: int
+) -> tuple[Literal["reference", "triton"], Form]:
+    """Backend for a call of `thrift_attn.attention`: with ``"auto"`` the kernels on a CUDA device if they serve the call.
+
+    Returns:
+        The backend, and how it multiplies.
 
     Raises:
         ValueError: an unknown backend.
-        NotImplementedError: a backend that cannot serve the call, with the reason.
+        NotImplementedError: a backend that was asked for and cannot serve the call, with the reason.
     """
     if asked not in ("auto", "reference", "triton"):
         raise ValueError(f"backend must be one of 'auto', 'reference', 'triton', got {asked!r}")
-    if asked == "triton":
-        raise NotImplementedError(
-            "backend='triton': fused prefill kernels are not written yet; use backend='reference'"
-        )
-    return "reference"
+    if asked == "reference" or (asked == "auto" and device.type != "cuda"):
+        return "reference", "wide"
+    try:
+        return "triton", check_prefill(config, head_dim, dtype, device, keys)
+    except NotImplementedError:
+        if asked == "triton":
+            raise
+        return "reference", "wide"

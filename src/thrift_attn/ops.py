@@ -6,9 +6,18 @@ import torch
 from torch import Tensor
 
 from thrift_attn.attend.prefill import attend_prefill
-from thrift_attn.config import DECODE_ROWS, ThriftConfig
-from thrift_attn.quant.prefill import Form, quantise_kv, quantise_q
-from thrift_attn.select.prefill import capacity, select_decode, select_rows, wanted_blocks
+from thrift_attn.attend.stats import Stats
+from thrift_attn.capability import Form
+from thrift_attn.config import BLOCK, DECODE_ROWS, ThriftConfig
+from thrift_attn.quant.prefill import quantise_kv, quantise_q
+from thrift_attn.select.budget import asked_share
+from thrift_attn.select.prefill import (
+    capacity,
+    select_decode,
+    select_rows,
+    visible_counts,
+    wanted_blocks,
+)
 from thrift_attn.sequences import Sequences
 
 
@@ -107,9 +116,13 @@ def prefill(
     window: int | None = None,
     softcap: float | None = None,
     mass: bool = False,
+    ragged: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """`prefill_op` for a `ThriftConfig` that the kernels serve (`thrift_attn.capability.check_prefill`)."""
-    decode = sequences.parts == sequences.batch and q.shape[2] <= DECODE_ROWS
+    """`prefill_op` for a `ThriftConfig` that the kernels serve (`thrift_attn.capability.check_prefill`).
+
+    With ``ragged`` sequences lie end to end, and every query head has its own lists however few queries there are.
+    """
+    decode = not ragged and q.shape[2] <= DECODE_ROWS
     least = 1 if config.low == "drop" else 0  # a row that attends to nothing has no output
     wanted = wanted_blocks(config.budget, sequences, window=window, least=least, decode=decode)
     most = max(least, capacity(config.budget, sequences.most_blocks))
@@ -119,3 +132,32 @@ def prefill(
         config.center == "block", config.scales == "best", None if config.high == "16bit" else config.high,
         config.force_first, config.force_last, scale, window, softcap, mass,
     )  # fmt: skip
+
+
+def prefill_stats(
+    sequences: Sequences, config: ThriftConfig, heads: int, counts: Tensor, share: Tensor, window: int | None
+) -> Stats:
+    """`Stats` of a call of `prefill`; copies lengths and sums to the host.
+
+    Args:
+        sequences: of the call.
+        config: of the call.
+        heads: Hq.
+        counts: promoted blocks of every row, as `prefill` returns them.
+        share: share of the high path of every query.
+        window: sliding window in tokens.
+    """
+    spans = sequences.spans.cpu()
+    decode = sequences.parts == sequences.batch and int(spans[:, 1].max()) <= DECODE_ROWS
+    visible = visible_counts(spans[:, 1], spans[:, 3], sequences.most_rows, decode, sequences.causal, window)
+    total = Stats(promoted=0, mass=float(share.sum()))
+    for b, (_, queries, _, keys, row, _) in enumerate(spans.tolist()):
+        seen = visible[b][visible[b] > 0]
+        own = counts[b if sequences.parts == sequences.batch else 0, :, row : row + (1 if decode else len(visible[b]))]
+        total += Stats(
+            visible=heads * int(seen.sum()),
+            promoted=int(own[..., visible[b] > 0].sum()),
+            asked=heads * float(asked_share(config.budget, seen, -(-keys // BLOCK)) * seen.sum()),
+            rows=heads * (min(queries, keys) if sequences.causal else queries),
+        )
+    return total

@@ -18,9 +18,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from thrift_attn.capability import interpreted
+from thrift_attn.capability import Form, interpreted
 from thrift_attn.config import BLOCK
-from thrift_attn.quant.prefill import Form, PackedKV, PackedQ
+from thrift_attn.quant.prefill import PackedKV, PackedQ
 from thrift_attn.quant.rounding import bits, e2m1_code, from_bits, round_e2m1, round_e4m3
 from thrift_attn.sequences import Sequences
 

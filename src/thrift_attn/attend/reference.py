@@ -18,6 +18,7 @@ from torch import Tensor
 from thrift_attn.attend.stats import Stats
 from thrift_attn.config import BLOCK, DECODE_ROWS, ThriftConfig
 from thrift_attn.quant import reference as quant
+from thrift_attn.quant.fit import fit, key_bias
 from thrift_attn.quant.formats import E2M1_MAX, E4M3_MAX, FORMATS, RESIDUALS, Format
 from thrift_attn.select import scores as score
 from thrift_attn.select.budget import asked_share, blocks_per_row, promote
@@ -34,6 +35,7 @@ class Mask:
     keys: int
     causal: bool
     window: int | None
+    decode: bool | None = None  # one list of promoted blocks per KV head; None: for up to `DECODE_ROWS` queries
 
     @property
     def offset(self) -> int:
@@ -56,29 +58,48 @@ class Planes:
     high_k: Tensor
     high_v: Tensor
     centres: Tensor  # c_b [Hkv, N, D], for scores and, with centring, for the low logits
+    query_mean: Tensor | None = None  # [H, D], what Q is quantised less of
+    key_bias: Tensor | None = None  # [H, N * 64], what that mean makes of each key, unscaled
+    stretch: Tensor | None = None  # [Hkv, D], powers of two: K is quantised times it, Q divided by it
 
 
-def build_planes(k: Tensor, v: Tensor, config: ThriftConfig) -> Planes:
-    """Quantise K and V ``[Hkv, T, D]`` of one sequence into the planes of ``config``."""
+def build_planes(k: Tensor, v: Tensor, config: ThriftConfig, q: Tensor | None = None) -> Planes:
+    """Quantise K and V ``[Hkv, T, D]`` of one sequence into the planes of ``config``.
+
+    Args:
+        k: keys.
+        v: values.
+        config: what is computed.
+        q: the queries ``[H, Tq, D]`` that see something, for what ``config`` takes from a call (`thrift_attn.quant.fit`);
+            None takes nothing.
+    """
     work = torch.float64 if k.dtype == torch.float64 else torch.float32
-    pad = (0, 0, 0, -k.shape[-2] % BLOCK)
+    tokens, pad = k.shape[-2], (0, 0, 0, -k.shape[-2] % BLOCK)
     centres = quant.block_means(k).to(work)
     k, v = (torch.nn.functional.pad(x.to(work), pad) for x in (k, v))
     if config.low == "drop":
         return Planes(None, None, k, v, centres)
     fmt = FORMATS[config.low]
     mean = torch.zeros((), dtype=work, device=k.device)
-    if config.center == "block":
+    if config.centred:
         mean = centres[:, :, None].expand(-1, -1, BLOCK, -1).flatten(1, 2).clone()
         mean[:, mean.shape[1] - pad[3] :] = 0  # padding stays zero
     delta = k - mean
+    bias = stretch = query_mean = None
+    if q is not None and q.shape[1]:
+        query_mean, stretch = fit(q.to(work), k[:, :tokens], centres, config)
+        if query_mean is not None:
+            bias = key_bias(query_mean, k, centres if config.centred else torch.zeros_like(centres))
+            bias[:, tokens:] = 0
+    wide = torch.ones((), dtype=work, device=k.device) if stretch is None else stretch[:, None]
     best = config.scales == "best"
-    low_k, low_v = quant.roundtrip(delta, fmt, best=best), quant.roundtrip(v, fmt, -2, best=best)
-    if config.high == "16bit":
-        return Planes(low_k, low_v, k, v, centres)
-    plane = RESIDUALS[config.high]
-    high_k = mean + low_k + quant.residual(delta, low_k, plane, best=best)
-    return Planes(low_k, low_v, high_k, low_v + quant.residual(v, low_v, plane, -2, best=best), centres)
+    low_k, low_v = quant.roundtrip(delta * wide, fmt, best=best), quant.roundtrip(v, fmt, -2, best=best)
+    high_k, high_v = k, v
+    if config.high != "16bit":
+        plane = RESIDUALS[config.high]
+        high_k = mean + (low_k + quant.residual(delta * wide, low_k, plane, best=best)) / wide
+        high_v = low_v + quant.residual(v, low_v, plane, -2, best=best)
+    return Planes(low_k / wide, low_v, high_k, high_v, centres, query_mean, bias, stretch)
 
 
 def _round_probabilities(p: Tensor, fmt: Format) -> Tensor:
@@ -122,7 +143,7 @@ class _Sequence:
         self.kv_heads = len(planes.high_k)
         self.positions = torch.arange(self.skipped, mask.queries, device=q.device) + mask.offset
         self.first, self.last = mask.bounds(self.positions)
-        self.decode = mask.queries <= DECODE_ROWS
+        self.decode = mask.queries <= DECODE_ROWS if mask.decode is None else mask.decode
         self.blocks = -(-mask.keys // BLOCK)
         # Query blocks are cut at absolute positions, so that each has one diagonal block and chunked prefill cuts alike.
         row = torch.zeros_like(self.positions) if self.decode else self.positions // BLOCK - self.positions[0] // BLOCK
@@ -227,10 +248,17 @@ class _Sequence:
             fmt = FORMATS[config.low]
             # A block-scaled format shares the scale of a query block, which starts at a multiple of 64 positions.
             lead = int(self.positions[chunk.q0]) % BLOCK if fmt.group is None else 0
-            padded = torch.nn.functional.pad(queries, (0, 0, lead, 0))
-            rounded = quant.roundtrip(padded, fmt, best=config.scales == "best")[:, lead:]
+            planes = self.planes
+            rest = queries if planes.query_mean is None else queries - planes.query_mean[:, None]
+            wide = rest.new_ones(()) if planes.stretch is None else planes.stretch[:, None]
+            if planes.stretch is not None:
+                wide = wide.repeat_interleave(len(queries) // self.kv_heads, 0)  # [H, 1, D]
+            padded = torch.nn.functional.pad(rest / wide, (0, 0, lead, 0))
+            rounded = quant.roundtrip(padded, fmt, best=config.scales == "best")[:, lead:] * wide
         logits = self._against(rounded, low_k[:, self._keys(chunk)])
-        if config.center == "block":
+        if self.planes.key_bias is not None:
+            logits += self.planes.key_bias[:, None, self._keys(chunk)]
+        if config.centred:
             bias = self._against(queries, self.planes.centres[:, chunk.b0 : chunk.b1])  # q.c_b [H, Q, blocks]
             _by_block(logits).add_(bias.unsqueeze(-1))
         return self._cap(logits.mul_(self.scale))
@@ -276,7 +304,10 @@ class _Sequence:
             mass = (p_high.sum(-1, keepdim=True) / norm).squeeze(-1)
             _by_block(p).masked_fill_(high, 0)
         if self.config.math == "fp4":
-            p = _round_probabilities(p, FORMATS[self.config.low])
+            rounded = _round_probabilities(p, FORMATS[self.config.low])
+            if self.config.total == "rounded":
+                norm = norm + (rounded - p).sum(-1, keepdim=True)
+            p = rounded
         return (out + self._weighted(p, planes.low_v[:, keys])) / norm, lse, mass
 
     def attend(self) -> tuple[Tensor, Tensor, Stats]:
@@ -342,7 +373,7 @@ def attend(
     outs, lses, stats = [], [], Stats()
     for row, length in enumerate(lengths):
         mask = Mask(q.shape[2], length, causal, window)
-        planes = build_planes(k[row, :, :length], v[row, :, :length], config)
+        planes = build_planes(k[row, :, :length], v[row, :, :length], config, q[row, :, max(0, -mask.offset) :])
         out, lse, row_stats = attend_planes(q[row], planes, config, mask, scale, softcap)
         outs.append(out.to(q.dtype))
         lses.append(lse)

@@ -23,20 +23,19 @@ become position bits 2 1 3 0::
 
 from __future__ import annotations
 
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from thrift_attn.capability import interpreted
+from thrift_attn.capability import Form, interpreted
 from thrift_attn.config import BLOCK
 from thrift_attn.quant.formats import FORMATS, RESIDUALS
 from thrift_attn.quant.rounding import bits, e2m1_code, e4m3_code, from_bits, round_e2m1, round_e4m3
 from thrift_attn.sequences import Sequences
 
-Form = Literal["wide", "native"]
 _INTERPRETED = tl.constexpr(interpreted())
 
 

@@ -105,7 +105,8 @@ def decode_bounds(queries: Tensor, keys: Tensor, *, causal: bool, window: int | 
     return begin, -(-keys // BLOCK)
 
 
-def _visible(queries: Tensor, keys: Tensor, rows: int, decode: bool, causal: bool, window: int | None) -> Tensor:
+def visible_counts(queries: Tensor, keys: Tensor, rows: int, decode: bool, causal: bool, window: int | None) -> Tensor:
+    """`visible_blocks`, or for ``decode`` that of the one row that all queries share ``[B, 1]``."""
     if not decode:
         return visible_blocks(queries, keys, rows, causal=causal, window=window)
     begin, end = decode_bounds(queries, keys, causal=causal, window=window)
@@ -124,7 +125,7 @@ def _wanted_dense(
     device: torch.device,
 ) -> Tensor:
     queries, keys = (torch.tensor([x]) for x in lengths)
-    visible = _visible(queries, keys, rows, decode, causal, window)[0]
+    visible = visible_counts(queries, keys, rows, decode, causal, window)[0]
     wanted = blocks_per_row(budget, visible, -(-lengths[1] // BLOCK))
     return wanted.clamp(min=least).minimum(visible).int()[None].to(device)
 
@@ -157,7 +158,7 @@ def wanted_blocks(
             sequences.spans.device,
         )
     queries, keys = sequences.spans[:, 1], sequences.spans[:, 3]
-    visible = _visible(queries, keys, sequences.most_rows, decode, sequences.causal, window)
+    visible = visible_counts(queries, keys, sequences.most_rows, decode, sequences.causal, window)
     wanted = budget_rows(budget, visible, -(-keys.long() // BLOCK))
     return wanted.clamp(min=least).minimum(visible).int()
 
@@ -315,7 +316,7 @@ def select_rows(
 
     Returns:
         Block numbers, ascending, int32 ``[P, Hq, R, K]``, undefined from the count on, and counts int32 ``[P, Hq, R]``.
-        Rows that no sequence has are undefined.
+        Rows that no sequence has promote nothing.
 
     Raises:
         NotImplementedError: more than `MAX_BLOCKS` blocks in a sequence.
@@ -329,7 +330,7 @@ def select_rows(
     tiles = -(-sequences.most_rows // ROWS)
     items = sequences.batch * heads * tiles
     chosen = torch.empty(parts, heads, rows, most, dtype=torch.int32, device=means.device)
-    counts = torch.empty(parts, heads, rows, dtype=torch.int32, device=means.device)
+    counts = torch.zeros(parts, heads, rows, dtype=torch.int32, device=means.device)
     per_processor = 2 if pad <= HELD else 1  # as many as fit
     programs = min(items, per_processor * _multiprocessors(means.device))
     scratch = torch.empty(programs, ROWS, pad, dtype=torch.float32, device=means.device)
