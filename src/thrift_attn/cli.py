@@ -95,6 +95,48 @@ def generate(
 
 
 @evals.command()
+def decode(
+    model: Annotated[str, typer.Option(help="Name, local folder, .gguf file or hub id.")] = "smollm2-135m",
+    text: Annotated[
+        str, typer.Option(help="File, shakespeare[:PLAY], pg19 or hub:OWNER/NAME[:SPLIT[:COLUMN]].")
+    ] = "shakespeare",
+    prompts: Annotated[int, typer.Option(help="Texts, one after the other.")] = 10,
+    shortest: Annotated[int, typer.Option(help="Tokens of the shortest prompt.")] = 4096,
+    longest: Annotated[int, typer.Option(help="Tokens of the longest prompt.")] = 8000,
+    new: Annotated[int, typer.Option(help="Teacher-forced steps after each prompt.")] = 64,
+    needles: Annotated[int, typer.Option(help="Depths at which a number is hidden.")] = 10,
+    budget: Annotated[str, typer.Option(help="Blocks in high precision: 0.05, 5%, top_k(8) or paper.")] = "0.05",
+    high: Annotated[str, typer.Option(help="How they are stored: nested, nested8 or 16bit.")] = "nested",
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda[:N].")] = "auto",
+    dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
+    seed: Annotated[int, typer.Option(help="Of the hidden numbers.")] = 0,
+    json: Annotated[Path | None, typer.Option(help="Write the record here.")] = None,
+) -> None:
+    """Decoding through the 4-bit cache against the same model without it: teacher-forced KL, and hidden needles."""
+    with errors():
+        from thrift_attn.cache.paged import DECODE
+        from thrift_attn.config import Budget
+        from thrift_attn.eval.decode import evaluate
+        from thrift_attn.eval.models import load_model
+        from thrift_attn.eval.texts import load_text
+
+        config, err = DECODE.with_(budget=Budget.parse(budget), high=high), Console(stderr=True)
+
+        def say(line: str) -> None:
+            err.print(line, style="dim", highlight=False, markup=False)
+
+        loaded = load_model(model, device=device, dtype=dtype, notify=say)
+        found = load_text(text, 8 * prompts * (longest + new), say)
+        record = evaluate(
+            loaded, found.content, config=config, prompts=prompts, shortest=shortest, longest=longest, new=new,
+            needles=needles, seed=seed, text_name=found.name, say=say,
+        )  # fmt: skip
+        print(record.sentence())
+        if json is not None:
+            record.save(json)
+
+
+@evals.command()
 def nll(
     model: Annotated[str, typer.Option(help="Name, local folder, .gguf file or hub id.")] = "smollm2-135m",
     text: Annotated[

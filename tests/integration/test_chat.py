@@ -23,11 +23,12 @@ class Letters:
 
     chat_template = None
 
-    def __call__(self, text: str, **_: Any) -> Any:
-        return type("Encoded", (), {"input_ids": torch.tensor([[ord(c) - 32 for c in text]])})
+    def __call__(self, text: str, return_tensors: str | None = None, **_: Any) -> Any:
+        ids = [ord(c) - 32 if 32 <= ord(c) < 128 else 0 for c in text]
+        return type("Encoded", (), {"input_ids": torch.tensor([ids]) if return_tensors else ids})
 
-    def decode(self, ids: list[int], **_: Any) -> str:
-        return "".join(chr(i + 32) for i in ids)
+    def decode(self, ids: Any, **_: Any) -> str:
+        return "".join(chr(int(i) + 32) for i in ids)
 
 
 def test_answer_streams_what_generate_gives_and_counts() -> None:
