@@ -29,10 +29,12 @@ from thrift_attn.eval.concentration import FP4, SHARES, measure, of_model
 from thrift_attn.eval.cost import at_equal_cost, costs, decode_cost, prefill_cost
 from thrift_attn.eval.eviction import KERNEL, WINDOW, Eviction, evict, kept_tokens, votes, watching
 from thrift_attn.eval.extras import MissingExtra
-from thrift_attn.eval.methods import Method, parse_method
+from thrift_attn.eval.methods import Method, parse_method, parse_methods
 from thrift_attn.eval.models import Loaded
 from thrift_attn.eval.nll import run_window
 from thrift_attn.eval.presets import BUDGETS, full, quick, with_baselines
+from thrift_attn.eval.runner import evaluate
+from thrift_attn.eval.runs import Run, load_runs
 from thrift_attn.eval.suite import Folder, Plan, key_of, run
 from thrift_attn.eval.summary import summarise
 
@@ -418,7 +420,7 @@ class Checker(HTMLParser):
 
 
 def test_the_page(finished: tuple[Path, dict[str, Any]]) -> None:
-    loaded_run = page.Run.load(finished[0])
+    loaded_run = Run.load(finished[0])
     text = page.html([loaded_run, replace(loaded_run, name="a <second> & last")])
     checker = Checker()
     checker.feed(text)
@@ -435,7 +437,7 @@ def test_the_page(finished: tuple[Path, dict[str, Any]]) -> None:
 
 
 def test_markdown_has_the_figures_of_the_metrics(finished: tuple[Path, dict[str, Any]]) -> None:
-    text = page.markdown([page.Run.load(finished[0])])
+    text = page.markdown([Run.load(finished[0])])
     rows = {row["method"]: row for row in finished[1]["nll"] if row["length"] == 200}
     assert f"| `fp4` | {rows['fp4']['nll']:.4f} | {rows['fp4']['loss']:+.4f} [" in text
     assert f"Uniform 4-bit attention costs {rows['fp4']['loss']:+.4f}" in text
@@ -445,7 +447,7 @@ def test_markdown_has_the_figures_of_the_metrics(finished: tuple[Path, dict[str,
 
 
 def test_where_it_loses(finished: tuple[Path, dict[str, Any]]) -> None:
-    loaded_run = page.Run.load(finished[0])
+    loaded_run = Run.load(finished[0])
     metrics = json.loads(json.dumps(loaded_run.metrics))
     for row in metrics["nll"]:
         if row["method"] == "thrift:budget=0.3":
@@ -462,15 +464,50 @@ def test_where_it_loses(finished: tuple[Path, dict[str, Any]]) -> None:
     )
 
 
+def test_nll_records_join_the_runs_of_their_model(
+    finished: tuple[Path, dict[str, Any]], place: Path, tmp_path: Path
+) -> None:
+    methods = parse_methods("fp16,fp4,thrift:budget=0.3")
+    result = evaluate(str(place / "model"), str(place / "text.txt"), methods, length=300, windows=2, device="cpu")
+    record = tmp_path / "record.json"
+    result.save(record)
+    (alone,) = load_runs([record])
+    rows = {row["method"]: row for row in alone.metrics["nll"]}
+    for row in result.rows:  # the same blocks, the same resamples
+        mine = rows[row.method.name]
+        assert mine["nll"] == pytest.approx(row.nll, rel=1e-6)
+        assert (
+            mine["loss"] == pytest.approx(row.loss, rel=1e-4, abs=1e-7)
+            if row.loss is not None
+            else mine["loss"] is None
+        )
+        if row.loss_interval is not None:
+            assert mine["loss_interval"] == pytest.approx(row.loss_interval, rel=1e-4, abs=1e-7)
+    (both,) = load_runs([finished[0], record])
+    assert both.longest == 300
+    assert {row["task"] for row in both.tasks()} == {"longbench_lcc", "longbench_trec", "longbench", "all"}
+    assert both.metrics["concentration"]
+    assert "snapkv:keep=0.5" in both.methods()
+    assert "longbench_lcc*" in page.markdown([both])
+    other = json.loads(record.read_text())
+    other["model"]["spec"] = "another"
+    (tmp_path / "other.json").write_text(json.dumps(other))
+    assert len(load_runs([record, tmp_path / "other.json"])) == 2
+    with pytest.raises(ValueError, match="records of one model expected"):
+        Run.of_records([record, tmp_path / "other.json"])
+    with pytest.raises(ValueError, match="is not an NLL record"):
+        load_runs([finished[0] / "metrics.json"])
+
+
 def test_folders_that_are_no_run(tmp_path: Path, place: Path) -> None:
     with pytest.raises(FileNotFoundError, match="holds no run of `thrift eval suite`"):
-        page.Run.load(tmp_path)
+        Run.load(tmp_path)
     Folder(tmp_path).begin(a_plan(place))
     with pytest.raises(ValueError, match="holds no results yet"):
-        page.Run.load(tmp_path)
+        Run.load(tmp_path)
     (tmp_path / "config.json").write_text('{"schema": 0}')
     with pytest.raises(ValueError, match="holds a run of schema 0, expected 1"):
-        page.Run.load(tmp_path)
+        Run.load(tmp_path)
 
 
 def test_commands(place: Path, tmp_path: Path) -> None:

@@ -87,24 +87,27 @@ def suite(
             plan = replace(plan, methods=with_baselines([plan.methods], baselines))
         with shown(Console(file=sys.stderr)) as (notify, progress):
             run(plan, output, device=device, dtype=dtype, notify=notify, progress=progress)
-        _written(output, [output], output / "report.html", None)
+        _written([output], output / "report.html", None)
 
 
 def report(
-    runs: Annotated[list[Path], typer.Argument(help="Folders of runs.")],
+    runs: Annotated[list[Path], typer.Argument(help="Folders of runs, and JSON records of `thrift eval nll`.")],
     html: Annotated[Path | None, typer.Option(help="Write the page here; beside the run by default.")] = None,
     markdown: Annotated[Path | None, typer.Option(help="Write the tables as Markdown here.")] = None,
 ) -> None:
-    """One self-contained HTML page (and Markdown) about one or more runs, finished or not."""
+    """One self-contained HTML page (and Markdown) about runs, finished or not; those of one model become one chapter."""
     with errors():
-        _written(runs[0], runs, html or (runs[0] / "report.html" if markdown is None else None), markdown)
+        if html is None and markdown is None:
+            html = runs[0] / "report.html" if runs[0].suffix != ".json" else runs[0].with_suffix(".html")
+        _written(runs, html, markdown)
 
 
-def _written(folder: Path, runs: list[Path], html: Path | None, markdown: Path | None) -> None:
+def _written(runs: list[Path], html: Path | None, markdown: Path | None) -> None:
     """Write the reports and say what they say."""
     from thrift_attn.eval import page
+    from thrift_attn.eval.runs import load_runs
 
-    loaded = [page.Run.load(path) for path in runs]
+    loaded = load_runs(runs)
     for path, text in ((html, page.html), (markdown, page.markdown)):
         if path is not None:
             path.parent.mkdir(parents=True, exist_ok=True)

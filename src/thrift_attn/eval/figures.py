@@ -89,13 +89,17 @@ def _log_ticks(shares: list[float]) -> list[float]:
     return [step for step in steps if 0.8 * min(shares) <= step <= 1.25 * max(shares)]
 
 
-def selected(metrics: Row) -> list[str]:
-    """The few methods that fit into a chart: one of each family, the default budget if it is there."""
+def selected(metrics: Row, most: int = 9) -> list[str]:
+    """The few methods that fit into a chart: one of each family, with its default budget if that is there.
+
+    Families without options (``thrift``, not ``thrift:high=nested``) come before the others where there are too many.
+    """
     chosen: dict[str, str] = {}
     for about in metrics["methods"]:
         if not about["plain"] and (about["family"] not in chosen or about["name"] == about["family"]):
             chosen[about["family"]] = about["name"]
-    return list(chosen.values())
+    kept = sorted(chosen, key=lambda family: ":" in family)[:most]
+    return [name for family, name in chosen.items() if family in kept]
 
 
 def by_length(metrics: Row) -> Figure | None:

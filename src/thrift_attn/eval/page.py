@@ -2,67 +2,19 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from html import escape
 from pathlib import Path
-from typing import Any
 
 from thrift_attn.eval import figures
+from thrift_attn.eval.runs import Run
 from thrift_attn.eval.style import CSS
-from thrift_attn.eval.suite import STANDIN, Folder
-from thrift_attn.eval.summary import summarise
-
-Row = dict[str, Any]
+from thrift_attn.eval.suite import STANDIN
 
 _COSTS = (
     "Cost: prefill in weighted tensor-core operations (16-bit 1, FP8 2, FP4 4 operations per unit, as on Blackwell), decode in "
     "bytes of KV cache read, both relative to dense 16-bit attention; quest, topk, local and snapkv have the budget that makes "
     "them cost what thrift costs (snapkv at decode, the others in prefill)."
 )
-
-
-@dataclass(frozen=True)
-class Run:
-    """A run with its metrics, finished or not."""
-
-    name: str
-    plan: dict[str, Any]
-    environments: list[dict[str, Any]]
-    metrics: dict[str, Any]
-
-    @classmethod
-    def load(cls, folder: Path) -> Run:
-        """From its folder; metrics are worked out anew.
-
-        Raises:
-            FileNotFoundError: no run there.
-            ValueError: a run of another schema, or one without a single result.
-        """
-        plan, environments, records = Folder(folder).load()
-        if not records:
-            raise ValueError(f"{folder} holds no results yet")
-        head_dim = environments[-1]["model"]["head_dim"] if environments else 128
-        return cls(folder.name, plan, environments, summarise(plan, records, head_dim))
-
-    @property
-    def longest(self) -> int | None:
-        """Longest NLL window."""
-        return max((row["length"] for row in self.metrics["nll"]), default=None)
-
-    def nll(self, length: int | None = None) -> list[Row]:
-        """Rows of one length over all texts."""
-        rows = [row for row in self.metrics["nll"] if row["length"] == (length or self.longest)]
-        overall = [row for row in rows if row["text"] == "all"]
-        return overall or rows
-
-    def tasks(self, length: int | None = None) -> list[Row]:
-        """Rows of the longest (or given) length."""
-        lengths = {row["length"] for row in self.metrics["tasks"]}
-        return [row for row in self.metrics["tasks"] if row["length"] == (length or max(lengths, default=0))]
-
-    def methods(self) -> dict[str, Row]:
-        """Facts about methods by name."""
-        return {row["name"]: row for row in self.metrics["methods"]}
 
 
 def _signed(value: float | None, bounds: list[float] | None, form: str = "{:+.4f}") -> str:
@@ -178,6 +130,11 @@ def _task_name(task: str, run: Run) -> str:
     return task + ("*" if made else "")
 
 
+def _close(cost: float | None, other: float | None) -> bool:
+    """Whether two costs are equal within what rounding to whole blocks can do."""
+    return cost is not None and other is not None and abs(cost - other) <= 0.05 * other
+
+
 def findings(run: Run) -> list[str]:
     """What the figures say, in plain sentences, about one method of each kind."""
     found: list[str] = []
@@ -197,17 +154,17 @@ def findings(run: Run) -> list[str]:
                 f"brings back {_percent(row['recovered'], row['recovered_interval'])} of that loss."
             )
     ours = next((name for name in shown if facts[name]["family"] == "thrift"), None)
-    dropping = [name for name in shown if facts[name]["sparse"]]
+    cost = facts[ours]["prefill_cost"] if ours else None
+    dropping = [name for name in rows if facts[name]["sparse"] and _close(facts[name]["prefill_cost"], cost)]
     if ours and dropping:
         others = ", ".join(f"{name} {rows[name]['loss']:+.4f}" for name in dropping)
-        cost = _number(facts[ours]["prefill_cost"])
         found.append(
-            f"Methods that drop blocks, at the prefill cost of {ours} ({cost} of dense 16-bit attention), in nats from fp16: "
-            f"{others}; {ours} itself: {rows[ours]['loss']:+.4f}."
+            f"Methods that drop blocks, at the prefill cost of {ours} ({_number(cost)} of dense 16-bit attention), in nats "
+            f"from fp16: {others}; {ours} itself: {rows[ours]['loss']:+.4f}."
         )
     overall = {row["method"]: row for row in run.tasks() if row["task"] == "all"}
     if overall:
-        scores = ", ".join(f"{name} {100 * overall[name]['score']:.1f}" for name in overall if name in {*shown, "fp16"})
+        scores = ", ".join(f"{name} {100 * overall[name]['score']:.1f}" for name in list(overall)[:10])
         samples = next(iter(overall.values()))["samples"]
         found.append(f"Mean score over {samples} samples of all tasks, in per cent: {scores}.")
     return found
@@ -217,7 +174,8 @@ def losses(run: Run) -> list[str]:
     """Where thrift loses, as far as these samples can tell."""
     found: list[str] = []
     facts, rows = run.methods(), {row["method"]: row for row in run.nll()}
-    ours = [name for name, about in facts.items() if about["family"].startswith("thrift")]
+    chosen = figures.selected(run.metrics)
+    ours = [n for n, about in facts.items() if about["family"] == "thrift" or (n in chosen and n.startswith("thrift"))]
     worse = [
         f"{name} {_signed(rows[name]['loss'], rows[name]['loss_interval'])}"
         for name in ours
@@ -237,7 +195,7 @@ def losses(run: Run) -> list[str]:
             if None not in cheap and cheap[0] <= cheap[1] * 1.01:
                 losing = f"({row['loss']:+.4f}, {other['loss']:+.4f})"
                 found.append(f"{name} is nearer to fp16 than {mine} at no higher prefill cost {losing}.")
-    main = next((name for name in figures.selected(run.metrics) if facts[name]["family"] == "thrift"), None)
+    main = next((name for name in chosen if facts[name]["family"] == "thrift"), None)
     mine = [row for row in run.tasks() if row["method"] == main and not row["group"]]
     unlikely = [row for row in mine if row["gold_loss_interval"] and row["gold_loss_interval"][0] > 0]
     if unlikely:

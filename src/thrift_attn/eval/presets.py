@@ -27,7 +27,7 @@ def equal(kind: str, to: str) -> Method:
 def quick(model: str = "smollm2-135m") -> Plan:
     """Every family of tasks and methods once, in minutes on a CPU: a check that all of it runs, too small to rank methods.
 
-    768 tokens are 12 blocks, so the budget is a quarter of them.
+    832 tokens are 13 blocks, so the budget is a quarter of them.
     """
     specs = ["fp16", "fp4", "paper:budget=0.25", "thrift:budget=0.25"]
     return Plan(
@@ -36,9 +36,9 @@ def quick(model: str = "smollm2-135m") -> Plan:
         texts=("shakespeare",),
         nll_lengths=(512, 1024),
         tasks="ruler_niah_single_1,ruler_vt,ruler_fwe,ruler_qa_1,helmet_json_kv,helmet_nq,longbench_trec",
-        lengths=(768,),
+        lengths=(832,),
         samples=1,
-        max_new=8,
+        max_new=16,
         data=STANDIN,
         concentration=512,
     )
