@@ -14,7 +14,9 @@ DECODE_ROWS = 16
 
 Low = Literal["nvfp4", "mxfp4", "fp8", "drop"]
 Math = Literal["fp4", "16bit"]
-Center = Literal["none", "block"]
+Center = Literal["none", "block", "all"]
+Balance = Literal["none", "channel"]
+Total = Literal["exact", "rounded"]
 Scales = Literal["max", "best"]
 Score = Literal["mean", "quest", "local", "oracle"]
 High = Literal["16bit", "nested", "nested8"]
@@ -95,7 +97,16 @@ def paper() -> Budget:
     return Budget("paper")
 
 
-_CHOICES = {"low": Low, "math": Math, "center": Center, "scales": Scales, "score": Score, "high": High}
+_CHOICES = {
+    "low": Low,
+    "math": Math,
+    "center": Center,
+    "balance": Balance,
+    "scales": Scales,
+    "total": Total,
+    "score": Score,
+    "high": High,
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,10 +118,16 @@ class ThriftConfig:
             that are not promoted, which turns the method into the sparse baselines.
         math: ``"fp4"`` quantises Q and P in the low format as well (what low-precision tensor cores do);
             ``"16bit"`` widens K and V and multiplies with the given Q and P.
-        center: ``"block"`` quantises K minus the mean of its KV block and adds q.c_b in high precision; ``"none"`` does not.
+        center: ``"block"`` quantises K minus the mean of its KV block and adds q.c_b in high precision; ``"all"`` also
+            quantises Q minus its mean over the call and adds what that mean makes of each key, where Q is quantised to 4
+            bits (elsewhere it is ``"block"``); ``"none"`` does neither.
+        balance: ``"channel"`` moves a power of two per channel between Q and K before both are quantised to 4 bits, so
+            that neither has outlier channels alone; ``"none"`` does not.
         scales: ``"max"`` derives every group scale from the group maximum as the format defines it; ``"best"`` also tries
             the format's other tops (for nvfp4: Four Over Six) when K, V, Q and residuals are quantised, and keeps the scale
             with the smaller squared error. Costs time when data are packed, none when they are read.
+        total: where P is quantised, the output is divided by its sum before (``"exact"``) or after rounding
+            (``"rounded"``, weights then sum to one). The LSE is that of P before rounding.
         budget: how many blocks are promoted, see `fraction`, `top_k`, `paper`.
         score: which blocks are promoted: ``"mean"`` (mean(Q_i).c_b), ``"quest"`` (min/max bound), ``"local"`` (nearest
             blocks), ``"oracle"`` (true attention mass).
@@ -129,7 +146,9 @@ class ThriftConfig:
     low: Low = "nvfp4"
     math: Math = "fp4"
     center: Center = "block"
+    balance: Balance = "none"
     scales: Scales = "best"
+    total: Total = "exact"
     budget: Budget = field(default_factory=lambda: fraction(0.05))
     score: Score = "mean"
     force_first: int = 1
@@ -149,16 +168,30 @@ class ThriftConfig:
                 raise ValueError(f"{name} must be >= 0, got {value}")
         if self.low == "drop" and (self.center, self.scales, self.high) != ("none", "max", "16bit"):
             raise ValueError("low='drop' quantises nothing: it needs center='none', scales='max' and high='16bit'")
+        if self.low == "drop" and (self.balance, self.total) != ("none", "exact"):
+            raise ValueError("low='drop' quantises nothing: it needs balance='none' and total='exact'")
+
+    @property
+    def centred(self) -> bool:
+        """Whether K is quantised as the difference from the mean of its block."""
+        return self.center != "none"
+
+    @property
+    def four_bit_queries(self) -> bool:
+        """Whether Q is quantised to 4 bits: only then do ``center="all"``, ``balance`` and the sums of a call matter."""
+        return self.math == "fp4" and self.low in ("nvfp4", "mxfp4")
 
     @classmethod
     def paper(cls, **changes: Any) -> ThriftConfig:
         """The paper's form: nvfp4, scales from maxima, no centring, block-mean score, nothing forced, 5%, 16-bit copy."""
-        return cls(**{"center": "none", "scales": "max", "force_first": 0, "force_last": 0, **changes})
+        form = {"center": "none", "balance": "none", "scales": "max", "total": "exact", "force_first": 0, "force_last": 0}
+        return cls(**{**form, **changes})
 
     @classmethod
     def sparse(cls, score: Score, **changes: Any) -> ThriftConfig:
         """A baseline that drops the blocks that are not chosen: ``quest``, ``oracle`` (sparse top-k) or ``local``."""
-        return cls(**{"low": "drop", "center": "none", "scales": "max", "score": score, **changes})
+        form = {"low": "drop", "center": "none", "balance": "none", "scales": "max", "total": "exact"}
+        return cls(**{**form, "score": score, **changes})
 
     def with_(self, **changes: Any) -> ThriftConfig:
         """A copy with some options changed, checked again."""

@@ -361,7 +361,7 @@ class PagedThriftCache:
         """What the kernels of one step take: the queries, the cache as it is, and the options (`cache.ops.step_kernels`)."""
         config = self.config
         state = (*self.pool, self.tail, self.table.table, self.lengths, self.budget)
-        options = (config.high, config.center == "block", config.force_first, config.force_last)
+        options = (config.high, config.centred, config.force_first, config.force_last)
         return (q, *state, scale, window, softcap, *options)
 
     def _attend_reference(
@@ -397,12 +397,12 @@ class PagedThriftCache:
         return {
             "low": self.config.low,
             "plane": self.config.high,
-            "centred": self.config.center == "block",
+            "centred": self.config.centred,
             "best": self.config.scales == "best",
         }
 
     def _reading(self) -> dict[str, Any]:
-        return {"plane": self.config.high, "centred": self.config.center == "block"}
+        return {"plane": self.config.high, "centred": self.config.centred}
 
     def _check_row(self, row: int) -> None:
         if not 0 <= row < self.batch:
