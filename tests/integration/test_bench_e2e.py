@@ -6,12 +6,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from rich.console import Console
 from typer.testing import CliRunner
 
 pytest.importorskip("transformers", minversion="5.4")
-from thrift_attn.bench import e2e, e2e_model, rotary
+from thrift_attn.bench import e2e, e2e_model
 from thrift_attn.bench.e2e_plot import baseline, draw, table
 from thrift_attn.cli import app
 
@@ -34,7 +33,7 @@ def test_every_side_of_every_case_is_timed(record: Any) -> None:
         assert len(row.decode_ms) == 4
         assert (row.prefill_s is not None) == (row.case.prompt and row.side != "transformers")
     assert found.gate["bf16"] < 1e-4
-    assert found.gate["exact"] < 1e-4
+    assert found.gate["all"] < 0.01
     assert 0 < found.gate["thrift"] < 0.2
     assert found.largest["thrift"]["tokens"] == 256
     assert any("largest context" in line for line in said)
@@ -82,18 +81,3 @@ def test_an_error_of_one_side_is_a_row(tmp_path: Path, monkeypatch: pytest.Monke
 def test_cases_are_checked(case: str) -> None:
     result = CliRunner().invoke(app, ["bench", "e2e", "--model", "tiny", "--device", "cpu", "--cases", case])
     assert result.exit_code == 2
-
-
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-@pytest.mark.parametrize("heads", [(32, 8), (4, 1)])
-def test_fused_rotary_equals_transformers(heads: tuple[int, int]) -> None:
-    from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
-
-    for batch, tokens in ((1, 65), (3, 1)):
-        q, k = (torch.randn(batch, tokens, h, 64, device="cuda").transpose(1, 2) for h in heads)
-        angle = torch.randn(batch, tokens, 32, device="cuda").repeat(1, 1, 2)
-        want = apply_rotary_pos_emb(q.double(), k.double(), angle.cos().double(), angle.sin().double())
-        got = rotary.rotate(q, k, angle.cos(), angle.sin())
-        for x, y in zip(got, want, strict=True):
-            assert (x - y).abs().max() < 1e-5
