@@ -42,10 +42,11 @@ def _longest(metrics: Row) -> list[Row]:
 
 
 def _plain_families(metrics: Row) -> dict[str, list[Row]]:
-    """Methods that differ only in budget, in the order of their share of the blocks; sparse ones left out."""
+    """Selected methods that differ only in budget, in the order of their share of the blocks; sparse ones left out."""
+    kept = _families(metrics)
     found: dict[str, list[Row]] = {}
     for about in metrics["methods"]:
-        if about["share"] is not None and not about["sparse"] and not about["fp4"]:
+        if about["family"] in kept and about["share"] is not None and not about["sparse"] and not about["fp4"]:
             found.setdefault(about["family"], []).append(about)
     return {name: sorted(rows, key=lambda row: row["share"]) for name, rows in found.items()}
 
@@ -76,7 +77,7 @@ def recovery(metrics: Row) -> Figure | None:
         "blocks in high precision (log)", 0.8 * min(shares), 1.25 * max(shares), _log_ticks(shares), "{:.0%}", True
     )
     y = Axis("share of the fp4 loss brought back", low, 1.06, ticks, "{:.0%}")
-    words = "Bars: 95% intervals. Sparse baselines drop the other blocks; they stand at the share that costs as much as thrift."
+    words = "Bars: 95% intervals. quest, topk and local drop all other blocks. Triangles lie beyond the edge."
     return (
         "Recovery against budget",
         lines("recovery against budget", x, y, series, [(1.0, "fp16"), (0.0, "fp4")]),
@@ -89,17 +90,25 @@ def _log_ticks(shares: list[float]) -> list[float]:
     return [step for step in steps if 0.8 * min(shares) <= step <= 1.25 * max(shares)]
 
 
+_VARIANTS = (":math=16bit", ":high=nested", ":low=mxfp4")
+
+
 def selected(metrics: Row, most: int = 9) -> list[str]:
     """The few methods that fit into a chart: one of each family, with its default budget if that is there.
 
-    Families without options (``thrift``, not ``thrift:high=nested``) come before the others where there are too many.
+    Where there are too many, families without options (``thrift``, not ``thrift:scales=max``) come first, then `_VARIANTS`.
     """
     chosen: dict[str, str] = {}
     for about in metrics["methods"]:
         if not about["plain"] and (about["family"] not in chosen or about["name"] == about["family"]):
             chosen[about["family"]] = about["name"]
-    kept = sorted(chosen, key=lambda family: ":" in family)[:most]
+    kept = sorted(chosen, key=lambda family: (":" in family, not family.endswith(_VARIANTS)))[:most]
     return [name for family, name in chosen.items() if family in kept]
+
+
+def _families(metrics: Row) -> set[str]:
+    """Families of the selected methods."""
+    return {about["family"] for about in metrics["methods"] if about["name"] in selected(metrics)}
 
 
 def by_length(metrics: Row) -> Figure | None:
@@ -155,7 +164,9 @@ def by_position(metrics: Row) -> Figure | None:
 def pareto(metrics: Row) -> Figure | None:
     """Loss against prefill cost; the line joins what nothing beats in both."""
     rows = {row["method"]: row for row in _longest(metrics) if row["loss"] is not None}
-    shown = [about for about in metrics["methods"] if about["name"] in rows and about["prefill_cost"] is not None]
+    kept = _families(metrics)
+    known = [about for about in metrics["methods"] if about["name"] in rows and about["prefill_cost"] is not None]
+    shown = [about for about in known if about["family"] in kept]
     if len(shown) < 2:
         return None
     families: dict[str, list[Row]] = {}

@@ -11,9 +11,8 @@ from thrift_attn.eval.style import CSS
 from thrift_attn.eval.suite import STANDIN
 
 _COSTS = (
-    "Cost: prefill in weighted tensor-core operations (16-bit 1, FP8 2, FP4 4 operations per unit, as on Blackwell), decode in "
-    "bytes of KV cache read, both relative to dense 16-bit attention; quest, topk, local and snapkv have the budget that makes "
-    "them cost what thrift costs (snapkv at decode, the others in prefill)."
+    "Cost: prefill in tensor-core operations weighted by their rate on Blackwell (16-bit 1, FP8 1/2, FP4 1/4), decode in bytes "
+    "of KV cache read, both relative to dense 16-bit attention (docs/evaluation.md)."
 )
 
 
@@ -247,8 +246,8 @@ def _html_table(table: Table, caption: str) -> str:
         for row in body
     )
     return (
-        f'<div class="scroll" tabindex="0"><table><caption>{escape(caption)}</caption><thead><tr>{top}</tr></thead>'
-        f"<tbody>{rows}</tbody></table></div>"
+        f'<div class="scroll" tabindex="0"><table><thead><tr>{top}</tr></thead><tbody>{rows}</tbody></table></div>'
+        f'<p class="caption">{escape(caption)}</p>'
     )
 
 

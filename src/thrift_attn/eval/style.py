@@ -15,7 +15,7 @@ h2 small{font-weight:400;color:var(--soft);font-size:.9rem}
 h3{font-size:1.05rem;margin:26px 0 6px}
 .models span{display:inline-block;margin:0 8px 6px 0;padding:2px 12px;border:1px solid var(--rule);border-radius:99px;
 background:var(--card)}
-header p,figure p,caption{color:var(--soft)}
+header p,figure p,.caption{color:var(--soft)}
 header p{max-width:75ch}
 ul{padding-left:1.2em;margin:6px 0}
 li{margin:3px 0;max-width:95ch}
@@ -40,9 +40,9 @@ svg{display:block;width:100%;height:auto}
 .box.hollow{opacity:.5}
 .swatch.hollow{background:none!important;border:2px solid}
 .swatch.dashed{height:0;border-top:2px dashed;background:none!important}
-.scroll{overflow-x:auto;margin:10px 0 20px;border:1px solid var(--rule);border-radius:10px;background:var(--card)}
+.scroll{overflow-x:auto;margin:10px 0 6px;border:1px solid var(--rule);border-radius:10px;background:var(--card)}
 table{border-collapse:collapse;width:100%;font-size:.86rem;font-variant-numeric:tabular-nums}
-caption{caption-side:bottom;text-align:left;padding:8px 12px;font-size:.82rem}
+.caption{margin:0 0 22px;font-size:.84rem;max-width:110ch}
 th,td{padding:5px 12px;text-align:right;white-space:nowrap;border-bottom:1px solid var(--rule)}
 th{font-weight:600;background:var(--bg)}
 th.text,td.text{text-align:left;position:sticky;left:0;background:var(--card)}
@@ -53,7 +53,7 @@ dt{color:var(--soft)}
 dd{margin:0;overflow-wrap:anywhere}
 @media (max-width:620px){body{font-size:15px}header,main{padding-left:14px;padding-right:14px}
 .tick,.label{font-size:14.5px}figure{padding:10px 8px 6px}dl{grid-template-columns:1fr}dt{margin-top:6px}
-th,td{padding:5px 8px}td.text{font-size:.74rem;max-width:46vw;white-space:normal;overflow-wrap:anywhere}}
+th,td{padding:5px 8px}td.text{font-size:.74rem;min-width:11em;max-width:46vw;white-space:normal;overflow-wrap:anywhere}}
 """ + "".join(
     f".line.c{i},.bar.c{i}{{stroke:var(--c{i})}}.dot.c{i},.box.c{i}{{fill:var(--c{i})}}.dot.c{i}.hollow{{fill:var(--card);stroke:var(--c{i});stroke-width:2}}"
     f".swatch.c{i}{{background:var(--c{i});border-color:var(--c{i})}}\n"
