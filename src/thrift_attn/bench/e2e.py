@@ -290,7 +290,7 @@ class Bench:
         return torch.cuda.max_memory_allocated() if self.cuda else None
 
 
-def check(bench: Bench, length: int = 600, steps: int = 8) -> dict[str, float]:
+def check(bench: Bench, length: int = 1500, steps: int = 8) -> dict[str, float]:
     """Logits of the sides after a prompt and some steps, as relative distance from transformers' own.
 
     Returns:

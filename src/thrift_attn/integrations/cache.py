@@ -35,7 +35,7 @@ from torch import Tensor
 from thrift_attn.attend.stats import Stats
 from thrift_attn.cache import PagedThriftCache, state
 from thrift_attn.cache.paged import DECODE
-from thrift_attn.config import BLOCK, Budget, ThriftConfig
+from thrift_attn.config import BLOCK, Budget, ThriftConfig, fraction
 from thrift_attn.integrations.handles import Cached, Padding, Step, gather
 from thrift_attn.select.budget import decode_budget
 
@@ -264,6 +264,8 @@ class ThriftCache(Cache):
             each sequence of the first batch. Sequences that share a prefix need its pages once.
         decode: what is stored, and computed for up to 16 new tokens.
         prefill: what longer prompts are attended with; by default FP4 on Blackwell, FP8 on Ada and Hopper, else ``decode``.
+        exact_tokens: prompts of sequences up to this length are attended with every block in high precision: there is
+            nothing to gain, and a share of few blocks is none.
 
     The pages are allocated when the first tokens arrive. ``copy.deepcopy`` of a cache is `fork`: pages are shared.
 
@@ -289,6 +291,7 @@ class ThriftCache(Cache):
         pool_tokens: int | None = None,
         decode: ThriftConfig = DECODE,
         prefill: ThriftConfig | None = None,
+        exact_tokens: int = 1024,
     ):
         if not hasattr(config, "get_text_config"):
             raise TypeError(f"config must be that of a transformers model, got {type(config).__name__}")
@@ -300,7 +303,7 @@ class ThriftCache(Cache):
         if dim % 16:
             raise NotImplementedError(f"ThriftCache needs a head dimension that is a multiple of 16, got {dim}")
         self.max_tokens, self.pool_tokens = max_tokens, pool_tokens
-        self.decode, self.prefill = decode, prefill
+        self.decode, self.prefill, self.exact_tokens = decode, prefill, exact_tokens
         self._budget: list[int] = []
         self._read: tuple[Tensor, int, list[int], Padding | None] | None = None
         kinds = set(getattr(text, "layer_types", None) or ()) - {"full_attention", "sliding_attention"}
@@ -325,9 +328,10 @@ class ThriftCache(Cache):
         """The layers whose K and V lie in pages."""
         return [layer for layer in self.layers if isinstance(layer, ThriftLayer)]
 
-    def prefill_on(self, device: torch.device) -> ThriftConfig:
-        """What a long prompt is attended with on a device."""
-        return self.prefill or default_prefill(device, self.decode)
+    def prefill_on(self, device: torch.device, tokens: int | None = None) -> ThriftConfig:
+        """What a prompt is attended with on a device: a long one, or one of so many tokens."""
+        config = self.prefill or default_prefill(device, self.decode)
+        return config if tokens is None or tokens > self.exact_tokens else config.with_(budget=fraction(1.0))
 
     # -- used by the layers --------------------------------------------------------------------------------------------
 

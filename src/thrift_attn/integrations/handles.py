@@ -83,19 +83,19 @@ class Step:
         padding = layer.owner.padding_of(tokens, self.held, count)
         new = [count] * query.shape[0] if padding is None else padding.counts
         before = [layer.tokens(row) for row in range(paged.batch)]
-        paged.table.reserve([old + n for old, n in zip(before, new, strict=True)])  # nothing is half done without room
+        totals = [old + n for old, n in zip(before, new, strict=True)]
+        paged.table.reserve(totals)  # nothing is half done without room
         options: dict[str, Any] = {"scale": scale, "softcap": softcap}
         if padding is None and count <= DECODE_ROWS and any(before):
             self._append(None)
             return paged.attend(query, **options), layer.decode_stats(query.shape[1])
-        options |= {"config": layer.owner.prefill_on(query.device), "backend": backend}
+        options |= {"config": layer.owner.prefill_on(query.device, max(totals)), "backend": backend}
         k, v = self.k, self.v
         if padding is not None:
             query = gather(query, padding.right())
             k, v = (gather(x, padding.left()) for x in (k, v))
         if any(before):
             k, v = self._behind(k, v, before)
-        totals = [old + n for old, n in zip(before, new, strict=True)]
         if padding is not None or len(set(totals)) > 1:
             options["kv_lengths"] = torch.tensor(totals, device=query.device).clamp(min=1)
         if query.device.type == "cpu":
