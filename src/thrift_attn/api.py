@@ -296,7 +296,8 @@ def attention_varlen(
                     out[0, :, q0:q1], lse[0, :, q0:q1] = 0, -torch.inf
                     continue
                 mask = reference.Mask(q1 - q0, k1 - k0, causal, window, decode=False)
-                planes = reference.build_planes(k[0, :, k0:k1], v[0, :, k0:k1], config)
+                hidden = max(0, q1 - q0 - (k1 - k0)) if causal else 0
+                planes = reference.build_planes(k[0, :, k0:k1], v[0, :, k0:k1], config, q[0, :, q0 + hidden : q1])
                 part, part_lse, _ = reference.attend_planes(q[0, :, q0:q1], planes, config, mask, scale, softcap)
                 out[0, :, q0:q1], lse[0, :, q0:q1] = part, part_lse
     out = out[0].transpose(0, 1)

@@ -38,7 +38,7 @@ def expected(q, k, v, config: ThriftConfig, *, causal=True, window=None, softcap
     Where P is rounded, the reference takes exp(S - max) and the kernel exp2(S' - ceil(max)), S' = S log2(e).
     """
     mask = Mask(q.shape[1], k.shape[1], causal, window)
-    planes = reference.build_planes(k, v, config)
+    planes = reference.build_planes(k, v, config, q[:, max(0, -mask.offset) :])
     one = reference._Sequence(q, planes, config, mask, q.shape[-1] ** -0.5, softcap)
     promoted, _ = one.select()
     chunk = reference._Chunk(slice(0, promoted.shape[1]), 0, one.q.shape[1], 0, promoted.shape[2])
@@ -59,6 +59,8 @@ def expected(q, k, v, config: ThriftConfig, *, causal=True, window=None, softcap
     out = torch.where(high, 0, rounded.double()) @ low_v.double().repeat_interleave(group, 0)
     out += torch.where(high, p, 0) @ planes.high_v.double().repeat_interleave(group, 0)
     norm = torch.where(total == 0, 1, total)
+    if config.total == "rounded":
+        norm = norm + (rounded.double() - p).masked_fill(high, 0).sum(-1, keepdim=True)
     pad = (0, 0, one.skipped, 0)
     out = torch.nn.functional.pad(out / norm, pad)
     lse = torch.nn.functional.pad((peak + total.log())[..., 0], (one.skipped, 0), value=-torch.inf)
@@ -108,11 +110,14 @@ def check(q, k, v, config: ThriftConfig, form="wide", *, causal=True, window=Non
         ("fp8", "16bit", 64, 100, 60, {}),
         ("nvfp4", "16bit", 256, 17, 80, {}),
         ("nvfp4", "fp4", 64, 100, 200, {"causal": False, "center": "none"}),
+        ("nvfp4", "fp4", 64, 150, 200, {"center": "all", "total": "rounded"}),
+        ("mxfp4", "fp4", 96, 100, 65, {"center": "all", "softcap": 5.0}),
     ],
 )
 def test_kernel_equals_the_reference(low: str, math_: str, dim: int, queries: int, keys: int, options: dict) -> None:
     torch.manual_seed(keys)
-    config = ThriftConfig(low=low, math=math_, budget=fraction(0.4), center=options.pop("center", "block"))
+    ours = {"center": options.pop("center", "block"), "total": options.pop("total", "exact")}
+    config = ThriftConfig(low=low, math=math_, budget=fraction(0.4), **ours)
     q, k, v = draw(1 + (dim == 64), (4, 2), queries, keys, dim)
     check(q, k, v, config, **options)
 
@@ -235,8 +240,8 @@ def _rows(q, k, v, sequences: Sequences, config: ThriftConfig, scale: float):
     wanted = wanted_blocks(config.budget, sequences)
     sizes = [1, sequences.rows, sequences.blocks, sequences.most_rows, sequences.most_blocks]
     return prefill_op(
-        q, k, v, sequences.spans, wanted, [*sizes, capacity(config.budget, 4)], True, False, "nvfp4", "wide", False, True,
-        True, None, 1, 1, scale, None, None, False,
+        q, k, v, sequences.spans, wanted, [*sizes, capacity(config.budget, 4)], True, False, False, "nvfp4", "wide", False,
+        True, False, False, True, None, 1, 1, scale, None, None, False,
     )  # fmt: skip
 
 
@@ -245,7 +250,7 @@ def test_operator_is_registered_well() -> None:
     q, k, v = draw(1, (2, 1), 20, 64, 64)
     sequences = dense(1, 20, 64, True, q.device)
     arguments = (
-        q, k, v, sequences.spans, torch.ones(1, 1, dtype=torch.int32, device=DEVICE), [1, 1, 1, 1, 1, 1], True, False,
-        "nvfp4", "wide", False, True, False, None, 1, 1, 0.125, None, None, True,
+        q, k, v, sequences.spans, torch.ones(1, 1, dtype=torch.int32, device=DEVICE), [1, 1, 1, 1, 1, 1], True, True, False,
+        "nvfp4", "wide", False, True, False, False, False, None, 1, 1, 0.125, None, None, True,
     )  # fmt: skip
     torch.library.opcheck(prefill_op, arguments, test_utils=("test_schema", "test_faketensor"))

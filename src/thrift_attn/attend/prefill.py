@@ -84,16 +84,23 @@ def _p_wide(p, LOW: tl.constexpr, CAST: tl.constexpr):
 
 
 @triton.jit
+def _p_excess(value, scale, p):
+    """How much more the rounded P of a row sums to than P: [BM]."""
+    return tl.sum(tl.sum(value, 2) * scale, 1) * (1.0 / 2688.0) - tl.sum(p, 1)
+
+
+@triton.jit
 def _p_native(p, LOW: tl.constexpr, CAST: tl.constexpr):
-    """P times 448 * 6 as packed e2m1 [BM, BN / 2] and encoded scales [BM, BN / G]."""
+    """P times 448 * 6 as packed e2m1 [BM, BN / 2] and encoded scales [BM, BN / G], and `_p_excess`."""
     value, scale = _p_groups(p, LOW, CAST)
+    excess = _p_excess(value, scale, p)
     code = tl.reshape(e2m1_code(value, value), [p.shape[0], p.shape[1] // 2, 2])
     low, high = tl.split(code)
     if LOW == "mxfp4":
         encoded = (bits(scale) >> 23).to(tl.uint8)
     else:
         encoded = scale.to(tl.float8e4nv)
-    return (low | (high << 4)).to(tl.uint8), encoded
+    return (low | (high << 4)).to(tl.uint8), encoded, excess
 
 
 @triton.jit(do_not_specialize=["most_rows", "rows", "blocks", "most", "window"])
@@ -111,6 +118,7 @@ def attend_prefill_kernel(
     k_rest_ptr,
     v_rest_ptr,
     centre_ptr,  # 16-bit [P, Hkv, N, D]
+    key_bias_ptr,  # float32 [P, Hq, N*64]: what the mean query makes of each key
     list_ptr,  # int32 [P, Hq, R, K]
     counts_ptr,  # int32 [P, Hq, R]
     out_ptr,  # 16-bit, addressed by strides
@@ -148,6 +156,8 @@ def attend_prefill_kernel(
     QUANT: tl.constexpr,  # Q and P are quantised
     NATIVE: tl.constexpr,
     CENTRED: tl.constexpr,
+    KEY_BIAS: tl.constexpr,  # packed Q lacks the mean query
+    ROUNDED: tl.constexpr,  # the output is divided by the sum of P after rounding
     REST: tl.constexpr,  # promoted blocks are low data plus a residual, not K and V
     MASS: tl.constexpr,
     BM: tl.constexpr,
@@ -199,6 +209,7 @@ def attend_prefill_kernel(
 
         peak = tl.full([BM], float("-inf"), tl.float32)
         total = tl.zeros([BM], tl.float32)
+        excess = tl.zeros([BM], tl.float32)  # of the sum of P after rounding over the sum before
         acc = tl.zeros([BM, DP], tl.float32)
         at_list = list_ptr + (head * rows + row_start + r) * most
         at_count = counts_ptr + head * rows + row_start + r
@@ -273,7 +284,11 @@ def attend_prefill_kernel(
                         else:
                             kc = tl.load(kp_ptr + s_row[:, None] * D + d[None, :], mask=(d < D)[None, :], other=0.0)
                             s = _dot(ql, tl.trans(kc), PORTABLE)
-                        s = _capped(s * factor_k[:, None] + bias[:, None], CAP)
+                        s = s * factor_k[:, None] + bias[:, None]
+                        if KEY_BIAS:
+                            at_bias = (head * blocks + block_start + n) * 64 + i * BN + order
+                            s += (tl.load(key_bias_ptr + at_bias) * scale)[None, :]
+                        s = _capped(s, CAP)
                         if CAP > 0.0:
                             s = tl.where(hidden[:, None], float("-inf"), s)
                         key = n * 64 + i * BN + order
@@ -300,7 +315,9 @@ def attend_prefill_kernel(
                                 vs = tl.load(vs_ptr + at_v[:, None] * (64 // G) + g, mask=(d < D)[:, None], other=0)
                                 if LOW == "nvfp4":
                                     vs = vs.to(tl.float8e4nv, bitcast=True)
-                                pc, ps = _p_native(p, LOW, CAST)
+                                pc, ps, more = _p_native(p, LOW, CAST)
+                                if ROUNDED:
+                                    excess = excess * factor + more
                                 acc = tl.dot_scaled(pc, ps, "e2m1", tl.trans(vt), vs, "e2m1", acc * factor[:, None])
                         else:
                             at_v = vp_ptr + (at * 64 + t)[:, None] * D + d[None, :]
@@ -316,7 +333,10 @@ def attend_prefill_kernel(
                                 acc = acc * factor[:, None] + _dot(p.to(DTYPE), vc, PORTABLE) * unit
                             else:
                                 if QUANT:
-                                    p = _p_wide(p, LOW, CAST)
+                                    wide = _p_wide(p, LOW, CAST)
+                                    if ROUNDED:
+                                        excess = excess * factor + tl.sum(wide * (1.0 / 2688.0) - p, 1)
+                                    p = wide
                                 acc = acc * factor[:, None] + _dot(p.to(DTYPE), vc, PORTABLE)
             if QUANT and LOW != "fp8":
                 acc = acc * (1.0 / 2688.0)
@@ -362,6 +382,8 @@ def attend_prefill_kernel(
                     p, peak, total, factor = _online(s, peak, total)
                     if MASS:
                         low_total = low_total * factor
+                    if ROUNDED:
+                        excess = excess * factor
                     acc = acc * factor[:, None]
                     if REST:
                         at_v = (at * 64 + i * BN + token)[:, None] * D + d[None, :]
@@ -376,7 +398,7 @@ def attend_prefill_kernel(
 
         empty = total == 0.0
         norm = tl.where(empty, 1.0, total)
-        out = (acc / norm[:, None]).to(DTYPE)
+        out = (acc / (norm + excess)[:, None]).to(DTYPE)
         at_o = out_ptr + part * stride_ob + h.to(tl.int64) * stride_oh + q_start.to(tl.int64) * stride_ot
         at_o += query.to(tl.int64)[:, None] * stride_ot + d[None, :]
         tl.store(at_o, out, mask=inside[:, None] & (d < D)[None, :])
@@ -432,6 +454,8 @@ def attend_prefill(
     quantised: bool,
     centred: bool,
     scale: float,
+    key_bias: Tensor | None = None,
+    rounded: bool = False,
     window: int | None = None,
     softcap: float | None = None,
     mass: Tensor | None = None,
@@ -455,6 +479,8 @@ def attend_prefill(
         quantised: whether Q and P are quantised (``math="fp4"``).
         centred: whether packed K is K - c_b.
         scale: factor of the logits.
+        key_bias: float32 ``[P, Hq, N*64]`` of `quantise_kv`, when packed Q lacks the mean query; else None.
+        rounded: divide by the sum of P after rounding (4-bit formats, ``quantised``).
         window: sliding window in tokens.
         softcap: bound of the logits.
         mass: float32, the shape and strides of ``lse``: written with each row's share of the high path.
@@ -480,6 +506,7 @@ def attend_prefill(
         *(fill if x is None else x for x in (packed_q.q, packed_q.q_scale)),
         *(fill if x is None else x for x in packed[1:]),
         packed.centres,
+        fill if key_bias is None else key_bias,
         chosen,
         counts,
         out,
@@ -505,6 +532,8 @@ def attend_prefill(
         QUANT=quantised,
         NATIVE=form == "native",
         CENTRED=centred,
+        KEY_BIAS=key_bias is not None,
+        ROUNDED=rounded,
         REST=rest,
         MASS=mass is not None,
         BM=tuned.rows,

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from thrift_attn.config import BLOCK, ThriftConfig
+from thrift_attn.sequences import Sequences
 
 SAMPLE = 4096
 """Most tokens that the statistics are taken from, evenly spaced."""
@@ -86,3 +87,23 @@ def key_bias(mean: Tensor, k: Tensor, centres: Tensor) -> Tensor:
     grouped = mean.unflatten(-2, (k.shape[-3], -1))  # [..., Hkv, G, D]
     of_blocks = (grouped @ centres.to(mean.dtype).mT).repeat_interleave(BLOCK, -1)[..., : k.shape[-2]]
     return (grouped @ k.to(mean.dtype).mT - of_blocks).flatten(-3, -2)
+
+
+def mean_queries(q: Tensor, sequences: Sequences) -> Tensor:
+    """m of every sequence, as `fit` takes it, without copying lengths to the host: float32 ``[B, H, D]``.
+
+    Args:
+        q: ``[B, H, Tq, D]``, or ``[1, H, tokens, D]`` for sequences end to end.
+        sequences: how they lie.
+    """
+    start, queries, keys = (sequences.spans[:, i].long() for i in (0, 1, 3))
+    hidden = (queries - keys).clamp(min=0) if sequences.causal else torch.zeros_like(queries)
+    visible = (queries - hidden)[:, None]  # [B, 1]
+    step = -(-visible // SAMPLE)
+    taken = torch.arange(min(SAMPLE, q.shape[2]), device=q.device) * step  # [B, S]
+    there = taken < visible
+    rows = ((start + hidden)[:, None] + taken).clamp(max=q.shape[2] - 1)
+    part = torch.arange(sequences.batch, device=q.device) * (sequences.parts > 1)
+    sample = q.transpose(1, 2)[part[:, None], rows].float()  # [B, S, H, D]
+    sums = torch.where(there[..., None, None], sample, 0).sum(1)
+    return sums / there.sum(1).clamp(min=1)[:, None, None]

@@ -277,6 +277,8 @@ def quantise_kv_kernel(
     vs_ptr,
     k_rest_ptr,  # 16-bit [P, Hkv, N*64, D]
     v_rest_ptr,
+    mean_ptr,  # float32 [B, Hq, D]
+    bias_ptr,  # float32 [P, Hq, N*64]
     stride_kb,
     stride_kh,
     stride_kt,
@@ -285,6 +287,7 @@ def quantise_kv_kernel(
     stride_vt,
     blocks,  # N
     HKV: tl.constexpr,
+    GROUP: tl.constexpr,  # query heads of a KV head whose mean query meets the keys, or 0
     D: tl.constexpr,
     DP: tl.constexpr,  # D rounded up to a power of two
     RAGGED: tl.constexpr,  # all sequences in one part
@@ -320,6 +323,10 @@ def quantise_kv_kernel(
         if LOW != "drop":
             if CENTRED:
                 k = tl.where(there, k - centre.to(tl.float32)[None, :], 0.0)
+            for g in range(GROUP):
+                of_head = mean_ptr + ((b * HKV + h) * GROUP + g).to(tl.int64) * D
+                met = tl.sum(k * tl.load(of_head + dim, mask=dim < D, other=0.0)[None, :], 1)
+                tl.store(bias_ptr + ((head * GROUP + g) * blocks + block) * 64 + tl.arange(0, 64), met)
             wide = _store_rows(k, kp_ptr, ks_ptr, at, D, DP, LOW, BEST, NATIVE, CAST)
             if REST != "none":
                 _store_rest(k - wide, k_rest_ptr, at, 1, D, DP, REST, BEST)
@@ -341,6 +348,7 @@ def quantise_q_kernel(
     mean_ptr,  # float32 [P, Hq, R, D]
     qp_ptr,
     qs_ptr,
+    of_call_ptr,  # float32 [B, Hq, D]
     stride_qb,
     stride_qh,
     stride_qt,
@@ -351,6 +359,7 @@ def quantise_q_kernel(
     CAUSAL: tl.constexpr,
     RAGGED: tl.constexpr,
     LOW: tl.constexpr,  # "none": means only
+    REDUCED: tl.constexpr,  # Q is quantised less its mean over the call
     BEST: tl.constexpr,
     NATIVE: tl.constexpr,
     CAST: tl.constexpr,
@@ -379,6 +388,9 @@ def quantise_q_kernel(
         dim = tl.arange(0, DP)
         tl.store(mean_ptr + at * D + dim, tl.div_rn(total, count + tl.zeros_like(total)), mask=dim < D)
         if LOW != "none":
+            if REDUCED:
+                of_call = tl.load(of_call_ptr + (b * HQ + h).to(tl.int64) * D + dim, mask=dim < D, other=0.0)
+                q = tl.where(seen & (d < D), q - of_call[None, :], 0.0)
             _store_rows(q, qp_ptr, qs_ptr, at, D, DP, LOW, BEST, NATIVE, CAST)
 
 
@@ -430,6 +442,8 @@ def quantise_kv(
     rest: str | None = None,
     centred: bool = True,
     best: bool = True,
+    mean: Tensor | None = None,
+    key_bias: Tensor | None = None,
 ) -> PackedKV:
     """Centre and quantise K and V.
 
@@ -442,6 +456,8 @@ def quantise_kv(
         rest: ``"nested"`` or ``"nested8"``: also write what the residual plane decodes to. Wide 4-bit formats only.
         centred: quantise K - c_b; else K itself.
         best: keep the better of the format's scales for each group.
+        mean: float32 ``[B, Hq, D]``, mean queries of `thrift_attn.quant.fit`; with it goes ``key_bias``.
+        key_bias: float32 ``[P, Hq, N*64]``, written where K is: the product of the mean query with each k - c_b.
 
     Returns:
         `PackedKV`. Blocks beyond the end of a sequence, and elements beyond the end of its last block, are not written,
@@ -472,9 +488,11 @@ def quantise_kv(
         sequences.spans,
         centres,
         *(centres if x is None else x for x in out[1:]),
+        *(centres if x is None else x for x in (mean, key_bias)),
         *(x.stride(i) for x in (k, v) for i in range(3)),
         sequences.blocks,
         HKV=heads,
+        GROUP=0 if mean is None else mean.shape[1] // heads,
         D=dim,
         DP=width,
         RAGGED=sequences.parts == 1,
@@ -489,7 +507,9 @@ def quantise_kv(
     return out
 
 
-def quantise_q(q: Tensor, sequences: Sequences, *, low: str | None, form: Form, best: bool = True) -> PackedQ:
+def quantise_q(
+    q: Tensor, sequences: Sequences, *, low: str | None, form: Form, best: bool = True, mean: Tensor | None = None
+) -> PackedQ:
     """Mean queries of every row, and Q quantised.
 
     Args:
@@ -498,6 +518,7 @@ def quantise_q(q: Tensor, sequences: Sequences, *, low: str | None, form: Form, 
         low: the format; None writes the means alone.
         form: as of K.
         best: keep the better of the format's scales for each group.
+        mean: float32 ``[B, Hq, D]``: Q is quantised less this, see `thrift_attn.quant.fit`.
 
     Returns:
         `PackedQ`. Queries before position 0 count as missing; missing queries of a row are zero.
@@ -518,6 +539,7 @@ def quantise_q(q: Tensor, sequences: Sequences, *, low: str | None, form: Form, 
         sequences.spans,
         means,
         *(means if x is None else x for x in out[1:]),
+        means if mean is None else mean,
         *q.stride()[:3],
         sequences.rows,
         HQ=heads,
@@ -526,6 +548,7 @@ def quantise_q(q: Tensor, sequences: Sequences, *, low: str | None, form: Form, 
         CAUSAL=sequences.causal,
         RAGGED=sequences.parts == 1,
         LOW=low or "none",
+        REDUCED=mean is not None,
         BEST=best,
         NATIVE=form == "native",
         CAST=_casts(q.device),
