@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -9,6 +12,7 @@ from thrift_attn.attend.prefill import attend_prefill
 from thrift_attn.attend.stats import Stats
 from thrift_attn.capability import Form
 from thrift_attn.config import BLOCK, DECODE_ROWS, ThriftConfig
+from thrift_attn.quant.fit import mean_queries
 from thrift_attn.quant.prefill import quantise_kv, quantise_q
 from thrift_attn.select.budget import asked_share
 from thrift_attn.select.prefill import (
@@ -21,6 +25,72 @@ from thrift_attn.select.prefill import (
 from thrift_attn.sequences import Sequences
 
 
+@dataclass
+class Call:
+    """One call of the kernels, stage by stage; arguments as of `prefill_op`. Each stage needs those before it."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    sequences: Sequences
+    wanted: Tensor
+    most: int
+    decode: bool
+    low: str
+    form: Form
+    quantised: bool
+    centred: bool
+    less_mean: bool
+    rounded: bool
+    best: bool
+    rest: str | None
+    first: int
+    last: int
+    scale: float
+    window: int | None
+    softcap: float | None
+    mass: bool
+
+    def __post_init__(self) -> None:
+        self.q, self.k, self.v = (x if x.stride(-1) == 1 else x.contiguous() for x in (self.q, self.k, self.v))
+
+    def quantise(self) -> None:
+        """Q, K and V to packed data; block means."""
+        mean = self.key_bias = None
+        if self.less_mean:
+            mean, layout = mean_queries(self.q, self.sequences), self.sequences
+            shape = (layout.parts, self.q.shape[1], layout.blocks * BLOCK)
+            self.key_bias = torch.empty(shape, dtype=torch.float32, device=self.q.device)
+        self.packed = quantise_kv(
+            self.k, self.v, self.sequences, low=self.low, form=self.form, rest=self.rest, centred=self.centred,
+            best=self.best, mean=mean, key_bias=self.key_bias,
+        )  # fmt: skip
+        low = self.low if self.quantised and self.low != "drop" else None
+        self.packed_q = quantise_q(self.q, self.sequences, low=low, form=self.form, best=self.best, mean=mean)
+
+    def select(self) -> None:
+        """Lists of promoted blocks."""
+        options = {"first": self.first, "last": self.last, "window": self.window}
+        centres = self.packed.centres
+        if self.decode:
+            self.lists = select_decode(self.q, centres, self.sequences, self.wanted, self.most, **options)
+        else:
+            self.lists = select_rows(self.packed_q.means, centres, self.sequences, self.wanted, self.most, **options)
+
+    def attend(self) -> Tensor:
+        """Attention; the output."""
+        self.out = torch.empty_like(self.q)
+        self.lse = torch.empty(self.q.shape[:3], dtype=torch.float32, device=self.q.device)
+        self.share = torch.empty_like(self.lse) if self.mass else self.lse.new_empty(0)
+        attend_prefill(
+            self.q, self.k, self.v, self.packed_q, self.packed, *self.lists, self.out, self.lse, self.sequences,
+            low=self.low, form=self.form, quantised=self.quantised, centred=self.centred, scale=self.scale,
+            key_bias=self.key_bias, rounded=self.rounded, window=self.window, softcap=self.softcap,
+            mass=self.share if self.mass else None,
+        )  # fmt: skip
+        return self.out
+
+
 @torch.library.custom_op("thrift_attn::prefill", mutates_args=(), device_types=None)
 def prefill_op(
     q: Tensor,
@@ -30,11 +100,14 @@ def prefill_op(
     wanted: Tensor,
     sizes: list[int],
     causal: bool,
+    uniform: bool,
     decode: bool,
     low: str,
     form: str,
     quantised: bool,
     centred: bool,
+    less_mean: bool,
+    rounded: bool,
     best: bool,
     rest: str | None,
     first: int,
@@ -54,11 +127,14 @@ def prefill_op(
         wanted: see `wanted_blocks`.
         sizes: of `Sequences`: parts, rows, blocks, most_rows, most_blocks; then K, room in a list of promoted blocks.
         causal: of `Sequences`.
+        uniform: all sequences have the lengths of q and k.
         decode: one list per KV head.
         low: format of the low path, or ``"drop"``.
         form: of the packed data.
         quantised: Q and P too.
         centred: quantise K - c_b.
+        less_mean: quantise Q less its mean over the call.
+        rounded: divide by the sum of P after rounding.
         best: keep the better of the format's scales.
         rest: residual plane of promoted blocks, or None for the 16-bit K and V.
         first: forced first blocks.
@@ -72,39 +148,28 @@ def prefill_op(
         Output (the shape of ``q``), LSE float32 (its first three dimensions), promoted blocks of every row int32
         ``[P, Hq, R]``, and the share of the high path (the shape of the LSE, empty unless asked for).
     """
-    parts, rows, blocks, most_rows, most_blocks, most = sizes
-    sequences = Sequences(spans, parts, rows, blocks, most_rows, most_blocks, causal)
-    q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
-    packed_form: Form = "native" if form == "native" else "wide"
-    packed = quantise_kv(k, v, sequences, low=low, form=packed_form, rest=rest, centred=centred, best=best)
-    quantise = low if quantised and low != "drop" else None
-    packed_q = quantise_q(q, sequences, low=quantise, form=packed_form, best=best)
-    if decode:
-        lists = select_decode(q, packed.centres, sequences, wanted, most, first=first, last=last, window=window)
-    else:
-        lists = select_rows(
-            packed_q.means, packed.centres, sequences, wanted, most, first=first, last=last, window=window
-        )
-    out = torch.empty_like(q)
-    lse = torch.empty(q.shape[:3], dtype=torch.float32, device=q.device)
-    share = torch.empty_like(lse) if mass else lse.new_empty(0)
-    attend_prefill(
-        q, k, v, packed_q, packed, *lists, out, lse, sequences,
-        low=low, form=packed_form, quantised=quantised, centred=centred, scale=scale, window=window, softcap=softcap,
-        mass=share if mass else None,
+    *layout, most = sizes
+    lengths = (q.shape[2], k.shape[2]) if uniform else None
+    sequences = Sequences(spans, *layout, causal=causal, lengths=lengths)
+    call = Call(
+        q, k, v, sequences, wanted, most, decode, low, "native" if form == "native" else "wide", quantised, centred,
+        less_mean, rounded, best, rest, first, last, scale, window, softcap, mass,
     )  # fmt: skip
-    return out, lse, lists[1], share
+    call.quantise()
+    call.select()
+    out = call.attend()
+    return out, call.lse, call.lists[1], call.share
 
 
 @prefill_op.register_fake
-def _(q, k, v, spans, wanted, sizes, causal, decode, low, form, quantised, centred, best, rest, first, last, scale, window,
-      softcap, mass):  # fmt: skip
+def _(q, k, v, spans, wanted, sizes, causal, uniform, decode, low, form, quantised, centred, less_mean, rounded, best, rest,
+      first, last, scale, window, softcap, mass):  # fmt: skip
     lse = q.new_empty(q.shape[:3], dtype=torch.float32)
     counts = q.new_empty(sizes[0], q.shape[1], sizes[1], dtype=torch.int32)
     return torch.empty_like(q), lse, counts, lse.new_empty(q.shape[:3] if mass else 0)
 
 
-def prefill(
+def arguments(
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -117,21 +182,29 @@ def prefill(
     softcap: float | None = None,
     mass: bool = False,
     ragged: bool = False,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """`prefill_op` for a `ThriftConfig` that the kernels serve (`thrift_attn.capability.check_prefill`).
+) -> tuple[Any, ...]:
+    """Arguments of `Call` for a `ThriftConfig` that the kernels serve (`thrift_attn.capability.check_prefill`).
 
     With ``ragged`` sequences lie end to end, and every query head has its own lists however few queries there are.
     """
-    decode = not ragged and q.shape[2] <= DECODE_ROWS
+    decode, four = not ragged and q.shape[2] <= DECODE_ROWS, config.four_bit_queries
     least = 1 if config.low == "drop" else 0  # a row that attends to nothing has no output
     wanted = wanted_blocks(config.budget, sequences, window=window, least=least, decode=decode)
     most = max(least, capacity(config.budget, sequences.most_blocks))
-    sizes = [sequences.parts, sequences.rows, sequences.blocks, sequences.most_rows, sequences.most_blocks, most]
-    return prefill_op(
-        q, k, v, sequences.spans, wanted, sizes, sequences.causal, decode, config.low, form, config.math == "fp4",
-        config.center == "block", config.scales == "best", None if config.high == "16bit" else config.high,
-        config.force_first, config.force_last, scale, window, softcap, mass,
+    return (
+        q, k, v, sequences, wanted, most, decode, config.low, form, config.math == "fp4", config.center != "none",
+        four and config.center == "all", four and config.total == "rounded",
+        config.scales == "best", None if config.high == "16bit" else config.high, config.force_first,
+        config.force_last, scale, window, softcap, mass,
     )  # fmt: skip
+
+
+def prefill(*args: Any, **options: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """`prefill_op` with the arguments of `arguments`."""
+    q, k, v, sequences, wanted, most, *rest = arguments(*args, **options)
+    s: Sequences = sequences
+    sizes = [s.parts, s.rows, s.blocks, s.most_rows, s.most_blocks, most]
+    return prefill_op(q, k, v, s.spans, wanted, sizes, s.causal, s.lengths is not None, *rest)
 
 
 def prefill_stats(
