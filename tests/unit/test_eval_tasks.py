@@ -391,6 +391,8 @@ def test_choosing(tasks: Table, tmp_path: Path) -> None:
     bare = table(ESSAY)
     assert len(bare.tasks) == 12  # RULER without its two QA tasks, and JSON KV
     assert set(bare.lacking) == set(NEEDED)
+    assert bare.left_out("all") == bare.lacking
+    assert set(bare.left_out("ruler, helmet_json_kv")) == {"ruler_qa_1", "ruler_qa_2"}
     with pytest.raises(ValueError, match=r"task ruler_qa_1 needs ruler/squad.json \(SQuAD 2.0"):
         bare.choose("ruler_qa_1")
     with pytest.raises(

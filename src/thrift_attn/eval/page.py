@@ -231,6 +231,8 @@ def circumstances(run: Run) -> list[tuple[str, str]]:
         ("seed", str(plan["seed"])),
     ]
     left = {line for row in run.metrics["methods"] for line in row["unserved"]}
+    if lacking := last.get("left_out"):
+        facts.append(("tasks left out for want of data", ", ".join(lacking)))
     return facts + ([("left to the model's own attention", "; ".join(sorted(left)))] if left else [])
 
 

@@ -219,6 +219,7 @@ class _Bench:
     tasks: dict[str, Task]
     windows: dict[tuple[str, int], torch.Tensor]
     stops: set[int]
+    left_out: dict[str, str]
 
 
 def run(
@@ -251,7 +252,7 @@ def run(
     files.begin(plan)
     done = {key_of(record) for record in files.records()}
     bench, items = _prepare(plan, folder, methods, device, dtype, notify)
-    files.note(_environment(bench.loaded, plan))
+    files.note({**_environment(bench.loaded, plan), "left_out": bench.left_out})
     todo = [(item, [(key, m) for key, m in item.keys(methods) if key not in done]) for item in items]
     total = sum(len(item.keys(methods)) for item in items)
     finished = total - sum(len(left) for _, left in todo)
@@ -276,12 +277,16 @@ def _prepare(
     longest = max((*plan.nll_lengths, plan.concentration, 2))
     texts = {spec: load_text(spec, chars_needed(longest, plan.windows), notify).content for spec in plan.texts}
     tasks: list[Task] = []
+    left_out: dict[str, str] = {}
     if plan.tasks:
         essay = texts[plan.texts[0]]
         data = None if plan.data is None else Path(plan.data)
         if plan.data == STANDIN:
             data = standin.write(folder / STANDIN, essay, rows=max(8, plan.samples), seed=plan.seed)
-        tasks = table(essay, data, hub=plan.hub, seed=plan.seed).choose(plan.tasks)
+        known = table(essay, data, hub=plan.hub, seed=plan.seed)
+        tasks, left_out = known.choose(plan.tasks), known.left_out(plan.tasks)
+        for name, files in left_out.items():
+            notify(f"left out for want of data: {name} needs {files}")
     if plan.max_new is not None:
         cap = plan.max_new
         tasks = [_Capped(task, cap) for task in tasks]
@@ -307,7 +312,7 @@ def _prepare(
                 task.sample(index, length, encoder)
             items += [_Item("task", task.name, length, index) for index in range(plan.samples)]
     stops = stop_tokens(loaded.model, loaded.tokenizer)
-    return _Bench(loaded, encoder, methods, {t.name: t for t in tasks}, windows, stops), items
+    return _Bench(loaded, encoder, methods, {t.name: t for t in tasks}, windows, stops, left_out), items
 
 
 @dataclass(frozen=True)

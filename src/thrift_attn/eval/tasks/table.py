@@ -40,14 +40,17 @@ class Table:
         for name in filter(None, (piece.strip() for piece in wanted.split(","))):
             if name in self.lacking:
                 raise ValueError(f"task {name} needs {self.lacking[name]} in the folder of --data")
-            found = {
-                key: task for key, task in self.tasks.items() if name in ("all", key, task.family, f"{task.family}_all")
-            }
+            found = {key: task for key, task in self.tasks.items() if name in ("all", key, task.family)}
             if not found:
                 known = ", ".join([*FAMILIES, *self.tasks, *self.lacking])
                 raise ValueError(f"unknown task {name!r}: there are all, {known}")
             chosen |= found
         return list(chosen.values())
+
+    def left_out(self, wanted: str) -> dict[str, str]:
+        """Tasks of the families asked for that cannot run, and what they need."""
+        names = {piece.strip() for piece in wanted.split(",")}
+        return {key: files for key, files in self.lacking.items() if names & {"all", key.partition("_")[0]}}
 
 
 def table(essay: str, data: Path | None = None, *, hub: bool = False, seed: int = 0) -> Table:
