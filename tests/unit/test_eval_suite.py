@@ -203,7 +203,7 @@ def test_presets() -> None:
 # -- error concentration ----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("config", [FP4, ThriftConfig(low="mxfp4", center="block"), ThriftConfig(center="block")])
+@pytest.mark.parametrize("config", [FP4, FP4.with_(low="mxfp4", scales="best"), FP4.with_(center="block")])
 def test_concentration_measures_the_error_of_attention(config: ThriftConfig) -> None:
     torch.manual_seed(0)
     q, k, v = 2 * torch.randn(4, 300, 32), 2 * torch.randn(2, 300, 32), torch.randn(2, 300, 32)
@@ -222,8 +222,11 @@ def test_concentration_measures_the_error_of_attention(config: ThriftConfig) -> 
         assert list(head.mass) == sorted(head.mass)
         assert head.shares[-1] == pytest.approx(1)
         assert head.mass[-1] == pytest.approx(1)
-    with pytest.raises(ValueError, match="4-bit formats with math='fp4' and center 'none' or 'block', got nvfp4"):
-        measure(q, k, v, 0.2, config=ThriftConfig(math="16bit"))
+    for wrong in (FP4.with_(math="16bit"), FP4.with_(low="fp8"), FP4.with_(center="all"), FP4.with_(balance="channel")):
+        with pytest.raises(
+            ValueError, match="error concentration is that of 4-bit formats with math='fp4', center 'none'"
+        ):
+            measure(q, k, v, 0.2, config=wrong)
 
 
 def test_concentration_of_a_model(tiny: Loaded) -> None:
