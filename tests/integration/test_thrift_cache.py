@@ -132,6 +132,8 @@ def test_assisted_generation() -> None:
         ids, past_key_values=cache_for(model), assistant_model=helper, max_new_tokens=30, do_sample=False
     )
     assert torch.equal(got, want)
+    options: dict[str, Any] = {"past_key_values": cache_for(model), "prompt_lookup_num_tokens": 3}
+    assert torch.equal(model.generate(ids, max_new_tokens=30, do_sample=False, **options), want)
 
 
 # -- sequences do not see each other ----------------------------------------------------------------------------------

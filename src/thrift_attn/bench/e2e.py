@@ -155,7 +155,7 @@ class Plan:
         largest: whether to look for the largest context.
         device: where; times are only meaningful on a CUDA device.
         seed: of weights, prompts and fillings.
-        as_is: whether transformers' own step is timed too.
+        as_is: whether transformers' own step is timed too, on the cases with a prompt.
     """
 
     model: str
@@ -294,7 +294,9 @@ def check(bench: Bench, length: int = 1500, steps: int = 8) -> dict[str, float]:
     """Logits of the sides after a prompt and some steps, as relative distance from transformers' own.
 
     Returns:
-        ``bf16``: the BF16 baseline's. ``all``: ours with every block promoted, by the same kernels. ``thrift``: as timed.
+        ``bf16``: the BF16 baseline's. ``all``: ours with every block promoted, by the same kernels; ``chunks``: likewise,
+        with the prompt in chunks; ``launched``: the distance of steps launched one by one from replayed ones. ``thrift``:
+        as timed.
 
     Raises:
         ValueError: a side that computes something else: 0.05 or more where both are near exact, or no finite logits.
@@ -302,21 +304,24 @@ def check(bench: Bench, length: int = 1500, steps: int = 8) -> dict[str, float]:
     ids = bench.prompt(1, length + steps)
     every = bench.plan.config.with_(budget=fraction(1.0))
 
-    def logits(side: Side, **options: Any) -> Tensor:
+    def logits(side: Side, chunk: int | None = None, warmup: int = 1, **options: Any) -> Tensor:
         bench.use(side)
         cache = bench.cache(side, length + steps, **options)
-        prefill(bench.model, ids[:, :length], cache)
-        step = DecodeGraph(bench.model, cache, position=length)
+        prefill(bench.model, ids[:, :length], cache, chunk=chunk)
+        step = DecodeGraph(bench.model, cache, position=length, warmup=warmup)
         found = [step(ids[:, at : at + 1]).float().clone() for at in range(length, length + steps)]
         return torch.cat(found[-1:])  # its cache is full by then, so that every slot is written
 
-    want = logits("transformers")
+    want = logits("transformers", warmup=steps)
     found = {
         "bf16": logits("bf16"),
         "all": logits("thrift", decode=every),
+        "chunks": logits("thrift", chunk=length // 2 + 30, decode=every),
         "thrift": logits("thrift"),
     }
     errors = {name: float((got - want).norm() / want.norm()) for name, got in found.items()}
+    launched = logits("thrift", warmup=steps)
+    errors["launched"] = float((launched - found["thrift"]).norm() / want.norm())
     for name, error in errors.items():
         if not error < (0.05 if name != "thrift" else 1.0):
             raise ValueError(f"{name}: logits are {error:.3f} from those of transformers; nothing is timed")
@@ -342,75 +347,62 @@ def run(plan: Plan, say: Say = print) -> E2ERecord:
     record.gate = check(bench)
     say("logits off transformers': " + ", ".join(f"{name} {error:.4f}" for name, error in record.gate.items()))
     record.save(plan.out)
-    for case in plan.cases:
-        sides: tuple[Side, ...] = ("bf16", "transformers", "thrift") if plan.as_is else ("bf16", "thrift")
-        shared: dict[str, Any] = {}
-        for side in sides:
-            row = _run_side(bench, case, side, shared)
-            record.rows.append(row)
-            record.save(plan.out)
-            say(describe(row))
+    work: list[tuple[Case, Side]] = [(case, side) for case in plan.cases for side in ("bf16", "thrift")]
+    for case, side in work:
+        _add(bench, record, case, side, say)
     if plan.largest:
         for side in ("bf16", "thrift"):
             record.largest[side] = largest(bench, side, say)
             record.save(plan.out)
+    for case in plan.cases:
+        if plan.as_is and case.prompt:
+            _add(bench, record, case, "transformers", say)
     record.context["seconds"] = round(time.perf_counter() - began, 1)
     record.save(plan.out)
     return record
 
 
-def _run_side(bench: Bench, case: Case, side: Side, shared: dict[str, Any]) -> Row:
-    """Time one side. ``transformers`` decodes on from the cache that ``bf16`` has left in ``shared``."""
+def _add(bench: Bench, record: E2ERecord, case: Case, side: Side, say: Say) -> None:
+    """Time one side of one case and note it in the record."""
     row = Row(case, side, "failed", weights=bench.weights)
-    if side == "thrift":
-        shared.clear()
     bench.fresh()
     try:
         with torch.no_grad():
-            return _timed(bench, case, side, shared, row)
+            row = _timed(bench, case, side, row)
     except torch.OutOfMemoryError as error:
-        return replace(row, status="skipped", reason=f"no memory: {str(error).splitlines()[0][:200]}")
+        row = replace(row, status="skipped", reason=f"no memory: {str(error).splitlines()[0][:200]}")
     except (RuntimeError, NotImplementedError) as error:
-        return replace(row, reason=f"{type(error).__name__}: {str(error)[:400]}")
-    finally:
-        if side != "bf16":
-            shared.clear()
-        bench.fresh()
+        row = replace(row, reason=f"{type(error).__name__}: {str(error)[:400]}")
+    bench.fresh()
+    record.rows.append(row)
+    record.save(bench.plan.out)
+    say(describe(row))
 
 
-def _timed(bench: Bench, case: Case, side: Side, shared: dict[str, Any], row: Row) -> Row:
+def _timed(bench: Bench, case: Case, side: Side, row: Row) -> Row:
+    """The steps of transformers' own side start from a filled cache: it would read a prompt as the BF16 side does."""
     steps = bench.plan.new if side != "transformers" else max(4, bench.plan.new // 4)
-    extra = bench.plan.new + 4  # timed and warm-up steps
-    held = case.context - extra
+    held = case.context - steps - 4  # and some for warming up
     bench.use(side)
-    if side == "transformers" and "cache" not in shared:
-        return replace(row, status="skipped", reason="needs the cache of the BF16 side")
-    if side == "transformers":
-        cache, ids = shared["cache"], shared["ids"]
-        for layer in cache.layers:
-            layer.cumulative_length.fill_(held)
+    cache = bench.cache(side, case.context)
+    if case.prompt and side != "transformers":
+        prompt = bench.prompt(case.batch, held)
+        warm = bench.cache(side, WARM)
+        prefill(bench.model, prompt[:, :WARM], warm)  # compiles, and lets libraries choose their kernels
+        del warm
+        bench.fresh()
+        bench.sync()
+        began = time.perf_counter()
+        logits = prefill(bench.model, prompt, cache)
+        bench.sync()
+        row = replace(row, prefill_s=time.perf_counter() - began)
+        ids = logits.argmax(-1, keepdim=True)
+        ids.cpu()
+        row = replace(row, first_token_s=time.perf_counter() - began, peak_prefill=bench.peak())
+        del logits, prompt
     else:
-        cache = bench.cache(side, case.context)
-        if case.prompt:
-            prompt = bench.prompt(case.batch, held)
-            warm = bench.cache(side, WARM)
-            prefill(bench.model, prompt[:, :WARM], warm)  # compiles, and lets libraries choose their kernels
-            del warm
-            bench.fresh()
-            bench.sync()
-            began = time.perf_counter()
-            logits = prefill(bench.model, prompt, cache)
-            bench.sync()
-            row = replace(row, prefill_s=time.perf_counter() - began)
-            ids = logits.argmax(-1, keepdim=True)
-            ids.cpu()
-            row = replace(row, first_token_s=time.perf_counter() - began, peak_prefill=bench.peak())
-            del logits, prompt
-        else:
-            bench.fill(cache, case.batch, held)
-            ids = bench.prompt(case.batch, 1)
-        if side == "bf16":
-            shared |= {"cache": cache, "ids": ids}
+        bench.fill(cache, case.batch, held)
+        ids = bench.prompt(case.batch, 1)
     bench.fresh()
     runs = bench.decode(cache, held, ids, steps)
     return replace(row, status="timed", decode_ms=runs, kv_bytes=bench.kv_bytes(cache), peak_decode=bench.peak())
