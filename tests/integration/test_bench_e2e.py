@@ -64,7 +64,7 @@ def test_records_come_back_and_are_drawn(record: Any, tmp_path: Path) -> None:
 
 def test_nothing_is_timed_when_the_logits_are_wrong(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     right = e2e_model.bf16_attention
-    monkeypatch.setattr(e2e_model, "bf16_attention", lambda *a, **k: (right(*a, **k)[0] * 1.5, None))
+    monkeypatch.setattr(e2e_model, "bf16_attention", lambda *a, **k: (right(*a, **k)[0] * -3, None))
     plan = e2e.Plan("tiny", CASES[:1], tmp_path / "x.json", 2, fused=False, device="cpu", largest=False)
     with pytest.raises(ValueError, match="bf16: logits"):
         e2e.run(plan, lambda line: None)

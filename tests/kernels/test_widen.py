@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import copy
+import os
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -58,3 +61,30 @@ def test_too_little_room_is_an_error():
             out, out, *kernels.pool, kernels.tail, kernels.table.table, kernels.lengths,
             tokens=70, plane="nested", centred=True,
         )  # fmt: skip
+
+
+# Kernels that were imported for the interpreter cannot be compiled, so this runs in a process of its own.
+_PROGRAM = """
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from thrift_attn.cache.widen import widen_kernel as fn
+from thrift_attn.quant.layout import HIGH
+
+for plane, dim, capability in (("nested", 128, 90), ("nested8", 80, 80), ("16bit", 64, 120)):
+    high = ("*bf16", "*bf16") if plane == "16bit" else ("*i16", "*i32")
+    kinds = ["*bf16", "*bf16", "*i16", "*i32", "*bf16", *high, "*bf16", "*i32", "*i32", "i32", "i32"]
+    signature = dict(zip(fn.arg_names, kinds + ["constexpr"] * 5))
+    constants = dict(BATCH=2, HKV=8, D=dim, HIGH=HIGH[plane], CENTRED=True)
+    source = ASTSource(fn, signature, constexprs=constants)
+    kernel = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=dict(num_warps=1))
+    assert len(kernel.asm["cubin"]) > 1000
+    print("compiled", plane)
+"""
+
+
+def test_compiles_for_gpus_that_are_not_there():
+    environment = {**os.environ, "TRITON_INTERPRET": "0"}
+    done = subprocess.run([sys.executable, "-c", _PROGRAM], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stdout.count("compiled") == 3

@@ -82,6 +82,8 @@ def widen_kernel(
     T: tl.constexpr = D // 16
     HALF: tl.constexpr = T * 128 + (T + 1) // 2 * 32  # 32-bit words of K or V in a 4-bit plane
     HALF8: tl.constexpr = T * 256 + (T + 1) // 2 * 32
+    EIGHT: tl.constexpr = HIGH == 2
+    SIZE: tl.constexpr = HALF8 if EIGHT else HALF
     block = tl.program_id(0)
     t = tl.program_id(1)  # tile
     b, h = tl.program_id(2) // HKV, tl.program_id(2) % HKV
@@ -113,8 +115,6 @@ def widen_kernel(
                 tl.store(k_ptr + k_to, tl.load(copy))
                 tl.store(v_ptr + v_to, tl.load(copy + 64 * D))
             else:
-                EIGHT: tl.constexpr = HIGH == 2
-                SIZE: tl.constexpr = HALF8 if EIGHT else HALF
                 high16, high32 = high16_ptr + where * (4 * SIZE), high32_ptr + where * (2 * SIZE)
                 k = mean + _decoded(base16, base32, t, spot, rows, j, T, False)
                 k += _decoded(high16, high32, t, spot, rows, j, T, EIGHT)
