@@ -136,6 +136,14 @@ def token_nll(model: Any, hidden: Tensor, tokens: Tensor) -> Tensor:
     return torch.cat([F.cross_entropy(logits_of(model, h), t, reduction="none") for h, t in pairs]).cpu()
 
 
+def check_reads_text(method: Method) -> None:
+    """Raise NotImplementedError for a method that needs a prompt and an answer."""
+    if method.evict is not None:
+        raise NotImplementedError(
+            f"method {method.name!r} forgets tokens between a prompt and its answer: it has no NLL of a text read in one go"
+        )
+
+
 def layers_of(model: Any) -> list[Any]:
     """The decoder layers, for progress; empty when the model keeps them elsewhere."""
     return list(getattr(model.base_model, "layers", ()))
@@ -155,10 +163,7 @@ def run_window(model: Any, method: Method, tokens: Tensor, on_layer: Layer = lam
         NotImplementedError: the method serves none of the model's layers.
     """
     ids = tokens[None].to(model.device)
-    if method.evict is not None:
-        raise NotImplementedError(
-            f"method {method.name!r} forgets tokens between a prompt and its answer: it has no NLL of a text read in one go"
-        )
+    check_reads_text(method)
     hooks = [layer.register_forward_hook(lambda *_: on_layer()) for layer in layers_of(model)]
     try:
         with torch.inference_mode(), applied(model, method):

@@ -22,6 +22,7 @@ from thrift_attn.eval.nll import (
     chars_needed,
     check_head,
     check_length,
+    check_reads_text,
     layers_of,
     leading_bos,
     run_window,
@@ -199,6 +200,8 @@ def evaluate(
         ValueError, FileNotFoundError, NotImplementedError, FetchError, MissingExtra: each says what was expected.
     """
     check_distinct(methods)
+    for method in methods:
+        check_reads_text(method)
     if length < 2 or windows < 1:
         raise ValueError(f"expected a length of at least 2 and at least 1 window, got {length} and {windows}")
     source = load_text(text, chars_needed(length, windows), notify)

@@ -306,11 +306,12 @@ def _prepare(
         windows["concentration", plan.concentration] = windows_of(loaded.tokenizer, texts[spec], plan.concentration, 1)
     if windows:
         check_head(loaded.model, next(iter(windows.values())))
-    for task in tasks:
-        for length in plan.lengths:
+    for length in plan.lengths:
+        for task in tasks:
             for index in {0, plan.samples - 1}:
                 task.sample(index, length, encoder)
-            items += [_Item("task", task.name, length, index) for index in range(plan.samples)]
+        # Samples outside, tasks inside: a run that was cut short has seen all tasks.
+        items += [_Item("task", task.name, length, index) for index in range(plan.samples) for task in tasks]
     stops = stop_tokens(loaded.model, loaded.tokenizer)
     return _Bench(loaded, encoder, methods, {t.name: t for t in tasks}, windows, stops, left_out), items
 

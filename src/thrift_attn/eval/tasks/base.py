@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 import re
 from collections.abc import Callable
@@ -117,20 +118,29 @@ def fit(
     Raises:
         ValueError: even the smallest does not fit, or the largest leaves room.
     """
-    smallest = encoder.size(build(least))
-    if smallest > length:
-        raise ValueError(f"{what} needs at least {smallest} tokens with its answer, got a length of {length}")
-    low, high = least, 2 * least
-    while (most is None or high <= most) and encoder.size(build(high)) <= length:
-        low, high = high, 2 * high
-    if most is not None and high > most:
-        high = most + 1
-    while high - low > 1:
-        middle = (low + high) // 2
-        if encoder.size(build(middle)) <= length:
-            low = middle
+    low, low_size = least, encoder.size(build(least))
+    if low_size > length:
+        raise ValueError(f"{what} needs at least {low_size} tokens with its answer, got a length of {length}")
+    end = math.inf if most is None else most + 1  # taken for too large
+    high, high_size = min(2 * least, end), math.inf
+    while high < end and (high_size := encoder.size(build(int(high)))) <= length:
+        slope = max((high_size - low_size) / (high - low), 1e-3)
+        low, low_size = int(high), high_size
+        # Sizes of small samples can stand still for a few units, so no step is longer than the sample itself.
+        high = min(low + min(low + 64, max(1, int(1.02 * (length - low_size) / slope) + 1)), end)
+        high_size = math.inf
+    halve = False
+    while high - low > 1:  # sizes grow nearly evenly: aim at the length, and halve every other time
+        middle = (low + int(high)) // 2
+        if not halve and high_size < math.inf:
+            share = (length - low_size) / (high_size - low_size)
+            middle = min(int(high) - 1, max(low + 1, low + int(share * (high - low))))
+        halve = not halve
+        size = encoder.size(build(middle))
+        if size <= length:
+            low, low_size = middle, size
         else:
-            high = middle
+            high, high_size = middle, size
     if low == most:
         raise ValueError(
             f"{what} has too little material for a length of {length}: it ends at {encoder.size(build(low))}"
