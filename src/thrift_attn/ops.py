@@ -77,11 +77,30 @@ class Call:
         else:
             self.lists = select_rows(self.packed_q.means, centres, self.sequences, self.wanted, self.most, **options)
 
+    def _on_hopper(self) -> bool:
+        """Whether the kernel written for FP8 on sm_90 serves the call; it does not tell the paths' shares apart."""
+        served = self.form == "native" and self.low == "fp8" and self.sequences.lengths is not None and not self.mass
+        if not served or torch.cuda.get_device_capability(self.q.device)[0] != 9:
+            return False
+        from thrift_attn.attend.hopper_launch import why_not  # Gluon, which not every Triton has
+
+        return why_not(self.q, self.k, self.v, causal=self.sequences.causal, scale=self.scale) is None
+
     def attend(self) -> Tensor:
         """Attention; the output."""
         self.out = torch.empty_like(self.q)
         self.lse = torch.empty(self.q.shape[:3], dtype=torch.float32, device=self.q.device)
         self.share = torch.empty_like(self.lse) if self.mass else self.lse.new_empty(0)
+        if self._on_hopper():
+            from thrift_attn.attend.hopper_launch import attend_fp8
+
+            packed, packed_q = self.packed, self.packed_q
+            attend_fp8(
+                self.q, self.k, self.v, packed_q.q, packed_q.q_scale, packed.k, packed.k_scale, packed.v, packed.v_scale,
+                packed.centres if self.centred else None, *self.lists, self.out, self.lse,
+                scale=self.scale, causal=self.sequences.causal, window=self.window, softcap=self.softcap,
+            )  # fmt: skip
+            return self.out
         attend_prefill(
             self.q, self.k, self.v, self.packed_q, self.packed, *self.lists, self.out, self.lse, self.sequences,
             low=self.low, form=self.form, quantised=self.quantised, centred=self.centred, scale=self.scale,

@@ -7,13 +7,26 @@ import torch
 from test_pack import DEVICE
 
 from thrift_attn.config import BLOCK
-from thrift_attn.quant.formats import FORMATS, RESIDUALS
+from thrift_attn.quant.formats import FORMATS, RESIDUALS, Format
 from thrift_attn.quant.prefill import PackedKV, position_of, quantise_kv, quantise_q
-from thrift_attn.quant.reference import block_means, decode_elements, dequantise, pack_e2m1, quantise, residual
+from thrift_attn.quant.reference import (
+    Quantised,
+    block_means,
+    decode_elements,
+    dequantise,
+    pack_e2m1,
+    residual,
+)
+from thrift_attn.quant.reference import quantise as quantise_here
 from thrift_attn.sequences import dense, packed, padded
 
 DTYPE = torch.float16
 DEV = torch.device(DEVICE)
+
+
+def quantise(x: torch.Tensor, fmt: Format, dim: int = -1, *, best: bool = False) -> Quantised:
+    """The reference on the CPU: on CUDA PyTorch divides by a number as if by multiplying with its inverse."""
+    return Quantised(*(part.to(x.device) for part in quantise_here(x.cpu(), fmt, dim, best=best)))
 
 
 def draw(*shape: int) -> torch.Tensor:
@@ -29,6 +42,10 @@ def same(got: torch.Tensor, want: torch.Tensor, best: bool) -> None:
     """Equal; errors of two scales that differ by the order of a sum may be ranked either way."""
     assert got.shape == want.shape
     assert (got != want).float().mean() <= (1e-3 if best else 0)
+
+
+def _rest(x: torch.Tensor, base: torch.Tensor, plane: Format, dim: int) -> torch.Tensor:
+    return residual(x.cpu(), base.cpu().float(), plane, dim, best=True).to(DEVICE)
 
 
 def check_kv(got: PackedKV, k, v, low: str, form: str, *, centred=True, best=False, rest=None) -> None:
@@ -51,8 +68,8 @@ def check_kv(got: PackedKV, k, v, low: str, form: str, *, centred=True, best=Fal
         same(got.v.float(), wide[1], best)
         if rest is not None:
             plane = RESIDUALS[rest]
-            same(got.k_rest.float(), residual(delta, got.k.float(), plane, best=best), best)
-            same(got.v_rest.float(), residual(v, got.v.float(), plane, -2, best=best), best)
+            same(got.k_rest.float(), _rest(delta, got.k, plane, -1), best)
+            same(got.v_rest.float(), _rest(v, got.v, plane, -2), best)
         return
     if fmt.group is None:
         assert torch.equal(got.k.view(torch.uint8), a.codes)

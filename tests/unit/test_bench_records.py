@@ -73,7 +73,7 @@ def test_context_names_versions_machine_and_commit(monkeypatch):
 def test_other_files_are_refused(tmp_path):
     path = tmp_path / "other.json"
     path.write_text('{"kind": "nll", "schema": 1}')
-    with pytest.raises(ValueError, match="not a decode record"):
+    with pytest.raises(ValueError, match="not a decode or prefill record"):
         Record.load(path)
 
 

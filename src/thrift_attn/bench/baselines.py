@@ -30,7 +30,7 @@ FP8 = torch.float8_e4m3fn
 BF16 = torch.bfloat16
 
 
-def _module(name: str) -> ModuleType:
+def import_module(name: str) -> ModuleType:
     """Import a module or raise Absent with the reason."""
     try:
         return importlib.import_module(name)
@@ -87,7 +87,7 @@ def _sdpa(backend: Any, packed: bool, copied: bool, inputs: Inputs) -> list[Step
 
 def _flash_attn_variants(case: DecodeCase) -> list[Variant]:
     _one_token(case)
-    module = _module("flash_attn")
+    module = import_module("flash_attn")
     return [
         Variant(f"num_splits={splits or 'auto'}", partial(_flash_attn, module.flash_attn_with_kvcache, splits))
         for splits in (0, 8, 32)
@@ -106,13 +106,13 @@ def _flash_attn(call: Callable[..., Any], splits: int, inputs: Inputs) -> list[S
 # --- FlashAttention-3 ------------------------------------------------------------------------------------------------
 
 
-def _fa3_module() -> ModuleType:
+def fa3_module() -> ModuleType:
     """The package under either of its names: the forward-only wheel, or FlashAttention's own build."""
     try:
-        return _module("fa3_fwd_interface")
+        return import_module("fa3_fwd_interface")
     except Absent as first:
         try:
-            return _module("flash_attn_interface")
+            return import_module("flash_attn_interface")
         except Absent as second:
             raise Absent(f"{first}; {second}") from second
 
@@ -120,7 +120,7 @@ def _fa3_module() -> ModuleType:
 def _fa3_variants(fp8: bool, case: DecodeCase) -> list[Variant]:
     """Its own choice of splits and several fixed ones, packed query heads; with and without lengths on the device."""
     _one_token(case)
-    call = _fa3_module().flash_attn_with_kvcache
+    call = fa3_module().flash_attn_with_kvcache
     if torch.cuda.get_device_capability()[0] != 9:
         raise Absent("FlashAttention-3 needs compute capability 9.0")
     options: list[dict[str, Any]] = [{"num_splits": 0, "lengths": True}]
@@ -157,7 +157,7 @@ def _pages(tensors: list[Tensor], fp8: bool) -> list[Tensor]:
 def _flashinfer_variants(fp8: bool, case: DecodeCase) -> list[Variant]:
     """The wrapper on tensor cores; on CUDA cores as well where each KV head has one query head."""
     _one_token(case)
-    module = _module("flashinfer")
+    module = import_module("flashinfer")
     found = []
     for tensor_cores in (True, False) if case.group == 1 else (True,):
         kind: flashinfer_build.Kind = "prefill" if tensor_cores else "decode"
@@ -203,7 +203,7 @@ def _flashinfer(module: Any, fp8: bool, tensor_cores: bool, inputs: Inputs) -> l
 def _xqa_variants(fp8: bool, case: DecodeCase) -> list[Variant]:
     """TensorRT-LLM's XQA kernel in FlashInfer, with and without programmatic dependent launch."""
     _one_token(case)
-    call = _module("flashinfer.decode").trtllm_batch_decode_with_kv_cache
+    call = import_module("flashinfer.decode").trtllm_batch_decode_with_kv_cache
     spec = flashinfer_build.Spec.of("xqa", case, fp8)
     return [Variant(f"pdl={pdl}", partial(_when_built, spec, partial(_xqa, call, fp8, pdl))) for pdl in (False, True)]
 

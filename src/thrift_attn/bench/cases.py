@@ -1,23 +1,101 @@
-"""What is timed: the decode cases, the grid of them, and the bytes that each must move."""
+"""What is timed: decode and prefill cases, grids of them, and the bytes that each decode step must move."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, replace
-from typing import Any, get_args
+from typing import Any, TypeVar, get_args
 
 import torch
 
-from thrift_attn.config import BLOCK, DECODE_ROWS, Budget, High, ThriftConfig, check_choice
+from thrift_attn.config import BLOCK, DECODE_ROWS, Budget, High, Low, Math, ThriftConfig, check_choice
 from thrift_attn.quant.formats import FORMATS, RESIDUALS
 from thrift_attn.select.budget import blocks_per_row
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
+class Case:
+    """What decode and prefill cases have in common; both are frozen dataclasses.
+
+    B ``batch``, Hq ``q_heads``, Hkv ``kv_heads``, D ``head_dim``, ``kv`` tokens of K and V, ``tq`` of Q in each sequence.
+    """
+
+    batch: int
+    kv: int
+    tq: int
+    q_heads: int
+    kv_heads: int
+    head_dim: int
+    dtype: str
+    budget: str
+
+    def _check(self) -> None:
+        for name in ("batch", "kv", "q_heads", "kv_heads", "head_dim"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.q_heads % self.kv_heads:
+            raise ValueError(f"kv_heads must divide q_heads, got {self.q_heads}/{self.kv_heads}")
+        if self.dtype not in DTYPES:
+            raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {self.dtype!r}")
+        Budget.parse(self.budget)
+
+    @property
+    def group(self) -> int:
+        """G, query heads of a KV head."""
+        return self.q_heads // self.kv_heads
+
+    @property
+    def blocks(self) -> int:
+        """N, KV blocks of a sequence, an incomplete one included."""
+        return math.ceil(self.kv / BLOCK)
+
+    @property
+    def scale(self) -> float:
+        """Factor of the logits."""
+        return 1 / math.sqrt(self.head_dim)
+
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        """Dtype of Q, K, V and the output."""
+        return DTYPES[self.dtype]
+
+    @property
+    def plain_elements(self) -> int:
+        """Elements of K and V together."""
+        return 2 * self.batch * self.kv_heads * self.kv * self.head_dim
+
+    @property
+    def name(self) -> str:
+        """Short name of the shape, such as ``B8 128k 32/8``; head dim, dtype and tq only where they are unusual."""
+        length = f"{self.kv // 1024}k" if self.kv % 1024 == 0 else f"{self.kv}"
+        rare = [f"D{self.head_dim}"] * (self.head_dim != 128) + [self.dtype] * (self.dtype != "bfloat16")
+        rare += [f"Tq{self.tq}"] * (1 < self.tq < self.kv)
+        return " ".join([f"B{self.batch} {length} {self.q_heads}/{self.kv_heads}", *rare])
+
+    @property
+    def config(self) -> ThriftConfig:
+        """What our side computes."""
+        raise NotImplementedError
+
+    @property
+    def shape(self) -> Case:
+        """The case as a baseline sees it."""
+        raise NotImplementedError
+
+    @property
+    def flops(self) -> int:
+        """Multiplications and additions of exact attention."""
+        raise NotImplementedError
+
+    def to_dict(self) -> dict[str, Any]:
+        """The fields as plain JSON values."""
+        return asdict(self)  # pyright: ignore[reportArgumentType]
+
+
 @dataclass(frozen=True, kw_only=True)
-class DecodeCase:
+class DecodeCase(Case):
     """One decode step over a filled KV cache.
 
     Args:
@@ -46,37 +124,10 @@ class DecodeCase:
     high: High = "nested"
 
     def __post_init__(self) -> None:
-        for name in ("batch", "kv", "q_heads", "kv_heads", "head_dim"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        if self.q_heads % self.kv_heads:
-            raise ValueError(f"kv_heads must divide q_heads, got {self.q_heads}/{self.kv_heads}")
+        self._check()
         if not 1 <= self.tq <= min(DECODE_ROWS, self.kv):
             raise ValueError(f"tq must be in [1, {min(DECODE_ROWS, self.kv)}], got {self.tq}")
-        if self.dtype not in DTYPES:
-            raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {self.dtype!r}")
         check_choice("high", self.high, High)
-        Budget.parse(self.budget)
-
-    @property
-    def group(self) -> int:
-        """G, query heads of a KV head."""
-        return self.q_heads // self.kv_heads
-
-    @property
-    def blocks(self) -> int:
-        """N, KV blocks of a sequence, an incomplete one included."""
-        return math.ceil(self.kv / BLOCK)
-
-    @property
-    def scale(self) -> float:
-        """Factor of the logits."""
-        return 1 / math.sqrt(self.head_dim)
-
-    @property
-    def torch_dtype(self) -> torch.dtype:
-        """Dtype of Q, K, V and the output."""
-        return DTYPES[self.dtype]
 
     @property
     def config(self) -> ThriftConfig:
@@ -89,22 +140,9 @@ class DecodeCase:
         return replace(self, budget="0", high="nested")
 
     @property
-    def name(self) -> str:
-        """Short name of the shape, such as ``B8 128k 32/8``; head dim, dtype and tq only where they are unusual."""
-        length = f"{self.kv // 1024}k" if self.kv % 1024 == 0 else f"{self.kv}"
-        rare = [f"D{self.head_dim}"] * (self.head_dim != 128) + [self.dtype] * (self.dtype != "bfloat16")
-        rare += [f"Tq{self.tq}"] * (self.tq > 1)
-        return " ".join([f"B{self.batch} {length} {self.q_heads}/{self.kv_heads}", *rare])
-
-    @property
     def flops(self) -> int:
         """Multiplications and additions of exact attention (the causal corner of ``tq > 1`` counted as visible)."""
         return 4 * self.batch * self.q_heads * self.tq * self.kv * self.head_dim
-
-    @property
-    def plain_elements(self) -> int:
-        """Elements of K and V together."""
-        return 2 * self.batch * self.kv_heads * self.kv * self.head_dim
 
     @property
     def promoted(self) -> int:
@@ -112,17 +150,68 @@ class DecodeCase:
         full = max(1, self.kv // BLOCK)
         return int(blocks_per_row(self.config.budget, torch.tensor([full]), full)[0])
 
-    def to_dict(self) -> dict[str, Any]:
-        """The fields as plain JSON values."""
-        return asdict(self)
+
+@dataclass(frozen=True, kw_only=True)
+class PrefillCase(Case):
+    """A causal prompt, all of it in one call.
+
+    Args:
+        batch: B, sequences.
+        kv: tokens of each sequence.
+        q_heads: Hq.
+        kv_heads: Hkv; divides Hq.
+        head_dim: D.
+        dtype: ``"bfloat16"`` or ``"float16"``.
+        budget: text that `Budget.parse` reads.
+        low: format of the low path.
+        math: arithmetic of the low path, see `ThriftConfig`.
+
+    Raises:
+        ValueError: a number out of range, heads that do not divide, an unknown choice.
+    """
+
+    batch: int = 1
+    kv: int
+    q_heads: int = 32
+    kv_heads: int = 8
+    head_dim: int = 128
+    dtype: str = "bfloat16"
+    budget: str = "0.05"
+    low: Low = "fp8"
+    math: Math = "fp4"
+
+    def __post_init__(self) -> None:
+        self._check()
+        check_choice("low", self.low, Low)
+        check_choice("math", self.math, Math)
+
+    @property
+    def tq(self) -> int:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """Queries of a sequence: all of it."""
+        return self.kv
+
+    @property
+    def config(self) -> ThriftConfig:
+        """What our side computes."""
+        return ThriftConfig(low=self.low, math=self.math, budget=Budget.parse(self.budget))
+
+    @property
+    def shape(self) -> PrefillCase:
+        """The case as a baseline sees it: without budget, format and arithmetic."""
+        return replace(self, budget="0", low="fp8", math="fp4")
+
+    @property
+    def flops(self) -> int:
+        """Multiplications and additions of exact causal attention, half of the square."""
+        return 2 * self.batch * self.q_heads * self.kv * self.kv * self.head_dim
 
 
-def io_bytes(case: DecodeCase) -> int:
+def io_bytes(case: Case) -> int:
     """Bytes of Q read and of the output written."""
     return 2 * case.batch * case.q_heads * case.tq * case.head_dim * 2
 
 
-def plain_bytes(case: DecodeCase, element: int) -> int:
+def plain_bytes(case: Case, element: int) -> int:
     """Bytes that attention over a plain cache must move: K and V once, Q, the output.
 
     Args:
@@ -199,20 +288,61 @@ PRESETS: dict[str, tuple[DecodeCase, ...]] = {
 }
 
 
-def by_shape(cases: Iterable[DecodeCase]) -> dict[DecodeCase, list[DecodeCase]]:
+PREFILL_PRESETS: dict[str, tuple[PrefillCase, ...]] = {
+    "smoke": (PrefillCase(kv=4096), PrefillCase(kv=4096, low="nvfp4")),
+    "target": (PrefillCase(kv=65536), PrefillCase(kv=131072), PrefillCase(kv=131072, low="nvfp4")),
+    "full": (
+        *(PrefillCase(kv=2**n, head_dim=dim) for dim in (128, 64) for n in range(12, 20)),
+        *(PrefillCase(kv=2**n, low="nvfp4") for n in (15, 17)),
+        *(PrefillCase(kv=2**n, low="mxfp4") for n in (15, 17)),
+        *(PrefillCase(kv=2**n, low="nvfp4", math="16bit") for n in (15, 17)),
+    ),
+}
+
+
+def prefill_grid(
+    lengths: Iterable[int],
+    *,
+    lows: Iterable[str] = ("fp8",),
+    maths: Iterable[str] = ("fp4",),
+    heads: Iterable[tuple[int, int]] = ((32, 8),),
+    budgets: Iterable[str] = ("0.05",),
+    **rest: Any,
+) -> tuple[PrefillCase, ...]:
+    """All combinations, heads outermost, then lengths, formats, arithmetics and budgets."""
+    lengths, lows, maths, budgets = tuple(lengths), tuple(lows), tuple(maths), tuple(budgets)
+    found: list[dict[str, Any]] = [
+        {"q_heads": hq, "kv_heads": hkv, "kv": kv, "low": low, "math": one, "budget": budget, **rest}
+        for hq, hkv in heads
+        for kv in lengths
+        for low in lows
+        for one in maths
+        for budget in budgets
+    ]
+    return tuple(PrefillCase(**fields) for fields in found)
+
+
+_C = TypeVar("_C", bound=Case)
+
+
+def by_shape(cases: Iterable[_C]) -> dict[Case, list[_C]]:
     """Cases that share their baselines, in order of first appearance."""
-    groups: dict[DecodeCase, list[DecodeCase]] = {}
+    groups: dict[Case, list[_C]] = {}
     for case in cases:
         groups.setdefault(case.shape, []).append(case)
     return groups
 
 
-def memory_needed(case: DecodeCase) -> int:
-    """Bytes of device memory a case takes at least: K and V in 16 bits (the float64 check needs them) and the largest cache
-    beside them, which is ours with the base, the high plane and the centres of all blocks, or a copy in 8 bits.
+def memory_needed(case: Case) -> int:
+    """Bytes of device memory a case takes at least.
+
+    Decode: K and V in 16 bits (the float64 check needs them) and the largest cache beside them, which is ours with the base,
+    the high plane and the centres of all blocks, or a copy in 8 bits. Prefill: Q, K, V, the output, and Q, K and V again.
     """
+    if isinstance(case, PrefillCase):
+        return 2 * (2 * case.plain_elements + 3 * case.batch * case.q_heads * case.kv * case.head_dim) + (2 << 30)
     low = FORMATS[case.config.low].bits_per_element(case.head_dim)
-    high = 16 if case.high == "16bit" else RESIDUALS[case.high].bits_per_element(case.head_dim)
+    high = 16 if case.config.high == "16bit" else RESIDUALS[case.config.high].bits_per_element(case.head_dim)
     ours = (low + high + 16 / 2 / BLOCK) / 8
     return int(case.plain_elements * (2 + max(1.0, ours)) * 1.05) + (1 << 30)
 

@@ -156,15 +156,87 @@ def _case(text: str) -> Case:
     return Case(int(parts[0]), int(parts[1]), not how)
 
 
+@app.command()
+def prefill(
+    preset: Annotated[str, typer.Option(help="smoke, target or full; not used when --kv is given.")] = "target",
+    out: Annotated[Path, typer.Option("--out", "-o", help="Folder for the record and the picture.")] = Path("bench"),
+    kv: Annotated[str, typer.Option(help="Own grid: prompt lengths such as 32768,131072.")] = "",
+    low: Annotated[str, typer.Option(help="Own grid: formats such as fp8,nvfp4.")] = "fp8",
+    math: Annotated[str, typer.Option(help="Own grid: fp4 or 16bit.")] = "fp4",
+    heads: Annotated[str, typer.Option(help="Own grid: Hq/Hkv such as 32/8.")] = "32/8",
+    head_dim: Annotated[int, typer.Option(help="Own grid: D.")] = 128,
+    budget: Annotated[str, typer.Option(help="Own grid: budgets such as 0.05,0.1.")] = "0.05",
+    only: Annotated[str, typer.Option(help="Only methods whose names begin so, such as thrift,cudnn.")] = "",
+    skip: Annotated[str, typer.Option(help="No methods whose names begin so.")] = "",
+    replays: Annotated[int, typer.Option(min=5, help="Timed graph replays.")] = 9,
+    minutes: Annotated[float, typer.Option(help="Begin no new shape after this.")] = 60.0,
+    seed: Annotated[int, typer.Option(help="Of the inputs.")] = 0,
+    resume: Annotated[bool, typer.Option(help="Keep the rows that the record in --out has already.")] = False,
+    plot: Annotated[bool, typer.Option(help="Draw the picture.")] = True,
+) -> None:
+    """Prefill: our whole call and each stage against the BF16 and 8-bit kernels people use, in one run."""
+    console = Console(soft_wrap=True, width=None if sys.stdout.isatty() else 150)
+    with _errors():
+        from thrift_attn.bench.timing import DeviceLost, Settings, require_cuda
+
+        require_cuda()
+        from thrift_attn.bench.cases import PREFILL_PRESETS, prefill_grid
+        from thrift_attn.bench.runner import Plan, run
+
+        if kv:
+            cases = prefill_grid(
+                map(int, _words(kv)),
+                lows=_words(low),
+                maths=_words(math),
+                heads=[_heads(pair) for pair in _words(heads)],
+                budgets=_words(budget),
+                head_dim=head_dim,
+            )
+        elif preset in PREFILL_PRESETS:
+            cases = PREFILL_PRESETS[preset]
+        else:
+            raise ValueError(f"--preset must be one of {', '.join(PREFILL_PRESETS)}, got {preset!r}")
+        plan = Plan(
+            cases=cases,
+            out=out / "prefill.json",
+            only=tuple(_words(only)),
+            skip=tuple(_words(skip)),
+            settings=Settings(replays=replays, warmup=1, trial_replays=5),
+            minutes=minutes,
+            profile=False,
+            seed=seed,
+        )
+        try:
+            record = run(plan, resume=resume, say=lambda line: console.print(line, highlight=False, markup=False))
+        except DeviceLost as error:
+            _take_up_again(console, error)
+            raise typer.Exit(3) from error
+        console.print()
+        console.print(summary(record))
+        if plot:
+            from thrift_attn.bench.plots import draw
+
+            draw(record, out)
+        console.print(f"wrote {plan.out}", style="dim", highlight=False, markup=False)
+
+
 @app.command(name="plot")
 def plot_record(
-    record: Annotated[Path, typer.Argument(help="A decode.json.")],
+    record: Annotated[Path, typer.Argument(help="A record of this command.")],
     out: Annotated[
         Path | None, typer.Option("--out", "-o", help="Folder for the pictures; by default the record's.")
     ] = None,
 ) -> None:
     """Draw the pictures of a record again."""
     with _errors():
+        import json
+
+        if json.loads(record.read_text()).get("kind") == "e2e":
+            from thrift_attn.bench import e2e_plot
+            from thrift_attn.bench.e2e import E2ERecord
+
+            typer.echo(f"wrote {e2e_plot.draw(E2ERecord.load(record), (out or record.parent) / f'{record.stem}.png')}")
+            return
         from thrift_attn.bench.plots import draw
         from thrift_attn.bench.records import Record
 
@@ -174,10 +246,17 @@ def plot_record(
 
 def summary(record: Record) -> Table:
     """The rows of a run as a table, and how far ahead of the fastest baselines we are."""
-    table = Table(title=f"Decode on {record.context['machine']['gpu']}", box=None, padding=(0, 1), header_style="bold")
+    prefill = record.kind == "prefill"
+    table = Table(
+        title=f"{record.kind.title()} on {record.context['machine']['gpu']}",
+        box=None,
+        padding=(0, 1),
+        header_style="bold",
+    )
     table.add_column("case")
     table.add_column("method")
-    for header in ("p50 us", "of copy", "bytes/token", "error", "over BF16", "over FP8"):
+    speed = ("TFLOP/s", "of matmul") if prefill else ("of copy", "bytes/token")
+    for header in ("p50 us", *speed, "error", "over BF16", "over FP8"):
         table.add_column(header, justify="right")
     over = {id(one.ours): one for one in record.speedups()}
     for row in record.rows:
@@ -186,12 +265,16 @@ def summary(record: Record) -> Table:
             continue
         ahead = over.get(id(row))
         ratios = ["" if not ahead or (x := ahead.over(kind)) is None else f"{x:.2f}x" for kind in ("bf16", "fp8")]
+        rate = row.case.flops / row.p50_us * 1e6
+        if prefill:
+            shown = (f"{rate / 1e12:.0f}", f"{rate / record.matmul:.0%}")
+        else:
+            shown = (f"{row.bytes / row.p50_us * 1e6 / record.copy:.0%}", f"{row.bytes_per_token:,.0f}")
         table.add_row(
             row.case.name,
             f"[bold]{row.method}[/bold]" if row.kind == "thrift" else row.method,
             f"{row.p50_us:,.1f}",
-            f"{row.bytes / row.p50_us * 1e6 / record.copy:.0%}",
-            f"{row.bytes_per_token:,.0f}",
+            *shown,
             f"{max(check.error or 0.0 for check in row.checks):.1e}",
             *ratios,
         )

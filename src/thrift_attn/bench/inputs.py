@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from thrift_attn.bench.cases import DecodeCase
+from thrift_attn.bench.cases import Case
 from thrift_attn.config import BLOCK
 
 BIAS, TOPIC, NOISE, QUERY = 1.0, 1.0, 0.5, 2.0
@@ -31,7 +31,7 @@ class Inputs:
         v: like ``k``.
     """
 
-    case: DecodeCase
+    case: Case
     q: list[Tensor] = field(repr=False)
     k: list[Tensor] = field(repr=False)
     v: list[Tensor] = field(repr=False)
@@ -42,7 +42,7 @@ class Inputs:
         return len(self.q)
 
 
-def sets_for(case: DecodeCase, l2: int, most: int = 48) -> int:
+def sets_for(case: Case, l2: int, most: int = 48) -> int:
     """Sets needed so that even the smallest cache (about 0.28 of the 16-bit one) is four times the L2 in all.
 
     Args:
@@ -54,7 +54,7 @@ def sets_for(case: DecodeCase, l2: int, most: int = 48) -> int:
     return min(most, max(1, math.ceil(4 * l2 / smallest)))
 
 
-def make_inputs(case: DecodeCase, *, sets: int = 1, device: torch.device | str = "cuda", seed: int = 0) -> Inputs:
+def make_inputs(case: Case, *, sets: int = 1, device: torch.device | str = "cuda", seed: int = 0) -> Inputs:
     """Random inputs, the same for the same seed and device.
 
     Args:

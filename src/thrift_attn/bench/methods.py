@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
-from thrift_attn.bench.cases import DecodeCase
+from thrift_attn.bench.cases import Case
 from thrift_attn.bench.inputs import Inputs
 from thrift_attn.bench.timing import Step
 from thrift_attn.bench.truth import Rounding
@@ -67,7 +67,7 @@ class Method:
     package: str
     precision: str
     computes: Rounding | ThriftConfig
-    bytes: Callable[[DecodeCase], int]
-    bytes_per_token: Callable[[DecodeCase], float]
-    variants: Callable[[DecodeCase], list[Variant]]
+    bytes: Callable[[Case], int]
+    bytes_per_token: Callable[[Case], float]
+    variants: Callable[[Case], list[Variant]]
     launches: Callable[[Inputs], list[Launch]] = lambda inputs: []

@@ -29,8 +29,8 @@ def method(case: DecodeCase) -> Method:
         package="thrift-attn",
         precision=f"16-bit Q, {case.config.low} K, V, {case.high} for {case.budget} of the blocks",
         computes=case.config,
-        bytes=lambda case: thrift_bytes(case)["step"],
-        bytes_per_token=_bytes_per_token,
+        bytes=lambda _: thrift_bytes(case)["step"],
+        bytes_per_token=lambda _: _bytes_per_token(case),
         variants=lambda case: [Variant("paged", partial(_steps, case.config))],
         launches=partial(_launches, case),
     )

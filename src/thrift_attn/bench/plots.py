@@ -191,22 +191,69 @@ def _label_ours(axes: Any, rows: list[Row], intensity: Callable[[Row], float], r
     for y, x, row in points:
         to = min(y, last / 1.13)
         last = to
-        axes.annotate(f"{row.case.name} {row.case.high}", (x, y), (x * 1.13, to), fontsize=7.2, va="center", color=OURS,
+        axes.annotate(f"{row.case.name} {row.case.config.high}", (x, y), (x * 1.13, to), fontsize=7.2, va="center", color=OURS,
                       arrowprops={"arrowstyle": "-", "color": OURS, "linewidth": 0.4, "shrinkB": 2})  # fmt: skip
 
 
+def throughput(record: Record, path: Path) -> None:
+    """Bars of every timed method's rate, one group per shape, in order of the record.
+
+    Args:
+        record: of prefill, with at least one timed row.
+        path: of the picture.
+
+    Raises:
+        ValueError: nothing to draw.
+        ImportError: matplotlib is not installed.
+    """
+    rows = [row for row in record.rows if row.status == "timed"]
+    if not rows:
+        raise ValueError("nothing to draw: it takes a timed row")
+    names = list(dict.fromkeys(row.case.name for row in rows))
+    places: list[tuple[float, Row | None, str]] = []
+    y = 0.0
+    for name in names:
+        places.append((y, None, name))
+        for row in sorted((row for row in rows if row.case.name == name), key=lambda row: row.p50_us):
+            y -= 1
+            places.append((y, row, row.method))
+        y -= 1.6
+    figure, axes = _canvas(8.2, 1.2 + 0.3 * -y)
+    rates = {id(row): row.case.flops / row.p50_us / 1e6 for row in rows}
+    widest = max(rates.values())
+    for at, row, text in places:
+        if row is None:
+            axes.annotate(text, (0, at), (2, 0), textcoords="offset points", va="center", fontsize=9, fontweight="bold")
+            continue
+        axes.barh(at, rates[id(row)], 0.82, color=COLOURS[row.kind], alpha=0.9, zorder=2)
+        words = f"{rates[id(row)]:.0f} TFLOP/s, {row.p50_us / 1e3:,.1f} ms"
+        axes.annotate(words, (rates[id(row)], at), (5, 0), textcoords="offset points", va="center", fontsize=8)
+    bars = [(at, text) for at, row, text in places if row is not None]
+    axes.set_yticks([at for at, _ in bars], [text for _, text in bars], fontsize=8.5)
+    axes.set_ylim(y + 1, 0.8)
+    axes.set_xlim(0, widest * 1.3)
+    axes.set_xlabel("TFLOP/s of exact causal attention, the whole call")
+    axes.grid(axis="x", color="#dddddd", linewidth=0.6)
+    axes.tick_params(axis="y", length=0)
+    handles = [axes.barh([9], [0], color=COLOURS[kind], label=WORDS[kind]) for kind in ("thrift", "bf16", "fp8")]
+    axes.legend(handles=handles, fontsize=8.5, loc="lower right", edgecolor="none")
+    _title(axes, "Prefill: causal, one call", record)
+    _save(figure, path)
+
+
 def draw(record: Record, folder: Path) -> list[Path]:
-    """Both pictures, as far as the record has what they need.
+    """The pictures of the record's kind, as far as it has what they need.
 
     Args:
         record: of a run.
-        folder: for ``speedup.png`` and ``roofline.png``.
+        folder: for ``speedup.png`` and ``roofline.png``, or ``prefill.png``.
 
     Returns:
         The files that were written.
     """
     written = []
-    for name, make in (("speedup", speedup), ("roofline", roofline)):
+    decode = (("speedup", speedup), ("roofline", roofline))
+    for name, make in (("prefill", throughput),) if record.kind == "prefill" else decode:
         path = folder / f"{name}.png"
         try:
             make(record, path)

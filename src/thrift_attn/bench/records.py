@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from thrift_attn.bench.cases import DecodeCase
+from thrift_attn.bench.cases import Case, DecodeCase, PrefillCase
 from thrift_attn.bench.methods import Kind
 from thrift_attn.bench.timing import percentile
 from thrift_attn.bench.truth import Check
@@ -15,6 +15,9 @@ from thrift_attn.config import check_choice
 from thrift_attn.provenance import commit, machine, now, versions
 
 SCHEMA = 1
+
+CASES: dict[str, type[DecodeCase] | type[PrefillCase]] = {"decode": DecodeCase, "prefill": PrefillCase}
+"""Kinds of records, and what their rows are about."""
 
 Status = Literal["timed", "absent", "failed", "wrong", "skipped"]
 """``wrong``: the correctness gate was red, so there is no speed; ``skipped``: not asked for, no memory or no time."""
@@ -65,7 +68,7 @@ class Row:
         ValueError: times without green checks, or a timed row without times.
     """
 
-    case: DecodeCase
+    case: Case
     method: str
     kind: Kind
     precision: str
@@ -104,10 +107,10 @@ class Row:
         return found
 
     @classmethod
-    def from_dict(cls, found: dict[str, Any]) -> Row:
+    def from_dict(cls, found: dict[str, Any], kind: str = "decode") -> Row:
         """The inverse of `to_dict`."""
         rest = {key: value for key, value in found.items() if not (key.startswith("p") and key.endswith("0_us"))}
-        rest["case"] = DecodeCase(**rest["case"])
+        rest["case"] = CASES[kind](**rest["case"])
         rest["checks"] = [Check(**check) for check in rest["checks"]]
         rest["kernels"] = [KernelTime(**kernel) for kernel in rest["kernels"]]
         return cls(**rest)
@@ -122,18 +125,20 @@ class Record:
         copy: bytes per second of a device-to-device copy (read and written), measured in this run.
         matmul: FLOP per second of a bfloat16 matrix product, measured in this run.
         rows: results in the order they were made.
+        kind: ``"decode"`` or ``"prefill"``.
     """
 
     context: dict[str, Any]
     copy: float
     matmul: float
     rows: list[Row] = field(default_factory=list)
+    kind: str = "decode"
 
     def save(self, path: Path) -> None:
         """Write the JSON file whole or not at all; its folder is made."""
         path.parent.mkdir(parents=True, exist_ok=True)
         found = {
-            "kind": "decode",
+            "kind": self.kind,
             "schema": SCHEMA,
             "context": self.context,
             "copy_bytes_per_s": self.copy,
@@ -152,12 +157,13 @@ class Record:
             ValueError: another kind of file or an unknown schema.
         """
         found = json.loads(path.read_text())
-        if not isinstance(found, dict) or found.get("kind") != "decode" or found.get("schema") != SCHEMA:
-            raise ValueError(f"{path} is not a decode record of schema {SCHEMA}")
-        rows = [Row.from_dict(row) for row in found["rows"]]
-        return cls(found["context"], found["copy_bytes_per_s"], found["matmul_flop_per_s"], rows)
+        kind = found.get("kind") if isinstance(found, dict) else None
+        if kind not in CASES or found.get("schema") != SCHEMA:
+            raise ValueError(f"{path} is not a {' or '.join(CASES)} record of schema {SCHEMA}")
+        rows = [Row.from_dict(row, kind) for row in found["rows"]]
+        return cls(found["context"], found["copy_bytes_per_s"], found["matmul_flop_per_s"], rows, kind)
 
-    def find(self, case: DecodeCase, method: str) -> Row | None:
+    def find(self, case: Case, method: str) -> Row | None:
         """The row of a method on a case."""
         return next((row for row in self.rows if row.case == case and row.method == method), None)
 
@@ -197,7 +203,7 @@ class Speedup:
         return None if other is None else other.bytes / self.ours.bytes
 
 
-PACKAGES = ("torch", "triton", "fa3_fwd", "flash_attn", "flashinfer-python", "apache-tvm-ffi", "numpy")
+PACKAGES = ("torch", "triton", "fa3_fwd", "flash_attn", "flashinfer-python", "sageattention", "apache-tvm-ffi", "numpy")
 
 
 def make_context(settings: dict[str, Any]) -> dict[str, Any]:

@@ -11,9 +11,9 @@ from typing import Any
 
 import torch
 
-from thrift_attn.bench import flashinfer_build, ours
+from thrift_attn.bench import flashinfer_build, ours, prefill
 from thrift_attn.bench.baselines import BASELINES
-from thrift_attn.bench.cases import DecodeCase, by_shape, memory_needed
+from thrift_attn.bench.cases import Case, DecodeCase, PrefillCase, by_shape, memory_needed
 from thrift_attn.bench.inputs import WORDS, Inputs, make_inputs, sets_for
 from thrift_attn.bench.methods import Absent, Launch, Method, Variant
 from thrift_attn.bench.records import KernelTime, Record, Row, make_context
@@ -51,6 +51,7 @@ class Bench:
         settings: how long to measure.
         timer: replays steps and returns microseconds of each replay and the first output.
         guard: raises DeviceLost when the device is no longer usable.
+        truths: of both inputs; by default of sampled (sequence, KV head) pairs.
     """
 
     small: Inputs
@@ -58,10 +59,14 @@ class Bench:
     settings: Settings = Settings()
     timer: Timer = time_steps
     guard: Callable[[str], None] = check_alive
+    truths: tuple[Truth, Truth] | None = None
     small_truth: Truth = field(init=False)
     big_truth: Truth = field(init=False)
 
     def __post_init__(self) -> None:
+        if self.truths is not None:
+            self.small_truth, self.big_truth = self.truths
+            return
         small, big = self.small.case, self.big.case
         every = pick_samples(small.batch, small.kv_heads, small.batch * small.kv_heads)
         some = pick_samples(big.batch, big.kv_heads, SAMPLES)
@@ -78,7 +83,7 @@ class _Trial:
     p50: float | None = None
 
 
-def run_method(method: Method, bench: Bench, case: DecodeCase, *, profile: bool = False) -> Row:
+def run_method(method: Method, bench: Bench, case: Case, *, profile: bool = False) -> Row:
     """Gate and time one method on one case.
 
     Args:
@@ -253,7 +258,7 @@ class Plan:
         seed: of the inputs.
     """
 
-    cases: tuple[DecodeCase, ...]
+    cases: tuple[DecodeCase, ...] | tuple[PrefillCase, ...]
     out: Path
     only: tuple[str, ...] = ()
     skip: tuple[str, ...] = ()
@@ -262,6 +267,11 @@ class Plan:
     compile_seconds: float = 400.0
     profile: bool = True
     seed: int = 0
+
+    @property
+    def kind(self) -> str:
+        """Of the record."""
+        return "prefill" if isinstance(self.cases[0], PrefillCase) else "decode"
 
     def wants(self, name: str) -> bool:
         """Whether a method is to be run."""
@@ -284,8 +294,11 @@ def run(plan: Plan, *, resume: bool = False, say: Say = print) -> Record:
     require_cuda()
     began = time.monotonic()
     builder = None
-    if any(plan.wants(name) for name in ("FlashInfer", "FlashInfer FP8 KV", "FlashInfer XQA", "FlashInfer XQA FP8")):
-        builder = flashinfer_build.start(plan.cases, plan.compile_seconds)
+    flashinfer = plan.kind == "decode"
+    if flashinfer and any(
+        plan.wants(name) for name in ("FlashInfer", "FlashInfer FP8 KV", "FlashInfer XQA", "FlashInfer XQA FP8")
+    ):
+        builder = flashinfer_build.start(_decode(plan.cases), plan.compile_seconds)
     try:
         record = _opened(plan, resume)
         say(f"copy {record.copy / 1e12:.2f} TB/s, bf16 matrix product {record.matmul / 1e12:.0f} TFLOP/s")
@@ -305,6 +318,10 @@ def run(plan: Plan, *, resume: bool = False, say: Say = print) -> Record:
             builder.stop()
 
 
+def _decode(cases: Iterable[Case]) -> list[DecodeCase]:
+    return [case for case in cases if isinstance(case, DecodeCase)]
+
+
 def _opened(plan: Plan, resume: bool) -> Record:
     """A new record, or the one that is to be resumed."""
     if resume and plan.out.exists():
@@ -315,14 +332,15 @@ def _opened(plan: Plan, resume: bool) -> Record:
         "data": WORDS,
         "timing": "CUDA graph replays",
     }
-    record = Record(make_context(settings), copy_bandwidth(), matmul_rate())
+    record = Record(make_context(settings), copy_bandwidth(), matmul_rate(), kind=plan.kind)
     record.save(plan.out)
     return record
 
 
-def _run_shape(plan: Plan, record: Record, shape: DecodeCase, cases: Iterable[DecodeCase], say: Say) -> None:
+def _run_shape(plan: Plan, record: Record, shape: Case, cases: Iterable[Case], say: Say) -> None:
     """All methods on one shape: baselines once, ours for each storage and budget."""
-    work = [(method, shape) for method in BASELINES] + [(ours.method(case), case) for case in cases]
+    baselines = prefill.BASELINES if isinstance(shape, PrefillCase) else BASELINES
+    work = [(method, shape) for method in baselines] + [(_ours(case), case) for case in cases]
     work = [(method, case) for method, case in work if plan.wants(method.name)]
     work = [(method, case) for method, case in work if record.find(case, method.name) is None]
     work.sort(key=lambda one: one[0].package == "flashinfer-python")  # last, since its compiler may still be at work
@@ -358,8 +376,20 @@ def _run_shape(plan: Plan, record: Record, shape: DecodeCase, cases: Iterable[De
     _release()
 
 
-def _prepared(plan: Plan, shape: DecodeCase) -> Bench:
+def _ours(case: Case) -> Method:
+    if isinstance(case, PrefillCase):
+        return prefill.method(case)
+    assert isinstance(case, DecodeCase)
+    return ours.method(case)
+
+
+def _prepared(plan: Plan, shape: Case) -> Bench:
     """Inputs and float64 results of a shape."""
+    if isinstance(shape, PrefillCase):  # one input set: a call reads more than any cache holds, or all of it many times
+        inputs = (make_inputs(prefill.small_case(shape), seed=plan.seed), make_inputs(shape, seed=plan.seed + 1000))
+        truths = (prefill.PrefillTruth.of(x, whole=whole) for x, whole in zip(inputs, (True, False), strict=True))
+        return Bench(*inputs, plan.settings, truths=(next(truths), next(truths)))
+    assert isinstance(shape, DecodeCase)
     l2 = torch.cuda.get_device_properties(torch.cuda.current_device()).L2_cache_size
     small = replace(shape, batch=min(shape.batch, 2), kv=max(SMALL_KV, shape.tq))
     return Bench(
@@ -375,9 +405,10 @@ def describe(row: Row, copy: float) -> str:
     if row.status != "timed":
         return f"{head} {row.status}: {row.reason.splitlines()[0][:150]}"
     p20, p50, p80 = (percentile(row.runs_us, share) for share in (0.2, 0.5, 0.8))
-    moved = row.bytes / p50 * 1e6
+    if isinstance(row.case, PrefillCase):
+        speed = f"{row.case.flops / p50 / 1e6:.0f} TFLOP/s"
+    else:
+        moved = row.bytes / p50 * 1e6
+        speed = f"{moved / 1e12:.2f} TB/s, {moved / copy:4.0%} of copy"
     error = max(check.error or 0.0 for check in row.checks)
-    return (
-        f"{head} {p50:9.1f} us ({p20:.1f} to {p80:.1f})  {moved / 1e12:.2f} TB/s, {moved / copy:4.0%} of copy  "
-        f"error {error:.1e}  {row.setting}"
-    )
+    return f"{head} {p50:9.1f} us ({p20:.1f} to {p80:.1f})  {speed}  error {error:.1e}  {row.setting}"

@@ -117,7 +117,7 @@ class Truth:
 
     inputs: Inputs = field(repr=False)
     where: str
-    samples: list[tuple[int, int]]
+    samples: Sequence[tuple[int, ...]]
     _exact: list[Tensor] = field(init=False, repr=False)
     _budgets: dict[Rounding | ThriftConfig, float] = field(init=False, default_factory=dict)
 
@@ -125,7 +125,7 @@ class Truth:
         case = self.inputs.case
         self._exact = [attention64(*self._operands(at), scale=case.scale) for at in self.samples]
 
-    def _operands(self, sample: tuple[int, int]) -> tuple[Tensor, Tensor, Tensor]:
+    def _operands(self, sample: tuple[int, ...]) -> tuple[Tensor, Tensor, Tensor]:
         """q [G, Tq, D], k [T, D], v [T, D] of a sample."""
         b, h = sample
         case, inputs = self.inputs.case, self.inputs
@@ -156,13 +156,19 @@ class Truth:
             self._budgets[precision] = slack * error
         return self._budgets[precision]
 
-    def _reference(self, sample: tuple[int, int], config: ThriftConfig) -> Tensor:
+    def _reference(self, sample: tuple[int, ...], config: ThriftConfig) -> Tensor:
         """Our reference on one sample: selection is per KV head, so a sample stands alone."""
         from thrift_attn.api import attention
 
         q, k, v = self._operands(sample)
         out = attention(q[None], k[None, None], v[None, None], config=config, backend="reference")
         return out[0]
+
+    def _found(self, out: Tensor, sample: tuple[int, ...]) -> Tensor:
+        """What an output holds for a sample."""
+        b, h = sample
+        group = self.inputs.case.group
+        return out[b, h * group : (h + 1) * group]
 
     def check(self, out: Tensor, precision: Rounding | ThriftConfig) -> Check:
         """Compare an output with float64.
@@ -183,6 +189,5 @@ class Truth:
         budget = self.budget(precision)
         if not bool(out.isfinite().all()):  # of all heads, also those that are not sampled
             return Check(self.where, None, budget)
-        group = case.group
-        error = self._error([out[b, h * group : (h + 1) * group] for b, h in self.samples])
+        error = self._error([self._found(out, at) for at in self.samples])
         return Check(self.where, error, budget)
