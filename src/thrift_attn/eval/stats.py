@@ -15,7 +15,7 @@ LEVEL = 0.95
 Interval = tuple[float, float]
 
 
-@lru_cache(maxsize=4)
+@lru_cache(maxsize=12)
 def draws(units: int, *, seed: int = 0) -> NDArray[np.float64]:
     """How often each of so many units is drawn in every resample, `[resamples, units]`; not to be written to."""
     drawn = np.random.default_rng(seed).multinomial(units, np.full(units, 1 / units), size=RESAMPLES).astype(np.float64)
