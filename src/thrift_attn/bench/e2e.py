@@ -151,7 +151,7 @@ class Plan:
     """What to run.
 
     Args:
-        model: a name of `e2e_model.SHAPES`, or what `thrift_attn.eval.models.load_model` takes.
+        model: a name of `e2e_model.SHAPES`, or a folder or hub id of transformers.
         cases: in order.
         out: the record's file.
         new: timed decode steps.
@@ -187,12 +187,7 @@ class Bench:
         self.plan, self.device = plan, torch.device(plan.device)
         self.cuda = self.device.type == "cuda"
         dtype = torch.bfloat16 if self.cuda else torch.float32
-        if plan.model in e2e_model.SHAPES:
-            self.model = e2e_model.build(plan.model, self.device, dtype, seed=plan.seed)
-        else:
-            from thrift_attn.eval.models import load_model
-
-            self.model = load_model(plan.model, device=plan.device, dtype="bfloat16" if self.cuda else "float32").model
+        self.model = e2e_model.build(plan.model, self.device, dtype, seed=plan.seed)
         self.fused = e2e_model.fuse(self.model) if plan.fused else []
         e2e_model.register_bf16()
         self.weights = sum(p.numel() * p.element_size() for p in self.model.parameters())

@@ -25,7 +25,6 @@ hold, and the next forward takes the others back.
 from __future__ import annotations
 
 import copy
-import json
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +32,7 @@ import torch
 from torch import Tensor
 
 from thrift_attn.attend.stats import Stats
-from thrift_attn.cache import PagedThriftCache, state
+from thrift_attn.cache import PagedThriftCache
 from thrift_attn.cache.paged import DECODE
 from thrift_attn.config import BLOCK, Budget, ThriftConfig, fraction
 from thrift_attn.integrations.handles import Cached, Padding, Step, gather
@@ -43,9 +42,6 @@ try:
     from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 except ImportError as error:
     raise ImportError('ThriftCache needs transformers >= 5.0: pip install "thrift-attn[hf]"') from error
-
-FORMAT = 1
-"""Version of the files that `ThriftCache.save` writes."""
 
 
 def default_prefill(device: torch.device, decode: ThriftConfig) -> ThriftConfig:
@@ -464,88 +460,15 @@ class ThriftCache(Cache):
         return sum(layer.paged.bytes_per_token() for layer in self.paged_layers)
 
     def save(self, path: str | Path) -> None:
-        """Write what the cache holds to a safetensors file; a page that sequences share is written once.
+        """Write what the cache holds to a safetensors file; see `thrift_attn.integrations.files`."""
+        from thrift_attn.integrations import files
 
-        Raises:
-            ValueError: an empty cache.
-        """
-        from safetensors.torch import save_file
-
-        if not self.get_seq_length():
-            raise ValueError("the cache is empty: there is nothing to save")
         self._mend()
-        tensors: dict[str, Tensor] = {}
-        described: list[dict[str, Any]] = []
-        for at, layer in enumerate(self.layers):
-            if isinstance(layer, ThriftLayer):
-                found = state.dump(layer.paged)
-                paddings = [(padding.start, padding.is_token) for padding in layer.paddings]
-                found |= {f"padding{i}": is_token.clone() for i, (_, is_token) in enumerate(paddings)}
-                described.append({"slots": layer.slots, "paddings": [start for start, _ in paddings]})
-            else:
-                found = {"keys": layer.keys, "values": layer.values}
-                described.append({"cumulative_length": layer.cumulative_length})
-            tensors |= {f"{at}.{name}": x.contiguous() for name, x in found.items()}
-        about = {"format": FORMAT, "decode": self.decode.to_dict(), "layers": described}
-        save_file(tensors, str(path), metadata={"thrift_cache": json.dumps(about)})
+        files.save(self, path)
 
     def load(self, path: str | Path, device: torch.device | str = "cpu") -> ThriftCache:
-        """Fill this cache, which must be empty, with what `save` wrote.
+        """Fill this cache, which must be empty, from a file on a device; see `thrift_attn.integrations.files`."""
+        from thrift_attn.integrations import files
 
-        Args:
-            path: the file.
-            device: where the model runs.
-
-        Returns:
-            This cache.
-
-        Raises:
-            ValueError: another kind of file, other layers, or another way of storing K and V.
-            RuntimeError: the pages are exhausted.
-        """
-        from safetensors import safe_open
-
-        if any(layer.get_seq_length() for layer in self.layers):
-            raise ValueError("the cache is not empty: reset() it first")
-        with safe_open(str(path), "pt", device=str(device)) as file:
-            about = json.loads((file.metadata() or {}).get("thrift_cache", "{}"))
-            self._check_saved(path, about)
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
-        try:
-            for at, (layer, described) in enumerate(zip(self.layers, about["layers"], strict=True)):
-                start = f"{at}."
-                found = {name.removeprefix(start): x for name, x in tensors.items() if name.startswith(start)}
-                _restore(layer, described, found)
-        except BaseException:
-            self.reset()
-            raise
+        files.load(self, path, device)
         return self
-
-    def _check_saved(self, path: str | Path, about: dict[str, Any]) -> None:
-        if about.get("format") != FORMAT:
-            raise ValueError(f"{path} is not a file that ThriftCache.save wrote, format {FORMAT}")
-        stored = ("low", "center", "high")
-        theirs, ours = ({name: told[name] for name in stored} for told in (about["decode"], self.decode.to_dict()))
-        if theirs != ours:
-            raise ValueError(f"{path} stores K and V as {theirs}, this cache as {ours}")
-        kinds = ["slots" in described for described in about["layers"]]
-        if kinds != [isinstance(layer, ThriftLayer) for layer in self.layers]:
-            raise ValueError(f"{path} holds {len(kinds)} layers, {sum(kinds)} of them paged: another model")
-
-
-def _restore(layer: Any, described: dict[str, Any], found: dict[str, Tensor]) -> None:
-    """Fill one empty layer from the tensors of a file."""
-    if not isinstance(layer, ThriftLayer):
-        layer.lazy_initialization(found["keys"], found["values"])
-        layer.keys, layer.values = found["keys"], found["values"]
-        layer.cumulative_length = described["cumulative_length"]
-        return
-    _, batch, _, heads, _, dim = found["tail"].shape
-    shaped = found["tail"].new_empty(batch, heads, 0, dim)
-    if layer._paged is None or layer._paged.batch != batch:
-        layer.lazy_initialization(shaped, shaped)
-    state.restore(layer.paged, found)
-    layer.slots = described["slots"]
-    for at, start in enumerate(described["paddings"]):
-        is_token = found[f"padding{at}"]
-        layer.paddings.append(Padding(start, is_token, is_token.sum(1).tolist()))
