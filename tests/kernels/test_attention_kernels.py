@@ -92,3 +92,24 @@ def test_graphs_replay_and_auto_takes_the_kernels() -> None:
             graph.replay()
             assert torch.equal(out, want)
     assert out.dtype == DTYPE
+
+
+@pytest.mark.gpu
+def test_a_million_tokens() -> None:
+    """1,048,576 tokens in one call equal the same queries in pieces: every row chooses and attends by itself."""
+    if torch.cuda.get_device_properties(0).total_memory < 40 << 30:
+        pytest.skip("takes about 20 GiB of device memory")
+    torch.manual_seed(3)
+    keys = 1 << 20
+    q, k, v = (torch.randn(1, heads, keys, 128, device=DEVICE, dtype=torch.bfloat16) for heads in (8, 1, 1))
+    config = ThriftConfig(low="fp8", budget=top_k(16))
+    whole, lse = attention(q, k, v, config=config, return_lse=True)
+    assert not whole.isnan().any()
+    for start, end in ((keys // 2, keys // 2 + 4096), (keys - 65536, keys)):
+        part = (q[:, :, start:end], k[:, :, :end], v[:, :, :end])
+        out, part_lse = attention(*part, config=config, return_lse=True)
+        # The same arithmetic on the same data; a piece may only be cut into programs otherwise.
+        torch.testing.assert_close(part_lse, lse[:, :, start:end], rtol=0, atol=1e-3)
+        difference = (out.float() - whole[:, :, start:end].float()).norm() / whole[:, :, start:end].float().norm()
+        print(f"1M tokens, queries {start} to {end}: relative difference {float(difference):.1e}")
+        assert float(difference) < 1e-2

@@ -15,7 +15,7 @@ from thrift_attn.bench.methods import Method, Variant
 from thrift_attn.bench.plots import draw
 from thrift_attn.bench.prefill import BASELINES, PrefillTruth, method, small_case
 from thrift_attn.bench.records import Record, Row, make_context
-from thrift_attn.bench.runner import Bench, describe, run_method
+from thrift_attn.bench.runner import Bench, Plan, describe, run_method
 from thrift_attn.bench.truth import Rounding, attention64
 
 CASE = PrefillCase(kv=200, q_heads=4, kv_heads=2, head_dim=64, dtype="float16", budget="0.4", low="nvfp4")
@@ -113,6 +113,14 @@ def test_runs_records_and_pictures(tmp_path: Path) -> None:
     assert [path.name for path in draw(again, tmp_path)] == ["prefill.png"]
     with pytest.raises(ValueError, match="no times"):
         Row(CASE, "x", "bf16", "", "absent")
+
+
+def test_a_method_can_be_left_out_at_one_length() -> None:
+    plan = Plan(cases=(CASE,), out=Path("x"), skip=("cuDNN@200", "Flash"))
+    assert plan.kind == "prefill"
+    assert not plan.wants("cuDNN SDPA", CASE)
+    assert plan.wants("cuDNN SDPA", replace(CASE, kv=300))
+    assert not plan.wants("FlashAttention-3", replace(CASE, kv=300))
 
 
 def test_baselines_say_why_they_cannot_run() -> None:

@@ -109,7 +109,7 @@ def decode(
 @app.command()
 def e2e(
     model: Annotated[
-        str, typer.Option(help="llama-3.1-8b or qwen3-8b (random weights), or a name, folder, .gguf file or hub id.")
+        str, typer.Option(help="llama-3.1-8b or qwen3-8b (random weights), or a folder or hub id.")
     ] = "llama-3.1-8b",
     cases: Annotated[
         str,
@@ -167,7 +167,7 @@ def prefill(
     head_dim: Annotated[int, typer.Option(help="Own grid: D.")] = 128,
     budget: Annotated[str, typer.Option(help="Own grid: budgets such as 0.05,0.1.")] = "0.05",
     only: Annotated[str, typer.Option(help="Only methods whose names begin so, such as thrift,cudnn.")] = "",
-    skip: Annotated[str, typer.Option(help="No methods whose names begin so.")] = "",
+    skip: Annotated[str, typer.Option(help="No methods whose names begin so; NAME@131072 at one length.")] = "",
     replays: Annotated[int, typer.Option(min=5, help="Timed graph replays.")] = 9,
     minutes: Annotated[float, typer.Option(help="Begin no new shape after this.")] = 60.0,
     seed: Annotated[int, typer.Option(help="Of the inputs.")] = 0,
@@ -218,6 +218,35 @@ def prefill(
 
             draw(record, out)
         console.print(f"wrote {plan.out}", style="dim", highlight=False, markup=False)
+
+
+@app.command(name="compile")
+def compile_kernels(
+    out: Annotated[Path, typer.Option("--out", "-o", help="Folder for the record.")] = Path("bench"),
+    dims: Annotated[str, typer.Option(help="Head dims, several after commas; all by default.")] = "",
+    capabilities: Annotated[str, typer.Option(help="Compute capabilities times ten, such as 90,120.")] = "",
+    kernels: Annotated[str, typer.Option(help="attend, quantise_kv, quantise_q, select.")] = "",
+    workers: Annotated[int, typer.Option(min=1, help="Processes.")] = 2,
+) -> None:
+    """Compile the prefill kernels for every GPU they are meant for, no GPU needed: instructions, registers, spills."""
+    with _errors():
+        from thrift_attn.bench.compile import CAPABILITIES, compile_all, save, targets
+        from thrift_attn.capability import HEAD_DIMS
+
+        found = targets(
+            tuple(map(int, _words(dims))) or HEAD_DIMS, tuple(map(int, _words(capabilities))) or CAPABILITIES
+        )
+        wanted = _words(kernels)
+        rows = []
+        for row in compile_all([one for one in found if not wanted or one.kernel in wanted], workers):
+            rows.append(row)
+            one = row.target
+            typer.echo(
+                f"sm_{one.capability:<4} {one.kernel:<12} D {one.dim:<4} {one.low:<6} {one.math:<6} {one.form:<7} "
+                f"{row.registers:3} registers, {row.shared:6} bytes shared, {'; '.join(row.problems) or 'green'}"
+            )
+        save(rows, out / "prefill.json")
+        typer.echo(f"{sum(not row.problems for row in rows)} of {len(rows)} green; wrote {out / 'prefill.json'}")
 
 
 @app.command(name="plot")

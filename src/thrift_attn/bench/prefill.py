@@ -19,8 +19,8 @@ from thrift_attn.bench.timing import Step
 from thrift_attn.bench.truth import Rounding, Truth
 from thrift_attn.config import BLOCK, ThriftConfig, top_k
 
-SMALL = PrefillCase(kv=1000, q_heads=8, kv_heads=2)
-"""The small case of the gate, compared whole: odd, with an incomplete block."""
+SMALL_KV = 1000
+"""Tokens of the small case of the gate: odd, with an incomplete block."""
 
 SAMPLED_HEADS, SAMPLED_ROWS = 2, 4
 """Heads and query rows (64 queries) of each that are compared on the timed case, first and last row included."""
@@ -41,9 +41,9 @@ class PrefillTruth(Truth):
 
     @classmethod
     def of(cls, inputs: Inputs, *, whole: bool) -> PrefillTruth:
-        """Truth of all rows, or of `SAMPLED_ROWS` rows of `SAMPLED_HEADS` heads."""
+        """Truth of all rows of, or of `SAMPLED_ROWS` rows of, `SAMPLED_HEADS` KV heads."""
         case = inputs.case
-        heads = _spread(case.batch * case.kv_heads, case.batch * case.kv_heads if whole else SAMPLED_HEADS)
+        heads = _spread(case.batch * case.kv_heads, SAMPLED_HEADS)
         rows = _spread(case.blocks, case.blocks if whole else SAMPLED_ROWS)
         samples = [(*divmod(head, case.kv_heads), row) for head in heads for row in rows]
         where = (
@@ -76,7 +76,9 @@ class PrefillTruth(Truth):
         wanted = blocks_per_row(config.budget, torch.arange(1, blocks + 1), blocks)[sample[2]]
         own = config.with_(budget=top_k(int(wanted)))
         mask = reference.Mask(q.shape[1], len(k), True, None, decode=False)
-        planes = reference.build_planes(k[None], v[None], own, q)
+        b, h, _ = sample
+        every = self.inputs.q[0][b, h * self.inputs.case.group : (h + 1) * self.inputs.case.group]
+        planes = reference.build_planes(k[None], v[None], own, every)  # their mean is that of the call
         out, _, _ = reference.attend_planes(q, planes, own, mask, self.inputs.case.scale)
         return out.to(q.dtype)
 
@@ -227,5 +229,5 @@ BASELINES: tuple[Method, ...] = (
 
 
 def small_case(shape: PrefillCase) -> PrefillCase:
-    """The small case of a shape: its head dim and dtype."""
-    return replace(SMALL, head_dim=shape.head_dim, dtype=shape.dtype)
+    """The small case of a shape: its heads and dtype, so that the same kernels run."""
+    return replace(shape, batch=1, kv=min(shape.kv, SMALL_KV))

@@ -249,7 +249,7 @@ class Plan:
     Args:
         cases: in order.
         out: the record's file; rows are written as they come.
-        only: names of methods (or the beginnings of names); empty for all.
+        only: names of methods (or the beginnings of names), ``NAME@TOKENS`` for one length; empty for all.
         skip: likewise, not to be run.
         settings: how long to measure.
         minutes: no new case is begun after this.
@@ -273,10 +273,14 @@ class Plan:
         """Of the record."""
         return "prefill" if isinstance(self.cases[0], PrefillCase) else "decode"
 
-    def wants(self, name: str) -> bool:
-        """Whether a method is to be run."""
-        asked = not self.only or name.lower().startswith(tuple(word.lower() for word in self.only))
-        return asked and not (self.skip and name.lower().startswith(tuple(word.lower() for word in self.skip)))
+    def wants(self, name: str, case: Case | None = None) -> bool:
+        """Whether a method is to be run (on this case)."""
+
+        def meant(word: str) -> bool:
+            begins, _, length = word.lower().partition("@")
+            return name.lower().startswith(begins) and (not length or (case is not None and length == str(case.kv)))
+
+        return (not self.only or any(map(meant, self.only))) and not any(map(meant, self.skip))
 
 
 def run(plan: Plan, *, resume: bool = False, say: Say = print) -> Record:
@@ -341,7 +345,7 @@ def _run_shape(plan: Plan, record: Record, shape: Case, cases: Iterable[Case], s
     """All methods on one shape: baselines once, ours for each storage and budget."""
     baselines = prefill.BASELINES if isinstance(shape, PrefillCase) else BASELINES
     work = [(method, shape) for method in baselines] + [(_ours(case), case) for case in cases]
-    work = [(method, case) for method, case in work if plan.wants(method.name)]
+    work = [(method, case) for method, case in work if plan.wants(method.name, case)]
     work = [(method, case) for method, case in work if record.find(case, method.name) is None]
     work.sort(key=lambda one: one[0].package == "flashinfer-python")  # last, since its compiler may still be at work
     if not work:
