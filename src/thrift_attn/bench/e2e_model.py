@@ -89,8 +89,8 @@ def build(name: str, device: torch.device, dtype: torch.dtype, *, seed: int = 0)
     import transformers
 
     if name not in SHAPES:
-        model = transformers.AutoModelForCausalLM.from_pretrained(name, dtype=dtype, attn_implementation="sdpa")
-        return model.eval().to(device)
+        own: Any = transformers.AutoModelForCausalLM.from_pretrained(name, dtype=dtype, attn_implementation="sdpa")
+        return own.eval().to(device)
     shape = SHAPES[name]
     config = getattr(transformers, shape.config)(**shape.common, **shape.options)
     torch.manual_seed(seed)
