@@ -78,12 +78,13 @@ class _Paired:
     def __init__(self, values: dict[str, Floats], sizes: Floats):
         self.values, self.sizes = values, sizes
         self.weights = draws(len(sizes)) if len(sizes) > 1 else None
+        self.drawn = None if self.weights is None else self.weights @ sizes  # total size of every resample
 
     def mean(self, x: Floats) -> float:
         return float(x.sum() / self.sizes.sum())
 
     def means(self, x: Floats) -> Floats | None:
-        return None if self.weights is None else (self.weights @ x) / (self.weights @ self.sizes)
+        return None if self.weights is None else (self.weights @ x) / self.drawn
 
     def loss(self, name: str, base: str | None) -> dict[str, Any]:
         """Difference to the base with its interval."""
