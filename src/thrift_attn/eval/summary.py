@@ -84,7 +84,7 @@ class _Paired:
         return float(x.sum() / self.sizes.sum())
 
     def means(self, x: Floats) -> Floats | None:
-        return None if self.weights is None else (self.weights @ x) / self.drawn
+        return None if self.weights is None or self.drawn is None else (self.weights @ x) / self.drawn
 
     def loss(self, name: str, base: str | None) -> dict[str, Any]:
         """Difference to the base with its interval."""
