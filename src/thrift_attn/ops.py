@@ -79,7 +79,8 @@ class Call:
 
     def _on_hopper(self) -> bool:
         """Whether the kernel written for FP8 on sm_90 serves the call; it does not tell the paths' shares apart."""
-        served = self.form == "native" and self.low == "fp8" and self.sequences.lengths is not None and not self.mass
+        served = self.form == "native" and self.low == "fp8" and self.quantised and self.rest is None
+        served = served and not self.decode and self.sequences.lengths is not None and not self.mass
         if not served or torch.cuda.get_device_capability(self.q.device)[0] != 9:
             return False
         from thrift_attn.attend.hopper_launch import why_not  # Gluon, which not every Triton has

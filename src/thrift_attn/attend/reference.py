@@ -305,7 +305,7 @@ class _Sequence:
             _by_block(p).masked_fill_(high, 0)
         if self.config.math == "fp4":
             rounded = _round_probabilities(p, FORMATS[self.config.low])
-            if self.config.total == "rounded":
+            if self.config.total == "rounded" and self.config.four_bit_queries:
                 norm = norm + (rounded - p).sum(-1, keepdim=True)
             p = rounded
         return (out + self._weighted(p, planes.low_v[:, keys])) / norm, lse, mass

@@ -1,0 +1,444 @@
+"""FP8 prefill attention for sm_90: both products on FP8 wgmma, promoted blocks in 16 bits, one online softmax.
+
+One program per tile of 128 query rows and head, three groups of warps:
+
+- the *loader* (4 warps) fetches tiles with TMA; every 32 blocks it also multiplies Q with their centres (16-bit wgmma), hides
+  the promoted blocks of each query block and leaves the result in shared memory, one number per row and block;
+- two *consumers* (4 warps each) own 64 rows, which is one query block with one list: a loop over tiles of 128 tokens in FP8,
+  then a loop over the promoted blocks of their list in 16 bits.
+
+Numbers. Logits are in units of log2. Block b of a row takes one multiply-add per element: x = s8 * a_b + (q.c_b - m), with
+a_b = q_scale * k_scale_b * scale * log2(e). The scale of V goes into P: 448 * p * v_scale_b / v_max is what is rounded to e4m3,
+and the row sum takes the inverse. The FP8 products of one tile go into an accumulator of their own and are added in float32,
+since the hardware keeps about 14 bits inside a chain of FP8 products.
+"""
+
+from __future__ import annotations
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    tma,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+
+from thrift_attn.attend.hopper_loader import CHUNK, HIDDEN, LOG2E, STAGES, TILES, load_tiles, uses
+
+FLOOR = gl.constexpr(-1e20)  # where the running maximum starts: above HIDDEN, below any logit
+TINY = gl.constexpr(1e-30)  # smallest factor of a logit, since 0 * -inf of a masked one is NaN
+_PACK = gl.constexpr("""{
+    .reg .b16 low, high;
+    cvt.rn.satfinite.e4m3x2.f32 low, $2, $1;
+    cvt.rn.satfinite.e4m3x2.f32 high, $4, $3;
+    mov.b32 $0, {low, high};
+}""")
+
+
+@gluon.jit
+def _over_blocks(v, FULL: gl.constexpr):
+    """[64, 2] to [64, 2, 1, 1, 1] of layout FULL."""
+    v = gl.convert_layout(v, gl.SliceLayout(2, gl.SliceLayout(3, gl.SliceLayout(4, FULL))))
+    return gl.expand_dims(gl.expand_dims(gl.expand_dims(v, 2), 3), 4)
+
+
+@gluon.jit
+def _over_rows(v, MMA: gl.constexpr):
+    """[64] to [64, 1] of layout MMA."""
+    return gl.expand_dims(gl.convert_layout(v, gl.SliceLayout(1, MMA)), 1)
+
+
+@gluon.jit
+def _facts(bias_smem, factor_smem, vlog_smem, vinv_smem, tile, q_scale, HALF: gl.constexpr, PAIR: gl.constexpr):
+    """What the loader left for one tile: bias [64, 2], and per block [2] slope, log2 and inverse of P's factor."""
+    BLOCKS: gl.constexpr = gl.SliceLayout(0, PAIR)
+    side = tile // TILES & 1
+    here = side * TILES + tile % TILES
+    bias = bias_smem.index((side * 2 + HALF) * TILES + tile % TILES).load(PAIR)
+    slope = gl.maximum(factor_smem.index(here).load(BLOCKS) * q_scale, TINY)
+    return bias, slope, vlog_smem.index(here).load(BLOCKS), vinv_smem.index(here).load(BLOCKS)
+
+
+@gluon.jit
+def _maximum(s, m, facts, cap, limits, MASK: gl.constexpr, CAP: gl.constexpr, PAIR: gl.constexpr):
+    """Running maximum with one more tile of 128 tokens.
+
+    Args:
+        s: raw FP8 products, float32 ``[64, 128]``.
+        m: running maximum ``[64]``, in units of log2.
+        limits: one past the last visible and the first visible column of each row ``[64]``; read if MASK.
+
+    Returns:
+        The logits ``[64, 2, 8, 4, 2]``, raw unless CAP, and the new maximum.
+    """
+    bias, slope, _, _ = facts
+    if MASK:
+        MMA: gl.constexpr = s.type.layout
+        cols = gl.arange(0, 128, layout=gl.SliceLayout(0, MMA))[None, :]
+        seen = (cols < _over_rows(limits[0], MMA)) & (cols >= _over_rows(limits[1], MMA))
+        s = gl.where(seen, s, float("-inf"))
+    x = s.reshape([64, 2, 8, 4, 2])
+    FULL: gl.constexpr = x.type.layout
+    slope = gl.expand_dims(slope, 0)
+    if CAP:
+        x = x * _over_blocks(slope, FULL) + _over_blocks(bias, FULL)
+        e = gl.exp2(x * (2 * LOG2E / cap))  # x is cap * y in units of log2; tanh(y) = 1 - 2 / (exp(2 y) + 1)
+        x = gl.where(x < 0.1 * HIDDEN, float("-inf"), cap * (1 - 2 / (e + 1)))
+        top = gl.max(gl.max(gl.max(x, axis=4), axis=2), axis=1)
+    else:
+        top = gl.max(gl.max(x, axis=4), axis=2)  # [64, 2, 4], inside a thread
+        LANES: gl.constexpr = top.type.layout
+        wide = gl.expand_dims(gl.convert_layout(bias, gl.SliceLayout(2, LANES)), 2)
+        top = top * gl.expand_dims(gl.convert_layout(slope, gl.SliceLayout(2, LANES)), 2) + wide
+        top = gl.max(top, axis=1)
+    ROWS: gl.constexpr = gl.SliceLayout(1, PAIR)
+    m_new = gl.maximum(gl.convert_layout(m, ROWS), gl.convert_layout(gl.max(top, axis=1), ROWS))
+    return x, gl.convert_layout(m_new, m.type.layout)
+
+
+@gluon.jit
+def _probabilities(x, m, facts, CAP: gl.constexpr, PAIR: gl.constexpr):
+    """P' of the logits and the maximum that `_maximum` returned."""
+    bias, slope, vlog, _ = facts
+    FULL: gl.constexpr = x.type.layout
+    shift = gl.expand_dims(vlog, 0) - gl.expand_dims(gl.convert_layout(m, gl.SliceLayout(1, PAIR)), 1)
+    if CAP:
+        return gl.exp2(x + _over_blocks(shift, FULL))
+    else:
+        slope = gl.expand_dims(slope, 0)
+        return gl.exp2(gl.fma(x, _over_blocks(slope, FULL), _over_blocks(bias + shift, FULL)))
+
+
+@gluon.jit
+def _mass(p, vinv):
+    """Row sums [64, 4], one part per lane, with the scales of V taken out again."""
+    part = gl.sum(gl.sum(p, axis=4), axis=2)  # [64, 2, 4]
+    LANES: gl.constexpr = part.type.layout
+    inverse = gl.convert_layout(vinv, gl.SliceLayout(0, gl.SliceLayout(2, LANES)))
+    return gl.sum(part * gl.expand_dims(gl.expand_dims(inverse, 0), 2), axis=1)
+
+
+@gluon.jit
+def _pack(p):
+    """P' as e4m3, four to a word: int32 ``[64, 8, 4]``, already in the order of the next product's operand."""
+    even, odd = p.reshape([64, 8, 2, 4, 2]).permute((0, 1, 3, 2, 4)).split()
+    b0, b2 = even.split()
+    b1, b3 = odd.split()
+    return gl.inline_asm_elementwise(_PACK, "=r,f,f,f,f", [b0, b1, b2, b3], dtype=gl.int32, is_pure=True, pack=1)
+
+
+@gluon.jit
+def _operand(words, OUT: gl.constexpr):
+    """Words of `_pack` as the left operand e4m3 ``[64, 128]``; no element changes its register."""
+    pairs = gl.join(words, words)
+    words = gl.join(pairs, pairs).reshape([64, 128])
+    words = gl.convert_layout(words, gl.DotOperandLayout(0, OUT, 4), assert_trivial=True)
+    codes = gl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r,r,r,r", [words], dtype=gl.int8, is_pure=True, pack=4)
+    return codes.to(gl.float8e4nv, bitcast=True)
+
+
+@gluon.jit
+def _limits(row, tile, key_end, window, CAUSAL: gl.constexpr, WINDOW: gl.constexpr):
+    """Columns [first, end) of a tile that the rows at these positions see."""
+    end = gl.full_like(row, 0) + key_end - tile * 128
+    if CAUSAL:
+        end = gl.minimum(end, row + 1 - tile * 128)
+    first = gl.full_like(row, 0)
+    if WINDOW:
+        first = row + 1 - window - tile * 128
+    return end, first
+
+
+@gluon.jit
+def _scores(q8, k, LAYOUT: gl.constexpr):
+    """Q K of a tile, started."""
+    zero = gl.full([64, 128], 0.0, gl.float32, layout=LAYOUT)
+    return warpgroup_mma(q8, k.reshape([128, q8.shape[1]]).permute((1, 0)), zero, use_acc=False, is_async=True)
+
+
+@gluon.jit
+def _weighted(words, v, D: gl.constexpr, OUT: gl.constexpr):
+    """P' V of a tile, started, in an accumulator of its own."""
+    zero = gl.full([64, D], 0.0, gl.float32, layout=OUT)
+    return warpgroup_mma(_operand(words, OUT), v.reshape([D, 128]).permute((1, 0)), zero, use_acc=False, is_async=True)
+
+
+@gluon.jit
+def _low_pass(
+    HALF: gl.constexpr, q8, k_smem, v_smem, bias_smem, factor_smem, vlog_smem, vinv_smem, full, empty,
+    q_scale, row, first, tiles, key_end, cap, window,
+    D: gl.constexpr, CAUSAL: gl.constexpr, WINDOW: gl.constexpr, CAP: gl.constexpr, OUT: gl.constexpr,
+):  # fmt: skip
+    """All tiles in FP8, the last one first.
+
+    Step i multiplies Q with K of tile i and P with V of tile i - 1, which lie in the same slot of the ring.
+
+    Returns:
+        Two parts of the output ``[64, D]`` and the factor of the first, the maximum and the row sums ``[64]``.
+    """
+    SCORES: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 128, 32])
+    ROWS: gl.constexpr = gl.SliceLayout(1, OUT)
+    last = first + tiles - 1
+    limits = _limits(row, last, key_end, window, CAUSAL, WINDOW)
+    mbarrier.wait(full.index(0), 0)
+    s_first = warpgroup_mma_wait(0, deps=[_scores(q8, k_smem.index(0), SCORES)])
+    FULL: gl.constexpr = s_first.reshape([64, 2, 8, 4, 2]).type.layout
+    PAIR: gl.constexpr = gl.SliceLayout(2, gl.SliceLayout(3, gl.SliceLayout(4, FULL)))
+    facts_first = _facts(bias_smem, factor_smem, vlog_smem, vinv_smem, last, q_scale, HALF, PAIR)
+    mbarrier.arrive(empty.index(0), count=1)
+    m = gl.full([64], FLOOR, gl.float32, layout=ROWS)
+    x_first, m = _maximum(s_first, m, facts_first, cap, limits, True, CAP, PAIR)
+    p_first = _probabilities(x_first, m, facts_first, CAP, PAIR)
+    mass = _mass(p_first, facts_first[3])
+    PARTS: gl.constexpr = gl.SliceLayout(1, mass.type.layout)
+    words = _pack(p_first)
+    alpha = gl.full([64], 1.0, gl.float32, layout=ROWS)
+    o = gl.full([64, D], 0.0, gl.float32, layout=OUT)
+    for step in range(1, tiles):
+        at = step % STAGES
+        now = last - step
+        mbarrier.wait(full.index(at), (step // STAGES) & 1)
+        facts = _facts(bias_smem, factor_smem, vlog_smem, vinv_smem, now, q_scale, HALF, PAIR)
+        s_token = _scores(q8, k_smem.index(at), SCORES)
+        o_token = _weighted(words, v_smem.index(at), D, OUT)
+        s = warpgroup_mma_wait(1, deps=[s_token])
+        edge = limits
+        if WINDOW:
+            edge = _limits(row, now, key_end, window, CAUSAL, WINDOW)
+        x, m_new = _maximum(s, m, facts, cap, edge, WINDOW, CAP, PAIR)
+        o_part = warpgroup_mma_wait(0, deps=[o_token])
+        mbarrier.arrive(empty.index(at), count=1)
+        o = gl.fma(o, _over_rows(alpha, OUT).broadcast_to([64, D]), o_part)
+        p = _probabilities(x, m_new, facts, CAP, PAIR)
+        alpha = gl.exp2(m - m_new)
+        m = m_new
+        mass = mass * gl.expand_dims(gl.convert_layout(alpha, PARTS), 1) + _mass(p, facts[3])
+        words = _pack(p)
+    end = tiles % STAGES
+    mbarrier.wait(full.index(end), (tiles // STAGES) & 1)
+    o_end = warpgroup_mma_wait(0, deps=[_weighted(words, v_smem.index(end), D, OUT)])
+    mbarrier.arrive(empty.index(end), count=1)
+    return o, o_end, alpha, m, gl.convert_layout(gl.sum(mass, axis=1), ROWS)
+
+
+@gluon.jit
+def _high_softmax(
+    s, m, block, row, first_row, key_end, scale, cap, window,
+    CAUSAL: gl.constexpr, WINDOW: gl.constexpr, CAP: gl.constexpr,
+):  # fmt: skip
+    """Probabilities float32 ``[64, 64]`` of a promoted block, the new maximum and the factor of what was before it."""
+    SCORES: gl.constexpr = s.type.layout
+    factor = scale * LOG2E
+    if CAP:
+        s = cap * (1 - 2 / (gl.exp2(s * (factor * 2 * LOG2E / cap)) + 1))
+        factor = 1.0
+    start = block * 64
+    edge = start + 64 > key_end
+    if CAUSAL:
+        edge = edge | (start + 63 > first_row)
+    if WINDOW:
+        edge = edge | (start <= first_row + 63 - window)
+    if edge:
+        cols = start + gl.arange(0, 64, layout=gl.SliceLayout(0, SCORES))[None, :]
+        where = _over_rows(row, SCORES)
+        seen = (cols < key_end).broadcast_to([64, 64])
+        if CAUSAL:
+            seen = seen & (cols <= where)
+        if WINDOW:
+            seen = seen & (cols > where - window)
+        s = gl.where(seen, s, float("-inf"))
+    m_new = gl.maximum(m, gl.convert_layout(gl.max(s, axis=1) * factor, m.type.layout))
+    slope = gl.full([64, 64], 1.0, gl.float32, layout=SCORES) * factor
+    p = gl.exp2(gl.fma(s, slope, -_over_rows(m_new, SCORES).broadcast_to([64, 64])))
+    return p, m_new, gl.exp2(m - m_new)
+
+
+@gluon.jit
+def _high_pass(
+    HALF: gl.constexpr, o, m, total, q16, k16_smem, v16_smem, full, empty,
+    line, count, row, first_row, tiles, key_end, scale, cap, window,
+    D: gl.constexpr, CAUSAL: gl.constexpr, WINDOW: gl.constexpr, CAP: gl.constexpr,
+):  # fmt: skip
+    """The promoted blocks of this half's list in 16 bits, at least one.
+
+    Each half has two slots of the ring to itself; step i multiplies Q with K of block i and P with V of block i - 1.
+    """
+    SCORES: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 64, 16])
+    WIDE: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])
+    LEFT: gl.constexpr = gl.DotOperandLayout(0, WIDE, 2)
+    LAYOUT: gl.constexpr = o.type.layout
+    o = gl.convert_layout(o, WIDE)
+    block = gl.load(line)
+    here = HALF * 2
+    mbarrier.wait(full.index(here), uses(tiles, here, 0) & 1)
+    zero = gl.full([64, 64], 0.0, gl.float32, layout=SCORES)
+    s_first = warpgroup_mma(q16, k16_smem.index(here).reshape([64, D]).permute((1, 0)), zero, use_acc=False)
+    mbarrier.arrive(empty.index(here), count=2)
+    p, m, alpha = _high_softmax(s_first, m, block, row, first_row, key_end, scale, cap, window, CAUSAL, WINDOW, CAP)
+    total = total * alpha + gl.convert_layout(gl.sum(p, axis=1), m.type.layout)
+    o = o * _over_rows(alpha, WIDE)
+    upcoming = gl.load(line + 1, mask=count > 1, other=0)
+    for i in range(1, count):
+        block = upcoming
+        upcoming = gl.load(line + i + 1, mask=i + 1 < count, other=0)
+        at = HALF * 2 + i % 2
+        mbarrier.wait(full.index(at), uses(tiles, at, i) & 1)
+        s_token = warpgroup_mma(
+            q16, k16_smem.index(at).reshape([64, D]).permute((1, 0)), gl.full([64, 64], 0.0, gl.float32, layout=SCORES),
+            use_acc=False, is_async=True,
+        )  # fmt: skip
+        p16 = gl.convert_layout(p.to(q16.dtype), LEFT)
+        o_token = warpgroup_mma(p16, v16_smem.index(at).reshape([64, D]), o, is_async=True)
+        s = warpgroup_mma_wait(1, deps=[s_token])
+        o = warpgroup_mma_wait(0, deps=[o_token])
+        mbarrier.arrive(empty.index(at), count=2)
+        p, m, alpha = _high_softmax(s, m, block, row, first_row, key_end, scale, cap, window, CAUSAL, WINDOW, CAP)
+        total = total * alpha + gl.convert_layout(gl.sum(p, axis=1), m.type.layout)
+        o = o * _over_rows(alpha, WIDE)
+    end = HALF * 2 + count % 2
+    mbarrier.wait(full.index(end), uses(tiles, end, count) & 1)
+    p_end = gl.convert_layout(p.to(q16.dtype), LEFT)
+    o = warpgroup_mma(p_end, v16_smem.index(end).reshape([64, D]), o)
+    mbarrier.arrive(empty.index(end), count=2)
+    return gl.convert_layout(o, LAYOUT), m, total
+
+
+@gluon.jit
+def _consumer(
+    HALF: gl.constexpr, q8_smem, q_smem, k_smem, v_smem, k16_smem, v16_smem, bias_smem, factor_smem, vlog_smem, vinv_smem,
+    q_bar, full, empty, out_desc, out_ptr, out_strides, q_scale_ptr, v_max_ptr, chosen_ptr, counts_ptr, lse_ptr,
+    batch, head, kv_flat, q_flat, tile, first, tiles, queries, key_end, offset, rows, capacity, scale, cap, window,
+    D: gl.constexpr, CAUSAL: gl.constexpr, WINDOW: gl.constexpr, CAP: gl.constexpr, PROMOTE: gl.constexpr,
+):  # fmt: skip
+    """One half of the rows of a tile."""
+    OUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 32])
+    ROWS: gl.constexpr = gl.SliceLayout(1, OUT)
+    row_block = 2 * tile + HALF - offset // 64
+    inside = (row_block >= 0) & (row_block < rows)
+    q_scale = gl.load(q_scale_ptr + q_flat.to(gl.int64) * rows + row_block, mask=inside, other=0.0)
+    row = tile * 128 + HALF * 64 + gl.arange(0, 64, layout=ROWS)  # positions
+    mbarrier.wait(q_bar, 0)
+    o, o_end, alpha, m, total = _low_pass(
+        HALF, q8_smem.slice(HALF * 64, 64, 0), k_smem, v_smem, bias_smem, factor_smem, vlog_smem, vinv_smem,
+        full, empty, q_scale, row, first, tiles, key_end, cap, window,
+        D, CAUSAL, WINDOW, CAP, OUT,
+    )  # fmt: skip
+    unit = gl.load(v_max_ptr + kv_flat) / 448.0
+    o = o * _over_rows(alpha * unit, OUT) + o_end * unit
+    q16 = q_smem.reshape([128, D]).slice(HALF * 64, 64, 0)
+    if PROMOTE:
+        line = chosen_ptr + (q_flat.to(gl.int64) * rows + row_block) * capacity
+        count = gl.load(counts_ptr + q_flat.to(gl.int64) * rows + row_block, mask=inside, other=0)
+        if count > 0:
+            o, m, total = _high_pass(
+                HALF, o, m, total, q16, k16_smem, v16_smem, full, empty,
+                line, count, row, tile * 128 + HALF * 64, tiles, key_end, scale, cap, window, D, CAUSAL, WINDOW, CAP,
+            )  # fmt: skip
+    o = o / _over_rows(gl.where(total > 0.0, total, 1.0), OUT)
+    start = tile * 128 + HALF * 64 - offset
+    if start >= 0:
+        q16.store(o.to(q16.dtype))  # nobody reads Q any more
+        fence_async_shared()
+        gl.thread_barrier()
+        tma.async_copy_shared_to_global(out_desc, [batch, head, start, 0], q_smem.slice(HALF * 64, 64, 2))
+    elif start > -64:  # a TMA store may reach past the end, but not before the start
+        cols = gl.arange(0, D, layout=gl.SliceLayout(0, OUT))[None, :]
+        query = (row - offset)[:, None]
+        place = out_ptr + (batch.to(gl.int64) * out_strides[0] + head.to(gl.int64) * out_strides[1])
+        gl.store(place + (query * out_strides[2] + cols), o.to(q16.dtype), mask=query.broadcast_to([64, D]) >= 0)
+    lse = gl.where(total > 0.0, (m + gl.log2(total)) / LOG2E, float("-inf"))
+    at = row - offset
+    gl.store(lse_ptr + q_flat.to(gl.int64) * queries + at, lse, mask=(at >= 0) & (at < queries))
+    tma.store_wait(0)
+
+
+@gluon.jit(
+    do_not_specialize=[
+        "stride_b", "stride_h", "stride_t", "window", "queries", "keys", "offset", "rows", "chunks", "capacity", "q_tiles",
+        "kv_heads", "section",
+    ]
+)  # fmt: skip
+def attend_fp8_kernel(
+    q_desc, k_desc, v_desc, q8_desc, k8_desc, v8_desc, c_desc, out_desc,
+    out_ptr, fold_ptr, q_scale_ptr, v_max_ptr, chosen_ptr, counts_ptr, lse_ptr,
+    stride_b, stride_h, stride_t, scale, cap, window, queries, keys, offset, rows, chunks, capacity, q_tiles, kv_heads, section,
+    GROUP: gl.constexpr, D: gl.constexpr, CAUSAL: gl.constexpr, WINDOW: gl.constexpr, CAP: gl.constexpr,
+    PROMOTE: gl.constexpr, CENTRED: gl.constexpr,
+):  # fmt: skip
+    """See the module. Longest tiles first inside a section of KV heads whose data fit the L2 cache."""
+    pid = gl.program_id(0)
+    width = section * GROUP
+    q_flat = pid // (q_tiles * width) * width + pid % width
+    tile = offset // 128 + q_tiles - 1 - pid % (q_tiles * width) // width
+    kv_flat = q_flat // GROUP
+    batch = kv_flat // kv_heads
+    kv_head = kv_flat % kv_heads
+    head = q_flat - batch * kv_heads * GROUP
+    last = (keys - 1) // 128
+    if CAUSAL:
+        last = gl.minimum(last, tile)
+    first = 0
+    if WINDOW:
+        first = gl.maximum(tile * 128 + 1 - window, 0) // 128
+    tiles = last - first + 1
+    out_strides = (stride_b, stride_h, stride_t)
+
+    HALF16: gl.constexpr = q_desc.dtype
+    q8_smem = gl.allocate_shared_memory(gl.float8e4nv, [1, 128, D], q8_desc.layout)
+    q_smem = gl.allocate_shared_memory(HALF16, [1, 1, 128, D], q_desc.layout)
+    k_smem = gl.allocate_shared_memory(gl.float8e4nv, [STAGES, 1, 128, D], k8_desc.layout)
+    v_smem = gl.allocate_shared_memory(gl.float8e4nv, [STAGES, 1, D, 128], v8_desc.layout)
+    k16_smem = k_smem._reinterpret(HALF16, [STAGES, 1, 1, 64, D], k_desc.layout)
+    v16_smem = v_smem._reinterpret(HALF16, [STAGES, 1, 1, 64, D], v_desc.layout)
+    c_smem = gl.allocate_shared_memory(HALF16, [1, CHUNK, D], c_desc.layout)
+    FLAT3: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [2, 1, 0])
+    FLAT2: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [1, 0])
+    FLAT1: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
+    bias_smem = gl.allocate_shared_memory(gl.float32, [4, TILES, 64, 2], FLAT3)
+    factor_smem = gl.allocate_shared_memory(gl.float32, [2, TILES, 2], FLAT2)
+    vlog_smem = gl.allocate_shared_memory(gl.float32, [2, TILES, 2], FLAT2)
+    vinv_smem = gl.allocate_shared_memory(gl.float32, [2, TILES, 2], FLAT2)
+    bias_rows = bias_smem._reinterpret(gl.float32, [4 * TILES, 64, 2], FLAT2)
+    factors = factor_smem._reinterpret(gl.float32, [2 * TILES, 2], FLAT1)
+    vlogs = vlog_smem._reinterpret(gl.float32, [2 * TILES, 2], FLAT1)
+    vinvs = vinv_smem._reinterpret(gl.float32, [2 * TILES, 2], FLAT1)
+
+    BAR: gl.constexpr = mbarrier.MBarrierLayout()
+    q_bar = gl.allocate_shared_memory(gl.int64, [1], BAR)
+    c_bar = gl.allocate_shared_memory(gl.int64, [1], BAR)
+    full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], BAR)
+    empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], BAR)
+    mbarrier.init(q_bar, count=1)
+    mbarrier.init(c_bar, count=1)
+    for i in gl.static_range(STAGES):
+        mbarrier.init(full.index(i), count=2)
+        mbarrier.init(empty.index(i), count=2)
+    fence_async_shared()
+
+    gl.warp_specialize(
+        [
+            (_consumer, (
+                0, q8_smem.reshape([128, D]), q_smem, k_smem, v_smem, k16_smem, v16_smem, bias_rows, factors, vlogs, vinvs,
+                q_bar, full, empty, out_desc, out_ptr, out_strides, q_scale_ptr, v_max_ptr, chosen_ptr, counts_ptr, lse_ptr,
+                batch, head, kv_flat, q_flat, tile, first, tiles, queries, keys, offset, rows, capacity, scale, cap, window,
+                D, CAUSAL, WINDOW, CAP, PROMOTE,
+            )),
+            (_consumer, (
+                1, q8_smem.reshape([128, D]), q_smem, k_smem, v_smem, k16_smem, v16_smem, bias_rows, factors, vlogs, vinvs,
+                q_bar, full, empty, out_desc, out_ptr, out_strides, q_scale_ptr, v_max_ptr, chosen_ptr, counts_ptr, lse_ptr,
+                batch, head, kv_flat, q_flat, tile, first, tiles, queries, keys, offset, rows, capacity, scale, cap, window,
+                D, CAUSAL, WINDOW, CAP, PROMOTE,
+            )),
+            (load_tiles, (
+                q_desc, k_desc, v_desc, q8_desc, k8_desc, v8_desc, c_desc, fold_ptr, chosen_ptr, counts_ptr,
+                q8_smem, q_smem, k_smem, v_smem, k16_smem, v16_smem, c_smem, bias_smem, factor_smem, vlog_smem, vinv_smem,
+                q_bar, c_bar, full, empty,
+                batch, head, kv_head, kv_flat, q_flat, tile, first, tiles, offset, rows, chunks, capacity, scale,
+                D, PROMOTE, CENTRED,
+            )),
+        ],
+        [4, 4],
+        [232, 40],
+    )  # fmt: skip
