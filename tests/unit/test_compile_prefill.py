@@ -18,14 +18,11 @@ from thrift_attn.capability import HEAD_DIMS
     "target",
     [
         Target("attend", 80, 64, "nvfp4", "16bit"),
-        Target("attend", 89, 128, "fp8"),
+        Target("attend", 89, 64, "fp8"),
         Target("attend", 90, 128, "nvfp4"),
-        Target("attend", 90, 80, "fp8"),
         Target("attend", 100, 128, "nvfp4"),
-        Target("attend", 100, 64, "mxfp4"),
-        Target("attend", 120, 128, "nvfp4"),
+        Target("attend", 120, 64, "mxfp4"),
         Target("quantise_kv", 90, 128, "fp8"),
-        Target("select", 90, 64),
     ],
     ids=lambda t: f"{t.kernel}-sm{t.capability}-D{t.dim}-{t.low}",
 )

@@ -85,8 +85,8 @@ class Compiled:
 
 
 PRODUCTS = {
-    "e2m1, nvfp4 scales": r"kind::mxf4nvf4",
-    "e2m1, mxfp4 scales": r"kind::mxf4\.",
+    "e2m1, nvfp4 scales": r"kind::mxf4nvf4(?!\S*ue8m0)",
+    "e2m1, mxfp4 scales": r"kind::mxf4\.|kind::mxf4nvf4\S*ue8m0",  # sm_100, sm_120
     "e4m3": r"(?:wgmma|mma)\S*\.e4m3\.e4m3|tcgen05\.mma\S*kind::f8f6f4",
     "16 bits": r"(?:wgmma|mma)\S*\.bf16\.bf16|tcgen05\.mma\S*kind::f16",
 }
