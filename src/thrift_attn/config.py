@@ -119,14 +119,14 @@ class ThriftConfig:
         math: ``"fp4"`` quantises Q and P in the low format as well (what low-precision tensor cores do);
             ``"16bit"`` widens K and V and multiplies with the given Q and P.
         center: ``"block"`` quantises K minus the mean of its KV block and adds q.c_b in high precision; ``"all"`` also
-            quantises Q minus its mean over the call and adds what that mean makes of each key, where Q is quantised to 4
-            bits (elsewhere it is ``"block"``); ``"none"`` does neither.
+            quantises Q minus its mean over the call and adds what that mean makes of each key, where more than 16 queries
+            are quantised to 4 bits (elsewhere it is ``"block"``); ``"none"`` does neither.
         balance: ``"channel"`` moves a power of two per channel between Q and K before both are quantised to 4 bits, so
             that neither has outlier channels alone; ``"none"`` does not.
         scales: ``"max"`` derives every group scale from the group maximum as the format defines it; ``"best"`` also tries
             the format's other tops (for nvfp4: Four Over Six) when K, V, Q and residuals are quantised, and keeps the scale
             with the smaller squared error. Costs time when data are packed, none when they are read.
-        total: where P is quantised, the output is divided by its sum before (``"exact"``) or after rounding
+        total: where P is quantised to 4 bits, the output is divided by its sum before (``"exact"``) or after rounding
             (``"rounded"``, weights then sum to one). The LSE is that of P before rounding.
         budget: how many blocks are promoted, see `fraction`, `top_k`, `paper`.
         score: which blocks are promoted: ``"mean"`` (mean(Q_i).c_b), ``"quest"`` (min/max bound), ``"local"`` (nearest
@@ -145,10 +145,10 @@ class ThriftConfig:
 
     low: Low = "nvfp4"
     math: Math = "fp4"
-    center: Center = "block"
+    center: Center = "all"
     balance: Balance = "none"
     scales: Scales = "best"
-    total: Total = "exact"
+    total: Total = "rounded"
     budget: Budget = field(default_factory=lambda: fraction(0.05))
     score: Score = "mean"
     force_first: int = 1
@@ -184,8 +184,8 @@ class ThriftConfig:
     @classmethod
     def paper(cls, **changes: Any) -> ThriftConfig:
         """The paper's form: nvfp4, scales from maxima, no centring, block-mean score, nothing forced, 5%, 16-bit copy."""
-        form = {"center": "none", "balance": "none", "scales": "max", "total": "exact", "force_first": 0, "force_last": 0}
-        return cls(**{**form, **changes})
+        plain = {"center": "none", "balance": "none", "scales": "max", "total": "exact"}
+        return cls(**{**plain, "force_first": 0, "force_last": 0, **changes})
 
     @classmethod
     def sparse(cls, score: Score, **changes: Any) -> ThriftConfig:

@@ -94,7 +94,7 @@ def test_sixteen_bit_inputs_lose_only_the_rounding_of_the_output(dtype):
     assert relative(out, plain(q, k, v)[0]) < torch.finfo(dtype).eps
 
 
-def emulate(q, k, v, *, fmt_name, center, math_, best):
+def emulate(q, k, v, *, fmt_name, center, math_, best, less_mean=False, rounded=False):
     """The low path at budget 0, written out from the definitions for one head at a time, in float64."""
     fmt = FORMATS[fmt_name]
     out = torch.zeros_like(q, dtype=torch.float64)
@@ -108,27 +108,33 @@ def emulate(q, k, v, *, fmt_name, center, math_, best):
             )
             khat = roundtrip((kh.double() - mean).float(), fmt, best=best).double()
             vhat = roundtrip(torch.nn.functional.pad(vh, (0, 0, 0, pad)).float(), fmt, -2, best=best)[:tokens].double()
-            qhat = roundtrip(qh.float(), fmt, best=best).double() if math_ == "fp4" else qh.double()
+            of_call = qh.mean(0, keepdim=True) if less_mean else torch.zeros_like(qh[:1])
+            qhat = roundtrip((qh - of_call).float(), fmt, best=best).double() if math_ == "fp4" else qh.double()
             logits = (qhat @ khat.T + qh.double() @ mean.T) / math.sqrt(q.shape[-1])
+            logits += of_call.double() @ (kh.double() - mean).T / math.sqrt(q.shape[-1])
             logits = logits.masked_fill(~visibility(q.shape[2], tokens, True, None), -torch.inf)
             p = (logits - logits.amax(-1, keepdim=True)).exp()
             phat = p
             if math_ == "fp4":
                 padded = torch.nn.functional.pad(p, (0, pad)) * 2688
                 phat = (roundtrip(padded.float(), fmt).double() / 2688)[:, :tokens]
-            out[b, h] = phat @ vhat / p.sum(-1, keepdim=True)
+            out[b, h] = phat @ vhat / (phat if rounded else p).sum(-1, keepdim=True)
     return out
 
 
 @pytest.mark.parametrize("fmt", ["nvfp4", "mxfp4"])
-@pytest.mark.parametrize("center", ["block", "none"])
+@pytest.mark.parametrize("center", ["all", "block", "none"])
 @pytest.mark.parametrize("math_", ["fp4", "16bit"])
-@pytest.mark.parametrize(("tokens", "scales"), [(65, "best"), (200, "max")])
-def test_budget_zero_is_pure_low_precision(fmt, center, math_, tokens, scales):
+@pytest.mark.parametrize(("tokens", "scales", "total"), [(65, "best", "rounded"), (200, "max", "exact")])
+def test_budget_zero_is_pure_low_precision(fmt, center, math_, tokens, scales, total):
     q, k, v = qkv(tokens, tokens)
-    config = ThriftConfig(low=fmt, center=center, math=math_, scales=scales, budget=fraction(0))
+    config = ThriftConfig(low=fmt, center=center, math=math_, scales=scales, total=total, budget=fraction(0))
     out, stats = attention(q, k, v, config=config, return_stats=True)
-    want = emulate(q, k, v, fmt_name=fmt, center=center == "block", math_=math_, best=scales == "best")
+    fp4 = math_ == "fp4"
+    want = emulate(
+        q, k, v, fmt_name=fmt, center=center != "none", math_=math_, best=scales == "best",
+        less_mean=fp4 and center == "all", rounded=fp4 and total == "rounded",
+    )  # fmt: skip
     # A rounding tie of P may fall either way in float32: that moves single codes, not the whole.
     assert relative(out, want) < 2e-3
     assert stats.promoted == 0
@@ -139,7 +145,10 @@ def test_paper_form_does_not_depend_on_what_is_not_in_it():
     q, k, v = qkv(300, 300)
     base = attention(q, k, v, config=ThriftConfig.paper())
     assert torch.equal(
-        base, attention(q, k, v, config=ThriftConfig(center="none", scales="max", force_first=0, force_last=0))
+        base,
+        attention(
+            q, k, v, config=ThriftConfig(center="none", scales="max", total="exact", force_first=0, force_last=0)
+        ),
     )
     assert not torch.equal(base, attention(q, k, v))
 
@@ -191,7 +200,9 @@ def test_padded_equals_unpadded(name):
 @pytest.mark.parametrize("cut", [64, 128, 192])
 def test_chunked_prefill_equals_whole(name, cut):
     # Chunks cut at block boundaries see the same query blocks and, with top_k, the same number of promoted blocks.
+    # A mean query is taken from the call, so that law is for K centring alone.
     config = CONFIGS[name].with_(budget=top_k(2))
+    config = config.with_(center="block") if config.center == "all" else config
     q, k, v = qkv(300, 300)
     whole = attention(q, k, v, config=config)
     first = attention(q[:, :, :cut], k[:, :, :cut], v[:, :, :cut], config=config)
@@ -201,11 +212,22 @@ def test_chunked_prefill_equals_whole(name, cut):
 
 def test_query_blocks_are_cut_at_absolute_positions():
     # A chunk that starts inside a block agrees with the whole from its first block boundary on.
-    config = ThriftConfig(budget=top_k(2))
+    config = ThriftConfig(budget=top_k(2), center="block")
     q, k, v = qkv(300, 300)
     whole = attention(q, k, v, config=config)
     chunk = attention(q[:, :, 100:], k, v, config=config)
     torch.testing.assert_close(chunk[:, :, 28:], whole[:, :, 128:], rtol=1e-4, atol=1e-5)
+
+
+def test_a_mean_query_of_a_chunk_costs_nothing():
+    q, k, v = qkv(300, 300)
+    q = q + 2
+    config = ThriftConfig(budget=top_k(2))
+    parts = [
+        attention(q[:, :, a:b], k[:, :, :b], v[:, :, :b], config=config) for a, b in ((0, 100), (100, 130), (130, 300))
+    ]
+    exact = plain(q, k, v)[0]
+    assert relative(torch.cat(parts, 2), exact) < 1.1 * relative(attention(q, k, v, config=config), exact)
 
 
 @pytest.mark.parametrize("name", CONFIGS)

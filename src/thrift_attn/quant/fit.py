@@ -15,7 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from thrift_attn.config import BLOCK, ThriftConfig
+from thrift_attn.config import BLOCK, DECODE_ROWS, ThriftConfig
 from thrift_attn.sequences import Sequences
 
 SAMPLE = 4096
@@ -52,12 +52,13 @@ def fit(q: Tensor, k: Tensor, centres: Tensor, config: ThriftConfig) -> Fit:
         q: ``[..., H, Tq, D]``, only queries that see something.
         k: ``[..., Hkv, Tk, D]``.
         centres: c_b ``[..., Hkv, N, D]``.
-        config: which of the two are wanted; both None unless Q is quantised to 4 bits.
+        config: which of the two are wanted; both None unless more than `DECODE_ROWS` queries are quantised to 4 bits:
+            the mean of few queries is nearly the queries themselves, and its product with the keys would be 16-bit attention.
 
     Source: docs/method.md. Removing the mean of Q: SageAttention2, arXiv 2411.10958, there per block of queries; a factor
     per channel between two operands: SmoothQuant, arXiv 2211.10438.
     """
-    if not config.four_bit_queries:
+    if not config.four_bit_queries or q.shape[-2] <= DECODE_ROWS:
         return Fit(None, None)
     queries = _sample(q)
     mean = queries.mean(-2) if config.center == "all" else None
@@ -90,7 +91,7 @@ def key_bias(mean: Tensor, k: Tensor, centres: Tensor) -> Tensor:
 
 
 def mean_queries(q: Tensor, sequences: Sequences) -> Tensor:
-    """m of every sequence, as `fit` takes it, without copying lengths to the host: float32 ``[B, H, D]``.
+    """m of every sequence, as `fit` takes it (0 for none), without copying lengths to the host: float32 ``[B, H, D]``.
 
     Args:
         q: ``[B, H, Tq, D]``, or ``[1, H, tokens, D]`` for sequences end to end.
@@ -106,4 +107,4 @@ def mean_queries(q: Tensor, sequences: Sequences) -> Tensor:
     part = torch.arange(sequences.batch, device=q.device) * (sequences.parts > 1)
     sample = q.transpose(1, 2)[part[:, None], rows].float()  # [B, S, H, D]
     sums = torch.where(there[..., None, None], sample, 0).sum(1)
-    return sums / there.sum(1).clamp(min=1)[:, None, None]
+    return torch.where(visible[..., None] > DECODE_ROWS, sums / there.sum(1).clamp(min=1)[:, None, None], 0)
