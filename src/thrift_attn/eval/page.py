@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from html import escape
 from pathlib import Path
 
@@ -212,24 +213,36 @@ def losses(run: Run) -> list[str]:
     return found or ["No difference to fp16 is above noise at the 95% level on these samples."]
 
 
+def _listed(numbers: Sequence[int]) -> str:
+    """Numbers with their thousands apart."""
+    return ", ".join(f"{number:,}" for number in numbers) or "no"
+
+
 def circumstances(run: Run) -> list[tuple[str, str]]:
     """How it was run."""
     last = run.environments[-1] if run.environments else {}
-    versions = last.get("versions", {})
-    machine = last.get("machine", {})
     plan = run.plan
+    starts = dict.fromkeys(
+        f"{entry['started']} on {entry['device']}, {entry['dtype']}, commit {str(entry['commit'])[:12]}"
+        for entry in run.environments
+    )
+    versions = dict.fromkeys(
+        ", ".join(f"{key} {value}" for key, value in entry["versions"].items() if value) for entry in run.environments
+    )
+    lengths = sorted({row["length"] for row in run.metrics["nll"]})
     facts = [
-        ("model", f"{plan['model']}, {last.get('model', {}).get('class', '')}, {last.get('dtype', '')}"),
-        ("device", f"{last.get('device', '')}, driver {machine.get('driver_version', '-')}"),
-        ("commit", str(last.get("commit"))),
-        ("started", ", ".join(entry["started"] for entry in run.environments)),
-        ("versions", ", ".join(f"{key} {value}" for key, value in versions.items() if value)),
-        ("texts", f"{', '.join(plan['texts'])}; {plan['windows']} windows each of {plan['nll_lengths']} tokens"),
-        ("tasks", f"{plan['tasks'] or 'none'}; {plan['samples']} samples each of {plan['lengths']} tokens"),
-        ("longest answer", f"{plan['max_new'] or 'as published'} tokens"),
-        ("chat template", "yes" if plan["chat"] else "no"),
-        ("seed", str(plan["seed"])),
+        ("model", f"{plan['model']}, {last.get('model', {}).get('class', '')}"),
+        ("runs", "; ".join(starts)),
+        ("versions", "; ".join(versions)),
+        ("texts", f"{', '.join(plan['texts'])}; up to {plan['windows']} windows each of {_listed(lengths)} tokens"),
     ]
+    if run.metrics["tasks"]:
+        facts += [
+            ("tasks", f"{plan['tasks']}; {plan['samples']} samples each of {_listed(plan['lengths'])} tokens"),
+            ("answers", f"at most {plan['max_new']} tokens" if plan["max_new"] else "as long as published"),
+            ("chat template", "yes" if plan["chat"] else "no"),
+            ("seed", str(plan["seed"])),
+        ]
     left = {line for row in run.metrics["methods"] for line in row["unserved"]}
     if lacking := last.get("left_out"):
         facts.append(("tasks left out for want of data", ", ".join(lacking)))
