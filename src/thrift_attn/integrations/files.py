@@ -80,8 +80,10 @@ def _check(cache: ThriftCache, path: str | Path, about: dict[str, Any]) -> None:
     """Raise ValueError unless a file's description fits a cache."""
     if about.get("format") != FORMAT:
         raise ValueError(f"{path} is not a file that ThriftCache.save wrote, format {FORMAT}")
-    stored = ("low", "center", "high")
-    theirs, ours = ({name: told[name] for name in stored} for told in (about["decode"], cache.decode.to_dict()))
+    theirs, ours = (
+        {"low": told["low"], "high": told["high"], "centred": told["center"] != "none"}
+        for told in (about["decode"], cache.decode.to_dict())
+    )
     if theirs != ours:
         raise ValueError(f"{path} stores K and V as {theirs}, this cache as {ours}")
     kinds = ["slots" in described for described in about["layers"]]
