@@ -19,7 +19,7 @@ from thrift_attn.capability import HEAD_DIMS
     [
         Target("attend", 80, 64, "nvfp4", "16bit"),
         Target("attend", 89, 64, "fp8"),
-        Target("attend", 90, 128, "nvfp4"),
+        Target("attend", 90, 128, "nvfp4", "16bit"),
         Target("attend", 100, 128, "nvfp4"),
         Target("attend", 120, 64, "mxfp4"),
         Target("quantise_kv", 90, 128, "fp8"),

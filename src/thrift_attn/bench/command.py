@@ -236,16 +236,17 @@ def compile_kernels(
         found = targets(
             tuple(map(int, _words(dims))) or HEAD_DIMS, tuple(map(int, _words(capabilities))) or CAPABILITIES
         )
-        wanted = _words(kernels)
+        wanted = _words(kernels) or ["attend", "select", "quantise_kv", "quantise_q"]
+        listed = sorted((one for one in found if one.kernel in wanted), key=lambda one: wanted.index(one.kernel))
         rows = []
-        for row in compile_all([one for one in found if not wanted or one.kernel in wanted], workers):
+        for row in compile_all(listed, workers):
             rows.append(row)
+            save(rows, out / "prefill.json")  # what a run that is cut off has done, it keeps
             one = row.target
             typer.echo(
                 f"sm_{one.capability:<4} {one.kernel:<12} D {one.dim:<4} {one.low:<6} {one.math:<6} {one.form:<7} "
                 f"{row.registers:3} registers, {row.shared:6} bytes shared, {'; '.join(row.problems) or 'green'}"
             )
-        save(rows, out / "prefill.json")
         typer.echo(f"{sum(not row.problems for row in rows)} of {len(rows)} green; wrote {out / 'prefill.json'}")
 
 

@@ -125,13 +125,14 @@ def _launch(target: Target) -> tuple[Any, dict[str, str], dict[str, Any], dict[s
         ("lse_ptr", "mass_ptr", "mean_ptr", "scratch_ptr", "of_call_ptr", "bias_ptr", "key_bias_ptr"), "*fp32"
     )
     packed |= {"scale": "fp32"}
+    four = target.math == "fp4" and target.low in ("nvfp4", "mxfp4")  # then Q lacks its mean, by default
     rounding = {"LOW": target.low, "BEST": True, "NATIVE": native, "CAST": cast}
     warps = quant._warps(target.low, width)
     if target.kernel == "quantise_kv":
-        constants = {**shape, **rounding, "HKV": 8, "GROUP": 0, "REST": "none", "CENTRED": True}
+        constants = {**shape, **rounding, "HKV": 8, "GROUP": GROUP * four, "REST": "none", "CENTRED": True}
         return quant.quantise_kv_kernel, packed, constants, {"num_warps": warps}
     if target.kernel == "quantise_q":
-        constants = {**shape, **rounding, "HQ": heads["HQ"], "CAUSAL": True, "REDUCED": False}
+        constants = {**shape, **rounding, "HQ": heads["HQ"], "CAUSAL": True, "REDUCED": four}
         return quant.quantise_q_kernel, packed, constants, {"num_warps": warps}
     if target.kernel == "select":
         pad = max(16, 1 << (target.blocks - 1).bit_length())
@@ -143,7 +144,7 @@ def _launch(target: Target) -> tuple[Any, dict[str, str], dict[str, Any], dict[s
     tuned = attend.tuning(target.dim, target.low, target.form, divmod(target.capability, 10))
     constants = {
         **shape, **heads, "CAUSAL": True, "WINDOW": False, "CAP": 0.0, "LOW": target.low, "QUANT": target.math == "fp4",
-        "NATIVE": native, "CENTRED": True, "KEY_BIAS": False, "ROUNDED": False, "REST": False, "MASS": False,
+        "NATIVE": native, "CENTRED": True, "KEY_BIAS": four, "ROUNDED": four, "REST": False, "MASS": False,
         "BM": tuned.rows, "BN": tuned.tokens, "CENTRES": tuned.centres, "STAGES": tuned.stages, "CAST": cast,
         "PORTABLE": False,
     }  # fmt: skip
