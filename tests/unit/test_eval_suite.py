@@ -29,7 +29,7 @@ from thrift_attn.eval.concentration import FP4, SHARES, measure, of_model
 from thrift_attn.eval.cost import at_equal_cost, costs, decode_cost, prefill_cost
 from thrift_attn.eval.eviction import KERNEL, WINDOW, Eviction, evict, kept_tokens, votes, watching
 from thrift_attn.eval.extras import MissingExtra
-from thrift_attn.eval.methods import Method, parse_method, parse_methods
+from thrift_attn.eval.methods import Method, described, from_description, parse_method, parse_methods
 from thrift_attn.eval.models import Loaded
 from thrift_attn.eval.nll import run_window
 from thrift_attn.eval.presets import BUDGETS, full, quick, with_baselines
@@ -377,15 +377,15 @@ def test_what_cannot_run_fails_before_the_first_sample(
     assert not (tmp_path / "run" / "predictions.jsonl").exists()
 
 
-def test_summary_compares_only_what_all_have_finished(place: Path) -> None:
+def test_summary_compares_only_what_all_have_finished() -> None:
     def line(method: str, index: int, sums: list[float]) -> dict[str, Any]:
         head = {"kind": "nll", "task": "t", "length": 65, "index": index, "method": method}
         return head | {"nll": sum(sums) / 64, "sums": sums, "tokens": 64, "share": 0.0, "unserved": []}
 
-    plan = a_plan(place, methods="fp16,fp4,thrift").to_dict()
+    methods = parse_methods("fp16,fp4,thrift")
     records = [line("fp16", i, [64.0]) for i in range(4)] + [line("fp4", i, [128.0]) for i in range(3)]
     records += [line("thrift", 0, [80.0]), line("thrift", 1, [64.0])]
-    rows = {row["method"]: row for row in summarise(plan, records)["nll"]}
+    rows = {row["method"]: row for row in summarise(methods, records)["nll"]}
     assert rows["fp16"]["windows"] == 2
     assert rows["fp4"]["loss"] == pytest.approx(1)
     assert rows["thrift"]["loss"] == pytest.approx(0.125)
@@ -449,6 +449,13 @@ def test_markdown_has_the_figures_of_the_metrics(finished: tuple[Path, dict[str,
     assert len(widths) == 1
 
 
+def test_methods_are_kept_with_every_option() -> None:
+    for method in parse_methods("fp16,fp4,paper,thrift:high=nested,quest,snapkv:keep=0.3"):
+        assert from_description(method.name, json.loads(json.dumps(described(method)))) == method
+    old = {key: value for key, value in FP4.to_dict().items() if key not in ("balance", "total")}
+    assert from_description("fp4", old).config == FP4  # a record from before these options
+
+
 def test_where_it_loses(finished: tuple[Path, dict[str, Any]]) -> None:
     loaded_run = Run.load(finished[0])
     metrics = json.loads(json.dumps(loaded_run.metrics))
@@ -506,6 +513,13 @@ def test_folders_that_are_no_run(tmp_path: Path, place: Path) -> None:
     with pytest.raises(FileNotFoundError, match="holds no run of `thrift eval suite`"):
         Run.load(tmp_path)
     Folder(tmp_path).begin(a_plan(place))
+    config = json.loads((tmp_path / "config.json").read_text())
+    assert config["computed"]["fp16"] is None
+    assert config["computed"]["snapkv:keep=0.5"] == {"keep": 0.5}
+    config["computed"]["thrift:budget=0.3"]["center"] = "none"  # as if the default had been another one then
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match="holds a run of another plan"):
+        Folder(tmp_path).begin(a_plan(place))
     with pytest.raises(ValueError, match="holds no results yet"):
         Run.load(tmp_path)
     (tmp_path / "config.json").write_text('{"schema": 0}')

@@ -79,6 +79,25 @@ class Method:
         return ":".join(filter(None, (kind, ",".join(kept))))
 
 
+def described(method: Method) -> dict[str, Any] | None:
+    """What a method computes as plain JSON values; None for the model as it is. Defaults change, records do not."""
+    if method.evict is not None:
+        return {"keep": method.evict.keep}
+    return method.config.to_dict() if method.config else None
+
+
+def from_description(name: str, found: dict[str, Any] | None) -> Method:
+    """The inverse of `described`."""
+    if found is not None and "keep" in found:
+        return Method(name, None, Eviction(found["keep"]))
+    return Method(name, config_of(found) if found else None)
+
+
+def config_of(found: dict[str, Any]) -> ThriftConfig:
+    """A configuration from `ThriftConfig.to_dict`; options that an old record does not know are off."""
+    return ThriftConfig(**{"balance": "none", "total": "exact", **found, "budget": Budget.parse(found["budget"])})
+
+
 def parse_method(spec: str) -> Method:
     """A method from ``kind`` or ``kind:option=value,option=value``.
 

@@ -13,9 +13,9 @@ import torch
 from numpy.typing import NDArray
 
 from thrift_attn.attend.stats import Stats
-from thrift_attn.config import Budget, ThriftConfig, fraction
+from thrift_attn.config import ThriftConfig, fraction
 from thrift_attn.eval.fetch import Notify
-from thrift_attn.eval.methods import Method, check_distinct
+from thrift_attn.eval.methods import Method, check_distinct, config_of
 from thrift_attn.eval.models import Loaded, load_model
 from thrift_attn.eval.nll import (
     Window,
@@ -106,7 +106,7 @@ class Row:
         def interval(name: str) -> Interval | None:
             return None if row[name] is None else (row[name][0], row[name][1])
 
-        config = row["config"] and ThriftConfig(**{**row["config"], "budget": Budget.parse(row["config"]["budget"])})
+        config = config_of(row["config"]) if row["config"] else None
         spent = None
         if row["share_promoted"] is not None:
             spent = Spent(row["share_promoted"], row["share_asked"], row["high_mass"])

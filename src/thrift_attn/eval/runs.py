@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from thrift_attn.eval.methods import from_description
 from thrift_attn.eval.runner import Result
 from thrift_attn.eval.stats import BOOTSTRAP_BLOCK
 from thrift_attn.eval.suite import Folder, Plan
@@ -38,7 +39,8 @@ class Run:
         if not records:
             raise ValueError(f"{folder} holds no results yet")
         head_dim = environments[-1]["model"]["head_dim"] if environments else 128
-        return cls(folder.name, plan, environments, summarise(plan, records, head_dim))
+        methods = [from_description(name, found) for name, found in plan["computed"].items()]
+        return cls(folder.name, plan, environments, summarise(methods, records, head_dim))
 
     @classmethod
     def of_records(cls, paths: Sequence[Path]) -> Run:
@@ -52,7 +54,7 @@ class Run:
         contexts = [result.context for result in results]
         if len({context["model"]["spec"] for context in contexts}) > 1:
             raise ValueError(f"records of one model expected, got {', '.join(c['model']['spec'] for c in contexts)}")
-        methods = list(dict.fromkeys(row.method.name for result in results for row in result.rows))
+        methods = {row.method.name: row.method for result in results for row in result.rows}
         plan = Plan(
             model=contexts[0]["model"]["spec"],
             methods=",".join(methods),
@@ -72,7 +74,7 @@ class Run:
         head_dim = model["head_dim"] or model["hidden_size"] // model["num_attention_heads"]
         records = [line for result in results for line in lines_of(result)]
         name = ", ".join(path.stem for path in paths)
-        return cls(name, plan.to_dict(), environments, summarise(plan.to_dict(), records, head_dim))
+        return cls(name, plan.to_dict(), environments, summarise(list(methods.values()), records, head_dim))
 
     def with_others(self, others: Sequence[Run]) -> Run:
         """This run with what it lacks (NLL, tasks, error concentration) from other runs of the same model."""

@@ -2,7 +2,7 @@
 
 A folder holds
 
-    config.json         what is run; a second start must ask for the same
+    config.json         what is run, with every option of every method; a second start must ask for the same
     environment.jsonl   one line per start: time, commit, versions, machine
     predictions.jsonl   one line per sample and method, appended when it is done
     metrics.json        means and intervals, see `thrift_attn.eval.summary`
@@ -26,7 +26,7 @@ import torch
 from thrift_attn.eval.answer import answer, stop_tokens
 from thrift_attn.eval.concentration import SHARES, of_model
 from thrift_attn.eval.fetch import Notify
-from thrift_attn.eval.methods import Method, parse_methods
+from thrift_attn.eval.methods import Method, described, parse_methods
 from thrift_attn.eval.models import Loaded, load_model
 from thrift_attn.eval.nll import chars_needed, check_head, check_length, run_window, windows_of
 from thrift_attn.eval.runner import PACKAGES, Progress
@@ -137,7 +137,8 @@ class Folder:
         """
         self.path.mkdir(parents=True, exist_ok=True)
         config = self.path / "config.json"
-        asked = {"schema": SCHEMA, **plan.to_dict()}
+        computed = {method.name: described(method) for method in parse_methods(plan.methods)}
+        asked = {"schema": SCHEMA, **plan.to_dict(), "computed": computed}
         if config.exists():
             there = json.loads(config.read_text(encoding="utf-8"))
             different = [key for key in {**there, **asked} if there.get(key) != asked.get(key)]
@@ -265,7 +266,7 @@ def run(
             files.append({**head, **_measure(bench, item, sample, method)})
             finished += 1
     progress("done", total, total)
-    metrics = summarise(plan.to_dict(), files.records(), head_dim_of(bench.loaded.model))
+    metrics = summarise(methods, files.records(), head_dim_of(bench.loaded.model))
     _write(folder / "metrics.json", metrics)
     return metrics
 

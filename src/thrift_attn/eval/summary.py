@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from thrift_attn.eval.cost import costs
-from thrift_attn.eval.methods import Method, parse_methods
+from thrift_attn.eval.methods import Method
 from thrift_attn.eval.runner import is_fp4
 from thrift_attn.eval.stats import BOOTSTRAP_BLOCK, LEVEL, RESAMPLES, Interval, draws, interval
 
@@ -19,11 +19,11 @@ Records = Sequence[dict[str, Any]]
 Floats = NDArray[np.float64]
 
 
-def summarise(plan: dict[str, Any], records: Records, head_dim: int = 128) -> dict[str, Any]:
+def summarise(methods: list[Method], records: Records, head_dim: int = 128) -> dict[str, Any]:
     """Metrics of a run, finished or not, as plain JSON values.
 
     Args:
-        plan: of the run.
+        methods: of the run.
         records: its lines.
         head_dim: of the model, for costs.
 
@@ -33,7 +33,6 @@ def summarise(plan: dict[str, Any], records: Records, head_dim: int = 128) -> di
         ``concentration``: the share of the error in the first blocks by mass. Losses and shares compare only samples that
         all methods in question have finished.
     """
-    methods = parse_methods(plan["methods"])
     return {
         "level": LEVEL,
         "resamples": RESAMPLES,
