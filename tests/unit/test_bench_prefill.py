@@ -13,7 +13,7 @@ from thrift_attn.bench.cases import PREFILL_PRESETS, DecodeCase, PrefillCase, by
 from thrift_attn.bench.inputs import Inputs, make_inputs
 from thrift_attn.bench.methods import Method, Variant
 from thrift_attn.bench.plots import draw
-from thrift_attn.bench.prefill import BASELINES, PrefillTruth, method, small_case
+from thrift_attn.bench.prefill import BASELINES, PrefillTruth, method, small_case, stage_bytes
 from thrift_attn.bench.records import Record, Row, make_context
 from thrift_attn.bench.runner import Bench, Plan, describe, run_method
 from thrift_attn.bench.truth import Rounding, attention64
@@ -47,6 +47,15 @@ def test_cases() -> None:
     for wrong in ({"low": "int8"}, {"math": "8bit"}, {"kv": 0}, {"kv_heads": 5}, {"dtype": "float64"}, {"budget": "x"}):
         with pytest.raises(ValueError, match=next(iter(wrong))):
             replace(case, **wrong)
+
+
+def test_bytes_of_stages() -> None:
+    """65,536 tokens of 32 and 8 heads of 128: 537 MB of Q, 268 MB of K and V, half of that as e4m3."""
+    case = PrefillCase(kv=65536)
+    moved = stage_bytes(case.config, case)
+    assert moved["quantise"] == pytest.approx((537 + 268) * 1.5e6, rel=0.02)
+    assert moved["attend"] == pytest.approx(537e6 + (537 + 268) * 0.5e6, rel=0.01)
+    assert moved["select"] < moved["quantise"] / 50
 
 
 @pytest.mark.parametrize("whole", [True, False])

@@ -18,6 +18,7 @@ from thrift_attn.bench.methods import Absent, Launch, Method, Variant
 from thrift_attn.bench.timing import Step
 from thrift_attn.bench.truth import Rounding, Truth
 from thrift_attn.config import BLOCK, ThriftConfig, top_k
+from thrift_attn.quant.formats import FORMATS
 
 SMALL_KV = 1000
 """Tokens of the small case of the gate: odd, with an incomplete block."""
@@ -138,8 +139,24 @@ def _stages(config: ThriftConfig, inputs: Inputs) -> list[Launch]:
         for name, stage in (("quantise", call.quantise), ("select", call.select), ("attend", call.attend)):
             stage()
             steps.setdefault(name, []).append(stage)
-    size = _bytes(2)(case)
-    return [Launch(name, found, size) for name, found in steps.items()]
+    moved = stage_bytes(config, case)
+    return [Launch(name, found, moved[name]) for name, found in steps.items()]
+
+
+def stage_bytes(config: ThriftConfig, case: Case) -> dict[str, int]:
+    """Bytes that each stage must move when packed data are stored in their format, promoted blocks left out.
+
+    Decoded data, where there are no units for the format, take 16 bits an element and more than this.
+    """
+    queries = case.batch * case.q_heads * case.tq * case.head_dim
+    elements = case.plain_elements + (queries if config.math == "fp4" else 0)
+    packed = int(elements * FORMATS[config.low].bits_per_element(case.head_dim) / 8)
+    means = 4 * queries // BLOCK + case.plain_elements // BLOCK  # float32 of Q, 16-bit of K
+    return {
+        "quantise": 2 * (case.plain_elements + queries) + packed + means,
+        "select": means,
+        "attend": packed + 2 * queries + (0 if config.math == "fp4" else 2 * queries),
+    }
 
 
 # --- the kernels that people use -------------------------------------------------------------------------------------
