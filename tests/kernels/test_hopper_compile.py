@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 # Kernels that were imported for the interpreter cannot be compiled, so this runs in a process of its own.
 _PROGRAM = """
@@ -78,3 +79,33 @@ def test_compiles_for_hopper(options: dict, tmp_path: Path) -> None:
     assert facts["shared"] <= 227 * 1024, facts
     assert facts["warps"] == 12, facts
     assert facts["spills"] <= 1024, facts
+
+
+def test_refuses_what_it_cannot_serve(monkeypatch: pytest.MonkeyPatch) -> None:
+    from thrift_attn.attend.hopper_launch import attend_fp8, why_not
+
+    x = torch.zeros(1, 2, 128, 128, dtype=torch.bfloat16)
+    with pytest.raises(NotImplementedError, match="CUDA device"):
+        attend_fp8(x, x, x, None, None, None, None, None, None, None, None, None, x, x[..., 0].float(), scale=1.0)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+
+    class Cuda(torch.Tensor):
+        device = torch.device("cuda")
+
+    def on_gpu(t: torch.Tensor) -> torch.Tensor:
+        return t.as_subclass(Cuda)
+
+    y = on_gpu(x)
+    assert why_not(y, y, y, causal=True, scale=1.0) is None
+    for q, options, reason in [
+        (y.float(), {}, "float16 or bfloat16"),
+        (y[..., :80].contiguous(), {}, "head dims"),
+        (y, {"scale": -1.0}, "positive scale"),
+        (y[:, :, :, 1:65], {}, "q with contiguous rows"),
+        (torch.cat([y, y], 2), {}, "Tq <= Tk"),
+    ]:
+        problem = why_not(on_gpu(q), y, y, **{"causal": True, "scale": 1.0, **options})
+        assert problem is not None, reason
+        assert reason in problem
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 9))
+    assert "compute capability 9.0" in (why_not(y, y, y, causal=True, scale=1.0) or "")

@@ -79,8 +79,10 @@ def why_not(q: Tensor, k: Tensor, v: Tensor, *, causal: bool, scale: float) -> s
         causal: whether queries are right-aligned and see only keys up to their own position.
         scale: factor of the logits.
     """
+    if q.device.type != "cuda":
+        return f"the FP8 kernel needs a CUDA device, got {q.device}"
     if torch.cuda.get_device_capability(q.device)[0] != 9:
-        return f"FP8 wgmma needs compute capability 9.0, this device has {torch.cuda.get_device_capability(q.device)}"
+        return f"the FP8 kernel needs compute capability 9.0, got {torch.cuda.get_device_capability(q.device)}"
     if q.dtype not in (torch.float16, torch.bfloat16):
         return f"the FP8 kernel takes float16 or bfloat16, got {q.dtype}"
     if q.shape[-1] not in HEAD_DIMS:
