@@ -63,6 +63,7 @@ def test_truth_of_rows_is_that_of_the_whole(whole: bool) -> None:
     inputs = inputs_of(CASE)
     truth = PrefillTruth.of(inputs, whole=whole)
     assert truth.samples[-1] == (0, 1, 3)
+    assert truth.where == f"{'all' if whole else '4 x 64'} queries of 2 of 2 KV heads of B1 200 4/2 D64 float16"
     q, k, v = heads_first(inputs)
     exact = torch.stack(
         [attention64(q[0, h : h + 1], k[0, h // 2], v[0, h // 2], scale=CASE.scale)[0] for h in range(4)]

@@ -433,8 +433,6 @@ def tuning(dim: int, low: str, form: Form, capability: tuple[int, int]) -> Tunin
         return Tuning(64, 64, 8, 1 if dim > 128 else 2, 16)
     if dim > 128:
         return Tuning(64, 32, 8, 1 if small else 2, 16)
-    if form == "native" and capability == (9, 0):
-        return Tuning(128, 64, 8, 3, 16)
     return Tuning(64, 64, 8 if capability[0] == 12 else 4, 2, 32)
 
 

@@ -195,7 +195,7 @@ def targets(dims: Iterable[int] = HEAD_DIMS, capabilities: Iterable[int] = CAPAB
     for capability in capabilities:
         for dim in dims:
             for low in ("nvfp4", "mxfp4", "fp8"):
-                if dim % (FORMATS[low].group or 1):
+                if dim % (FORMATS[low].group or 1) or (low == "fp8" and capability < 89):
                     continue
                 for kernel in ("attend", "quantise_kv", "quantise_q"):
                     yield Target(kernel, capability, dim, low)

@@ -47,9 +47,8 @@ class PrefillTruth(Truth):
         heads = _spread(case.batch * case.kv_heads, SAMPLED_HEADS)
         rows = _spread(case.blocks, case.blocks if whole else SAMPLED_ROWS)
         samples = [(*divmod(head, case.kv_heads), row) for head in heads for row in rows]
-        where = (
-            f"all rows of {case.name}" if whole else f"{len(rows)} x 64 queries of {len(heads)} KV heads of {case.name}"
-        )
+        part = "all" if whole else f"{len(rows)} x 64"
+        where = f"{part} queries of {len(heads)} of {case.batch * case.kv_heads} KV heads of {case.name}"
         return cls(inputs, where, samples)
 
     def _queries(self, row: int) -> slice:
