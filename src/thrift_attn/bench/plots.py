@@ -226,8 +226,8 @@ def throughput(record: Record, path: Path) -> None:
             axes.annotate(text, (0, at), (2, 0), textcoords="offset points", va="center", fontsize=9, fontweight="bold")
             continue
         axes.barh(at, rates[id(row)], 0.82, color=COLOURS[row.kind], alpha=0.9, zorder=2)
-        words = f"{rates[id(row)]:.0f} TFLOP/s, {row.p50_us / 1e3:,.1f} ms"
-        axes.annotate(words, (rates[id(row)], at), (5, 0), textcoords="offset points", va="center", fontsize=8)
+        figures = f"{rates[id(row)]:.0f} TFLOP/s, {row.p50_us / 1e3:,.1f} ms"
+        axes.annotate(figures, (rates[id(row)], at), (5, 0), textcoords="offset points", va="center", fontsize=8)
     bars = [(at, text) for at, row, text in places if row is not None]
     axes.set_yticks([at for at, _ in bars], [text for _, text in bars], fontsize=8.5)
     axes.set_ylim(y + 1, 0.8)
@@ -235,7 +235,8 @@ def throughput(record: Record, path: Path) -> None:
     axes.set_xlabel("TFLOP/s of exact causal attention, the whole call")
     axes.grid(axis="x", color="#dddddd", linewidth=0.6)
     axes.tick_params(axis="y", length=0)
-    handles = [axes.barh([9], [0], color=COLOURS[kind], label=WORDS[kind]) for kind in ("thrift", "bf16", "fp8")]
+    words = {**WORDS, "fp8": "8-bit baselines"}
+    handles = [axes.barh([9], [0], color=COLOURS[kind], label=words[kind]) for kind in ("thrift", "bf16", "fp8")]
     axes.legend(handles=handles, fontsize=8.5, loc="lower right", edgecolor="none")
     _title(axes, "Prefill: causal, one call", record)
     _save(figure, path)
