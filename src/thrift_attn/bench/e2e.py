@@ -14,6 +14,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from thrift_attn.api import attention
 from thrift_attn.bench import e2e_model
 from thrift_attn.bench.inputs import BIAS, NOISE, TOPIC
 from thrift_attn.bench.records import make_context
@@ -249,6 +250,25 @@ class Bench:
             return cache.nbytes()
         return sum(x.numel() * x.element_size() for layer in cache.layers for x in (layer.keys, layer.values))
 
+    def warm(self, side: Side, prompt: Tensor) -> None:
+        """What a first prompt compiles and looks up: the model at `WARM` tokens, attention at full length.
+
+        Some kernels are compiled anew for another power of two of blocks.
+        """
+        prefill(self.model, prompt[:, :WARM], self.cache(side, WARM))
+        text = self.model.config.get_text_config(decoder=True)
+        heads, dtype = text.num_attention_heads, next(self.model.parameters()).dtype
+        shape = (prompt.shape[0], prompt.shape[1], self.head_dim)
+        q, k, v = (
+            torch.randn(shape[0], count, *shape[1:], device=self.device, dtype=dtype)
+            for count in (heads, self.kv_heads, self.kv_heads)
+        )
+        if side == "thrift":
+            cache = ThriftCache(self.model.config, shape[1], decode=self.plan.config)
+            attention(q, k, v, config=cache.prefill_on(self.device, shape[1]))
+        else:
+            e2e_model.bf16_attention(self.model, q, k, v, None)
+
     def decode(self, cache: Any, position: int, ids: Tensor, steps: int) -> list[float]:
         """Milliseconds of each of ``steps`` steps, each with the most likely token of the one before."""
         step = DecodeGraph(self.model, cache, position=position)
@@ -387,9 +407,7 @@ def _timed(bench: Bench, case: Case, side: Side, row: Row) -> Row:
     cache = bench.cache(side, case.context)
     if case.prompt and side != "transformers":
         prompt = bench.prompt(case.batch, held)
-        warm = bench.cache(side, WARM)
-        prefill(bench.model, prompt[:, :WARM], warm)  # compiles, and lets libraries choose their kernels
-        del warm
+        bench.warm(side, prompt)
         bench.fresh()
         bench.sync()
         began = time.perf_counter()

@@ -59,7 +59,7 @@ def _decoded(ptr16, ptr32, t, spot, rows, J: tl.constexpr, T: tl.constexpr, EIGH
         return _element4(word, J) * _scale(scales, J) * 128.0
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["blocks", "slots"])
 def widen_kernel(
     k_ptr,  # [B, Hkv, S, D], contiguous, written up to the length of each sequence
     v_ptr,
