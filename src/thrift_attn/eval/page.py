@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from html import escape
 from pathlib import Path
+from typing import Any
 
 from thrift_attn.eval import figures
 from thrift_attn.eval.runs import Run
@@ -64,7 +65,7 @@ def text_table(run: Run) -> Table:
     rows = run.metrics["nll"]
     columns = list(dict.fromkeys((row["text"], row["length"]) for row in rows))
     cells = {(row["method"], row["text"], row["length"]): row["loss"] for row in rows}
-    names = [row["method"] for row in run.nll() if row["loss"] is not None]
+    names = list(dict.fromkeys(row["method"] for row in [*run.nll(), *rows] if row["loss"] is not None))
     head = ["method", *(f"{Path(text).name} {length:,}" for text, length in columns)]
     return head, [[name, *(_number(cells.get((name, *at)), "{:+.4f}") for at in columns)] for name in names]
 
@@ -135,6 +136,23 @@ def _close(cost: float | None, other: float | None) -> bool:
     return cost is not None and other is not None and abs(cost - other) <= 0.05 * other
 
 
+def _at_equal_cost(run: Run) -> list[str]:
+    """How methods that drop blocks compare with thrift at the same prefill cost, at the longest length that tells."""
+    facts = run.methods()
+    for length in sorted({row["length"] for row in run.metrics["nll"]}, reverse=True):
+        rows = {row["method"]: row for row in run.nll(length) if row["loss"] is not None}
+        for ours in (name for name in rows if facts[name]["family"] == "thrift"):
+            cost = facts[ours]["prefill_cost"]
+            dropping = [name for name in rows if facts[name]["sparse"] and _close(facts[name]["prefill_cost"], cost)]
+            if dropping:
+                others = ", ".join(f"{name} {rows[name]['loss']:+.4f}" for name in dropping)
+                return [
+                    f"Methods that drop blocks, at the prefill cost of {ours} ({_number(cost)} of dense 16-bit attention), in "
+                    f"nats from fp16 at {length:,} tokens: {others}; {ours} itself: {rows[ours]['loss']:+.4f}."
+                ]
+    return []
+
+
 def findings(run: Run) -> list[str]:
     """What the figures say, in plain sentences, about one method of each kind."""
     found: list[str] = []
@@ -153,15 +171,7 @@ def findings(run: Run) -> list[str]:
                 f"{name} ({_percent(facts[name]['share'])} of the blocks promoted) is {row['loss']:+.4f} nats from fp16 and "
                 f"brings back {_percent(row['recovered'], row['recovered_interval'])} of that loss."
             )
-    ours = next((name for name in shown if facts[name]["family"] == "thrift"), None)
-    cost = facts[ours]["prefill_cost"] if ours else None
-    dropping = [name for name in rows if facts[name]["sparse"] and _close(facts[name]["prefill_cost"], cost)]
-    if ours and dropping:
-        others = ", ".join(f"{name} {rows[name]['loss']:+.4f}" for name in dropping)
-        found.append(
-            f"Methods that drop blocks, at the prefill cost of {ours} ({_number(cost)} of dense 16-bit attention), in nats "
-            f"from fp16: {others}; {ours} itself: {rows[ours]['loss']:+.4f}."
-        )
+    found += _at_equal_cost(run)
     overall = {row["method"]: row for row in run.tasks() if row["task"] == "all"}
     if overall:
         scores = ", ".join(f"{name} {100 * overall[name]['score']:.1f}" for name in list(overall)[:10])
@@ -213,6 +223,21 @@ def losses(run: Run) -> list[str]:
     return found or ["No difference to fp16 is above noise at the 95% level on these samples."]
 
 
+def _other_options(run: Run) -> list[tuple[str, str]]:
+    """Methods of one family that do not only differ in budget, because a default changed between their runs."""
+    first: dict[str, dict[str, Any]] = {}
+    found: list[tuple[str, str]] = []
+    for about in run.metrics["methods"]:
+        if about["config"] is None:
+            continue
+        usual = first.setdefault(about["family"], about["config"])
+        other = {key: value for key, value in about["config"].items() if key != "budget" and usual[key] != value}
+        if other:
+            options = ", ".join(f"{key}={value} (elsewhere {usual[key]})" for key, value in other.items())
+            found.append((f"options of {about['name']}", options))
+    return found
+
+
 def _listed(numbers: Sequence[int]) -> str:
     """Numbers with their thousands apart."""
     return ", ".join(f"{number:,}" for number in numbers) or "no"
@@ -243,6 +268,7 @@ def circumstances(run: Run) -> list[tuple[str, str]]:
             ("chat template", "yes" if plan["chat"] else "no"),
             ("seed", str(plan["seed"])),
         ]
+    facts += _other_options(run)
     left = {line for row in run.metrics["methods"] for line in row["unserved"]}
     if lacking := last.get("left_out"):
         facts.append(("tasks left out for want of data", ", ".join(lacking)))

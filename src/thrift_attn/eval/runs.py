@@ -79,18 +79,20 @@ class Run:
     def with_others(self, others: Sequence[Run]) -> Run:
         """This run with what it lacks (NLL, tasks, error concentration) from other runs of the same model."""
         metrics = dict(self.metrics)
-        known = {row["name"] for row in metrics["methods"]}
         for other in others:
-            for part in ("nll", "positions", "tasks", "concentration"):
-                if not metrics[part]:
-                    metrics[part] = other.metrics[part]
+            known = {row["name"] for row in metrics["methods"]}
             metrics["methods"] = metrics["methods"] + [
                 row for row in other.metrics["methods"] if row["name"] not in known
             ]
-            known |= {row["name"] for row in other.metrics["methods"]}
+            for part in ("nll", "tasks"):  # lengths that are not there yet
+                lengths = {row["length"] for row in metrics[part]}
+                metrics[part] = metrics[part] + [row for row in other.metrics[part] if row["length"] not in lengths]
+            metrics["positions"] = metrics["positions"] or other.metrics["positions"]
+            both = metrics["concentration"] + other.metrics["concentration"]
+            metrics["concentration"] = sorted(both, key=lambda row: -row["length"])  # the report shows the first
         plan = dict(self.plan)
         for other in others:
-            for key in ("nll_lengths", "tasks", "lengths", "concentration"):
+            for key in ("tasks", "lengths", "concentration"):
                 plan[key] = plan[key] or other.plan[key]
             if other.plan["tasks"] and plan["tasks"] == other.plan["tasks"]:
                 plan |= {key: other.plan[key] for key in ("samples", "max_new", "chat", "data", "seed")}
