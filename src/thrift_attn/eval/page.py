@@ -220,7 +220,9 @@ def losses(run: Run) -> list[str]:
         found.append(
             f"With {main} the score is below fp16 beyond noise on {len(lower)} of {len(mine)} tasks (points): {named}."
         )
-    return found or ["No difference to fp16 is above noise at the 95% level on these samples."]
+    if not found and (rows or mine):
+        found.append("No difference to fp16 is above noise at the 95% level on these samples.")
+    return found
 
 
 def _other_options(run: Run) -> list[tuple[str, str]]:
@@ -254,12 +256,17 @@ def circumstances(run: Run) -> list[tuple[str, str]]:
     versions = dict.fromkeys(
         ", ".join(f"{key} {value}" for key, value in entry["versions"].items() if value) for entry in run.environments
     )
-    lengths = sorted({row["length"] for row in run.metrics["nll"]})
+    windows = sorted({row["length"] for row in run.metrics["nll"]})
+    measured = sorted({row["length"] for row in run.metrics["concentration"]})
     facts = [
         ("model", f"{plan['model']}, {last.get('model', {}).get('class', '')}"),
         ("runs", "; ".join(starts)),
         ("versions", "; ".join(versions)),
-        ("texts", f"{', '.join(plan['texts'])}; up to {plan['windows']} windows each of {_listed(lengths)} tokens"),
+        (
+            "texts",
+            f"{', '.join(plan['texts'])}; NLL over windows of {_listed(windows)} tokens, at most {plan['windows']} each",
+        ),
+        ("error concentration", f"over {_listed(measured)} tokens"),
     ]
     if run.metrics["tasks"]:
         facts += [
@@ -298,12 +305,15 @@ def _list(sentences: list[str]) -> str:
 
 def _section(run: Run) -> str:
     parts = [f"<section><h2>{escape(run.plan['model'])} <small>{escape(run.name)}</small></h2>"]
-    parts += ["<h3>In short</h3>", _list(findings(run))]
+    if said := findings(run):
+        parts += ["<h3>In short</h3>", _list(said)]
     charts = [
         f"<figure><figcaption>{escape(title)}</figcaption>{drawing}<p>{escape(words)}</p></figure>"
         for title, drawing, words in figures.of_run(run.metrics)
     ]
-    parts += [f'<div class="grid">{"".join(charts)}</div>', "<h3>Where it loses</h3>", _list(losses(run))]
+    parts.append(f'<div class="grid">{"".join(charts)}</div>')
+    if losing := losses(run):
+        parts += ["<h3>Where it loses</h3>", _list(losing)]
     if run.metrics["nll"]:
         parts += ["<h3>NLL</h3>", _html_table(nll_table(run), f"{run.longest:,} tokens. {_COSTS}")]
         parts.append(_html_table(text_table(run), "Loss against fp16 in nats per token, by text and length."))
@@ -350,7 +360,8 @@ def markdown(runs: list[Run], level: int = 2) -> str:
     for run in runs:
         parts.append(f"{top} {run.plan['model']}")
         parts.append("\n".join(f"- {sentence}" for sentence in findings(run)))
-        parts += [f"{sub} Where it loses", "\n".join(f"- {sentence}" for sentence in losses(run))]
+        if losing := losses(run):
+            parts += [f"{sub} Where it loses", "\n".join(f"- {sentence}" for sentence in losing)]
         if run.metrics["nll"]:
             parts += [f"{sub} NLL, {run.longest:,} tokens", _md_table(nll_table(run)), _COSTS]
             parts += ["Loss against fp16 in nats per token, by text and length:", _md_table(text_table(run))]
