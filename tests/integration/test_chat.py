@@ -12,8 +12,8 @@ from thrift_attn import fraction
 from thrift_attn.cache.paged import DECODE
 
 pytest.importorskip("transformers", minversion="5.0")
-from thrift_attn import chat  # noqa: E402
-from thrift_attn.eval.models import Loaded  # noqa: E402
+from thrift_attn import chat
+from thrift_attn.eval.models import Loaded
 
 EXACT = DECODE.with_(budget=fraction(1.0), high="16bit")
 
