@@ -162,6 +162,7 @@ class Plan:
         device: where; times are only meaningful on a CUDA device.
         seed: of weights, prompts and fillings.
         as_is: whether transformers' own step is timed too, on the cases with a prompt.
+        gate: tokens of the prompt that `check` compares logits after; above 1,024 it is attended as the timed one is.
     """
 
     model: str
@@ -174,6 +175,7 @@ class Plan:
     device: str = "cuda"
     seed: int = 0
     as_is: bool = True
+    gate: int = 1500
 
     @property
     def config(self) -> ThriftConfig:
@@ -310,7 +312,7 @@ class Bench:
         return torch.cuda.max_memory_allocated() if self.cuda else None
 
 
-def check(bench: Bench, length: int = 1500, steps: int = 8) -> dict[str, float]:
+def check(bench: Bench, length: int, steps: int = 8) -> dict[str, float]:
     """Logits of the sides after a prompt and some steps, as relative distance from transformers' own.
 
     Returns:
@@ -364,7 +366,7 @@ def run(plan: Plan, say: Say = print) -> E2ERecord:
     }
     record = E2ERecord(make_context(settings), plan.model)
     say(f"{plan.model}: {bench.weights / 2**30:.1f} GiB of weights after {time.perf_counter() - began:.0f} s")
-    record.gate = check(bench)
+    record.gate = check(bench, plan.gate)
     say("logits off transformers': " + ", ".join(f"{name} {error:.4f}" for name, error in record.gate.items()))
     record.save(plan.out)
     work: list[tuple[Case, Side]] = [(case, side) for case in plan.cases for side in ("bf16", "thrift")]
