@@ -236,6 +236,12 @@ def by_layer(metrics: Row) -> Figure | None:
     return "Error concentration by layer", lines("error concentration by layer", x, y, series), words
 
 
+def in_tasks(metrics: Row) -> list[str]:
+    """The selected methods among those that have answered: they can be others than those with an NLL."""
+    there = {row["method"] for row in metrics["tasks"]}
+    return selected({"methods": [about for about in metrics["methods"] if about["name"] in there]})
+
+
 def task_bars(metrics: Row) -> list[Figure]:
     """Scores of every task, in charts of at most 16 tasks."""
     lengths = {row["length"] for row in metrics["tasks"]}
@@ -244,7 +250,7 @@ def task_bars(metrics: Row) -> list[Figure]:
     tasks = list(dict.fromkeys(row["task"] for row in rows))
     base = [about["name"] for about in metrics["methods"] if about["plain"]]
     kinds = [
-        name for name in selected(metrics) if name.partition(":")[0] in ("fp4", "paper", "thrift", "topk", "snapkv")
+        name for name in in_tasks(metrics) if name.partition(":")[0] in ("fp4", "paper", "thrift", "topk", "snapkv")
     ]
     chosen = [one for one in (_series(name, [], []) for name in [*base, *kinds]) if not one.hollow]
     shown = [one for one in chosen if all((task, one.name) in cells for task in tasks)]

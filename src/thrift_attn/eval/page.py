@@ -12,6 +12,10 @@ from thrift_attn.eval.runs import Run
 from thrift_attn.eval.style import CSS
 from thrift_attn.eval.suite import STANDIN
 
+_PAIRED = (
+    "Differences are paired: every method reads the same samples. Intervals are 95%, from a bootstrap over blocks of 64 tokens "
+    "(NLL) or over samples (tasks). Recovered is the share of the loss of uniform FP4 attention that a method brings back."
+)
 _COSTS = (
     "Cost: prefill in tensor-core operations weighted by their rate on Blackwell (16-bit 1, FP8 1/2, FP4 1/4), decode in bytes "
     "of KV cache read, both relative to dense 16-bit attention (docs/evaluation.md)."
@@ -205,7 +209,7 @@ def losses(run: Run) -> list[str]:
             if None not in cheap and cheap[0] <= cheap[1] * 1.01:
                 losing = f"({row['loss']:+.4f}, {other['loss']:+.4f})"
                 found.append(f"{name} is nearer to fp16 than {mine} at no higher prefill cost {losing}.")
-    main = next((name for name in chosen if facts[name]["family"] == "thrift"), None)
+    main = next((name for name in figures.in_tasks(run.metrics) if facts[name]["family"] == "thrift"), None)
     mine = [row for row in run.tasks() if row["method"] == main and not row["group"]]
     unlikely = [row for row in mine if row["gold_loss_interval"] and row["gold_loss_interval"][0] > 0]
     if unlikely:
@@ -339,9 +343,7 @@ def html(runs: list[Run]) -> str:
         '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1"><meta name="color-scheme" content="light dark">'
         f"<title>thrift-attn: evaluation</title><style>{CSS}</style></head><body><header><h1>thrift-attn: evaluation</h1>"
-        f'<p class="models">{nav}</p><p>Differences are paired: every method reads the same samples. Intervals are 95%, from a '
-        "bootstrap over blocks of 64 tokens (NLL) or over samples (tasks). <em>Recovered</em> is the share of the loss of "
-        "uniform FP4 attention that a method brings back.</p></header><main>"
+        f'<p class="models">{nav}</p><p>{escape(_PAIRED)}</p></header><main>'
         f"{''.join(map(_section, runs))}</main></body></html>\n"
     )
 
@@ -353,10 +355,10 @@ def _md_table(table: Table) -> str:
     return "\n".join(lines)
 
 
-def markdown(runs: list[Run], level: int = 2) -> str:
+def markdown(runs: list[Run]) -> str:
     """The tables and sentences of the page."""
-    top, sub = "#" * level, "#" * (level + 1)
-    parts: list[str] = []
+    top, sub = "##", "###"
+    parts = ["# Evaluation report", _PAIRED]
     for run in runs:
         parts.append(f"{top} {run.plan['model']}")
         parts.append("\n".join(f"- {sentence}" for sentence in findings(run)))
