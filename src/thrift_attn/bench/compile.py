@@ -138,7 +138,7 @@ def _launch(target: Target) -> tuple[Any, dict[str, str], dict[str, Any], dict[s
         pad = max(16, 1 << (target.blocks - 1).bit_length())
         constants = {
             **shape, **heads, "CAUSAL": True, "WINDOW": False, "FIRST": 1, "LAST": 1, "PAD": pad, "ROWS": select.ROWS,
-            "SUB": max(1, min(select.ROWS, select.HELD // pad)), "BN": min(128, pad), "PORTABLE": False,
+            "SUB": max(1, min(select.ROWS, select.HELD // pad)), "BN": select.scored(target.dim, pad), "PORTABLE": False,
         }  # fmt: skip
         return select.select_rows_kernel, packed, constants, {"num_warps": max(4, pad // 1024)}
     tuned = attend.tuning(target.dim, target.low, target.form, divmod(target.capability, 10))

@@ -291,6 +291,11 @@ def select_rows_kernel(
             tl.debug_barrier()
 
 
+def scored(dim: int, pad: int) -> int:
+    """Blocks scored at a time: as many as 100 KB of shared memory hold three times over."""
+    return min(64 if dim > 128 else 128, pad)
+
+
 def select_rows(
     means: Tensor,
     centres: Tensor,
@@ -361,7 +366,7 @@ def select_rows(
         PAD=pad,
         ROWS=ROWS,
         SUB=max(1, min(ROWS, HELD // pad)),
-        BN=min(128, pad),
+        BN=scored(dim, pad),
         PORTABLE=interpreted(),
         num_warps=max(4, pad // 1024),
     )
