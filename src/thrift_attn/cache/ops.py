@@ -16,8 +16,8 @@ from thrift_attn.quant.kernels import pack_blocks
 from thrift_attn.select.kernels import score_blocks, select_blocks
 
 OVERLAPPED_BLOCKS = 2**14
-"""Blocks of all sequences and KV heads up to which the kernels of a step overlap: larger steps lose more than the latency that is
-saved (docs/log.md)."""
+"""Blocks of all sequences and KV heads up to which the kernels of a step overlap: in larger steps more is lost than the latency
+that is saved (docs/log.md)."""
 
 
 def _multiprocessors(device: torch.device) -> int:
