@@ -382,6 +382,19 @@ def test_layers_may_differ() -> None:
 
 
 @torch.no_grad()
+def test_counting_is_optional() -> None:
+    model, ids = build("llama"), tokens(1, 150)
+    thrift.enable(model, ThriftConfig(budget=fraction(0.5)), stats=False)
+    plain = model(ids).logits
+    assert thrift.report(model).stats.visible == 0
+    assert "%" not in str(thrift.report(model))
+    thrift.enable(model, ThriftConfig(budget=fraction(0.5)), stats=True)
+    counted = model(ids).logits
+    assert torch.equal(plain, counted)
+    assert thrift.report(model).stats.promoted > 0
+
+
+@torch.no_grad()
 def test_report_accumulates_since_enable() -> None:
     model, ids = build("gemma3"), tokens(1, 500)
     thrift.enable(model, ThriftConfig(budget=fraction(0.25)))

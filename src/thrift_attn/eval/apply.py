@@ -23,7 +23,7 @@ def applied(model: Any, method: Method) -> Iterator[None]:
         return
     from thrift_attn.integrations import transformers as integration
 
-    integration.enable(model, method.config)
+    integration.enable(model, method.config, stats=True)
     try:
         yield
     finally:

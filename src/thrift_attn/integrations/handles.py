@@ -56,7 +56,14 @@ class Step:
         self._full: tuple[Tensor, Tensor] | None = None
 
     def attend(
-        self, query: Tensor, tokens: Tensor | None, *, scale: float | None, softcap: float | None, backend: str
+        self,
+        query: Tensor,
+        tokens: Tensor | None,
+        *,
+        scale: float | None,
+        softcap: float | None,
+        backend: str,
+        counted: bool,
     ) -> tuple[Tensor, Stats] | None:
         """Attention of the new tokens over all that the layer holds, which they now belong to.
 
@@ -66,6 +73,7 @@ class Step:
             scale: of the logits.
             softcap: of the logits.
             backend: for `thrift_attn.attention`.
+            counted: whether to count what more than 16 new tokens promote; for fewer it is known on the host.
 
         Returns:
             The output ``[B, Hq, T, D]``, 0 at padding, and what was promoted. None, and nothing done, if ``tokens`` hides
@@ -98,10 +106,7 @@ class Step:
             k, v = self._behind(k, v, before)
         if padding is not None or len(set(totals)) > 1:
             options["kv_lengths"] = torch.tensor(totals, device=query.device).clamp(min=1)
-        if query.device.type == "cpu":
-            out, stats = attention(query, k, v, return_stats=True, **options)
-        else:
-            out, stats = attention(query, k, v, **options), Stats()
+        out, stats = with_stats(query, k, v, counted, **options)
         self._append(padding)
         if padding is not None:
             out = gather(out, padding.right().argsort(dim=1))
@@ -160,6 +165,13 @@ class Cached(torch.Tensor):
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         args, kwargs = tree_map_only(Cached, Cached.widened, (args, kwargs or {}))
         return func(*args, **kwargs)
+
+
+def with_stats(q: Tensor, k: Tensor, v: Tensor, counted: bool, **options: Any) -> tuple[Tensor, Stats]:
+    """`thrift_attn.attention` with its statistics, or with empty ones if they are not to be counted."""
+    if counted:
+        return attention(q, k, v, return_stats=True, **options)
+    return attention(q, k, v, **options), Stats()
 
 
 def gather(x: Tensor, index: Tensor) -> Tensor:

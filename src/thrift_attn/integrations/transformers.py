@@ -41,7 +41,6 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from thrift_attn.api import attention
 from thrift_attn.attend.stats import Stats
 from thrift_attn.config import ThriftConfig
 
@@ -52,7 +51,7 @@ try:
     from transformers.masking_utils import causal_mask_function, eager_mask
 
     from thrift_attn.integrations.cache import ThriftCache
-    from thrift_attn.integrations.handles import Cached
+    from thrift_attn.integrations.handles import Cached, with_stats
 except ImportError as error:
     raise ImportError('this integration needs transformers >= 5.0: pip install "thrift-attn[hf]"') from error
 if int(transformers.__version__.split(".")[0]) < 5:
@@ -87,7 +86,12 @@ class _Layer:
 
     config: ThriftConfig | None  # None: left to SDPA
     backend: str = "auto"
+    stats: bool | None = None
     tallies: dict[tuple[ServedBy, str], _Tally] = field(default_factory=dict)
+
+    def counts(self, device: torch.device) -> bool:
+        """Whether a call on this device counts what it promotes."""
+        return device.type == "cpu" if self.stats is None else self.stats
 
     def count(self, served_by: ServedBy, reason: str, stats: Stats) -> None:
         tally = self.tallies.setdefault((served_by, reason), _Tally())
@@ -113,7 +117,7 @@ class LayerRow:
         served_by: ``"thrift"``, ``"sdpa"``, ``"eager"``, or None before the first call.
         reason: why.
         calls: number of calls since `enable`.
-        stats: their statistics added up, all zero if not served by thrift.
+        stats: their statistics added up, all zero if not served by thrift or not counted (see `enable`).
     """
 
     layer: int | None
@@ -137,15 +141,15 @@ class Report(list[LayerRow]):
             ("layer", "module", "served by", "calls", "promoted", "high mass", "reason"),
         ]
         for row in self:
-            thrift = row.served_by == NAME
+            counted = row.stats.visible > 0
             table.append(
                 (
                     "-" if row.layer is None else str(row.layer),
                     row.name,
                     row.served_by or "-",
                     str(row.calls),
-                    f"{row.stats.share:.2%}" if thrift else "-",
-                    f"{row.stats.high_mass:.2%}" if thrift else "-",
+                    f"{row.stats.share:.2%}" if counted else "-",
+                    f"{row.stats.high_mass:.2%}" if counted else "-",
                     row.reason,
                 )
             )
@@ -168,6 +172,7 @@ def enable(
     *,
     layers: LayerConfigs | None = None,
     backend: str = "auto",
+    stats: bool | None = None,
 ) -> None:
     """Switch a model to thrift attention; a second call changes the configuration and starts the statistics again.
 
@@ -177,6 +182,8 @@ def enable(
         layers: what is computed in single layers: a mapping from ``layer_idx`` (others get ``config``) or a function of
             it; None leaves the layer to SDPA.
         backend: passed on to `thrift_attn.attention`.
+        stats: whether `report` tells what was promoted. On a GPU that takes time (numbers are copied to the host, and the
+            fastest kernel does not work them out); None counts on a CPU only.
 
     Raises:
         TypeError: something else than a transformers model, or than a configuration.
@@ -196,7 +203,7 @@ def enable(
             chosen = layers.get(index, config) if isinstance(layers, Mapping) else layers(index)
         if chosen is not None and not isinstance(chosen, ThriftConfig):
             raise TypeError(f"config must be a ThriftConfig, got {type(chosen).__name__}")
-        states.append((module, _Layer(chosen, backend)))
+        states.append((module, _Layer(chosen, backend, stats)))
 
     register()
     enabled = vars(model).get(_MODEL) or _snapshot(model)
@@ -433,7 +440,10 @@ def thrift_attention(
     if isinstance(key, Cached):
         tokens = attention_mask if attention_mask is not None and attention_mask.ndim == 2 else None
         if reason is None:
-            found = key.step.attend(query, tokens, scale=scaling, softcap=softcap, backend=layer.backend)
+            counted = layer.counts(query.device)
+            found = key.step.attend(
+                query, tokens, scale=scaling, softcap=softcap, backend=layer.backend, counted=counted
+            )
             if found is not None:
                 layer.count("thrift", "causal, cached", found[1])
                 return found[0].transpose(1, 2).contiguous(), None
@@ -444,7 +454,8 @@ def thrift_attention(
         if (_count_runs(attention_mask) if runs is None else runs) > 1:
             reason = "the mask is not causal with padding at the ends"
     if config is not None and reason is None:
-        out, stats = _serve(query, key, value, attention_mask, config, layer.backend, scaling, softcap)
+        counted = layer.counts(query.device)
+        out, stats = _serve(query, key, value, attention_mask, config, layer.backend, scaling, softcap, counted)
         layer.count("thrift", "causal", stats)
         return out.transpose(1, 2).contiguous(), None
 
@@ -496,14 +507,13 @@ def _serve(
     backend: str,
     scale: float | None,
     softcap: float | None,
+    counted: bool,
 ) -> tuple[Tensor, Stats]:
     """Thrift attention ``[B, Hq, Tq, D]`` under None or a 2D mask of `thrift_mask`."""
 
     def attend(q: Tensor, k: Tensor, v: Tensor, lengths: Tensor | None) -> tuple[Tensor, Stats]:
-        out = attention(
-            q, k, v, config=config, scale=scale, softcap=softcap, kv_lengths=lengths, backend=backend, return_stats=True
-        )
-        return out  # pyright: ignore[reportReturnType]
+        options: dict[str, Any] = {"config": config, "scale": scale, "softcap": softcap, "backend": backend}
+        return with_stats(q, k, v, counted, kv_lengths=lengths, **options)
 
     if mask is None:
         return attend(query, key, value, None)
