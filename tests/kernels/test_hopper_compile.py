@@ -11,6 +11,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from thrift_attn.attend import hopper_launch
+from thrift_attn.attend.hopper_launch import attend_fp8, why_not
+
 # Kernels that were imported for the interpreter cannot be compiled, so this runs in a process of its own.
 _PROGRAM = """
 import json, re, subprocess, sys
@@ -55,6 +58,7 @@ print(json.dumps(dict(
 """
 
 
+@pytest.mark.skipif(not hopper_launch.KNOWN_GLUON, reason="written in the Gluon of Triton 3.6")
 @pytest.mark.parametrize(
     "options",
     [
@@ -82,8 +86,7 @@ def test_compiles_for_hopper(options: dict, tmp_path: Path) -> None:
 
 
 def test_refuses_what_it_cannot_serve(monkeypatch: pytest.MonkeyPatch) -> None:
-    from thrift_attn.attend.hopper_launch import attend_fp8, why_not
-
+    monkeypatch.setattr(hopper_launch, "KNOWN_GLUON", True)
     x = torch.zeros(1, 2, 128, 128, dtype=torch.bfloat16)
     with pytest.raises(NotImplementedError, match="CUDA device"):
         attend_fp8(x, x, x, None, None, None, None, None, None, None, None, None, x, x[..., 0].float(), scale=1.0)
@@ -107,5 +110,8 @@ def test_refuses_what_it_cannot_serve(monkeypatch: pytest.MonkeyPatch) -> None:
         problem = why_not(on_gpu(q), y, y, **{"causal": True, "scale": 1.0, **options})
         assert problem is not None, reason
         assert reason in problem
+    monkeypatch.setattr(hopper_launch, "KNOWN_GLUON", False)
+    assert "Gluon of Triton 3.6" in (why_not(y, y, y, causal=True, scale=1.0) or "")
+    monkeypatch.setattr(hopper_launch, "KNOWN_GLUON", True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 9))
     assert "compute capability 9.0" in (why_not(y, y, y, causal=True, scale=1.0) or "")

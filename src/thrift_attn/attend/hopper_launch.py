@@ -29,6 +29,9 @@ L2_BYTES = 24 << 20
 
 _TMA_ALIGNMENT = 16
 
+KNOWN_GLUON = hasattr(gl.shared_memory_descriptor, "_reinterpret")
+"""Whether this Triton has the Gluon that the kernel is written in, that of 3.6; names and rules have changed since."""
+
 
 @triton.jit
 def fold_scales_kernel(
@@ -79,6 +82,8 @@ def why_not(q: Tensor, k: Tensor, v: Tensor, *, causal: bool, scale: float) -> s
         causal: whether queries are right-aligned and see only keys up to their own position.
         scale: factor of the logits.
     """
+    if not KNOWN_GLUON:
+        return f"the FP8 kernel of sm_90 is written in the Gluon of Triton 3.6, got Triton {triton.__version__}"
     if q.device.type != "cuda":
         return f"the FP8 kernel needs a CUDA device, got {q.device}"
     if torch.cuda.get_device_capability(q.device)[0] != 9:

@@ -430,7 +430,7 @@ def tuning(dim: int, low: str, form: Form, capability: tuple[int, int]) -> Tunin
     if capability[0] == 10 and (fp4 or dim <= 128):
         return Tuning(128, 64, 8, 2 if dim in (64, 128) else 1, 16)
     if fp4:
-        return Tuning(64, 64, 4 if dim <= 64 else 8, 1 if dim > 128 else 2, 16)
+        return Tuning(64, 64, 4 if dim <= 64 and low == "nvfp4" else 8, 1 if dim > 128 else 2, 16)
     if dim > 128:
         return Tuning(64, 32, 8, 1 if small else 2, 16)
     return Tuning(64, 64, 8 if capability[0] == 12 else 4, 2, 32)
