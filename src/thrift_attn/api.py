@@ -180,9 +180,7 @@ def attention(
     Source: ThriftAttention, arXiv 2605.23081.
     """
     _check_tensors(q, k, v, config)
-    check_logits(scale, window, softcap)
-    if window is not None and not causal:
-        raise ValueError("window needs causal=True: it counts back from the position of the query")
+    check_logits(scale, window, softcap, causal)
     _check_lengths(kv_lengths, k)
     served, form = pick_backend(backend, config, q.shape[3], q.dtype, q.device, k.shape[2])
     scale = 1 / math.sqrt(q.shape[-1]) if scale is None else scale
@@ -260,9 +258,7 @@ def attention_varlen(
             raise ValueError(f"{name} must have 3 dimensions [tokens, H, D], got shape {list(x.shape)}")
     q, k, v = (x.transpose(0, 1)[None] for x in (q, k, v))
     _check_tensors(q, k, v, config)
-    check_logits(scale, window, softcap)
-    if window is not None and not causal:
-        raise ValueError("window needs causal=True: it counts back from the position of the query")
+    check_logits(scale, window, softcap, causal)
     for name, x in (("cu_seqlens_q", cu_seqlens_q), ("cu_seqlens_k", cu_seqlens_k)):
         if not isinstance(x, Tensor) or x.dtype not in (torch.int32, torch.int64):
             got = x.dtype if isinstance(x, Tensor) else type(x).__name__

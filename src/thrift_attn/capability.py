@@ -86,6 +86,11 @@ def interpreted() -> bool:
     return os.environ.get("TRITON_INTERPRET", "0") == "1"
 
 
+def multiprocessors(device: torch.device) -> int:
+    """Multiprocessors of a CUDA device; 1 elsewhere."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
+
+
 def overlaps(device: torch.device) -> bool:
     """Whether a kernel may start while the one before it ends (programmatic dependent launch, compute capability 9 and up)."""
     return device.type == "cuda" and not interpreted() and torch.cuda.get_device_capability(device) >= (9, 0)

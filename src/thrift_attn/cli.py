@@ -12,7 +12,7 @@ try:
 
     from thrift_attn.bench.command import app as bench
     from thrift_attn.eval import command as suites
-    from thrift_attn.eval.console import errors, shown
+    from thrift_attn.eval.console import Device, Dtype, Model, Promoted, Storage, TextSource, errors, shown
 except ImportError as error:
     raise SystemExit(f"the thrift command needs {error.name}: pip install 'thrift-attn[eval]'") from error
 
@@ -34,7 +34,7 @@ def demo(
         "demo"
     ),
     length: Annotated[int, typer.Option(help="Tokens.")] = 2048,
-    device: Annotated[str, typer.Option(help="auto, cpu or cuda[:N].")] = "auto",
+    device: Device = "auto",
 ) -> None:
     """Run fp16, fp4, paper and thrift on SmolLM2-135M and Shakespeare: how much does FP4 lose, how much comes back?"""
     _nll(
@@ -54,18 +54,18 @@ def demo(
 @app.command()
 def generate(
     prompt: Annotated[str, typer.Argument(help="The prompt; - reads it from standard input.")],
-    model: Annotated[str, typer.Option(help="Name, local folder, .gguf file or hub id.")] = "smollm2-135m",
+    model: Model = "smollm2-135m",
     file: Annotated[Path | None, typer.Option(help="A text that is put before the prompt.")] = None,
     max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", "-n", help="Tokens at most.")] = 256,
-    budget: Annotated[str, typer.Option(help="Blocks in high precision: 0.05, 5%, top_k(8) or paper.")] = "0.05",
-    high: Annotated[str, typer.Option(help="How they are stored: nested, nested8 or 16bit.")] = "nested",
+    budget: Promoted = "0.05",
+    high: Storage = "nested",
     temperature: Annotated[float, typer.Option(help="0 takes the most likely token.")] = 0.0,
     top_p: Annotated[float, typer.Option(help="Draw from the likeliest tokens of this share.")] = 1.0,
     seed: Annotated[int, typer.Option(help="Of the draws.")] = 0,
     chunk: Annotated[int | None, typer.Option(help="Tokens of the prompt at a time.")] = None,
     raw: Annotated[bool, typer.Option(help="No chat template.")] = False,
-    device: Annotated[str, typer.Option(help="auto, cpu or cuda[:N].")] = "auto",
-    dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
+    device: Device = "auto",
+    dtype: Dtype = "auto",
 ) -> None:
     """Answer a prompt through the 4-bit cache, streaming; then say how fast, how many bytes and what was promoted."""
     with errors():
@@ -96,19 +96,17 @@ def generate(
 
 @evals.command()
 def decode(
-    model: Annotated[str, typer.Option(help="Name, local folder, .gguf file or hub id.")] = "smollm2-135m",
-    text: Annotated[
-        str, typer.Option(help="File, shakespeare[:PLAY], pg19 or hub:OWNER/NAME[:SPLIT[:COLUMN]].")
-    ] = "shakespeare",
+    model: Model = "smollm2-135m",
+    text: TextSource = "shakespeare",
     prompts: Annotated[int, typer.Option(help="Texts, one after the other.")] = 10,
     shortest: Annotated[int, typer.Option(help="Tokens of the shortest prompt.")] = 4096,
     longest: Annotated[int, typer.Option(help="Tokens of the longest prompt.")] = 8000,
     new: Annotated[int, typer.Option(help="Teacher-forced steps after each prompt.")] = 64,
     needles: Annotated[int, typer.Option(help="Depths at which a number is hidden.")] = 10,
-    budget: Annotated[str, typer.Option(help="Blocks in high precision: 0.05, 5%, top_k(8) or paper.")] = "0.05",
-    high: Annotated[str, typer.Option(help="How they are stored: nested, nested8 or 16bit.")] = "nested",
-    device: Annotated[str, typer.Option(help="auto, cpu or cuda[:N].")] = "auto",
-    dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
+    budget: Promoted = "0.05",
+    high: Storage = "nested",
+    device: Device = "auto",
+    dtype: Dtype = "auto",
     seed: Annotated[int, typer.Option(help="Of the hidden numbers.")] = 0,
     json: Annotated[Path | None, typer.Option(help="Write the record here.")] = None,
 ) -> None:
@@ -138,10 +136,8 @@ def decode(
 
 @evals.command()
 def nll(
-    model: Annotated[str, typer.Option(help="Name, local folder, .gguf file or hub id.")] = "smollm2-135m",
-    text: Annotated[
-        str, typer.Option(help="File, shakespeare[:PLAY], pg19 or hub:OWNER/NAME[:SPLIT[:COLUMN]].")
-    ] = "pg19",
+    model: Model = "smollm2-135m",
+    text: TextSource = "pg19",
     length: Annotated[int, typer.Option(help="Tokens of a window.")] = 8192,
     windows: Annotated[int, typer.Option(help="Windows, one after the other from the start of the text.")] = 1,
     methods: Annotated[
@@ -150,8 +146,8 @@ def nll(
     budgets: Annotated[
         str, typer.Option(help="Also run every method that has a budget and names none at these: 0.01,5%,top_k(4)")
     ] = "",
-    device: Annotated[str, typer.Option(help="auto, cpu or cuda[:N].")] = "auto",
-    dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
+    device: Device = "auto",
+    dtype: Dtype = "auto",
     json: Annotated[Path | None, typer.Option(help="Write the record here, the NLL of every token beside it.")] = None,
     plot: Annotated[Path | None, typer.Option(help="Write the picture of recovery against budget here.")] = None,
 ) -> None:

@@ -202,8 +202,10 @@ class ThriftConfig:
         return {**asdict(self), "budget": str(self.budget)}
 
 
-def check_logits(scale: float | None, window: int | None, softcap: float | None) -> None:
+def check_logits(scale: float | None, window: int | None, softcap: float | None, causal: bool = True) -> None:
     """Check what shapes the logits: scale and softcap are None or finite and positive, the window None or a positive int.
+
+    A window counts back from the position of the query, so it needs ``causal``.
 
     Raises:
         TypeError: a window that is no int.
@@ -217,3 +219,5 @@ def check_logits(scale: float | None, window: int | None, softcap: float | None)
             raise TypeError(f"window must be an int number of tokens, got {type(window).__name__}")
         if window < 1:
             raise ValueError(f"window must be at least 1 token, got {window}")
+        if not causal:
+            raise ValueError("window needs causal=True: it counts back from the position of the query")

@@ -212,7 +212,7 @@ def arguments(
     wanted = wanted_blocks(config.budget, sequences, window=window, least=least, decode=decode)
     most = max(least, capacity(config.budget, sequences.most_blocks))
     return (
-        q, k, v, sequences, wanted, most, decode, config.low, form, config.math == "fp4", config.center != "none",
+        q, k, v, sequences, wanted, most, decode, config.low, form, config.math == "fp4", config.centred,
         four and config.center == "all", four and config.total == "rounded",
         config.scales == "best", None if config.high == "16bit" else config.high, config.force_first,
         config.force_last, scale, window, softcap, mass,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import json
 import os
 import platform
 import subprocess
@@ -17,6 +18,18 @@ import torch
 def now() -> str:
     """The time in UTC, ISO 8601."""
     return datetime.now(timezone.utc).isoformat(timespec="seconds")
+
+
+def write_json(path: Path, content: Any, *, allow_nan: bool = True) -> None:
+    """Write a JSON file whole or not at all; its folder is made.
+
+    Raises:
+        ValueError: ``content`` holds a NaN or an infinity and ``allow_nan`` is False.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    beside = path.with_suffix(".tmp")
+    beside.write_text(json.dumps(content, indent=1, allow_nan=allow_nan) + "\n", encoding="utf-8")
+    beside.replace(path)
 
 
 def commit() -> str | None:

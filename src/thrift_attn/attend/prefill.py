@@ -47,6 +47,18 @@ def _capped(s, CAP: tl.constexpr):
 
 
 @triton.jit
+def _visible(s, key, keys, position, window, CAUSAL: tl.constexpr, WINDOW: tl.constexpr):
+    """Logits [BM, BN], -inf where the query at ``position`` [BM] does not see ``key`` [BN]."""
+    if CAUSAL:
+        s = tl.where(key[None, :] <= position[:, None], s, float("-inf"))
+    else:
+        s = tl.where((key < keys)[None, :], s, float("-inf"))
+    if WINDOW:
+        s = tl.where(key[None, :] > position[:, None] - window, s, float("-inf"))
+    return s
+
+
+@triton.jit
 def _online(s, peak, total):
     """One step of the online softmax in base 2: P, the new whole-number peak, the new sum, the factor of what is there."""
     new = tl.maximum(peak, tl.ceil(tl.max(s, 1)))
@@ -292,12 +304,7 @@ def attend_prefill_kernel(
                         if CAP > 0.0:
                             s = tl.where(hidden[:, None], float("-inf"), s)
                         key = n * 64 + i * BN + order
-                        if CAUSAL:
-                            s = tl.where(key[None, :] <= position[:, None], s, float("-inf"))
-                        else:
-                            s = tl.where((key < keys)[None, :], s, float("-inf"))
-                        if WINDOW:
-                            s = tl.where(key[None, :] > position[:, None] - window, s, float("-inf"))
+                        s = _visible(s, key, keys, position, window, CAUSAL, WINDOW)
                         p, peak, total, factor = _online(s, peak, total)
                         if NATIVE:
                             UNIT: tl.constexpr = 64 if LOW == "fp8" else 32
@@ -371,12 +378,7 @@ def attend_prefill_kernel(
                         kc = tl.load(at_k, mask=(key < keys)[:, None] & (d < D)[None, :], other=0.0)
                         s = _dot(q, tl.trans(kc), PORTABLE)
                     s = _capped(s * scale, CAP)
-                    if CAUSAL:
-                        s = tl.where(key[None, :] <= position[:, None], s, float("-inf"))
-                    else:
-                        s = tl.where((key < keys)[None, :], s, float("-inf"))
-                    if WINDOW:
-                        s = tl.where(key[None, :] > position[:, None] - window, s, float("-inf"))
+                    s = _visible(s, key, keys, position, window, CAUSAL, WINDOW)
                     if HALVES == 2:
                         s = tl.where((upper if side == 0 else ~upper)[:, None], s, float("-inf"))
                     p, peak, total, factor = _online(s, peak, total)

@@ -16,6 +16,7 @@ from rich.table import Table
 if TYPE_CHECKING:
     from thrift_attn.bench.e2e import Case
     from thrift_attn.bench.records import Record
+    from thrift_attn.bench.runner import Plan
 
 app = typer.Typer(
     no_args_is_help=True, add_completion=False, help="Time kernels against the baselines, correctness first."
@@ -28,6 +29,25 @@ RESTARTS = 4
 @app.callback()
 def _group() -> None:
     """Keep ``decode`` a subcommand however many there are."""
+
+
+def _run(plan: Plan, console: Console, *, resume: bool, plot: bool) -> None:
+    """Run a plan, print its table and draw its pictures beside the record."""
+    from thrift_attn.bench.runner import run
+    from thrift_attn.bench.timing import DeviceLost
+
+    try:
+        record = run(plan, resume=resume, say=lambda line: console.print(line, highlight=False, markup=False))
+    except DeviceLost as error:
+        _take_up_again(console, error)
+        raise typer.Exit(3) from error
+    console.print()
+    console.print(summary(record))
+    if plot:
+        from thrift_attn.bench.plots import draw
+
+        draw(record, plan.out.parent)
+    console.print(f"wrote {plan.out}", style="dim", highlight=False, markup=False)
 
 
 @app.command()
@@ -55,11 +75,11 @@ def decode(
     """Decode: our whole step and each kernel against the BF16 and FP8 kernels people use, in one run."""
     console = Console(soft_wrap=True, width=None if sys.stdout.isatty() else 150)
     with _errors():
-        from thrift_attn.bench.timing import DeviceLost, Settings, require_cuda
+        from thrift_attn.bench.timing import Settings, require_cuda
 
         require_cuda()
         from thrift_attn.bench.cases import PRESETS, grid
-        from thrift_attn.bench.runner import Plan, run
+        from thrift_attn.bench.runner import Plan
 
         if bool(batch) != bool(kv):
             raise ValueError("an own grid needs both --batch and --kv")
@@ -92,18 +112,7 @@ def decode(
             profile=profile,
             seed=seed,
         )
-        try:
-            record = run(plan, resume=resume, say=lambda line: console.print(line, highlight=False, markup=False))
-        except DeviceLost as error:
-            _take_up_again(console, error)
-            raise typer.Exit(3) from error
-        console.print()
-        console.print(summary(record))
-        if plot:
-            from thrift_attn.bench.plots import draw
-
-            draw(record, out)
-        console.print(f"wrote {plan.out}", style="dim", highlight=False, markup=False)
+        _run(plan, console, resume=resume, plot=plot)
 
 
 @app.command()
@@ -177,11 +186,11 @@ def prefill(
     """Prefill: our whole call and each stage against the BF16 and 8-bit kernels people use, in one run."""
     console = Console(soft_wrap=True, width=None if sys.stdout.isatty() else 150)
     with _errors():
-        from thrift_attn.bench.timing import DeviceLost, Settings, require_cuda
+        from thrift_attn.bench.timing import Settings, require_cuda
 
         require_cuda()
         from thrift_attn.bench.cases import PREFILL_PRESETS, prefill_grid
-        from thrift_attn.bench.runner import Plan, run
+        from thrift_attn.bench.runner import Plan
 
         if kv:
             cases = prefill_grid(
@@ -206,18 +215,7 @@ def prefill(
             profile=False,
             seed=seed,
         )
-        try:
-            record = run(plan, resume=resume, say=lambda line: console.print(line, highlight=False, markup=False))
-        except DeviceLost as error:
-            _take_up_again(console, error)
-            raise typer.Exit(3) from error
-        console.print()
-        console.print(summary(record))
-        if plot:
-            from thrift_attn.bench.plots import draw
-
-            draw(record, out)
-        console.print(f"wrote {plan.out}", style="dim", highlight=False, markup=False)
+        _run(plan, console, resume=resume, plot=plot)
 
 
 @app.command(name="compile")

@@ -6,7 +6,6 @@ the products are the instructions they should be, nothing spills, and registers 
 
 from __future__ import annotations
 
-import json
 import re
 import subprocess
 import tempfile
@@ -20,6 +19,7 @@ from typing import Any, Literal
 
 from thrift_attn.bench.records import make_context
 from thrift_attn.capability import HEAD_DIMS, Form
+from thrift_attn.provenance import write_json
 from thrift_attn.quant.formats import FORMATS
 
 CAPABILITIES = (80, 89, 90, 100, 120)
@@ -211,9 +211,7 @@ def compile_all(found: Iterable[Target], workers: int) -> Iterator[Compiled]:
 
 def save(rows: Iterable[Compiled], path: Path) -> None:
     """Write the record."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     listed = [{**asdict(row.target), "form": row.target.form, **asdict(row)} for row in rows]
     for row in listed:
         del row["target"]
-    content = {"kind": "compile", "schema": 1, "context": make_context({}), "rows": listed}
-    path.write_text(json.dumps(content, indent=1) + "\n")
+    write_json(path, {"kind": "compile", "schema": 1, "context": make_context({}), "rows": listed})

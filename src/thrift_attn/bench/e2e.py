@@ -23,6 +23,7 @@ from thrift_attn.cache.paged import DECODE
 from thrift_attn.config import BLOCK, ThriftConfig, fraction
 from thrift_attn.integrations.generate import DecodeGraph, prefill
 from thrift_attn.integrations.transformers import ThriftCache, disable, enable
+from thrift_attn.provenance import write_json
 
 SCHEMA = 1
 Side = Literal["transformers", "bf16", "thrift"]
@@ -124,10 +125,7 @@ class E2ERecord:
 
     def save(self, path: Path) -> None:
         """Write the JSON file whole or not at all."""
-        path.parent.mkdir(parents=True, exist_ok=True)
-        beside = path.with_suffix(".tmp")
-        beside.write_text(json.dumps({"kind": "e2e", "schema": SCHEMA, **asdict(self)}, indent=1) + "\n")
-        beside.replace(path)
+        write_json(path, {"kind": "e2e", "schema": SCHEMA, **asdict(self)})
 
     @classmethod
     def load(cls, path: Path) -> E2ERecord:

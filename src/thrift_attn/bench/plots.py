@@ -107,6 +107,14 @@ def _bar(axes: Any, one: Speedup, kind: Any, y: float, height: float, widest: fl
     axes.annotate(words, at, (8, 0), textcoords="offset points", va="center", fontsize=7.5, color="#333333", bbox=clear)
 
 
+def _timed(record: Record) -> list[Row]:
+    """The timed rows of a record; ValueError if there is none."""
+    rows = [row for row in record.rows if row.status == "timed"]
+    if not rows:
+        raise ValueError("nothing to draw: no row of the record was timed")
+    return rows
+
+
 def roofline(record: Record, path: Path) -> None:
     """FLOP rate against FLOP per byte that must move, under the copy bandwidth and matrix rate of the same run.
 
@@ -118,9 +126,7 @@ def roofline(record: Record, path: Path) -> None:
         ValueError: nothing to draw.
         ImportError: matplotlib is not installed.
     """
-    rows = [row for row in record.rows if row.status == "timed"]
-    if not rows:
-        raise ValueError("nothing to draw: no row of the record was timed")
+    rows = _timed(record)
     figure, axes = _canvas(8.2, 5.2)
     intensity: Callable[[Row], float] = lambda row: row.case.flops / row.bytes  # noqa: E731
     rate: Callable[[Row], float] = lambda row: row.case.flops / row.p50_us / 1e6  # noqa: E731
@@ -206,9 +212,7 @@ def throughput(record: Record, path: Path) -> None:
         ValueError: nothing to draw.
         ImportError: matplotlib is not installed.
     """
-    rows = [row for row in record.rows if row.status == "timed"]
-    if not rows:
-        raise ValueError("nothing to draw: it takes a timed row")
+    rows = _timed(record)
     names = list(dict.fromkeys(row.case.name for row in rows))
     places: list[tuple[float, Row | None, str]] = []
     y = 0.0

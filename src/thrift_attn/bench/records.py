@@ -12,7 +12,7 @@ from thrift_attn.bench.methods import Kind
 from thrift_attn.bench.timing import percentile
 from thrift_attn.bench.truth import Check
 from thrift_attn.config import check_choice
-from thrift_attn.provenance import commit, machine, now, versions
+from thrift_attn.provenance import commit, machine, now, versions, write_json
 
 SCHEMA = 1
 
@@ -136,7 +136,6 @@ class Record:
 
     def save(self, path: Path) -> None:
         """Write the JSON file whole or not at all; its folder is made."""
-        path.parent.mkdir(parents=True, exist_ok=True)
         found = {
             "kind": self.kind,
             "schema": SCHEMA,
@@ -145,9 +144,7 @@ class Record:
             "matmul_flop_per_s": self.matmul,
             "rows": [row.to_dict() for row in self.rows],
         }
-        beside = path.with_suffix(".tmp")
-        beside.write_text(json.dumps(found, indent=1) + "\n")
-        beside.replace(path)
+        write_json(path, found)
 
     @classmethod
     def load(cls, path: Path) -> Record:

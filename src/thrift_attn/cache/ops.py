@@ -10,7 +10,7 @@ from torch import Tensor
 
 from thrift_attn.attend.decode import attend_pages, choose_splits, column_tile, merge_splits, padded_rows, tuning
 from thrift_attn.cache.kernels import write_tail
-from thrift_attn.capability import overlaps
+from thrift_attn.capability import multiprocessors, overlaps
 from thrift_attn.config import BLOCK
 from thrift_attn.quant.kernels import pack_blocks
 from thrift_attn.select.kernels import score_blocks, select_blocks
@@ -18,10 +18,6 @@ from thrift_attn.select.kernels import score_blocks, select_blocks
 OVERLAPPED_BLOCKS = 2**14
 """Blocks of all sequences and KV heads up to which the kernels of a step overlap: in larger steps more is lost than the latency
 that is saved (docs/log.md)."""
-
-
-def _multiprocessors(device: torch.device) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
 
 
 @torch.library.custom_op(
@@ -89,7 +85,7 @@ def step_kernels(
     group = heads // kv_heads
     tile = column_tile(group, tq, dim)
     tuned = tuning(dim, tile, tq > 1 or window is not None, plane)
-    splits = choose_splits(blocks, batch, kv_heads, rows // tile, _multiprocessors(q.device) * tuned.programs)
+    splits = choose_splits(blocks, batch, kv_heads, rows // tile, multiprocessors(q.device) * tuned.programs)
     parts, part_lse = empty(batch, kv_heads, splits, rows, dim), empty(batch, kv_heads, splits, rows)
     out, lse = torch.empty_like(q, memory_format=torch.contiguous_format), empty(batch, heads, tq)
     kernels = {

@@ -11,7 +11,7 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
-from thrift_attn.eval.console import errors, shown
+from thrift_attn.eval.console import Device, Dtype, Model, errors, shown
 
 
 def _numbers(text: str) -> tuple[int, ...]:
@@ -34,7 +34,7 @@ def _changed(plan: Any, **given: Any) -> Any:
 def suite(
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder of the run; an unfinished one goes on.")],
     preset: Annotated[str, typer.Option(help="quick (CPU, minutes) or full (GPU).")] = "quick",
-    model: Annotated[str, typer.Option(help="Name, local folder, .gguf file or hub id.")] = "smollm2-135m",
+    model: Model = "smollm2-135m",
     methods: Annotated[
         str | None, typer.Option(help="Instead of the preset's: fp16,fp4,thrift:budget=0.1,... see `thrift eval nll`.")
     ] = None,
@@ -57,8 +57,8 @@ def suite(
     hub: Annotated[bool | None, typer.Option("--hub/--no-hub", help="Read LongBench from the hub.")] = None,
     concentration: Annotated[int | None, typer.Option(help="Tokens for error concentration; 0 for none.")] = None,
     seed: Annotated[int | None, typer.Option(help="Of the generated tasks.")] = None,
-    device: Annotated[str, typer.Option(help="auto, cpu or cuda[:N].")] = "auto",
-    dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
+    device: Device = "auto",
+    dtype: Dtype = "auto",
 ) -> None:
     """Tasks, NLL and error concentration of many methods; started again it goes on where it stopped."""
     with errors():
@@ -122,12 +122,12 @@ def _written(runs: list[Path], html: Path | None, markdown: Path | None) -> None
 
 def harness(
     tasks: Annotated[str, typer.Option(help="Tasks of lm-evaluation-harness, with commas.")],
-    model: Annotated[str, typer.Option(help="Name, local folder, .gguf file or hub id.")] = "smollm2-135m",
+    model: Model = "smollm2-135m",
     methods: Annotated[str, typer.Option(help="See `thrift eval nll`.")] = "fp16,fp4,thrift",
     limit: Annotated[int | None, typer.Option(help="Samples of each task; all if not given.")] = None,
     output: Annotated[Path | None, typer.Option("--output", "-o", help="Write the results here as JSON.")] = None,
-    device: Annotated[str, typer.Option(help="auto, cpu or cuda[:N].")] = "auto",
-    dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
+    device: Device = "auto",
+    dtype: Dtype = "auto",
 ) -> None:
     """Run tasks of lm-evaluation-harness with each method inside the model."""
     with errors():

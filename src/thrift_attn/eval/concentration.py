@@ -14,8 +14,6 @@ Source: the key observation of arXiv 2605.23081, section 3.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,6 +22,7 @@ from torch import Tensor
 
 from thrift_attn.attend.reference import build_planes
 from thrift_attn.config import BLOCK, ThriftConfig, fraction
+from thrift_attn.eval.watch import watched
 from thrift_attn.quant import reference as quant
 from thrift_attn.quant.formats import E2M1_MAX, E4M3_MAX, FORMATS
 
@@ -32,7 +31,6 @@ SHARES = (0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0)
 
 FP4 = ThriftConfig.paper(budget=fraction(0))
 
-_NAME = "thrift-eval-capture"
 _ROWS = {"cpu": 256, "cuda": 2048}  # queries at a time
 
 
@@ -156,28 +154,6 @@ def _softmax(logits: Tensor, hidden: Tensor, config: ThriftConfig | None) -> Ten
     return p / total
 
 
-@contextmanager
-def _capturing(model: Any, take: Any) -> Iterator[None]:
-    """The model with its own attention (SDPA), which shows its queries, keys and values to ``take``."""
-    from transformers import AttentionInterface, AttentionMaskInterface
-    from transformers.integrations.sdpa_attention import sdpa_attention_forward
-    from transformers.masking_utils import sdpa_mask
-
-    def forward(module: Any, query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> Any:
-        scale = kwargs.get("scaling")
-        take(module.layer_idx, query[0], key[0], value[0], query.shape[-1] ** -0.5 if scale is None else scale)
-        return sdpa_attention_forward(module, query, key, value, *args, **kwargs)
-
-    AttentionInterface.register(_NAME, forward)
-    AttentionMaskInterface.register(_NAME, sdpa_mask)
-    before = model.config._attn_implementation
-    model.set_attn_implementation(_NAME)
-    try:
-        yield
-    finally:
-        model.set_attn_implementation(before)
-
-
 def of_model(model: Any, tokens: Tensor, config: ThriftConfig = FP4) -> list[Concentration]:
     """Every layer and head of a model on one window, each layer fed with exact activations.
 
@@ -188,9 +164,11 @@ def of_model(model: Any, tokens: Tensor, config: ThriftConfig = FP4) -> list[Con
     """
     found: list[Concentration] = []
 
-    def take(layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float) -> None:
-        found.extend(measure(q.float(), k.float(), v.float(), scale, layer=layer, config=config))
+    def look(module: Any, query: Tensor, key: Tensor, value: Tensor, scale: float | None) -> None:
+        q, k, v = (x[0].float() for x in (query, key, value))
+        factor = q.shape[-1] ** -0.5 if scale is None else scale
+        found.extend(measure(q, k, v, factor, layer=module.layer_idx, config=config))
 
-    with torch.inference_mode(), _capturing(model, take):
+    with torch.inference_mode(), watched(model, look):
         model.base_model(input_ids=tokens[None].to(model.device), use_cache=False)
     return found

@@ -1,13 +1,20 @@
-"""What the commands print while they run and when they fail."""
+"""What the commands share: options, what they print while they run and when they fail."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
+
+Model = Annotated[str, typer.Option(help="Name, local folder, .gguf file or hub id.")]
+TextSource = Annotated[str, typer.Option(help="File, shakespeare[:PLAY], pg19 or hub:OWNER/NAME[:SPLIT[:COLUMN]].")]
+Promoted = Annotated[str, typer.Option(help="Blocks in high precision: 0.05, 5%, top_k(8) or paper.")]
+Storage = Annotated[str, typer.Option(help="How they are stored: nested, nested8 or 16bit.")]
+Device = Annotated[str, typer.Option(help="auto, cpu or cuda[:N].")]
+Dtype = Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")]
 
 
 @contextmanager

@@ -49,7 +49,7 @@ def prefill_cost(config: ThriftConfig | None, share: float, hardware: Hardware =
         return share + scores
     bits = 16 if config.math == "16bit" else FORMATS[config.low].element_bits
     low = 1 / RATES[hardware].get(bits, 1.0)
-    centre = _CENTRE if config.center != "none" else 0.0
+    centre = _CENTRE if config.centred else 0.0
     return share + (1 - share) * (low + centre) + scores
 
 
@@ -67,7 +67,7 @@ def decode_cost(config: ThriftConfig | None, share: float, head_dim: int = 128) 
         more = 1 - base
     else:
         more = RESIDUALS[config.high].bits_per_element(head_dim) / 16
-    if config.center != "none":
+    if config.centred:
         summaries = max(summaries, _SUMMARY)
     return base + share * more + summaries
 

@@ -21,7 +21,7 @@ from thrift_attn.config import ThriftConfig
 from thrift_attn.eval.models import Loaded
 from thrift_attn.integrations.generate import DecodeGraph, prefill, stream
 from thrift_attn.integrations.transformers import ThriftCache, disable, enable
-from thrift_attn.provenance import commit, machine, now, versions
+from thrift_attn.provenance import commit, machine, now, versions, write_json
 
 SCHEMA = 1
 NEEDLE = " The secret number of the harbour is {number}. "
@@ -110,12 +110,8 @@ class DecodeRecord:
 
     def save(self, path: Path) -> None:
         """Write the JSON file whole or not at all."""
-        path.parent.mkdir(parents=True, exist_ok=True)
         summary = {"kl": self.kl, "same_top": self.same_top, "found": self.found, "lost": self.lost}
-        beside = path.with_suffix(".tmp")
-        record = {"kind": "decode-quality", "schema": SCHEMA, "summary": summary, **asdict(self)}
-        beside.write_text(json.dumps(record, indent=1) + "\n")
-        beside.replace(path)
+        write_json(path, {"kind": "decode-quality", "schema": SCHEMA, "summary": summary, **asdict(self)})
 
     @classmethod
     def load(cls, path: Path) -> DecodeRecord:

@@ -15,10 +15,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from thrift_attn.eval.watch import watched
+
 WINDOW = 32
 KERNEL = 7
 
-_NAME = "thrift-eval-snapkv"
 _LAST = "_thrift_eval_last_queries"
 
 
@@ -71,22 +72,14 @@ def kept_tokens(queries: Tensor, keys: Tensor, scale: float, keep: float) -> Ten
 @contextmanager
 def watching(model: Any) -> Iterator[None]:
     """The model with its own attention (SDPA), which remembers the last queries of every call for `evict`."""
-    from transformers import AttentionInterface, AttentionMaskInterface
-    from transformers.integrations.sdpa_attention import sdpa_attention_forward
-    from transformers.masking_utils import sdpa_mask
 
-    def forward(module: Any, query: Tensor, *args: Any, **kwargs: Any) -> Any:
-        setattr(module, _LAST, (query[:, :, -WINDOW:], kwargs.get("scaling")))
-        return sdpa_attention_forward(module, query, *args, **kwargs)
+    def look(module: Any, query: Tensor, key: Tensor, value: Tensor, scale: float | None) -> None:
+        setattr(module, _LAST, (query[:, :, -WINDOW:], scale))
 
-    AttentionInterface.register(_NAME, forward)
-    AttentionMaskInterface.register(_NAME, sdpa_mask)
-    before = model.config._attn_implementation
-    model.set_attn_implementation(_NAME)
     try:
-        yield
+        with watched(model, look):
+            yield
     finally:
-        model.set_attn_implementation(before)
         for module in model.modules():
             vars(module).pop(_LAST, None)
 

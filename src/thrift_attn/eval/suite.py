@@ -36,7 +36,7 @@ from thrift_attn.eval.tasks import standin
 from thrift_attn.eval.tasks.base import Encoder, Sample, Task
 from thrift_attn.eval.tasks.table import table
 from thrift_attn.eval.texts import load_text
-from thrift_attn.provenance import commit, device_name, machine, now, versions
+from thrift_attn.provenance import commit, device_name, machine, now, versions, write_json
 
 SCHEMA = 1
 STANDIN = "standin"
@@ -146,7 +146,7 @@ class Folder:
                 what = "; ".join(f"{key}: there {there.get(key)!r}, asked {asked.get(key)!r}" for key in different)
                 raise ValueError(f"{self.path} holds a run of another plan ({what}): give another folder")
         else:
-            _write(config, asked)
+            write_json(config, asked, allow_nan=False)
         if self.lines.exists():  # a kill can leave half a line
             content = self.lines.read_bytes()
             whole = content.rfind(b"\n") + 1
@@ -201,13 +201,6 @@ class Folder:
 def key_of(record: dict[str, Any]) -> Key:
     """What a line is about."""
     return record["kind"], record["task"], record["length"], record["index"], record["method"]
-
-
-def _write(path: Path, content: Any) -> None:
-    """Write JSON in one step: the file is whole or not there."""
-    part = path.with_suffix(".part")
-    part.write_text(json.dumps(content, indent=1, allow_nan=False) + "\n", encoding="utf-8")
-    os.replace(part, path)
 
 
 @dataclass(frozen=True)
@@ -267,7 +260,7 @@ def run(
             finished += 1
     progress("done", total, total)
     metrics = summarise(methods, files.records(), head_dim_of(bench.loaded.model))
-    _write(folder / "metrics.json", metrics)
+    write_json(folder / "metrics.json", metrics, allow_nan=False)
     return metrics
 
 

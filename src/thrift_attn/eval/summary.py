@@ -106,6 +106,14 @@ class _Paired:
         return {"recovered": 1 - self.mean(loss) / self.mean(gap), "recovered_interval": found}
 
 
+def _by_method(records: Records) -> dict[str, dict[Any, dict[str, Any]]]:
+    """Records by method and by (task, index)."""
+    found: dict[str, dict[Any, dict[str, Any]]] = defaultdict(dict)
+    for record in records:
+        found[record["method"]][record["task"], record["index"]] = record
+    return found
+
+
 def _common(methods: list[Method], by_method: dict[str, dict[Any, Any]]) -> tuple[list[str], list[Any]]:
     """Methods that have finished anything, and the units that all of them have finished."""
     names = [method.name for method in methods if by_method.get(method.name)]
@@ -124,9 +132,7 @@ def _nll(methods: list[Method], records: Records) -> list[dict[str, Any]]:
     for length in sorted({r["length"] for r in records}):
         for text in [*texts, *(["all"] if len(texts) > 1 else [])]:
             mine = [r for r in records if r["length"] == length and text in ("all", r["task"])]
-            done: dict[str, dict[Any, dict[str, Any]]] = defaultdict(dict)
-            for record in mine:
-                done[record["method"]][record["task"], record["index"]] = record
+            done = _by_method(mine)
             names, shared = _common(methods, done)
             if not shared:
                 continue
@@ -151,10 +157,7 @@ def _positions(methods: list[Method], records: Records, parts: int = 8) -> list[
     if not records:
         return []
     length = max(r["length"] for r in records)
-    done: dict[str, dict[Any, dict[str, Any]]] = defaultdict(dict)
-    for record in records:
-        if record["length"] == length:
-            done[record["method"]][record["task"], record["index"]] = record
+    done = _by_method([r for r in records if r["length"] == length])
     names, shared = _common(methods, done)
     base, _ = _ends(methods, names)
     if base is None or not shared:
@@ -186,9 +189,7 @@ def _tasks(methods: list[Method], records: Records) -> list[dict[str, Any]]:
     for length in sorted({r["length"] for r in records}):
         for name, family in [*groups, *((family, family) for family in families), ("all", "all")]:
             mine = [r for r in records if r["length"] == length and name in ("all", r["task"], r["family"])]
-            done: dict[str, dict[Any, dict[str, Any]]] = defaultdict(dict)
-            for record in mine:
-                done[record["method"]][record["task"], record["index"]] = record
+            done = _by_method(mine)
             names, shared = _common(methods, done)
             if not shared:
                 continue

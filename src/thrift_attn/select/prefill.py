@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from thrift_attn.capability import interpreted
+from thrift_attn.capability import interpreted, multiprocessors
 from thrift_attn.config import BLOCK, Budget
 from thrift_attn.select.budget import blocks_per_row, promote
 from thrift_attn.sequences import Sequences
@@ -337,7 +337,7 @@ def select_rows(
     chosen = torch.empty(parts, heads, rows, most, dtype=torch.int32, device=means.device)
     counts = torch.zeros(parts, heads, rows, dtype=torch.int32, device=means.device)
     per_processor = 2 if pad <= HELD else 1  # as many as fit
-    programs = min(items, per_processor * _multiprocessors(means.device))
+    programs = min(items, per_processor * multiprocessors(means.device))
     scratch = torch.empty(programs, ROWS, pad, dtype=torch.float32, device=means.device)
     select_rows_kernel[(programs,)](
         means,
@@ -417,7 +417,3 @@ def select_decode(
     shape = (sequences.batch, heads, sequences.rows)
     lists = order.repeat_interleave(heads // kv_heads, 1)[:, :, None].expand(*shape, most).contiguous()
     return lists, counts.int()[:, None, None].expand(shape).contiguous()
-
-
-def _multiprocessors(device: torch.device) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
