@@ -119,7 +119,6 @@ def fa3_module() -> ModuleType:
 
 def _fa3_variants(fp8: bool, case: DecodeCase) -> list[Variant]:
     """Its own choice of splits and several fixed ones, packed query heads; with and without lengths on the device."""
-    _one_token(case)
     call = fa3_module().flash_attn_with_kvcache
     if torch.cuda.get_device_capability()[0] != 9:
         raise Absent("FlashAttention-3 needs compute capability 9.0")
@@ -135,6 +134,7 @@ def _fa3_variants(fp8: bool, case: DecodeCase) -> list[Variant]:
 def _fa3(call: Callable[..., Any], fp8: bool, options: dict[str, Any], inputs: Inputs) -> list[Step]:
     case = inputs.case
     keywords = {key: value for key, value in options.items() if key != "lengths"}
+    keywords["causal"] = case.tq > 1  # aligned to the last key, as the cache is
     if options.get("lengths"):
         keywords["cache_seqlens"] = torch.full((case.batch,), case.kv, dtype=torch.int32, device=inputs.q[0].device)
     q, k, v = ([x.to(FP8) if fp8 else x for x in tensors] for tensors in (inputs.q, inputs.k, inputs.v))

@@ -59,7 +59,8 @@ def decode(
     batch: Annotated[str, typer.Option(help="Own grid: batch sizes such as 1,8.")] = "",
     kv: Annotated[str, typer.Option(help="Own grid: cache lengths such as 32768,131072.")] = "",
     heads: Annotated[str, typer.Option(help="Own grid: Hq/Hkv such as 32/8,28/4.")] = "32/8",
-    head_dim: Annotated[int, typer.Option(help="Own grid: D.")] = 128,
+    head_dim: Annotated[str, typer.Option(help="Own grid: D, several after commas.")] = "128",
+    tq: Annotated[str, typer.Option(help="Own grid: new tokens of each sequence, several after commas.")] = "1",
     high: Annotated[str, typer.Option(help="Own grid: nested, nested8, 16bit; several after commas.")] = "nested",
     budget: Annotated[str, typer.Option(help="Own grid: budgets such as 0.05,0.1.")] = "0.05",
     only: Annotated[str, typer.Option(help="Only methods whose names begin so, such as thrift,cudnn.")] = "",
@@ -86,13 +87,16 @@ def decode(
         if batch:
             cases = tuple(
                 case
+                for dim in map(int, _words(head_dim))
+                for new in map(int, _words(tq))
                 for one in _words(high)
                 for share in _words(budget)
                 for case in grid(
                     batches=map(int, _words(batch)),
                     lengths=map(int, _words(kv)),
                     heads=[_heads(pair) for pair in _words(heads)],
-                    head_dim=head_dim,
+                    head_dim=dim,
+                    tq=new,
                     high=one,
                     budget=share,
                 )
