@@ -121,8 +121,8 @@ class ThriftConfig:
         center: ``"block"`` quantises K minus the mean of its KV block and adds q.c_b in high precision; ``"all"`` also
             quantises Q minus its mean over the call and adds what that mean makes of each key, where more than 16 queries
             are quantised to 4 bits (elsewhere it is ``"block"``); ``"none"`` does neither.
-        balance: ``"channel"`` moves a power of two per channel between Q and K before both are quantised to 4 bits, so
-            that neither has outlier channels alone; ``"none"`` does not.
+        balance: ``"channel"`` levels what is quantised to 4 bits by powers of two: K by channel and V by KV head to a common
+            size, taken from a sample of the call, and Q against K; ``"none"`` does not.
         scales: ``"max"`` derives every group scale from the group maximum as the format defines it; ``"best"`` also tries
             the format's other tops (for nvfp4: Four Over Six) when K, V, Q and residuals are quantised, and keeps the scale
             with the smaller squared error. Costs time when data are packed, none when they are read.
@@ -178,8 +178,13 @@ class ThriftConfig:
 
     @property
     def four_bit_queries(self) -> bool:
-        """Whether Q is quantised to 4 bits: only then do ``center="all"``, ``balance`` and the sums of a call matter."""
+        """Whether Q is quantised to 4 bits: only then do ``center="all"`` and the sums of a call matter."""
         return self.math == "fp4" and self.low in ("nvfp4", "mxfp4")
+
+    @property
+    def balanced(self) -> bool:
+        """Whether K, V and, where it is quantised, Q are levelled by powers of two: 4-bit formats only."""
+        return self.balance == "channel" and self.low in ("nvfp4", "mxfp4")
 
     @classmethod
     def paper(cls, **changes: Any) -> ThriftConfig:

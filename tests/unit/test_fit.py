@@ -1,4 +1,4 @@
-"""What the low path takes from a call: mean query, its product with the keys, powers of two per channel."""
+"""What the low path takes from a call: mean query, its product with the keys, powers of two that level Q, K and V."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import torch
 
 from thrift_attn import ThriftConfig
 from thrift_attn.quant import fit as fitting
-from thrift_attn.quant.fit import Fit, fit, key_bias, mean_queries
+from thrift_attn.quant.fit import LEVEL, Fit, fit, key_bias, mean_queries
 from thrift_attn.quant.reference import block_means
 from thrift_attn.sequences import dense, packed, padded
 
@@ -20,38 +20,87 @@ def draw(*shape: int) -> torch.Tensor:
 def test_the_parts_add_up_to_the_logit(tokens: int):
     q, k = draw(4, tokens, 32) + 1, draw(2, tokens, 32)
     centres = block_means(k)
-    mean, stretch = fit(q, k, centres, ThriftConfig(balance="channel"))
+    mean, keys, queries, values = fit(q, k, k, ThriftConfig(balance="channel"))
     assert mean is not None
-    assert stretch is not None
+    assert keys is not None
+    assert queries is not None
+    assert values is not None
     of_block = centres.repeat_interleave(64, 1)[:, :tokens]
     rest, delta = q - mean[:, None], k - of_block
     logits = q @ of_block.repeat_interleave(2, 0).mT + key_bias(mean, k, centres)[:, None]
-    logits += (rest / stretch.repeat_interleave(2, 0)[:, None]) @ (delta * stretch[:, None]).repeat_interleave(2, 0).mT
+    stretched = rest * queries.repeat_interleave(2, 0)[:, None] @ (delta * keys[:, None]).repeat_interleave(2, 0).mT
+    both = keys * queries
+    assert torch.equal(both, both[:, :1].expand_as(both))  # one number per KV head
+    logits += stretched / both[:, :1].repeat_interleave(2, 0)[:, None]
     torch.testing.assert_close(logits, q @ k.repeat_interleave(2, 0).mT, rtol=0, atol=1e-11)
-    assert torch.equal(stretch.log2(), stretch.log2().round())
+    for power in (keys, queries, values):
+        assert torch.equal(power.log2(), power.log2().round())
 
 
 def test_only_many_queries_in_four_bits_have_a_mean():
     q, k = draw(2, 40, 16), draw(1, 40, 16)
-    centres = block_means(k)
-    nothing = Fit(None, None)
-    assert fit(q[:, :16], k, centres, ThriftConfig(balance="channel")) == nothing
-    assert fit(q, k, centres, ThriftConfig(math="16bit", balance="channel")) == nothing
-    assert fit(q, k, centres, ThriftConfig(low="fp8", balance="channel")) == nothing
-    assert fit(q, k, centres, ThriftConfig(center="block")) == nothing
-    mean = fit(q, k, centres, ThriftConfig()).mean
+    mean = fit(q, k, k, ThriftConfig()).mean
     assert mean is not None
     torch.testing.assert_close(mean, q.mean(1))
+    for few, config in (
+        (q[:, :16], ThriftConfig()),
+        (q, ThriftConfig(math="16bit")),
+        (q, ThriftConfig(low="fp8")),
+        (q, ThriftConfig(center="block")),
+        (None, ThriftConfig()),
+    ):
+        assert fit(few, k, k, config).mean is None
 
 
-def test_balanced_channels_bring_q_and_k_together():
+def test_only_four_bit_formats_are_balanced():
+    q, k = draw(2, 40, 16), draw(1, 40, 16)
+    assert fit(q, k, k, ThriftConfig(low="fp8", balance="channel")) == Fit()
+    assert fit(q, k, k, ThriftConfig(balance="none"))[1:] == (None, None, None)
+    by_k = fit(None, k, k, ThriftConfig(balance="channel"))
+    assert by_k.queries is None
+    for config in (ThriftConfig(balance="channel"), ThriftConfig(balance="channel", math="16bit")):
+        for one, other in zip(fit(q, k, k, config)[1::2], by_k[1::2], strict=True):
+            assert one is not None
+            assert other is not None
+            assert torch.equal(one, other)  # K and V alone say how they are stretched
+
+
+def test_balance_brings_all_to_one_size():
     size = torch.ones(16, dtype=torch.float64)
     size[3] = 64
-    q, k = draw(2, 100, 16) / size, draw(1, 100, 16) * size
-    stretch = fit(q, k, block_means(k), ThriftConfig(balance="channel")).stretch
-    assert stretch is not None
-    spread = (k * stretch).std((0, 1)) / (q / stretch).std((0, 1))
-    assert float(spread.max() / spread.min()) < 64  # from 64 * 64
+    q, k, v = draw(2, 200, 16) / size * 1e3, draw(1, 200, 16) * size * 1e-4, 1e-5 * draw(1, 200, 16)
+    _, keys, queries, values = fit(q, k, v, ThriftConfig(balance="channel"))
+    assert keys is not None
+    assert queries is not None
+    assert values is not None
+    level = 2.0**LEVEL
+    spread = (k * keys).std((0, 1))
+    assert 2 < float(spread.max() / spread.min()) < 6  # 64^(1/4), a factor 2 for whole powers, 10% for the sample
+    for x in (k * keys[:, None], q * queries[:, None], v * values[:, None, None]):
+        assert level / 2 < float(x.square().mean().sqrt()) < 2 * level
+
+
+@pytest.mark.parametrize("value", [0.0, 1.0, float("nan"), float("inf")])
+def test_powers_are_finite_and_positive_whatever_comes(value: float):
+    """A constant K has no spread; a NaN or infinity takes the balance of its head away and no more."""
+    q, k = draw(4, 80, 16), draw(2, 80, 16)
+    q[:2], k[0] = value, value
+    found = fit(q, k, k, ThriftConfig(balance="channel"))
+    for power in (found.keys, found.queries, found.values):
+        assert power is not None
+        assert bool((power > 0).all() & power.isfinite().all())
+
+
+def test_the_statistics_come_from_whole_blocks(monkeypatch):
+    monkeypatch.setattr(fitting, "SAMPLE", 128)
+    k, v = draw(1, 330, 16), draw(1, 330, 16)
+    taken = torch.cat([k[:, :64], k[:, 192:256]], 1), torch.cat([v[:, :64], v[:, 192:256]], 1)  # 5 blocks, every third
+    k[:, 320:] = 1e6  # the incomplete block is not asked
+    config = ThriftConfig(balance="channel")
+    for one, other in zip(fit(None, k, v, config)[1::2], fit(None, *taken, config)[1::2], strict=True):
+        assert one is not None
+        assert other is not None
+        assert torch.equal(one, other)
 
 
 def test_every_sequence_has_its_own_mean(monkeypatch):
@@ -64,7 +113,7 @@ def test_every_sequence_has_its_own_mean(monkeypatch):
     for b, (queries, keys) in enumerate(lengths):
         end = int(cu[0][b + 1])
         own = q[:, end - min(queries, keys) : end]
-        want = fit(own, k[:, :keys], block_means(k[:, :keys]), config).mean
+        want = fit(own, k[:, :keys], k[:, :keys], config).mean
         torch.testing.assert_close(found[b], torch.zeros(2, 16) if want is None else want)
     two = torch.stack([q[:, :65], q[:, 50:]])
     for b, row in enumerate(mean_queries(two, padded(65, 130, True, torch.tensor([130, 30])))):

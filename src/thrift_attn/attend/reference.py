@@ -60,7 +60,7 @@ class Planes:
     centres: Tensor  # c_b [Hkv, N, D], for scores and, with centring, for the low logits
     query_mean: Tensor | None = None  # [H, D], what Q is quantised less of
     key_bias: Tensor | None = None  # [H, N * 64], what that mean makes of each key, unscaled
-    stretch: Tensor | None = None  # [Hkv, D], powers of two: K is quantised times it, Q divided by it
+    query_stretch: Tensor | None = None  # [Hkv, D], powers of two: Q is quantised times it
 
 
 def build_planes(k: Tensor, v: Tensor, config: ThriftConfig, q: Tensor | None = None) -> Planes:
@@ -71,7 +71,7 @@ def build_planes(k: Tensor, v: Tensor, config: ThriftConfig, q: Tensor | None = 
         v: values.
         config: what is computed.
         q: the queries ``[H, Tq, D]`` that see something, for what ``config`` takes from a call (`thrift_attn.quant.fit`);
-            None takes nothing.
+            None takes nothing from queries.
     """
     work = torch.float64 if k.dtype == torch.float64 else torch.float32
     tokens, pad = k.shape[-2], (0, 0, 0, -k.shape[-2] % BLOCK)
@@ -85,21 +85,22 @@ def build_planes(k: Tensor, v: Tensor, config: ThriftConfig, q: Tensor | None = 
         mean = centres[:, :, None].expand(-1, -1, BLOCK, -1).flatten(1, 2).clone()
         mean[:, mean.shape[1] - pad[3] :] = 0  # padding stays zero
     delta = k - mean
-    bias = stretch = query_mean = None
-    if q is not None and q.shape[1]:
-        query_mean, stretch = fit(q.to(work), k[:, :tokens], centres, config)
-        if query_mean is not None:
-            bias = key_bias(query_mean, k, centres if config.centred else torch.zeros_like(centres))
-            bias[:, tokens:] = 0
-    wide = torch.ones((), dtype=work, device=k.device) if stretch is None else stretch[:, None]
+    found = fit(None if q is None else q.to(work), k[:, :tokens], v[:, :tokens], config)
+    bias = None
+    if found.mean is not None:
+        bias = key_bias(found.mean, k, centres if config.centred else torch.zeros_like(centres))
+        bias[:, tokens:] = 0
+    one = torch.ones((), dtype=work, device=k.device)
+    of_k = one if found.keys is None else found.keys[:, None]
+    of_v = one if found.values is None else found.values[:, None, None]
     best = config.scales == "best"
-    low_k, low_v = quant.roundtrip(delta * wide, fmt, best=best), quant.roundtrip(v, fmt, -2, best=best)
+    low_k, low_v = quant.roundtrip(delta * of_k, fmt, best=best), quant.roundtrip(v * of_v, fmt, -2, best=best)
     high_k, high_v = k, v
     if config.high != "16bit":
         plane = RESIDUALS[config.high]
-        high_k = mean + (low_k + quant.residual(delta * wide, low_k, plane, best=best)) / wide
-        high_v = low_v + quant.residual(v, low_v, plane, -2, best=best)
-    return Planes(low_k / wide, low_v, high_k, high_v, centres, query_mean, bias, stretch)
+        high_k = mean + (low_k + quant.residual(delta * of_k, low_k, plane, best=best)) / of_k
+        high_v = (low_v + quant.residual(v * of_v, low_v, plane, -2, best=best)) / of_v
+    return Planes(low_k / of_k, low_v / of_v, high_k, high_v, centres, found.mean, bias, found.queries)
 
 
 def _round_probabilities(p: Tensor, fmt: Format) -> Tensor:
@@ -250,11 +251,11 @@ class _Sequence:
             lead = int(self.positions[chunk.q0]) % BLOCK if fmt.group is None else 0
             planes = self.planes
             rest = queries if planes.query_mean is None else queries - planes.query_mean[:, None]
-            wide = rest.new_ones(()) if planes.stretch is None else planes.stretch[:, None]
-            if planes.stretch is not None:
-                wide = wide.repeat_interleave(len(queries) // self.kv_heads, 0)  # [H, 1, D]
-            padded = torch.nn.functional.pad(rest / wide, (0, 0, lead, 0))
-            rounded = quant.roundtrip(padded, fmt, best=config.scales == "best")[:, lead:] * wide
+            wide = rest.new_ones(())
+            if planes.query_stretch is not None:
+                wide = planes.query_stretch[:, None].repeat_interleave(len(queries) // self.kv_heads, 0)  # [H, 1, D]
+            padded = torch.nn.functional.pad(rest * wide, (0, 0, lead, 0))
+            rounded = quant.roundtrip(padded, fmt, best=config.scales == "best")[:, lead:] / wide
         logits = self._against(rounded, low_k[:, self._keys(chunk)])
         if self.planes.key_bias is not None:
             logits += self.planes.key_bias[:, None, self._keys(chunk)]
