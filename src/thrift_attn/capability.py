@@ -152,8 +152,6 @@ def check_prefill(config: ThriftConfig, head_dim: int, dtype: torch.dtype, devic
         raise NotImplementedError(f"backend='triton' serves head_dim {', '.join(map(str, HEAD_DIMS))}, got {head_dim}")
     if config.score != "mean":
         raise NotImplementedError(f"backend='triton' scores blocks by score='mean', got score={config.score!r}")
-    if config.balanced:
-        raise NotImplementedError(f"backend='triton' quantises with balance='none', got balance={config.balance!r}")
     if config.low == "fp8" and config.high != "16bit":
         raise NotImplementedError(f"backend='triton' with low='fp8' promotes to high='16bit', got high={config.high!r}")
     if keys > MAX_KEYS:

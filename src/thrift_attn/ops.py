@@ -12,7 +12,7 @@ from thrift_attn.attend.prefill import attend_prefill
 from thrift_attn.attend.stats import Stats
 from thrift_attn.capability import Form
 from thrift_attn.config import BLOCK, DECODE_ROWS, ThriftConfig
-from thrift_attn.quant.fit import mean_queries
+from thrift_attn.quant.levels import measure
 from thrift_attn.quant.prefill import quantise_kv, quantise_q
 from thrift_attn.select.budget import asked_share
 from thrift_attn.select.prefill import (
@@ -41,6 +41,7 @@ class Call:
     quantised: bool
     centred: bool
     less_mean: bool
+    balanced: bool
     rounded: bool
     best: bool
     rest: str | None
@@ -56,17 +57,20 @@ class Call:
 
     def quantise(self) -> None:
         """Q, K and V to packed data; block means."""
-        mean = self.key_bias = None
+        self.levels = measure(
+            self.q, self.k, self.v, self.sequences, centred=self.centred, less_mean=self.less_mean,
+            balanced=self.balanced, of_values=self.low == "nvfp4",
+        )  # fmt: skip
+        self.key_bias = None
         if self.less_mean:
-            mean, layout = mean_queries(self.q, self.sequences), self.sequences
-            shape = (layout.parts, self.q.shape[1], layout.blocks * BLOCK)
+            shape = (self.sequences.parts, self.q.shape[1], self.sequences.blocks * BLOCK)
             self.key_bias = torch.empty(shape, dtype=torch.float32, device=self.q.device)
         self.packed = quantise_kv(
             self.k, self.v, self.sequences, low=self.low, form=self.form, rest=self.rest, centred=self.centred,
-            best=self.best, mean=mean, key_bias=self.key_bias,
+            best=self.best, levels=self.levels, key_bias=self.key_bias,
         )  # fmt: skip
         low = self.low if self.quantised and self.low != "drop" else None
-        self.packed_q = quantise_q(self.q, self.sequences, low=low, form=self.form, best=self.best, mean=mean)
+        self.packed_q = quantise_q(self.q, self.sequences, low=low, form=self.form, best=self.best, levels=self.levels)
 
     def select(self) -> None:
         """Lists of promoted blocks."""
@@ -105,7 +109,7 @@ class Call:
         attend_prefill(
             self.q, self.k, self.v, self.packed_q, self.packed, *self.lists, self.out, self.lse, self.sequences,
             low=self.low, form=self.form, quantised=self.quantised, centred=self.centred, scale=self.scale,
-            key_bias=self.key_bias, rounded=self.rounded, window=self.window, softcap=self.softcap,
+            key_bias=self.key_bias, values=self.levels.values, rounded=self.rounded, window=self.window, softcap=self.softcap,
             mass=self.share if self.mass else None,
         )  # fmt: skip
         return self.out
@@ -127,6 +131,7 @@ def prefill_op(
     quantised: bool,
     centred: bool,
     less_mean: bool,
+    balanced: bool,
     rounded: bool,
     best: bool,
     rest: str | None,
@@ -154,6 +159,7 @@ def prefill_op(
         quantised: Q and P too.
         centred: quantise K - c_b.
         less_mean: quantise Q less its mean over the call.
+        balanced: level Q, K and V by powers of two.
         rounded: divide by the sum of P after rounding.
         best: keep the better of the format's scales.
         rest: residual plane of promoted blocks, or None for the 16-bit K and V.
@@ -173,7 +179,7 @@ def prefill_op(
     sequences = Sequences(spans, *layout, causal=causal, lengths=lengths)
     call = Call(
         q, k, v, sequences, wanted, most, decode, low, "native" if form == "native" else "wide", quantised, centred,
-        less_mean, rounded, best, rest, first, last, scale, window, softcap, mass,
+        less_mean, balanced, rounded, best, rest, first, last, scale, window, softcap, mass,
     )  # fmt: skip
     call.quantise()
     call.select()
@@ -182,8 +188,8 @@ def prefill_op(
 
 
 @prefill_op.register_fake
-def _(q, k, v, spans, wanted, sizes, causal, uniform, decode, low, form, quantised, centred, less_mean, rounded, best, rest,
-      first, last, scale, window, softcap, mass):  # fmt: skip
+def _(q, k, v, spans, wanted, sizes, causal, uniform, decode, low, form, quantised, centred, less_mean, balanced, rounded,
+      best, rest, first, last, scale, window, softcap, mass):  # fmt: skip
     lse = q.new_empty(q.shape[:3], dtype=torch.float32)
     counts = q.new_empty(sizes[0], q.shape[1], sizes[1], dtype=torch.int32)
     return torch.empty_like(q), lse, counts, lse.new_empty(q.shape[:3] if mass else 0)
@@ -213,7 +219,7 @@ def arguments(
     most = max(least, capacity(config.budget, sequences.most_blocks))
     return (
         q, k, v, sequences, wanted, most, decode, config.low, form, config.math == "fp4", config.centred,
-        four and config.center == "all", four and config.total == "rounded",
+        four and config.center == "all", config.balanced, four and config.total == "rounded",
         config.scales == "best", None if config.high == "16bit" else config.high, config.force_first,
         config.force_last, scale, window, softcap, mass,
     )  # fmt: skip

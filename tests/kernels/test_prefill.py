@@ -128,6 +128,20 @@ def test_nested_planes(high: str) -> None:
     check(*draw(1, (2, 1), 70, 150, 64), ThriftConfig(math="16bit", high=high, budget=fraction(0.5)))
 
 
+@pytest.mark.parametrize(
+    ("queries", "options"), [(70, {}), (65, {"math": "16bit", "high": "nested"}), (70, {"low": "mxfp4"}), (3, {})]
+)
+def test_levelled_data(queries: int, options: dict) -> None:
+    """Outlier channels, tiny K and V: both sides take the same powers of two, and little is lost."""
+    torch.manual_seed(11)
+    q, k, v = draw(1, (4, 2), queries, 150, 64)
+    size = torch.ones(64, device=DEVICE)
+    size[[3, 40]] = 20
+    q, k, v = (10 * q / size).to(DTYPE), (0.02 * k * size).to(DTYPE), (1e-3 * v).to(DTYPE)
+    config = ThriftConfig(balance="channel", budget=fraction(0.4), **options)
+    check(q, k, v, config)
+
+
 @pytest.mark.parametrize("share", [0.0, 1.0])
 def test_the_ends_of_the_budget(share: float) -> None:
     torch.manual_seed(2)
@@ -241,7 +255,7 @@ def _rows(q, k, v, sequences: Sequences, config: ThriftConfig, scale: float):
     sizes = [1, sequences.rows, sequences.blocks, sequences.most_rows, sequences.most_blocks]
     return prefill_op(
         q, k, v, sequences.spans, wanted, [*sizes, capacity(config.budget, 4)], True, False, False, "nvfp4", "wide", False,
-        True, False, False, True, None, 1, 1, scale, None, None, False,
+        True, False, False, False, True, None, 1, 1, scale, None, None, False,
     )  # fmt: skip
 
 
@@ -251,6 +265,6 @@ def test_operator_is_registered_well() -> None:
     sequences = dense(1, 20, 64, True, q.device)
     arguments = (
         q, k, v, sequences.spans, torch.ones(1, 1, dtype=torch.int32, device=DEVICE), [1, 1, 1, 1, 1, 1], True, True, False,
-        "nvfp4", "wide", False, True, False, False, False, None, 1, 1, 0.125, None, None, True,
+        "nvfp4", "wide", False, True, False, False, False, False, None, 1, 1, 0.125, None, None, True,
     )  # fmt: skip
     torch.library.opcheck(prefill_op, arguments, test_utils=("test_schema", "test_faketensor"))

@@ -8,6 +8,7 @@ from test_pack import DEVICE
 
 from thrift_attn.config import BLOCK
 from thrift_attn.quant.formats import FORMATS, RESIDUALS, Format
+from thrift_attn.quant.levels import NO_LEVELS, Levels
 from thrift_attn.quant.prefill import PackedKV, position_of, quantise_kv, quantise_q
 from thrift_attn.quant.reference import (
     Quantised,
@@ -48,14 +49,18 @@ def _rest(x: torch.Tensor, base: torch.Tensor, plane: Format, dim: int) -> torch
     return residual(x.cpu(), base.cpu().float(), plane, dim, best=True).to(DEVICE)
 
 
-def check_kv(got: PackedKV, k, v, low: str, form: str, *, centred=True, best=False, rest=None) -> None:
+def check_kv(
+    got: PackedKV, k, v, low: str, form: str, *, centred=True, best=False, rest=None, levels=NO_LEVELS
+) -> None:
     """Compare the planes of whole tensors [B, Hkv, T, D] with the reference's."""
     fmt, blocks = FORMATS[low], got.centres.shape[2]
     want = block_means(k)
     torch.testing.assert_close(got.centres, want, rtol=1e-3, atol=1e-6)
     # A mean that rounds the other way changes the codes, so they are compared on the kernel's own means.
     mean = got.centres.float().repeat_interleave(BLOCK, -2)[..., : k.shape[-2], :] if centred else 0
-    delta, v = padded_blocks(k.float() - mean), padded_blocks(v.float())
+    of_k = 1 if levels.keys is None else levels.keys[:, :, None]
+    of_v = 1 if levels.values is None else levels.values[:, :, None, None]
+    delta, v = padded_blocks(k.float() - mean) * of_k, padded_blocks(v.float()) * of_v
     a, b = quantise(delta, fmt, -1, best=best), quantise(v, fmt, -2, best=best)
     if form == "wide":
         if fmt.group is None:
@@ -64,12 +69,12 @@ def check_kv(got: PackedKV, k, v, low: str, form: str, *, centred=True, best=Fal
             assert torch.equal(got.v_scale, b.scales)
         else:
             wide = dequantise(a, fmt, -1), dequantise(b, fmt, -2)
-        same(got.k.float(), wide[0], best)
-        same(got.v.float(), wide[1], best)
+        same(got.k.float() * of_k, wide[0], best)
+        same(got.v.float() * of_v, wide[1], best)
         if rest is not None:
             plane = RESIDUALS[rest]
-            same(got.k_rest.float(), _rest(delta, got.k, plane, -1), best)
-            same(got.v_rest.float(), _rest(v, got.v, plane, -2), best)
+            same(got.k_rest.float() * of_k, _rest(delta, got.k * of_k, plane, -1), best)
+            same(got.v_rest.float() * of_v, _rest(v, got.v * of_v, plane, -2), best)
         return
     if fmt.group is None:
         assert torch.equal(got.k.view(torch.uint8), a.codes)
@@ -108,6 +113,37 @@ def test_keys_and_values_equal_the_reference(low: str, form: str, dim: int, best
     sequences = dense(2, tokens, tokens, True, DEV)
     got = quantise_kv(k, v, sequences, low=low, form=form, best=best)
     check_kv(got, k, v, low, form, best=best)
+
+
+def powers(*shape: int) -> torch.Tensor:
+    return torch.randint(-4, 8, shape, device=DEVICE).float().exp2()
+
+
+@pytest.mark.parametrize(
+    ("low", "form", "dim", "rest"),
+    [
+        ("nvfp4", "wide", 80, "nested"),
+        ("nvfp4", "native", 64, None),
+        ("mxfp4", "wide", 64, "nested8"),
+        ("mxfp4", "native", 96, None),
+    ],
+)
+def test_powers_of_two(low: str, form: str, dim: int, rest: str | None) -> None:
+    """Native data are those of K, V and Q times powers of two; from wide data the powers are gone again."""
+    torch.manual_seed(dim)
+    q, k, v = draw(2, 4, 70, dim), draw(2, 2, 70, dim), draw(2, 2, 70, dim)
+    levels = Levels(keys=powers(2, 2, dim), values=powers(2, 2) if low == "nvfp4" else None)
+    sequences = dense(2, 70, 70, True, DEV)
+    got = quantise_kv(k, v, sequences, low=low, form=form, rest=rest, levels=levels)
+    check_kv(got, k, v, low, form, best=True, rest=rest, levels=levels)
+    of_q = 1 / levels.keys.repeat_interleave(2, 1)[:, :, None]
+    want = quantise(padded_blocks(q.float()) * of_q, FORMATS[low], best=True)
+    found = quantise_q(q, sequences, low=low, form=form, levels=levels)
+    if form == "wide":
+        same(found.q.float() * of_q, dequantise(want, FORMATS[low]), True)
+    else:
+        same(found.q, pack_e2m1(want.codes), True)
+        same(found.q_scale, want.scales, True)
 
 
 @pytest.mark.parametrize("rest", ["nested", "nested8"])
@@ -201,5 +237,7 @@ def test_errors() -> None:
         quantise_kv(k, k, sequences, low="mxfp4", form="wide")
     with pytest.raises(NotImplementedError, match="nested"):
         quantise_kv(k, k, sequences, low="nvfp4", form="native", rest="nested")
+    with pytest.raises(ValueError, match="powers of two"):
+        quantise_kv(k, k, sequences, low="nvfp4", form="wide", levels=Levels(keys=powers(1, 1, 80)))
     with pytest.raises(ValueError, match="form"):
         quantise_q(k, sequences, low="nvfp4", form="packed")

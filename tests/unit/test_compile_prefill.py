@@ -23,6 +23,10 @@ from thrift_attn.capability import HEAD_DIMS
         Target("attend", 100, 128, "nvfp4"),
         Target("attend", 120, 64, "mxfp4"),
         Target("quantise_kv", 90, 128, "fp8"),
+        Target("quantise_kv", 90, 128, "nvfp4"),
+        Target("sum_keys", 90, 128),
+        Target("sum_queries", 80, 256),
+        Target("levels", 120, 128),
     ],
     ids=lambda t: f"{t.kernel}-sm{t.capability}-D{t.dim}-{t.low}",
 )

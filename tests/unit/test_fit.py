@@ -1,4 +1,4 @@
-"""What the low path takes from a call: mean query, its product with the keys, powers of two that level Q, K and V."""
+"""What the low path takes from a call: mean query, its product with the keys, powers of two that level K and V."""
 
 from __future__ import annotations
 
@@ -7,9 +7,8 @@ import torch
 
 from thrift_attn import ThriftConfig
 from thrift_attn.quant import fit as fitting
-from thrift_attn.quant.fit import LEVEL, Fit, fit, key_bias, mean_queries
+from thrift_attn.quant.fit import LEVEL, Fit, fit, key_bias
 from thrift_attn.quant.reference import block_means
-from thrift_attn.sequences import dense, packed, padded
 
 
 def draw(*shape: int) -> torch.Tensor:
@@ -20,20 +19,17 @@ def draw(*shape: int) -> torch.Tensor:
 def test_the_parts_add_up_to_the_logit(tokens: int):
     q, k = draw(4, tokens, 32) + 1, draw(2, tokens, 32)
     centres = block_means(k)
-    mean, keys, queries, values = fit(q, k, k, ThriftConfig(balance="channel"))
+    mean, keys, values = fit(q, k, k, ThriftConfig(balance="channel"))
     assert mean is not None
     assert keys is not None
-    assert queries is not None
     assert values is not None
     of_block = centres.repeat_interleave(64, 1)[:, :tokens]
     rest, delta = q - mean[:, None], k - of_block
     logits = q @ of_block.repeat_interleave(2, 0).mT + key_bias(mean, k, centres)[:, None]
-    stretched = rest * queries.repeat_interleave(2, 0)[:, None] @ (delta * keys[:, None]).repeat_interleave(2, 0).mT
-    both = keys * queries
-    assert torch.equal(both, both[:, :1].expand_as(both))  # one number per KV head
-    logits += stretched / both[:, :1].repeat_interleave(2, 0)[:, None]
+    stretched = keys.repeat_interleave(2, 0)[:, None]
+    logits += (rest / stretched) @ (delta.repeat_interleave(2, 0) * stretched).mT
     torch.testing.assert_close(logits, q @ k.repeat_interleave(2, 0).mT, rtol=0, atol=1e-11)
-    for power in (keys, queries, values):
+    for power in (keys, values):
         assert torch.equal(power.log2(), power.log2().round())
 
 
@@ -55,11 +51,10 @@ def test_only_many_queries_in_four_bits_have_a_mean():
 def test_only_four_bit_formats_are_balanced():
     q, k = draw(2, 40, 16), draw(1, 40, 16)
     assert fit(q, k, k, ThriftConfig(low="fp8", balance="channel")) == Fit()
-    assert fit(q, k, k, ThriftConfig(balance="none"))[1:] == (None, None, None)
+    assert fit(q, k, k, ThriftConfig(balance="none"))[1:] == (None, None)
     by_k = fit(None, k, k, ThriftConfig(balance="channel"))
-    assert by_k.queries is None
     for config in (ThriftConfig(balance="channel"), ThriftConfig(balance="channel", math="16bit")):
-        for one, other in zip(fit(q, k, k, config)[1::2], by_k[1::2], strict=True):
+        for one, other in zip(fit(q, k, k, config)[1:], by_k[1:], strict=True):
             assert one is not None
             assert other is not None
             assert torch.equal(one, other)  # K and V alone say how they are stretched
@@ -68,15 +63,14 @@ def test_only_four_bit_formats_are_balanced():
 def test_balance_brings_all_to_one_size():
     size = torch.ones(16, dtype=torch.float64)
     size[3] = 64
-    q, k, v = draw(2, 200, 16) / size * 1e3, draw(1, 200, 16) * size * 1e-4, 1e-5 * draw(1, 200, 16)
-    _, keys, queries, values = fit(q, k, v, ThriftConfig(balance="channel"))
+    k, v = draw(1, 200, 16) * size * 1e-4, 1e-5 * draw(1, 200, 16)
+    _, keys, values = fit(None, k, v, ThriftConfig(balance="channel"))
     assert keys is not None
-    assert queries is not None
     assert values is not None
     level = 2.0**LEVEL
     spread = (k * keys).std((0, 1))
     assert 2 < float(spread.max() / spread.min()) < 6  # 64^(1/4), a factor 2 for whole powers, 10% for the sample
-    for x in (k * keys[:, None], q * queries[:, None], v * values[:, None, None]):
+    for x in (k * keys[:, None], v * values[:, None, None]):
         assert level / 2 < float(x.square().mean().sqrt()) < 2 * level
 
 
@@ -86,7 +80,7 @@ def test_powers_are_finite_and_positive_whatever_comes(value: float):
     q, k = draw(4, 80, 16), draw(2, 80, 16)
     q[:2], k[0] = value, value
     found = fit(q, k, k, ThriftConfig(balance="channel"))
-    for power in (found.keys, found.queries, found.values):
+    for power in (found.keys, found.values):
         assert power is not None
         assert bool((power > 0).all() & power.isfinite().all())
 
@@ -97,27 +91,7 @@ def test_the_statistics_come_from_whole_blocks(monkeypatch):
     taken = torch.cat([k[:, :64], k[:, 192:256]], 1), torch.cat([v[:, :64], v[:, 192:256]], 1)  # 5 blocks, every third
     k[:, 320:] = 1e6  # the incomplete block is not asked
     config = ThriftConfig(balance="channel")
-    for one, other in zip(fit(None, k, v, config)[1::2], fit(None, *taken, config)[1::2], strict=True):
+    for one, other in zip(fit(None, k, v, config)[1:], fit(None, *taken, config)[1:], strict=True):
         assert one is not None
         assert other is not None
         assert torch.equal(one, other)
-
-
-def test_every_sequence_has_its_own_mean(monkeypatch):
-    monkeypatch.setattr(fitting, "SAMPLE", 24)
-    config = ThriftConfig()
-    lengths = [(65, 130), (10, 64), (40, 30)]  # the last has ten queries that see nothing
-    q, k = draw(2, 115, 16).float(), draw(1, 224, 16).float()
-    cu = [torch.tensor([0, *x]).cumsum(0).int() for x in zip(*lengths, strict=True)]
-    found = mean_queries(q[None], packed(*cu, queries=115, keys=224, most_queries=65, most_keys=130, causal=True))
-    for b, (queries, keys) in enumerate(lengths):
-        end = int(cu[0][b + 1])
-        own = q[:, end - min(queries, keys) : end]
-        want = fit(own, k[:, :keys], k[:, :keys], config).mean
-        torch.testing.assert_close(found[b], torch.zeros(2, 16) if want is None else want)
-    two = torch.stack([q[:, :65], q[:, 50:]])
-    for b, row in enumerate(mean_queries(two, padded(65, 130, True, torch.tensor([130, 30])))):
-        seen = two[b][:, 35:] if b else two[b]
-        torch.testing.assert_close(row, seen[:, :: -(-seen.shape[1] // 24)].mean(1))
-    whole = mean_queries(two, dense(2, 65, 65, True, q.device))
-    torch.testing.assert_close(whole, two[:, :, ::3].mean(2))

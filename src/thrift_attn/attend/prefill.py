@@ -131,6 +131,7 @@ def attend_prefill_kernel(
     v_rest_ptr,
     centre_ptr,  # 16-bit [P, Hkv, N, D]
     key_bias_ptr,  # float32 [P, Hq, N*64]: what the mean query makes of each key
+    values_ptr,  # float32 [B, Hkv]: power of two that native V hold
     list_ptr,  # int32 [P, Hq, R, K]
     counts_ptr,  # int32 [P, Hq, R]
     out_ptr,  # 16-bit, addressed by strides
@@ -169,6 +170,7 @@ def attend_prefill_kernel(
     NATIVE: tl.constexpr,
     CENTRED: tl.constexpr,
     KEY_BIAS: tl.constexpr,  # packed Q lacks the mean query
+    LEVELLED: tl.constexpr,  # native V hold powers of two
     ROUNDED: tl.constexpr,  # the output is divided by the sum of P after rounding
     REST: tl.constexpr,  # promoted blocks are low data plus a residual, not K and V
     MASS: tl.constexpr,
@@ -347,6 +349,8 @@ def attend_prefill_kernel(
                                 acc = acc * factor[:, None] + _dot(p.to(DTYPE), vc, PORTABLE)
             if QUANT and LOW != "fp8":
                 acc = acc * (1.0 / 2688.0)
+                if LEVELLED:
+                    acc = acc / tl.load(values_ptr + b * HKV + h // (HQ // HKV))
 
         # -- high precision --
         low_total = total
@@ -456,6 +460,7 @@ def attend_prefill(
     centred: bool,
     scale: float,
     key_bias: Tensor | None = None,
+    values: Tensor | None = None,
     rounded: bool = False,
     window: int | None = None,
     softcap: float | None = None,
@@ -481,6 +486,8 @@ def attend_prefill(
         centred: whether packed K is K - c_b.
         scale: factor of the logits.
         key_bias: float32 ``[P, Hq, N*64]`` of `quantise_kv`, when packed Q lacks the mean query; else None.
+        values: float32 ``[B, Hkv]``, the powers of two of V that data were packed with, see `thrift_attn.quant.levels`. Those
+            of Q and K cancel out, and wide data lack them already.
         rounded: divide by the sum of P after rounding (4-bit formats, ``quantised``).
         window: sliding window in tokens.
         softcap: bound of the logits.
@@ -507,7 +514,7 @@ def attend_prefill(
         *(fill if x is None else x for x in (packed_q.q, packed_q.q_scale)),
         *(fill if x is None else x for x in packed[1:]),
         packed.centres,
-        fill if key_bias is None else key_bias,
+        *(fill if x is None else x for x in (key_bias, values)),
         chosen,
         counts,
         out,
@@ -534,6 +541,7 @@ def attend_prefill(
         NATIVE=form == "native",
         CENTRED=centred,
         KEY_BIAS=key_bias is not None,
+        LEVELLED=values is not None and form == "native",
         ROUNDED=rounded,
         REST=rest,
         MASS=mass is not None,

@@ -60,7 +60,7 @@ class Planes:
     centres: Tensor  # c_b [Hkv, N, D], for scores and, with centring, for the low logits
     query_mean: Tensor | None = None  # [H, D], what Q is quantised less of
     key_bias: Tensor | None = None  # [H, N * 64], what that mean makes of each key, unscaled
-    query_stretch: Tensor | None = None  # [Hkv, D], powers of two: Q is quantised times it
+    stretch: Tensor | None = None  # [Hkv, D], powers of two: K is quantised times it, Q divided by it
 
 
 def build_planes(k: Tensor, v: Tensor, config: ThriftConfig, q: Tensor | None = None) -> Planes:
@@ -100,7 +100,7 @@ def build_planes(k: Tensor, v: Tensor, config: ThriftConfig, q: Tensor | None = 
         plane = RESIDUALS[config.high]
         high_k = mean + (low_k + quant.residual(delta * of_k, low_k, plane, best=best)) / of_k
         high_v = (low_v + quant.residual(v * of_v, low_v, plane, -2, best=best)) / of_v
-    return Planes(low_k / of_k, low_v / of_v, high_k, high_v, centres, found.mean, bias, found.queries)
+    return Planes(low_k / of_k, low_v / of_v, high_k, high_v, centres, found.mean, bias, found.keys)
 
 
 def _round_probabilities(p: Tensor, fmt: Format) -> Tensor:
@@ -252,10 +252,10 @@ class _Sequence:
             planes = self.planes
             rest = queries if planes.query_mean is None else queries - planes.query_mean[:, None]
             wide = rest.new_ones(())
-            if planes.query_stretch is not None:
-                wide = planes.query_stretch[:, None].repeat_interleave(len(queries) // self.kv_heads, 0)  # [H, 1, D]
-            padded = torch.nn.functional.pad(rest * wide, (0, 0, lead, 0))
-            rounded = quant.roundtrip(padded, fmt, best=config.scales == "best")[:, lead:] / wide
+            if planes.stretch is not None:
+                wide = planes.stretch[:, None].repeat_interleave(len(queries) // self.kv_heads, 0)  # [H, 1, D]
+            padded = torch.nn.functional.pad(rest / wide, (0, 0, lead, 0))
+            rounded = quant.roundtrip(padded, fmt, best=config.scales == "best")[:, lead:] * wide
         logits = self._against(rounded, low_k[:, self._keys(chunk)])
         if self.planes.key_bias is not None:
             logits += self.planes.key_bias[:, None, self._keys(chunk)]

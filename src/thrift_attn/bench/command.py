@@ -227,18 +227,18 @@ def compile_kernels(
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder for the record.")] = Path("bench"),
     dims: Annotated[str, typer.Option(help="Head dims, several after commas; all by default.")] = "",
     capabilities: Annotated[str, typer.Option(help="Compute capabilities times ten, such as 90,120.")] = "",
-    kernels: Annotated[str, typer.Option(help="attend, quantise_kv, quantise_q, select.")] = "",
+    kernels: Annotated[str, typer.Option(help="attend, select, ..., as the table names them.")] = "",
     workers: Annotated[int, typer.Option(min=1, help="Processes.")] = 2,
 ) -> None:
     """Compile the prefill kernels for every GPU they are meant for, no GPU needed: instructions, registers, spills."""
     with _errors():
-        from thrift_attn.bench.compile import CAPABILITIES, compile_all, save, targets
+        from thrift_attn.bench.compile import CAPABILITIES, KERNELS, compile_all, save, targets
         from thrift_attn.capability import HEAD_DIMS
 
         found = targets(
             tuple(map(int, _words(dims))) or HEAD_DIMS, tuple(map(int, _words(capabilities))) or CAPABILITIES
         )
-        wanted = _words(kernels) or ["attend", "select", "quantise_kv", "quantise_q"]
+        wanted = _words(kernels) or list(KERNELS)
         listed = sorted((one for one in found if one.kernel in wanted), key=lambda one: wanted.index(one.kernel))
         rows = []
         for row in compile_all(listed, workers):

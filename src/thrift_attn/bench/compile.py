@@ -15,7 +15,7 @@ from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from multiprocessing import get_context
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from thrift_attn.bench.records import make_context
 from thrift_attn.capability import HEAD_DIMS, Form
@@ -31,7 +31,9 @@ SHARED_BYTES = {80: 166912, 89: 101376, 90: 232448, 100: 232448, 120: 101376}
 GROUP = 4
 """Query heads per KV head of the compiled kernels."""
 
-Kernel = Literal["attend", "quantise_kv", "quantise_q", "select"]
+Kernel = Literal["attend", "select", "quantise_kv", "quantise_q", "sum_keys", "sum_queries", "levels"]
+KERNELS: tuple[Kernel, ...] = get_args(Kernel)
+"""Slowest to compile first."""
 
 
 @dataclass(frozen=True)
@@ -111,6 +113,7 @@ def _types(target: Target) -> tuple[str, str]:
 def _launch(target: Target) -> tuple[Any, dict[str, str], dict[str, Any], dict[str, int]]:
     """Kernel, types of its arguments, constants and compile options, as its launcher in the library would choose them."""
     from thrift_attn.attend import prefill as attend
+    from thrift_attn.quant import levels
     from thrift_attn.quant import prefill as quant
     from thrift_attn.select import prefill as select
 
@@ -121,19 +124,34 @@ def _launch(target: Target) -> tuple[Any, dict[str, str], dict[str, Any], dict[s
     heads = {"HQ": 8 * GROUP, "HKV": 8}
     packed = {"kp_ptr": data, "ks_ptr": scale, "vp_ptr": data, "vs_ptr": scale, "qp_ptr": data, "qs_ptr": scale}
     packed |= dict.fromkeys(("spans_ptr", "list_ptr", "counts_ptr", "wanted_ptr"), "*i32")
-    packed |= dict.fromkeys(
-        ("lse_ptr", "mass_ptr", "mean_ptr", "scratch_ptr", "of_call_ptr", "bias_ptr", "key_bias_ptr"), "*fp32"
-    )
+    singles = "lse mass mean scratch of_call bias key_bias keys values squares totals sums"
+    packed |= {f"{name}_ptr": "*fp32" for name in singles.split()}
     packed |= {"scale": "fp32"}
     four = target.math == "fp4" and target.low in ("nvfp4", "mxfp4")  # then Q lacks its mean, by default
+    levelled = target.low in ("nvfp4", "mxfp4")  # by default
     rounding = {"LOW": target.low, "BEST": True, "NATIVE": native, "CAST": cast}
     warps = quant._warps(target.low, width)
     if target.kernel == "quantise_kv":
         constants = {**shape, **rounding, "HKV": 8, "GROUP": GROUP * four, "REST": "none", "CENTRED": True}
+        constants["BALANCED"] = levelled
         return quant.quantise_kv_kernel, packed, constants, {"num_warps": warps}
     if target.kernel == "quantise_q":
-        constants = {**shape, **rounding, "HQ": heads["HQ"], "CAUSAL": True, "REDUCED": four}
+        constants = {**shape, **rounding, **heads, "CAUSAL": True, "REDUCED": four, "BALANCED": levelled and four}
         return quant.quantise_q_kernel, packed, constants, {"num_warps": warps}
+    sample = {
+        "S": 64,
+        "SK": 64,
+        "SQ": 64,
+        "GROUP": GROUP,
+        "CAUSAL": True,
+        "CENTRED": True,
+        "LESS_MEAN": four,
+        "BALANCED": True,
+    }
+    for kernel in (levels.sum_keys_kernel, levels.sum_queries_kernel, levels.levels_kernel):
+        if kernel.__name__ == f"{target.kernel}_kernel":
+            constants = {**shape, **heads, **sample}
+            return kernel, packed, {name: constants[name] for name in kernel.arg_names if name in constants}, {}
     if target.kernel == "select":
         pad = max(16, 1 << (target.blocks - 1).bit_length())
         constants = {
@@ -144,9 +162,9 @@ def _launch(target: Target) -> tuple[Any, dict[str, str], dict[str, Any], dict[s
     tuned = attend.tuning(target.dim, target.low, target.form, divmod(target.capability, 10))
     constants = {
         **shape, **heads, "CAUSAL": True, "WINDOW": False, "CAP": 0.0, "LOW": target.low, "QUANT": target.math == "fp4",
-        "NATIVE": native, "CENTRED": True, "KEY_BIAS": four, "ROUNDED": four, "REST": False, "MASS": False,
-        "BM": tuned.rows, "BN": tuned.tokens, "CENTRES": tuned.centres, "STAGES": tuned.stages, "CAST": cast,
-        "PORTABLE": False,
+        "NATIVE": native, "CENTRED": True, "KEY_BIAS": four, "LEVELLED": native and target.low == "nvfp4", "ROUNDED": four,
+        "REST": False, "MASS": False, "BM": tuned.rows, "BN": tuned.tokens, "CENTRES": tuned.centres,
+        "STAGES": tuned.stages, "CAST": cast, "PORTABLE": False,
     }  # fmt: skip
     return attend.attend_prefill_kernel, packed, constants, {"num_warps": tuned.warps, "num_stages": tuned.stages}
 
@@ -200,7 +218,8 @@ def targets(dims: Iterable[int] = HEAD_DIMS, capabilities: Iterable[int] = CAPAB
                 for kernel in ("attend", "quantise_kv", "quantise_q"):
                     yield Target(kernel, capability, dim, low)
             yield Target("attend", capability, dim, "nvfp4", "16bit")
-            yield Target("select", capability, dim)
+            for kernel in ("select", "sum_keys", "sum_queries", "levels"):
+                yield Target(kernel, capability, dim)
 
 
 def compile_all(found: Iterable[Target], workers: int) -> Iterator[Compiled]:

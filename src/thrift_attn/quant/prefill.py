@@ -33,6 +33,7 @@ from torch import Tensor
 from thrift_attn.capability import Form, interpreted
 from thrift_attn.config import BLOCK
 from thrift_attn.quant.formats import FORMATS, RESIDUALS
+from thrift_attn.quant.levels import NO_LEVELS, Levels
 from thrift_attn.quant.rounding import bits, e2m1_code, e4m3_code, from_bits, round_e2m1, round_e4m3
 from thrift_attn.sequences import Sequences
 
@@ -171,12 +172,13 @@ def _by_token(x, G: tl.constexpr):
 
 @triton.jit
 def _store_rows(
-    x, ptr, scale_ptr, at, D: tl.constexpr, DP: tl.constexpr, LOW: tl.constexpr, BEST: tl.constexpr,
+    x, ptr, scale_ptr, at, back, D: tl.constexpr, DP: tl.constexpr, LOW: tl.constexpr, BEST: tl.constexpr,
     NATIVE: tl.constexpr, CAST: tl.constexpr,
 ):  # fmt: skip
     """Quantise 64 rows [64, DP] with groups along D and store them as block ``at`` (of the whole tensor).
 
-    Returns what they decode to in float32 (for fp8 in units of the scale).
+    Wide 4-bit data are stored times ``back``, a number or powers of two [1, DP].
+    Returns what they decode to in float32 (for fp8 in units of the scale), before that.
     """
     t = tl.arange(0, 64)[:, None]
     d = tl.arange(0, DP)[None, :]
@@ -202,13 +204,13 @@ def _store_rows(
             g = tl.arange(0, DP // G)[None, :]
             tl.store(scale_ptr + row * (D // G) + g, _scale_code(scale, LOW == "mxfp4"), mask=g < D // G)
         else:
-            tl.store(ptr + row * D + d, wide.to(ptr.dtype.element_ty), mask=d < D)
+            tl.store(ptr + row * D + d, (wide * back).to(ptr.dtype.element_ty), mask=d < D)
         return wide
 
 
 @triton.jit
 def _store_columns(
-    x, ptr, scale_ptr, head, block, blocks, D: tl.constexpr, DP: tl.constexpr, LOW: tl.constexpr,
+    x, ptr, scale_ptr, head, block, blocks, back, D: tl.constexpr, DP: tl.constexpr, LOW: tl.constexpr,
     BEST: tl.constexpr, NATIVE: tl.constexpr, CAST: tl.constexpr,
 ):  # fmt: skip
     """`_store_rows` for V: groups along the tokens; native data are stored transposed.
@@ -245,15 +247,15 @@ def _store_columns(
             place = scale_ptr + column * (64 // G) + g
             tl.store(place, tl.trans(_scale_code(scale, LOW == "mxfp4")), mask=inside)
         else:
-            tl.store(ptr + row * D + d, wide.to(ptr.dtype.element_ty), mask=d < D)
+            tl.store(ptr + row * D + d, (wide * back).to(ptr.dtype.element_ty), mask=d < D)
         return wide
 
 
 @triton.jit
 def _store_rest(
-    x, ptr, at, AXIS: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, REST: tl.constexpr, BEST: tl.constexpr
+    x, ptr, at, back, AXIS: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, REST: tl.constexpr, BEST: tl.constexpr
 ):
-    """Round a residual [64, DP] in groups of 16 along AXIS and store it wide."""
+    """Round a residual [64, DP] in groups of 16 along AXIS and store it wide, times ``back``."""
     if AXIS == 1:
         value, _signed, scale = _round_groups(_by_column(x, 16), 2, REST, BEST)
         wide = value * tl.expand_dims(scale, 2)
@@ -262,7 +264,13 @@ def _store_rest(
         wide = value * tl.expand_dims(scale, 1)
     d = tl.arange(0, DP)[None, :]
     row = at * 64 + tl.arange(0, 64)[:, None]
-    tl.store(ptr + row * D + d, tl.reshape(wide, [64, DP]).to(ptr.dtype.element_ty), mask=d < D)
+    tl.store(ptr + row * D + d, (tl.reshape(wide, [64, DP]) * back).to(ptr.dtype.element_ty), mask=d < D)
+
+
+@triton.jit
+def _inverse(power):
+    """1 / x of powers of two, exactly."""
+    return from_bits((254 << 23) - bits(power))
 
 
 @triton.jit(do_not_specialize=["blocks"])
@@ -279,6 +287,8 @@ def quantise_kv_kernel(
     v_rest_ptr,
     mean_ptr,  # float32 [B, Hq, D]
     bias_ptr,  # float32 [P, Hq, N*64]
+    keys_ptr,  # float32 [B, Hkv, D], powers of two: K is quantised times this
+    values_ptr,  # float32 [B, Hkv]
     stride_kb,
     stride_kh,
     stride_kt,
@@ -294,6 +304,7 @@ def quantise_kv_kernel(
     LOW: tl.constexpr,  # format, or "drop": centres only
     REST: tl.constexpr,  # format of the residual plane, or "none"
     CENTRED: tl.constexpr,
+    BALANCED: tl.constexpr,
     BEST: tl.constexpr,
     NATIVE: tl.constexpr,
     CAST: tl.constexpr,
@@ -327,18 +338,28 @@ def quantise_kv_kernel(
                 of_head = mean_ptr + ((b * HKV + h) * GROUP + g).to(tl.int64) * D
                 met = tl.sum(k * tl.load(of_head + dim, mask=dim < D, other=0.0)[None, :], 1)
                 tl.store(bias_ptr + ((head * GROUP + g) * blocks + block) * 64 + tl.arange(0, 64), met)
-            wide = _store_rows(k, kp_ptr, ks_ptr, at, D, DP, LOW, BEST, NATIVE, CAST)
+            back = 1.0
+            if BALANCED:
+                stretch = tl.load(keys_ptr + (b * HKV + h).to(tl.int64) * D + dim, mask=dim < D, other=1.0)
+                k *= stretch[None, :]
+                back = _inverse(stretch)[None, :]
+            wide = _store_rows(k, kp_ptr, ks_ptr, at, back, D, DP, LOW, BEST, NATIVE, CAST)
             if REST != "none":
-                _store_rest(k - wide, k_rest_ptr, at, 1, D, DP, REST, BEST)
+                _store_rest(k - wide, k_rest_ptr, at, back, 1, D, DP, REST, BEST)
             if NATIVE and LOW == "fp8":  # rows in the order of positions
                 t = (t & 0x31) | ((t & 2) << 2) | ((t & 12) >> 1)
                 there = (n * 64 + t < length) & (d < D)
             first_v = v_ptr + part * stride_vb + h.to(tl.int64) * stride_vh + first * stride_vt
             v = tl.load(first_v + t.to(tl.int64) * stride_vt + d, mask=there, other=0.0)
             v = v.to(tl.float32)
-            wide = _store_columns(v, vp_ptr, vs_ptr, head, block, blocks, D, DP, LOW, BEST, NATIVE, CAST)
+            of_v = 1.0
+            if BALANCED and LOW == "nvfp4":
+                lift = tl.load(values_ptr + b * HKV + h)
+                v *= lift
+                of_v = _inverse(lift)
+            wide = _store_columns(v, vp_ptr, vs_ptr, head, block, blocks, of_v, D, DP, LOW, BEST, NATIVE, CAST)
             if REST != "none":
-                _store_rest(v - wide, v_rest_ptr, at, 0, D, DP, REST, BEST)
+                _store_rest(v - wide, v_rest_ptr, at, of_v, 0, D, DP, REST, BEST)
 
 
 @triton.jit(do_not_specialize=["rows"])
@@ -349,17 +370,20 @@ def quantise_q_kernel(
     qp_ptr,
     qs_ptr,
     of_call_ptr,  # float32 [B, Hq, D]
+    keys_ptr,  # float32 [B, Hkv, D], powers of two: Q is quantised divided by this
     stride_qb,
     stride_qh,
     stride_qt,
     rows,  # R
     HQ: tl.constexpr,
+    HKV: tl.constexpr,
     D: tl.constexpr,
     DP: tl.constexpr,
     CAUSAL: tl.constexpr,
     RAGGED: tl.constexpr,
     LOW: tl.constexpr,  # "none": means only
     REDUCED: tl.constexpr,  # Q is quantised less its mean over the call
+    BALANCED: tl.constexpr,
     BEST: tl.constexpr,
     NATIVE: tl.constexpr,
     CAST: tl.constexpr,
@@ -391,7 +415,13 @@ def quantise_q_kernel(
             if REDUCED:
                 of_call = tl.load(of_call_ptr + (b * HQ + h).to(tl.int64) * D + dim, mask=dim < D, other=0.0)
                 q = tl.where(seen & (d < D), q - of_call[None, :], 0.0)
-            _store_rows(q, qp_ptr, qs_ptr, at, D, DP, LOW, BEST, NATIVE, CAST)
+            back = 1.0
+            if BALANCED:
+                of_head = keys_ptr + (b * HKV + h // (HQ // HKV)).to(tl.int64) * D
+                stretch = tl.load(of_head + dim, mask=dim < D, other=1.0)
+                q *= _inverse(stretch)[None, :]
+                back = stretch[None, :]
+            _store_rows(q, qp_ptr, qs_ptr, at, back, D, DP, LOW, BEST, NATIVE, CAST)
 
 
 def _check(low: str, form: Form, dim: int) -> None:
@@ -442,7 +472,7 @@ def quantise_kv(
     rest: str | None = None,
     centred: bool = True,
     best: bool = True,
-    mean: Tensor | None = None,
+    levels: Levels = NO_LEVELS,
     key_bias: Tensor | None = None,
 ) -> PackedKV:
     """Centre and quantise K and V.
@@ -456,7 +486,8 @@ def quantise_kv(
         rest: ``"nested"`` or ``"nested8"``: also write what the residual plane decodes to. Wide 4-bit formats only.
         centred: quantise K - c_b; else K itself.
         best: keep the better of the format's scales for each group.
-        mean: float32 ``[B, Hq, D]``, mean queries of `thrift_attn.quant.fit`; with it goes ``key_bias``.
+        levels: of `thrift_attn.quant.levels.measure`; with mean queries goes ``key_bias``. Of 4-bit formats powers of two of
+            K and V as well: native data keep them, of wide data they are taken out again.
         key_bias: float32 ``[P, Hq, N*64]``, written where K is: the product of the mean query with each k - c_b.
 
     Returns:
@@ -464,7 +495,7 @@ def quantise_kv(
         or are zero.
 
     Raises:
-        ValueError: a head dim that is no multiple of the group, an unknown form.
+        ValueError: a head dim that is no multiple of the group, an unknown form, powers of two of another format.
         NotImplementedError: a residual plane of native or fp8 data.
     """
     _, heads, _, dim = k.shape
@@ -473,6 +504,8 @@ def quantise_kv(
     out = PackedKV(centres)
     if low != "drop":
         _check(low, form, dim)
+        if levels.keys is not None and (low == "nvfp4") != (levels.values is not None):
+            raise ValueError(f"powers of two of V go with nvfp4 alone, got low={low!r}")
         if rest is not None and (form == "native" or low == "fp8"):
             raise NotImplementedError(f"high={rest!r} is decoded from wide 4-bit data, got {form} {low}")
         out = PackedKV(
@@ -488,17 +521,18 @@ def quantise_kv(
         sequences.spans,
         centres,
         *(centres if x is None else x for x in out[1:]),
-        *(centres if x is None else x for x in (mean, key_bias)),
+        *(centres if x is None else x for x in (levels.mean, key_bias, levels.keys, levels.values)),
         *(x.stride(i) for x in (k, v) for i in range(3)),
         sequences.blocks,
         HKV=heads,
-        GROUP=0 if mean is None else mean.shape[1] // heads,
+        GROUP=0 if levels.mean is None else levels.mean.shape[1] // heads,
         D=dim,
         DP=width,
         RAGGED=sequences.parts == 1,
         LOW=low,
         REST="none" if rest is None else RESIDUALS[rest].name,
         CENTRED=centred,
+        BALANCED=levels.keys is not None,
         BEST=best,
         NATIVE=form == "native",
         CAST=_casts(k.device),
@@ -508,7 +542,7 @@ def quantise_kv(
 
 
 def quantise_q(
-    q: Tensor, sequences: Sequences, *, low: str | None, form: Form, best: bool = True, mean: Tensor | None = None
+    q: Tensor, sequences: Sequences, *, low: str | None, form: Form, best: bool = True, levels: Levels = NO_LEVELS
 ) -> PackedQ:
     """Mean queries of every row, and Q quantised.
 
@@ -518,7 +552,8 @@ def quantise_q(
         low: the format; None writes the means alone.
         form: as of K.
         best: keep the better of the format's scales for each group.
-        mean: float32 ``[B, Hq, D]``: Q is quantised less this, see `thrift_attn.quant.fit`.
+        levels: of `thrift_attn.quant.levels.measure`: Q is quantised less its mean and divided by the powers of two of K; wide
+            data are multiplied by them again.
 
     Returns:
         `PackedQ`. Queries before position 0 count as missing; missing queries of a row are zero.
@@ -539,16 +574,18 @@ def quantise_q(
         sequences.spans,
         means,
         *(means if x is None else x for x in out[1:]),
-        means if mean is None else mean,
+        *(means if x is None else x for x in (levels.mean, levels.keys)),
         *q.stride()[:3],
         sequences.rows,
         HQ=heads,
+        HKV=heads if levels.keys is None else levels.keys.shape[1],
         D=dim,
         DP=width,
         CAUSAL=sequences.causal,
         RAGGED=sequences.parts == 1,
         LOW=low or "none",
-        REDUCED=mean is not None,
+        REDUCED=levels.mean is not None,
+        BALANCED=levels.keys is not None,
         BEST=best,
         NATIVE=form == "native",
         CAST=_casts(q.device),
