@@ -15,7 +15,7 @@ def write_tail_kernel(
     v_ptr,
     tail_ptr,  # [2, B, 2, Hkv, 64, D], contiguous
     page_table_ptr,  # int32 [B, NB]
-    lengths_ptr,  # int32 [B], before the new tokens
+    lengths_ptr,  # int32 [B]
     pages_ptr,  # int32 [B, 2]: the page of the block that slot s completes, or -1
     stride_kb,
     stride_kh,
@@ -29,45 +29,45 @@ def write_tail_kernel(
     T: tl.constexpr,
     D: tl.constexpr,
     DP: tl.constexpr,  # D rounded up to a power of two
+    ROWS: tl.constexpr,  # (token, head) pairs at a time
 ):
-    token = tl.program_id(0)
-    bh = tl.program_id(1)
-    b, h = bh // HKV, bh % HKV
+    b = tl.program_id(0)
     length = tl.load(lengths_ptr + b)
-    at = length + token
-    d = tl.arange(0, DP)
-    k_at = b.to(tl.int64) * stride_kb + h.to(tl.int64) * stride_kh + token * stride_kt
-    v_at = b.to(tl.int64) * stride_vb + h.to(tl.int64) * stride_vh + token * stride_vt
-    k = tl.load(k_ptr + k_at + d, mask=d < D)
-    v = tl.load(v_ptr + v_at + d, mask=d < D)
-    slot = at // 64 % 2
-    out = (((b.to(tl.int64) * 2 + slot) * HKV + h) * 64 + at % 64) * D + d
-    tl.store(tail_ptr + out, k, mask=d < D)
-    tl.store(tail_ptr + BATCH * 2 * HKV * 64 * D + out, v, mask=d < D)
-    if (token == 0) & (h == 0):
-        # At most 64 tokens complete at most one block: the one that held the old end.
-        full = (length % 64 + T) >= 64
-        page = tl.load(page_table_ptr + b.to(tl.int64) * blocks + length // 64, mask=full, other=-1)
-        side = length // 64 % 2
-        tl.store(pages_ptr + b * 2 + side, page)
-        tl.store(pages_ptr + b * 2 + 1 - side, -1)
+    d = tl.arange(0, DP)[None, :]
+    for start in range(0, T * HKV, ROWS):
+        row = (start + tl.arange(0, ROWS))[:, None]
+        token, head = (row // HKV).to(tl.int64), (row % HKV).to(tl.int64)
+        there = (row < T * HKV) & (d < D)
+        k = tl.load(k_ptr + b.to(tl.int64) * stride_kb + head * stride_kh + token * stride_kt + d, mask=there)
+        v = tl.load(v_ptr + b.to(tl.int64) * stride_vb + head * stride_vh + token * stride_vt + d, mask=there)
+        at = length + token
+        out = (((b.to(tl.int64) * 2 + at // 64 % 2) * HKV + head) * 64 + at % 64) * D + d
+        tl.store(tail_ptr + out, k, mask=there)
+        tl.store(tail_ptr + BATCH * 2 * HKV * 64 * D + out, v, mask=there)
+    # At most 64 tokens complete at most one block: the one that held the old end.
+    full = (length % 64 + T) >= 64
+    page = tl.load(page_table_ptr + b.to(tl.int64) * blocks + length // 64, mask=full, other=-1)
+    side = length // 64 % 2
+    tl.store(pages_ptr + b * 2 + side, page)
+    tl.store(pages_ptr + b * 2 + 1 - side, -1)
+    tl.store(lengths_ptr + b, length + T)  # no other program reads it
 
 
 def write_tail(k: Tensor, v: Tensor, tail: Tensor, page_table: Tensor, lengths: Tensor, pages: Tensor) -> None:
-    """Write new tokens into the slots of the two newest blocks and say which pages have become complete.
+    """Write new tokens into the slots of the two newest blocks, count them, and say which pages have become complete.
 
     Args:
         k: new tokens ``[B, Hkv, T, D]``, T at most 64, contiguous in D.
         v: likewise.
         tail: ``[2, B, 2, Hkv, 64, D]``: K and V, slots, written.
         page_table: int32 ``[B, NB]``.
-        lengths: int32 ``[B]``, before the new tokens; not changed.
+        lengths: int32 ``[B]``, before the new tokens; grows by T.
         pages: int32 ``[B, 2]``, written: for each slot the page its block goes to if it is complete now, else -1.
     """
     batch, kv_heads, count, dim = k.shape
     if count > BLOCK:
         raise ValueError(f"one step writes at most {BLOCK} tokens, got {count}")
-    write_tail_kernel[(count, batch * kv_heads)](
+    write_tail_kernel[(batch,)](
         k,
         v,
         tail,
@@ -82,5 +82,6 @@ def write_tail(k: Tensor, v: Tensor, tail: Tensor, page_table: Tensor, lengths: 
         T=count,
         D=dim,
         DP=triton.next_power_of_2(dim),
-        num_warps=1,
+        ROWS=16,
+        num_warps=4,
     )

@@ -38,14 +38,13 @@ def append_step(
     best: bool,
 ) -> None:
     """Append T <= 64 tokens to every sequence and pack the blocks that are complete now; ``lengths`` grows by T."""
-    batch, kv_heads, count, dim = k.shape
+    batch, kv_heads, _, dim = k.shape
     pages = torch.empty(batch, 2, dtype=torch.int32, device=k.device)
     write_tail(k, v, tail, page_table, lengths, pages)
     blocks = tail.view(2, batch * 2, kv_heads, BLOCK, dim)
     pack_blocks(
         blocks[0], blocks[1], pages.view(-1), base, centres, high, low=low, plane=plane, centred=centred, best=best
     )
-    lengths.add_(count)
 
 
 @append_step.register_fake
