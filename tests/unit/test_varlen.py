@@ -92,17 +92,14 @@ def test_forms_by_compute_capability(monkeypatch: pytest.MonkeyPatch) -> None:
     form = {}
     for capability in ((8, 0), (8, 9), (9, 0), (10, 0), (12, 0)):
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _device, now=capability: now)
-        for low in ("nvfp4", "fp8") if capability > (8, 0) else ("nvfp4",):
+        for low in ("nvfp4", "fp8"):
             form[capability, low] = check_prefill(ThriftConfig(low=low), 128, torch.float16, device)
-        assert check_prefill(ThriftConfig(math="16bit"), 128, torch.float16, device) == "wide"
+        for low in ("nvfp4", "fp8"):
+            assert check_prefill(ThriftConfig(low=low, math="16bit"), 128, torch.float16, device) == "wide"
         assert check_prefill(ThriftConfig(high="nested"), 128, torch.float16, device) == "wide"
     assert [key for key, found in form.items() if found == "native"] == [
         ((8, 9), "fp8"), ((9, 0), "fp8"), ((10, 0), "nvfp4"), ((10, 0), "fp8"), ((12, 0), "nvfp4"), ((12, 0), "fp8"),
     ]  # fmt: skip
-    for capability, math in (((9, 0), "16bit"), ((8, 0), "fp4")):
-        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _device, now=capability: now)
-        with pytest.raises(NotImplementedError, match="has not passed its test"):
-            check_prefill(ThriftConfig(low="fp8", math=math), 128, torch.float16, device)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _device: (7, 5))
     with pytest.raises(NotImplementedError, match=r"8\.0 or newer"):
         check_prefill(CONFIG, 128, torch.float16, device)
