@@ -3,7 +3,8 @@
 One program is one warp: it owns N query columns of one (sequence, KV head) and a share of the blocks, and computes the
 transposed products S^T = K Q^T [tokens, N] and O^T = V^T P^T [D, N], so that a widened tile is the first operand of a matrix
 product straight from the registers it was loaded into. The blocks come as a list (`thrift_attn.select.kernels`): promoted ones
-first, the others after them. Both parts of the list are dealt out evenly, so every split moves the same number of bytes.
+first, the others after them. Both parts of the list are dealt out one by one, and a split that got one promoted block less gets
+more of the others, so that all splits move the same number of bytes and work side by side until the end.
 
 Units: widened K and V are 2^-7 of their value and Q is scaled to fill half precision by a power of two, all exact; logits are
 kept in base 2.
@@ -194,6 +195,17 @@ def _scaled(out, factor, CHUNKS: tl.constexpr):
     return new
 
 
+@triton.jit
+def _listed(i, even_rounds, even, short, split, splits):
+    """Place of the i-th block of a split among the blocks that are not promoted.
+
+    The first ``even`` are dealt to all splits in turn, ``even_rounds`` of them to this one, and the rest to
+    those from ``short`` on.
+    """
+    last = even - even_rounds * (splits - short) + split - short
+    return tl.where(i < even_rounds, split + i * splits, last + i * (splits - short))
+
+
 @triton.jit(do_not_specialize=["window", "blocks"])
 def attend_split_kernel(
     q_ptr,  # [B, Hq, Tq, D], 16-bit
@@ -230,7 +242,8 @@ def attend_split_kernel(
     HALF: tl.constexpr = T * 128 + (T + 1) // 2 * 32  # words of K, and of V
     PARTS: tl.constexpr = len(CHUNKS)
     WIDE: tl.constexpr = 2 if HIGH == _NESTED8 else 1
-    WEIGHT: tl.constexpr = 4 if HIGH == _NESTED else (6 if HIGH == _NESTED8 else 7)
+    RESIDUAL: tl.constexpr = HIGH == _NESTED or HIGH == _NESTED8
+    MORE: tl.constexpr = 2 if HIGH == _NESTED else (3 if HIGH == _NESTED8 else 4)  # bytes of a promoted block in base blocks
     MASKED: tl.constexpr = WINDOW or TQ > 1  # some block of the list may be visible in part
     DTYPE: tl.constexpr = q_ptr.dtype.element_ty
 
@@ -278,36 +291,68 @@ def attend_split_kernel(
     promoted = tl.load(counts_ptr + bh * 2)
     listed = tl.load(counts_ptr + bh * 2 + 1)
 
-    # This split's share. Work is counted in half blocks of the base: promoted blocks first (WEIGHT each), then the others (2),
-    # then the incomplete block in steps of 16 tokens (2); an item belongs to the split in whose range it starts.
+    # This split's share: promoted blocks split, split + splits and so on; the splits from `short` on have one of them less and
+    # take MORE of the others in its place; the incomplete block in steps of 16 tokens, dealt on from there.
     rest = listed - promoted
     steps = (length % 64 + 15) // 16
-    work = promoted * WEIGHT + rest * 2 + steps * 2
-    begin = work * split // splits
-    end = work * (split + 1) // splits
-    p_lo = tl.minimum((begin + WEIGHT - 1) // WEIGHT, promoted)
-    p_hi = tl.minimum((end + WEIGHT - 1) // WEIGHT, promoted)
-    begin -= promoted * WEIGHT
-    end -= promoted * WEIGHT
-    lo = promoted + tl.minimum((tl.maximum(begin, 0) + 1) // 2, rest)
-    hi = promoted + tl.minimum((tl.maximum(end, 0) + 1) // 2, rest)
-    t_lo = tl.minimum((tl.maximum(begin - rest * 2, 0) + 1) // 2, steps)
-    t_hi = tl.minimum((tl.maximum(end - rest * 2, 0) + 1) // 2, steps)
+    short = promoted % splits
+    even = tl.where(short > 0, tl.maximum(rest - MORE * (splits - short), 0), rest)
+    even_rounds = (tl.maximum(even - split, 0) + splits - 1) // splits
+    more = tl.where(split >= short, tl.maximum(rest - even - (split - short), 0), 0)
+    count = even_rounds + (more + splits - short - 1) // (splits - short)
+    first_step = (split + splits - even % splits) % splits
 
-    # -- blocks in low precision. The next block is loaded while this one is worked on, its numbers one block earlier; past
-    # the end that is block 0 and page 0, whatever they hold. --
-    block = tl.load(blocks_ptr + lo, mask=lo < hi, other=0)
-    page = tl.load(pages_ptr + lo, mask=lo < hi, other=0)
+    # -- the first block of the others, then the promoted ones from base and residual: whatever comes next is loaded while this
+    # is worked on, numbers one block earlier; past the end that is block 0 and page 0, whatever they hold --
+    rest_ptr = blocks_ptr + promoted
+    at = rest_ptr + _listed(0, even_rounds, even, short, split, splits)
+    block = tl.load(at, mask=count > 0, other=0)
+    page = tl.load(at + blocks, mask=count > 0, other=0)
     page_ptr = base_ptr + (page * HKV + h).to(tl.int64) * (2 * HALF)
     codes = ()
-    for j in tl.static_range(PARTS):
-        codes = codes + (_load_chunk(page_ptr, T * 128, 1, CHUNKS[j][0], CHUNKS[j][1]),)
+    if RESIDUAL:
+        SCALES: tl.constexpr = T * WIDE * 128  # place of the scales in half a residual page
+        HALF_R: tl.constexpr = SCALES + HALF - T * 128
+        ones = tl.full([N], 1.0, tl.float32)
+        place = (tl.load(pages_ptr + split, mask=split < promoted, other=page) * HKV + h).to(tl.int64)
+        for j in tl.static_range(PARTS):
+            codes = codes + (_load_chunk(base_ptr + place * (2 * HALF), T * 128, 1, CHUNKS[j][0], CHUNKS[j][1]),)
+        for i in range(split, promoted, splits):
+            number = tl.load(blocks_ptr + i)
+            b_ptr = base_ptr + place * (2 * HALF)
+            r_ptr = high_ptr + place * (2 * HALF_R)
+            place = (tl.load(pages_ptr + i + splits, mask=i + splits < promoted, other=page) * HKV + h).to(tl.int64)
+            s0 = tl.zeros([16, N], tl.float32)
+            if CENTRED:
+                s0 = over_rows(bias_start + number.to(tl.int64) * RP, N) * unfactor
+            s0, s1, s2, s3, rk_codes = _add_k(s0, s0, s0, s0, codes, queries, r_ptr, 1, SCALES, WIDE, CHUNKS, PORTABLE)
+            s0, s1, s2, s3, bv_codes = _add_k(
+                s0, s1, s2, s3, rk_codes, queries, b_ptr + HALF, WIDE, T * 128, 1, CHUNKS, PORTABLE
+            )
+            s0, s1, s2, s3, left = _cap_block(s0, s1, s2, s3, factor, CAP)
+            if MASKED:
+                start = number * 64
+                s0, s1, s2, s3 = _hide_block(s0, s1, s2, s3, start + token, position, first)
+            p0, p1, p2, p3, m, total, decay = _softmax_step(s0, s1, s2, s3, left, m, total)
+            b0, b1, b2, b3 = _operands(p0, p1, p2, p3, N, tl.float16, 4, PORTABLE)
+            out, rv_codes = _add_v(
+                out, bv_codes, decay, b0, b1, b2, b3, r_ptr + HALF_R, 1, SCALES, WIDE, CHUNKS, PORTABLE
+            )
+            out, codes = _add_v(
+                out, rv_codes, ones, b0, b1, b2, b3, base_ptr + place * (2 * HALF), WIDE, T * 128, 1, CHUNKS, PORTABLE
+            )
+    else:
+        for j in tl.static_range(PARTS):
+            codes = codes + (_load_chunk(page_ptr, T * 128, 1, CHUNKS[j][0], CHUNKS[j][1]),)
+
+    # -- blocks in low precision --
     bias = tl.zeros([16, N], tl.float32)
     if CENTRED:
         bias = over_rows(bias_start + block.to(tl.int64) * RP, N) * unfactor
-    block_after = tl.load(blocks_ptr + lo + 1, mask=lo + 1 < hi, other=0)
-    page_after = tl.load(pages_ptr + lo + 1, mask=lo + 1 < hi, other=0)
-    for i in range(lo, hi):
+    at = rest_ptr + _listed(1, even_rounds, even, short, split, splits)
+    block_after = tl.load(at, mask=count > 1, other=0)
+    page_after = tl.load(at + blocks, mask=count > 1, other=0)
+    for i in range(count):
         s0, s1, s2, s3, v_codes = _add_k(
             bias, bias, bias, bias, codes, queries, page_ptr + HALF, 1, T * 128, 1, CHUNKS, PORTABLE
         )
@@ -323,44 +368,9 @@ def attend_split_kernel(
         b0, b1, b2, b3 = _operands(p0, p1, p2, p3, N, tl.float16, 4, PORTABLE)
         out, codes = _add_v(out, v_codes, decay, b0, b1, b2, b3, page_ptr, 1, T * 128, 1, CHUNKS, PORTABLE)
         block = block_after
-        block_after = tl.load(blocks_ptr + i + 2, mask=i + 2 < hi, other=0)
-        page_after = tl.load(pages_ptr + i + 2, mask=i + 2 < hi, other=0)
-
-    # -- promoted blocks --
-    if HIGH == _NESTED or HIGH == _NESTED8:
-        SCALES: tl.constexpr = T * WIDE * 128  # place of the scales in half a residual page
-        HALF_R: tl.constexpr = SCALES + HALF - T * 128
-        ones = tl.full([N], 1.0, tl.float32)
-        place = (tl.load(pages_ptr + p_lo, mask=p_lo < p_hi, other=0) * HKV + h).to(tl.int64)
-        bk_codes = ()
-        for j in tl.static_range(PARTS):
-            bk_codes = bk_codes + (_load_chunk(base_ptr + place * (2 * HALF), T * 128, 1, CHUNKS[j][0], CHUNKS[j][1]),)
-        for i in range(p_lo, p_hi):
-            number = tl.load(blocks_ptr + i)
-            b_ptr = base_ptr + place * (2 * HALF)
-            r_ptr = high_ptr + place * (2 * HALF_R)
-            place = (tl.load(pages_ptr + i + 1, mask=i + 1 < p_hi, other=0) * HKV + h).to(tl.int64)
-            s0 = tl.zeros([16, N], tl.float32)
-            if CENTRED:
-                s0 = over_rows(bias_start + number.to(tl.int64) * RP, N) * unfactor
-            s0, s1, s2, s3, rk_codes = _add_k(
-                s0, s0, s0, s0, bk_codes, queries, r_ptr, 1, SCALES, WIDE, CHUNKS, PORTABLE
-            )
-            s0, s1, s2, s3, bv_codes = _add_k(
-                s0, s1, s2, s3, rk_codes, queries, b_ptr + HALF, WIDE, T * 128, 1, CHUNKS, PORTABLE
-            )
-            s0, s1, s2, s3, left = _cap_block(s0, s1, s2, s3, factor, CAP)
-            if MASKED:
-                start = number * 64
-                s0, s1, s2, s3 = _hide_block(s0, s1, s2, s3, start + token, position, first)
-            p0, p1, p2, p3, m, total, decay = _softmax_step(s0, s1, s2, s3, left, m, total)
-            b0, b1, b2, b3 = _operands(p0, p1, p2, p3, N, tl.float16, 4, PORTABLE)
-            out, rv_codes = _add_v(
-                out, bv_codes, decay, b0, b1, b2, b3, r_ptr + HALF_R, 1, SCALES, WIDE, CHUNKS, PORTABLE
-            )
-            out, bk_codes = _add_v(
-                out, rv_codes, ones, b0, b1, b2, b3, base_ptr + place * (2 * HALF), WIDE, T * 128, 1, CHUNKS, PORTABLE
-            )
+        at = rest_ptr + _listed(i + 2, even_rounds, even, short, split, splits)
+        block_after = tl.load(at, mask=i + 2 < count, other=0)
+        page_after = tl.load(at + blocks, mask=i + 2 < count, other=0)
 
     # -- 16-bit data: V has its own unit from here on, and the queries are read again rather than kept --
     given = _load_queries(q_start, again(rows, PORTABLE), stride_qh, stride_qt, GROUP, TQ, N, CHUNKS)
@@ -369,7 +379,7 @@ def attend_split_kernel(
         raw = raw + (split_query_operand(given[i], CHUNKS[i][1], N),)
     out = _scaled(out, tl.full([N], 128.0, tl.float32), CHUNKS)
     if HIGH == _COPY:
-        for i in range(p_lo, p_hi):
+        for i in range(split, promoted, splits):
             number = tl.load(blocks_ptr + i)
             c_ptr = high_ptr + (tl.load(pages_ptr + i) * HKV + h).to(tl.int64) * (128 * D)
             s0 = tl.zeros([16, N], tl.float32)
@@ -403,7 +413,7 @@ def attend_split_kernel(
     tail = length % 64
     tail_start = ((b * 2 + length // 64 % 2) * HKV + h).to(tl.int64) * (64 * D)
     v_tail_ptr = tail_ptr + (tl.num_programs(2) * 2).to(tl.int64) * (64 * D)
-    for quarter in range(t_lo, t_hi):
+    for quarter in range(first_step, steps, splits):
         tokens = quarter * 16 + token  # [16]
         there = tokens < tail
         tail_at = tail_start + tokens * D
