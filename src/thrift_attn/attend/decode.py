@@ -243,7 +243,8 @@ def attend_split_kernel(
     PARTS: tl.constexpr = len(CHUNKS)
     WIDE: tl.constexpr = 2 if HIGH == _NESTED8 else 1
     RESIDUAL: tl.constexpr = HIGH == _NESTED or HIGH == _NESTED8
-    MORE: tl.constexpr = 2 if HIGH == _NESTED else (3 if HIGH == _NESTED8 else 4)  # bytes of a promoted block in base blocks
+    # Base blocks that hold as many bytes as a promoted one takes.
+    MORE: tl.constexpr = 2 if HIGH == _NESTED else (3 if HIGH == _NESTED8 else 4)
     MASKED: tl.constexpr = WINDOW or TQ > 1  # some block of the list may be visible in part
     DTYPE: tl.constexpr = q_ptr.dtype.element_ty
 
