@@ -146,7 +146,7 @@ class ThriftConfig:
     low: Low = "nvfp4"
     math: Math = "fp4"
     center: Center = "all"
-    balance: Balance = "none"
+    balance: Balance = "channel"
     scales: Scales = "best"
     total: Total = "rounded"
     budget: Budget = field(default_factory=lambda: fraction(0.05))

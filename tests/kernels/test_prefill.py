@@ -195,7 +195,7 @@ def test_chunks_equal_the_whole() -> None:
     """Rows are cut at absolute positions, so a prompt may come in any pieces."""
     torch.manual_seed(5)
     q, k, v = draw(1, (2, 1), 150, 150, 64)
-    config, scale = ThriftConfig(math="16bit", budget=top_k(2)), 0.125
+    config, scale = ThriftConfig(math="16bit", balance="none", budget=top_k(2)), 0.125
     whole = prefill(q, k, v, dense(1, 150, 150, True, q.device), config, "wide", scale=scale)
     for start, end in ((64, 128), (128, 150)):
         part = dense(1, end - start, end, True, q.device)
@@ -209,7 +209,7 @@ def test_partial_results_merge() -> None:
     """Keys split in two at a block: the parts merge to the whole."""
     torch.manual_seed(6)
     q, k, v = draw(1, (2, 1), 40, 192, 64)
-    config = ThriftConfig(math="16bit", budget=fraction(0.0))
+    config = ThriftConfig(math="16bit", balance="none", budget=fraction(0.0))
     parts = []
     for keys in (slice(0, 128), slice(128, 192), slice(0, 192)):
         size = keys.stop - keys.start
@@ -257,7 +257,7 @@ def _rows(q, k, v, sequences: Sequences, config: ThriftConfig, scale: float):
     sizes = [1, sequences.rows, sequences.blocks, sequences.most_rows, sequences.most_blocks]
     return prefill_op(
         q, k, v, sequences.spans, wanted, [*sizes, capacity(config.budget, 4)], True, False, False, "nvfp4", "wide", False,
-        True, False, False, False, True, None, 1, 1, scale, None, None, False,
+        True, False, config.balanced, False, True, None, 1, 1, scale, None, None, False,
     )  # fmt: skip
 
 

@@ -128,7 +128,8 @@ def emulate(q, k, v, *, fmt_name, center, math_, best, less_mean=False, rounded=
 @pytest.mark.parametrize(("tokens", "scales", "total"), [(65, "best", "rounded"), (200, "max", "exact")])
 def test_budget_zero_is_pure_low_precision(fmt, center, math_, tokens, scales, total):
     q, k, v = qkv(tokens, tokens)
-    config = ThriftConfig(low=fmt, center=center, math=math_, scales=scales, total=total, budget=fraction(0))
+    form = {"low": fmt, "center": center, "math": math_, "scales": scales, "total": total}
+    config = ThriftConfig(balance="none", budget=fraction(0), **form)
     out, stats = attention(q, k, v, config=config, return_stats=True)
     fp4 = math_ == "fp4"
     want = emulate(

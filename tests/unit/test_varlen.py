@@ -38,7 +38,14 @@ def test_few_queries_keep_their_own_lists() -> None:
     q, k, v, _, cu_k = parts()
     cu_q = torch.tensor([0, 5, 70])
     config = ThriftConfig(
-        low="drop", center="none", scales="max", total="exact", budget=top_k(1), force_first=0, force_last=0
+        low="drop",
+        center="none",
+        balance="none",
+        scales="max",
+        total="exact",
+        budget=top_k(1),
+        force_first=0,
+        force_last=0,
     )
     out = attention_varlen(q[:70], k, v, cu_q, cu_k, 65, 130, config=config)
     for rows, positions in (

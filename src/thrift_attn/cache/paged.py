@@ -2,7 +2,8 @@
 
 A page is one KV block of 64 tokens. The newest, incomplete block of a sequence stays in 16 bits and is always attended in high
 precision; when its 64th token arrives the block is centred, packed and summarised. The 16-bit data of the block before it
-stays as well (two slots, block b in slot b mod 2), so that taking back up to 64 tokens is lossless.
+stays as well (two slots, block b in slot b mod 2), so that taking back up to 64 tokens is lossless. With ``balance`` all of it
+is K and V times powers of two (`thrift_attn.cache.levels`), which nobody outside sees.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import torch
 from torch import Tensor
 
 from thrift_attn.attend import reference
+from thrift_attn.cache.levels import CacheLevels
 from thrift_attn.cache.pages import PageTable
 from thrift_attn.capability import check_cache
 from thrift_attn.config import BLOCK, DECODE_ROWS, ThriftConfig, check_logits
@@ -78,6 +80,7 @@ class PagedThriftCache:
         self.config, self.dtype, self.device = config, dtype, device
         self.kv_heads, self.head_dim = kv_heads, head_dim
         self.table = PageTable(num_pages, batch, sizes["max_pages"], device)
+        self.levels = CacheLevels.ones(kv_heads, head_dim, dtype, device) if config.balanced else None
         self.pool = Pool.empty(num_pages, kv_heads, head_dim, config.high, dtype, device)
         # K and V of the two newest blocks, block b in slot b mod 2.
         self.tail = torch.zeros(2, batch, 2, kv_heads, BLOCK, head_dim, dtype=dtype, device=device)
@@ -108,7 +111,9 @@ class PagedThriftCache:
 
     def nbytes(self) -> int:
         """Bytes of everything the cache holds on the device."""
-        held = (*self.pool, self.tail, self.table.table, self.table.lengths, self.budget)
+        held = [*self.pool, self.tail, self.table.table, self.table.lengths, self.budget]
+        if self.levels is not None:
+            held += self.levels.tensors
         return sum(x.numel() * x.element_size() for x in held)
 
     # -- growing -------------------------------------------------------------------------------------------------------
@@ -145,6 +150,9 @@ class PagedThriftCache:
         if len(new) != self.batch or any(not 0 <= n <= count for n in new):
             raise ValueError(f"lengths must be {self.batch} numbers from 0 to {count}, got {new}")
         self.table.reserve([self.table.tokens(row) + n for row, n in enumerate(new)])
+        if self.levels is not None:
+            self.levels.take(k, v, new, self.config.centred)
+            k, v = k * self.levels.keys, v * self.levels.values
         if self.backend == "triton" and lengths is None and count <= BLOCK:
             self._append_step(k, v)
             if not (self.device.type == "cuda" and torch.cuda.is_current_stream_capturing()):
@@ -298,7 +306,15 @@ class PagedThriftCache:
             from thrift_attn.cache.widen import widen_pages
 
             widen_pages(
-                out[0], out[1], *self.pool, self.tail, self.table.table, self.lengths, tokens=longest, **self._reading()
+                out[0],
+                out[1],
+                *self.pool,
+                self.tail,
+                self.table.table,
+                self.lengths,
+                None if self.levels is None else (self.levels.of_queries, self.levels.of_outputs),
+                tokens=longest,
+                **self._reading(),
             )
         else:
             for row in range(self.batch):
@@ -310,7 +326,10 @@ class PagedThriftCache:
         """K and V of one sequence in high precision, ``[Hkv, T, D]`` in the dtype of the cache."""
         planes = self._planes(row)
         tokens = self.table.tokens(row)
-        return planes.high_k[:, :tokens].to(self.dtype), planes.high_v[:, :tokens].to(self.dtype)
+        k, v = planes.high_k[:, :tokens], planes.high_v[:, :tokens]
+        if self.levels is not None:
+            k, v = k * self.levels.of_queries[:, 0], v * self.levels.of_outputs[:, 0]
+        return k.to(self.dtype), v.to(self.dtype)
 
     def attend(
         self,
@@ -347,18 +366,25 @@ class PagedThriftCache:
             raise ValueError(f"decode takes 1 to {DECODE_ROWS} new tokens, got {q.shape[2]}")
         check_logits(scale, window, softcap)
         scale = 1 / math.sqrt(self.head_dim) if scale is None else scale
+        if self.levels is not None:
+            q = self.levels.queries(q)
         if self.backend == "triton":
             from thrift_attn.cache import ops
 
             out, lse = ops.attend_cache(*self.step_arguments(q, scale, window, softcap))
         else:
             out, lse = self._attend_reference(q, scale, window, softcap)
+        if self.levels is not None:
+            out = self.levels.outputs(out)
         return (out, lse) if return_lse else out
 
     def step_arguments(
         self, q: Tensor, scale: float, window: int | None = None, softcap: float | None = None
     ) -> tuple[Any, ...]:
-        """What the kernels of one step take: the queries, the cache as it is, and the options (`cache.ops.step_kernels`)."""
+        """What the kernels of one step take: the queries, the cache as it is, and the options (`cache.ops.step_kernels`).
+
+        Queries in the cache's own units, see `thrift_attn.cache.levels`.
+        """
         config = self.config
         state = (*self.pool, self.tail, self.table.table, self.lengths, self.budget)
         options = (config.high, config.centred, config.force_first, config.force_last)

@@ -71,6 +71,8 @@ def widen_kernel(
     tail_ptr,  # [2, B, 2, Hkv, 64, D]
     page_table_ptr,  # int32 [B, NB]
     lengths_ptr,  # int32 [B]
+    of_k_ptr,  # [Hkv, D], what K of the cache are multiplied by
+    of_v_ptr,  # [Hkv]
     blocks,  # NB
     slots,  # S
     BATCH: tl.constexpr,
@@ -78,6 +80,7 @@ def widen_kernel(
     D: tl.constexpr,
     HIGH: tl.constexpr,
     CENTRED: tl.constexpr,
+    LEVELLED: tl.constexpr,
 ):
     T: tl.constexpr = D // 16
     HALF: tl.constexpr = T * 128 + (T + 1) // 2 * 32  # 32-bit words of K or V in a 4-bit plane
@@ -98,6 +101,11 @@ def widen_kernel(
     column = 4 * q + c + 0 * a + 0 * s
     turned = 8 * (c // 2) + 2 * q + c % 2 + 0 * a + 0 * s  # the token of a V column
     out = (b.to(tl.int64) * HKV + h) * slots * D
+    of_k = 1.0
+    of_v = 1.0
+    if LEVELLED:
+        of_k = tl.load(of_k_ptr + h * D + t * 16 + column).to(tl.float32)
+        of_v = tl.load(of_v_ptr + h).to(tl.float32)
     if block * 64 + 64 <= length:
         page = tl.load(page_table_ptr + b.to(tl.int64) * blocks + block).to(tl.int64)
         where = page * HKV + h
@@ -112,24 +120,29 @@ def widen_kernel(
             if HIGH == 3:
                 copy = high16_ptr + where * (128 * D) + (t * 4 + j) * 256
                 copy += (((a * 4 + q) * 2 + c // 2) * 2 + s) * 2 + c % 2
-                tl.store(k_ptr + k_to, tl.load(copy))
-                tl.store(v_ptr + v_to, tl.load(copy + 64 * D))
+                k = tl.load(copy).to(tl.float32)
+                v = tl.load(copy + 64 * D).to(tl.float32)
             else:
                 high16, high32 = high16_ptr + where * (4 * SIZE), high32_ptr + where * (2 * SIZE)
                 k = mean + _decoded(base16, base32, t, spot, rows, j, T, False)
                 k += _decoded(high16, high32, t, spot, rows, j, T, EIGHT)
-                tl.store(k_ptr + k_to, k.to(k_ptr.dtype.element_ty))
                 v = _decoded(base16 + 2 * HALF, base32 + HALF, t, spot, rows, j, T, False)
                 v += _decoded(high16 + 2 * SIZE, high32 + SIZE, t, spot, rows, j, T, EIGHT)
-                tl.store(v_ptr + v_to, v.to(v_ptr.dtype.element_ty))
+            tl.store(k_ptr + k_to, (k * of_k).to(k_ptr.dtype.element_ty))
+            tl.store(v_ptr + v_to, (v * of_v).to(v_ptr.dtype.element_ty))
     elif block * 64 < length:  # the incomplete block
         token, d = tl.arange(0, 64)[:, None], t * 16 + tl.arange(0, 16)[None, :]
         there = (block * 64 + token < length) & (d < D)
         at = (((b.to(tl.int64) * 2 + block % 2) * HKV + h) * 64 + token) * D + d
         to = out + (block * 64 + token).to(tl.int64) * D + d
-        tl.store(k_ptr + to, tl.load(tail_ptr + at, mask=there), mask=there)
+        of_row = 1.0
+        if LEVELLED:
+            of_row = tl.load(of_k_ptr + h * D + d).to(tl.float32)
+        k = tl.load(tail_ptr + at, mask=there).to(tl.float32) * of_row
+        tl.store(k_ptr + to, k.to(k_ptr.dtype.element_ty), mask=there)
         at += BATCH * 2 * HKV * 64 * D
-        tl.store(v_ptr + to, tl.load(tail_ptr + at, mask=there), mask=there)
+        v = tl.load(tail_ptr + at, mask=there).to(tl.float32) * of_v
+        tl.store(v_ptr + to, v.to(v_ptr.dtype.element_ty), mask=there)
 
 
 def widen_pages(
@@ -141,6 +154,7 @@ def widen_pages(
     tail: Tensor,
     page_table: Tensor,
     lengths: Tensor,
+    levels: tuple[Tensor, Tensor] | None = None,
     *,
     tokens: int,
     plane: str,
@@ -157,6 +171,7 @@ def widen_pages(
         tail: ``[2, B, 2, Hkv, 64, D]``.
         page_table: int32 ``[B, NB]``.
         lengths: int32 ``[B]``.
+        levels: what K ``[Hkv, D]`` and V ``[Hkv]`` are multiplied by; None changes nothing.
         tokens: the longest of ``lengths``, known to the caller.
         plane: ``"nested"``, ``"nested8"`` or ``"16bit"``.
         centred: whether the pages hold K - c_b.
@@ -171,7 +186,8 @@ def widen_pages(
         return
     high16 = high if plane == "16bit" else high.view(torch.int16)
     widen_kernel[(-(-tokens // BLOCK), dim // 16, batch * kv_heads)](
-        k, v, base.view(torch.int16), base, centres, high16, high, tail, page_table, lengths,
+        k, v, base.view(torch.int16), base, centres, high16, high, tail, page_table, lengths, *(levels or (centres, centres)),
         page_table.shape[1], slots,
-        BATCH=batch, HKV=kv_heads, D=dim, HIGH=HIGH[plane], CENTRED=centred, num_warps=1,
+        BATCH=batch, HKV=kv_heads, D=dim, HIGH=HIGH[plane], CENTRED=centred, LEVELLED=levels is not None,
+        num_warps=1,
     )  # fmt: skip

@@ -13,7 +13,7 @@ from thrift_attn.cache import state
 from thrift_attn.integrations.cache import ThriftCache, ThriftLayer
 from thrift_attn.integrations.handles import Padding
 
-FORMAT = 1
+FORMAT = 2
 """Version of the files."""
 
 

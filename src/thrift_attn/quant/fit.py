@@ -21,8 +21,8 @@ from thrift_attn.config import BLOCK, DECODE_ROWS, ThriftConfig
 SAMPLE = 4096
 """Most tokens that the statistics are taken from, evenly spaced; of K and V whole blocks."""
 
-SHARE = 0.75
-"""How much of the difference between channels is evened out; 1 would make K equal in every channel."""
+SLACK = 1.25
+"""Channels of K within this many powers of two of the middle stay as they are, the others are brought as near as that."""
 
 LEVEL = 2.0
 """log2 of the root mean square that is aimed at, so that the scales of groups are about 2. e4m3 holds 0.016 to 448 precisely.
@@ -74,27 +74,49 @@ def _sample_blocks(x: Tensor) -> Tensor:
     return blocks if x.dtype == torch.float64 else blocks.float()
 
 
+class Squares(NamedTuple):
+    """Mean squares of a sample of K and V.
+
+    Args:
+        channels: of every channel of what is quantised of K ``[..., Hkv, D]``; of fewer than 64 tokens, which tell little
+            about channels, those of K in all of them.
+        keys: of K ``[..., Hkv, 1]``.
+        values: of V ``[..., Hkv]``.
+    """
+
+    channels: Tensor
+    keys: Tensor
+    values: Tensor
+
+
+def mean_squares(k: Tensor, v: Tensor, centred: bool) -> Squares:
+    """`Squares` of K and V ``[..., Hkv, T, D]``; whole blocks of at most `SAMPLE` tokens are looked at."""
+    blocks = _sample_blocks(k)
+    keys = blocks.square().mean((-3, -2, -1)).unsqueeze(-1)
+    if k.shape[-2] < BLOCK:
+        channels = keys.expand(*keys.shape[:-1], k.shape[-1])
+    else:
+        channels = (blocks - blocks.mean(-2, keepdim=True) if centred else blocks).square().mean((-3, -2))
+    return Squares(channels, keys, _sample_blocks(v).square().mean((-3, -2, -1)))
+
+
 def _power(exponent: Tensor) -> Tensor:
     """Whole powers of two; 1 where zeros, a NaN or an infinity leave nothing to go by."""
     return exponent.nan_to_num(0.0, 0.0, 0.0).round().clamp(-LARGEST, LARGEST).exp2()
 
 
-def level_keys(mean_square: Tensor, of_k: Tensor) -> Tensor:
-    """s ``[..., D]``: `SHARE` of the way to one size of all channels, `LEVEL`.
-
-    Args:
-        mean_square: of every channel of what is quantised of K ``[..., D]``.
-        of_k: of K itself, all channels together ``[..., 1]``.
-    """
-    size = mean_square.log2() / 2
-    size = size.maximum(size.amax(-1, keepdim=True) - SPREAD).maximum(of_k.log2() / 2 - DEPTH)
+def level_keys(squares: Squares) -> Tensor:
+    """s ``[..., Hkv, D]``: outlier channels to within `SLACK` of the middle, the middle to `LEVEL`."""
+    size = squares.channels.log2() / 2
+    size = size.maximum(size.amax(-1, keepdim=True) - SPREAD).maximum(squares.keys.log2() / 2 - DEPTH)
     middle = size.mean(-1, keepdim=True)
-    return _power(LEVEL - middle - SHARE * (size - middle))
+    outside = (size - middle) - (size - middle).clamp(-SLACK, SLACK)
+    return _power(LEVEL - middle.round() - outside.round())
 
 
-def level_values(mean_square: Tensor) -> Tensor:
-    """The power of two that brings V of this mean square ``[...]`` to `LEVEL`."""
-    return _power(LEVEL - mean_square.log2() / 2)
+def level_values(squares: Squares) -> Tensor:
+    """The power of two ``[..., Hkv]`` that brings V to `LEVEL`."""
+    return _power(LEVEL - squares.values.log2() / 2)
 
 
 def fit(q: Tensor | None, k: Tensor, v: Tensor, config: ThriftConfig) -> Fit:
@@ -115,14 +137,8 @@ def fit(q: Tensor | None, k: Tensor, v: Tensor, config: ThriftConfig) -> Fit:
         mean = _sample(q).mean(-2)
     if not config.balanced:
         return Fit(mean)
-    blocks = _sample_blocks(k)
-    of_k = blocks.square().mean((-3, -2, -1)).unsqueeze(-1)
-    if config.centred:
-        blocks = blocks - blocks.mean(-2, keepdim=True)
-    keys = level_keys(blocks.square().mean((-3, -2)), of_k)
-    if config.low == "mxfp4":
-        return Fit(mean, keys)
-    return Fit(mean, keys, level_values(_sample_blocks(v).square().mean((-3, -2, -1))))
+    squares = mean_squares(k, v, config.centred)
+    return Fit(mean, level_keys(squares), None if config.low == "mxfp4" else level_values(squares))
 
 
 def key_bias(mean: Tensor, k: Tensor, centres: Tensor) -> Tensor:

@@ -19,7 +19,7 @@ from thrift_attn.quant.rounding import from_bits
 from thrift_attn.sequences import Sequences
 
 _LEVEL = tl.constexpr(fit.LEVEL)
-_SHARE = tl.constexpr(fit.SHARE)
+_SLACK = tl.constexpr(fit.SLACK)
 _SPREAD = tl.constexpr(fit.SPREAD)
 _DEPTH = tl.constexpr(fit.DEPTH)
 _LARGEST = tl.constexpr(fit.LARGEST)
@@ -144,11 +144,17 @@ def _log_root(x):
 
 
 @triton.jit
+def _whole(x):
+    """Rounded, ties to even."""
+    return (x + 12582912.0) - 12582912.0  # 1.5 * 2^23
+
+
+@triton.jit
 def _power(e):
     """2 to the exponent rounded and held within bounds; 1 where there is nothing to go by."""
     e = tl.where((e == e) & (tl.abs(e) < float("inf")), e, 0.0)
     e = tl.minimum(tl.maximum(e, -_LARGEST), _LARGEST)
-    return from_bits((((e + 12582912.0) - 12582912.0).to(tl.int32) + 127) << 23)  # 1.5 * 2^23 rounds ties to even
+    return from_bits((_whole(e).to(tl.int32) + 127) << 23)
 
 
 @triton.jit
@@ -188,11 +194,14 @@ def levels_kernel(
         squares = tl.load(squares_ptr + (head * SK + sample[:, None]) * DP + dim[None, :])
         total = tl.sum(tl.load(totals_ptr + (head * SK + sample) * 2), 0)
         of_v = tl.sum(tl.load(totals_ptr + (head * SK + sample) * 2 + 1), 0)
-        size = _log_root(tl.sum(squares, 0) / tokens)
+        all_keys = _log_root(total / (tokens * D))
+        size = tl.where(length < 64, all_keys, _log_root(tl.sum(squares, 0) / tokens))
         top = tl.max(tl.where(inside, size, float("-inf")), 0)
-        size = tl.maximum(size, tl.maximum(top - _SPREAD, _log_root(total / (tokens * D)) - _DEPTH))
+        size = tl.maximum(size, tl.maximum(top - _SPREAD, all_keys - _DEPTH))
         middle = tl.sum(tl.where(inside, size, 0.0), 0) / D
-        tl.store(keys_ptr + head * D + dim, _power(_LEVEL - middle - _SHARE * (size - middle)), mask=inside)
+        outside = size - middle
+        outside -= tl.minimum(tl.maximum(outside, -_SLACK), _SLACK)
+        tl.store(keys_ptr + head * D + dim, _power(_LEVEL - _whole(middle) - _whole(outside)), mask=inside)
         if OF_VALUES:
             tl.store(values_ptr + head, _power(_LEVEL - _log_root(of_v / (tokens * D))))
     if LESS_MEAN:
