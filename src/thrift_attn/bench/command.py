@@ -131,7 +131,7 @@ def e2e(
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder for the record and the picture.")] = Path("bench"),
     new: Annotated[int, typer.Option(min=2, help="Timed decode steps.")] = 32,
     budget: Annotated[float, typer.Option(help="Share of blocks in high precision.")] = 0.05,
-    fused: Annotated[bool, typer.Option(help="Fuse norms and rotary embeddings, on all sides.")] = True,
+    fused: Annotated[bool, typer.Option(help="Fuse norms, rotary embeddings and gates, on all sides.")] = True,
     largest: Annotated[bool, typer.Option(help="Also look for the largest context that fits.")] = True,
     as_is: Annotated[bool, typer.Option(help="Also time the step of transformers as it is.")] = True,
     device: Annotated[str, typer.Option(help="cuda; cpu runs, but its times mean nothing.")] = "cuda",

@@ -155,7 +155,7 @@ class Plan:
         out: the record's file.
         new: timed decode steps.
         budget: share of promoted blocks.
-        fused: whether norms and rotary embeddings are fused, on all sides.
+        fused: whether norms, rotary embeddings and gates are fused, on all sides.
         largest: whether to look for the largest context.
         device: where; times are only meaningful on a CUDA device.
         seed: of weights, prompts and fillings.

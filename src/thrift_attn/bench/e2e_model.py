@@ -100,9 +100,9 @@ def build(name: str, device: torch.device, dtype: torch.dtype, *, seed: int = 0)
 
 
 def fuse(model: nn.Module) -> list[str]:
-    """Let norms and rotary embeddings run as one kernel each, on both sides of a comparison.
+    """Let norms, rotary embeddings and gates run as one kernel each, on both sides of a comparison.
 
-    transformers computes them in about ten small kernels, which on a GPU cost as much as a good part of the attention, and
+    transformers computes them in about a dozen small kernels, which on a GPU cost as much as a good part of the attention, and
     which users fuse with torch.compile.
 
     Returns:
@@ -112,24 +112,31 @@ def fuse(model: nn.Module) -> list[str]:
         NotImplementedError: a device without Triton kernels.
     """
     if next(model.parameters()).device.type != "cuda":
-        raise NotImplementedError("fused norms and rotary embeddings are for CUDA devices")
-    from thrift_attn.bench import rotary
+        raise NotImplementedError("fused norms, rotary embeddings and gates are for CUDA devices")
+    from thrift_attn.bench import fused
 
-    norms = 0
+    norms, gates = 0, 0
     for module in model.modules():
         if type(module).__name__.endswith("RMSNorm") and hasattr(module, "variance_epsilon"):
-            vars(module)["forward"] = partial(_rms_norm, module)
+            vars(module)["forward"] = partial(_rms_norm, fused.rms_norm, module)
             norms += 1
+        elif hasattr(module, "gate_proj") and type(getattr(module, "act_fn", None)).__name__.startswith("SiLU"):
+            vars(module)["forward"] = partial(_gated, fused.gated, module)
+            gates += 1
     attention = next(m for m in model.modules() if type(m).__name__.endswith("Attention"))
     code = sys.modules[type(attention).__module__]
     if not hasattr(code, "apply_rotary_pos_emb"):
         raise NotImplementedError(f"{code.__name__} has no apply_rotary_pos_emb")
-    code.apply_rotary_pos_emb = rotary.rotate  # type: ignore[attr-defined]
-    return [f"{norms} RMS norms (torch.nn.functional.rms_norm)", "rotary embeddings (in place, one kernel)"]
+    code.apply_rotary_pos_emb = fused.rotate  # type: ignore[attr-defined]
+    return [f"{norms} RMS norms", f"{gates} gates (silu and product)", "rotary embeddings (in place)"]
 
 
-def _rms_norm(module: Any, x: Tensor) -> Tensor:
-    return F.rms_norm(x, (x.shape[-1],), module.weight, module.variance_epsilon)
+def _rms_norm(norm: Any, module: Any, x: Tensor) -> Tensor:
+    return norm(x, module.weight, module.variance_epsilon)
+
+
+def _gated(gated: Any, module: Any, x: Tensor) -> Tensor:
+    return module.down_proj(gated(module.gate_proj(x), module.up_proj(x)))
 
 
 def register_bf16() -> None:
