@@ -64,6 +64,27 @@ def test_pages_written_by_kernels_and_by_pytorch_agree(high, scales):
         assert (a.float() - b.float()).norm() < 4e-3 * b.float().norm()
 
 
+@pytest.mark.parametrize(("high", "queries"), [("nested", 1), ("16bit", 3)])
+def test_levels_of_channels_and_heads(high, queries):
+    """K with outlier channels, another in each head, and small V: first tokens, a step and what is read."""
+    k, v = tokens(134)
+    for head, channel in ((0, 3), (0, 40), (1, 17)):
+        k[:, head, :, channel] *= 20
+    v[:, 1] *= 1e-3
+    kernels, plain = both(config=DECODE.with_(high=high, budget=top_k(1)))
+    for cache in (kernels, plain):
+        cache.append(k[:, :, :130], v[:, :, :130])
+        cache.append(k[:, :, 130:], v[:, :, 130:])
+    powers = kernels.levels.keys
+    assert len(powers[0].unique()) > 1
+    assert not torch.equal(powers[0], powers[1])
+    check(kernels, plain, query(queries))
+    out = [cache.attend(query(queries)) for cache in (kernels, plain)]
+    for head in (2, 3):  # of the second KV head: small outputs, which the norm of all would hide
+        assert (out[0] - out[1])[:, head].float().norm() <= 3e-3 * out[1][:, head].float().norm()
+    assert torch.equal(kernels.widen()[0][0], plain.widen()[0][0])
+
+
 @pytest.mark.parametrize("steps", [[63, 1, 1, 64], [70, 62, 3]])
 def test_steps_on_the_device_equal_bulk_appends(steps):
     k, v = tokens(sum(steps), batch=2, heads=1)

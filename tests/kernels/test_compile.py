@@ -24,12 +24,12 @@ fn = decode.attend_split_kernel
 tile = decode.column_tile(group, 1, dim)
 tuned = decode.tuning(dim, tile, False, plane)
 high = "*bf16" if plane == "16bit" else "*i32"
-pointers = dict(zip(fn.arg_names, ["*bf16", "*i32", high, "*bf16", "*fp32", "*i32", "*i32", "*i32", "*fp32", "*fp32"]))
+pointers = dict(zip(fn.arg_names, ["*bf16", "*i32", high, "*bf16", "*fp32", "*i32", "*i32", "*i32", "*fp32", "*fp32", "*bf16"]))
 numbers = dict(scale="fp32", stride_qb="i32", stride_qh="i32", stride_qt="i32", window="i32", blocks="i32")
 constants = dict(
     HKV=8, GROUP=group, TQ=1, D=dim, CHUNKS=decode.chunks(dim, tuned.chunk), N=tile,
-    RP=decode.padded_rows(group, 1), HIGH=decode.HIGH[plane], CENTRED=True, WINDOW=False, CAP=0.0, PORTABLE=False,
-    OVERLAP=capability >= 90,
+    RP=decode.padded_rows(group, 1), HIGH=decode.HIGH[plane], CENTRED=True, WINDOW=False, CAP=0.0, LEVELLED=True,
+    PORTABLE=False, OVERLAP=capability >= 90,
 )
 signature = {n: {**pointers, **numbers}.get(n, "constexpr") for n in fn.arg_names}
 aligned = [*pointers, "stride_qb", "stride_qh", "stride_qt"]

@@ -120,16 +120,20 @@ def _softmax_step(s0, s1, s2, s3, factor, m, total):
 
 @triton.jit
 def _load_queries(
-    q_ptr, rows, stride_qh, stride_qt,
-    GROUP: tl.constexpr, TQ: tl.constexpr, N: tl.constexpr, CHUNKS: tl.constexpr,
+    q_ptr, of_head_ptr, rows, stride_qh, stride_qt,
+    GROUP: tl.constexpr, TQ: tl.constexpr, N: tl.constexpr, CHUNKS: tl.constexpr, LEVELLED: tl.constexpr,
 ):  # fmt: skip
-    """Queries of N columns as given, per chunk, in the order of `query_index`."""
+    """Queries of N columns as given, or times powers of two, per chunk, in the order of `query_index`."""
     given = ()
     for i in tl.static_range(len(CHUNKS)):
         row, dim = query_index(CHUNKS[i][1], N)
         row += rows
         at = row // GROUP * stride_qt + row % GROUP * stride_qh + CHUNKS[i][0] * 16 + dim
-        given = given + (tl.load(q_ptr + at, mask=row < GROUP * TQ, other=0.0),)
+        q = tl.load(q_ptr + at, mask=row < GROUP * TQ, other=0.0)
+        if LEVELLED:
+            power = tl.load(of_head_ptr + CHUNKS[i][0] * 16 + dim)
+            q = (q.to(tl.float32) * power.to(tl.float32)).to(q.dtype)
+        given = given + (q,)
     return given
 
 
@@ -218,6 +222,7 @@ def attend_split_kernel(
     lengths_ptr,  # int32 [B]
     out_ptr,  # float32 [B, Hkv, SPLITS, RP, D]
     lse_ptr,  # float32 [B, Hkv, SPLITS, RP], base 2
+    of_queries_ptr,  # 16-bit [Hkv, D], powers of two that queries are multiplied by
     scale,  # factor of the logits times log2(e)
     stride_qb,
     stride_qh,
@@ -235,6 +240,7 @@ def attend_split_kernel(
     CENTRED: tl.constexpr,
     WINDOW: tl.constexpr,
     CAP: tl.constexpr,
+    LEVELLED: tl.constexpr,
     PORTABLE: tl.constexpr,
     OVERLAP: tl.constexpr,  # starts while the choice of blocks is still being made
 ):
@@ -258,7 +264,8 @@ def attend_split_kernel(
 
     # -- queries, scaled by a power of two such that the largest uses the range of fp16 --
     q_start = q_ptr + b.to(tl.int64) * stride_qb + (h * GROUP).to(tl.int64) * stride_qh
-    given = _load_queries(q_start, rows, stride_qh, stride_qt, GROUP, TQ, N, CHUNKS)
+    of_head = of_queries_ptr + h * D
+    given = _load_queries(q_start, of_head, rows, stride_qh, stride_qt, GROUP, TQ, N, CHUNKS, LEVELLED)
     largest = 0.0
     for i in tl.static_range(PARTS):
         largest = tl.maximum(largest, tl.max(tl.abs(given[i].to(tl.float32)), 0))
@@ -374,7 +381,8 @@ def attend_split_kernel(
         page_after = tl.load(at + blocks, mask=i + 2 < count, other=0)
 
     # -- 16-bit data: V has its own unit from here on, and the queries are read again rather than kept --
-    given = _load_queries(q_start, again(rows, PORTABLE), stride_qh, stride_qt, GROUP, TQ, N, CHUNKS)
+    rows = again(rows, PORTABLE)
+    given = _load_queries(q_start, of_head, rows, stride_qh, stride_qt, GROUP, TQ, N, CHUNKS, LEVELLED)
     raw = ()
     for i in tl.static_range(PARTS):
         raw = raw + (split_query_operand(given[i], CHUNKS[i][1], N),)
@@ -462,6 +470,7 @@ def merge_splits_kernel(
     part_lse_ptr,  # float32 [B, Hkv, SPLITS, RP], base 2
     out_ptr,  # [B, Hq, Tq, D]
     lse_ptr,  # float32 [B, Hq, Tq], natural
+    of_outputs_ptr,  # 16-bit [Hkv], powers of two that outputs are multiplied by
     stride_ob,
     stride_oh,
     stride_ot,
@@ -473,6 +482,7 @@ def merge_splits_kernel(
     RP: tl.constexpr,
     PAD: tl.constexpr,  # splits rounded up to a power of two
     SLICE: tl.constexpr,  # dimensions per program, a power of two
+    LEVELLED: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):
     row = tl.program_id(0)
@@ -483,6 +493,9 @@ def merge_splits_kernel(
     d = tl.program_id(2) * SLICE + tl.arange(0, SLICE)
     split = tl.arange(0, PAD)
     start = bh.to(tl.int64) * splits * RP + row
+    of_head = 1.0
+    if LEVELLED:
+        of_head = tl.load(of_outputs_ptr + bh % HKV).to(tl.float32)
     if OVERLAP:
         tl.extra.cuda.gdc_wait()
     lse = tl.load(part_lse_ptr + start + split * RP, mask=split < splits, other=float("-inf"))  # [PAD]
@@ -494,7 +507,7 @@ def merge_splits_kernel(
     peak = tl.max(lse, 0)
     weight = tl.exp2(lse - tl.where(peak == float("-inf"), 0.0, peak))
     mass = tl.sum(weight, 0)
-    out = tl.sum(part * weight[:, None], 0) / tl.where(mass > 0, mass, 1.0)
+    out = tl.sum(part * weight[:, None], 0) / tl.where(mass > 0, mass, 1.0) * of_head
     at = b.to(tl.int64) * stride_ob + head.to(tl.int64) * stride_oh + step * stride_ot
     tl.store(out_ptr + at + d, out.to(out_ptr.dtype.element_ty), mask=d < D)
     if tl.program_id(2) == 0:
@@ -575,6 +588,7 @@ def attend_pages(
     part_lse: Tensor,
     *,
     scale: float,
+    of_queries: Tensor | None = None,
     plane: str | None = "nested",
     centred: bool = True,
     window: int | None = None,
@@ -597,6 +611,7 @@ def attend_pages(
         parts: float32 ``[B, Hkv, SPLITS, RP, D]``, written.
         part_lse: float32 ``[B, Hkv, SPLITS, RP]``, written; base 2, -inf for an empty split.
         scale: factor of the logits.
+        of_queries: what queries are multiplied by, in their dtype, Hkv times D numbers (`thrift_attn.cache.levels`), or None.
         plane: ``"nested"``, ``"nested8"``, ``"16bit"`` or None (no block is promoted).
         centred: K pages hold K - c_b and ``bias`` is added.
         window: each query sees so many tokens, itself included; None for all.
@@ -637,6 +652,7 @@ def attend_pages(
         lengths,
         parts,
         part_lse,
+        q if of_queries is None else of_queries,
         scale * LOG2E,
         q.stride(0),
         q.stride(1),
@@ -654,6 +670,7 @@ def attend_pages(
         CENTRED=centred,
         WINDOW=window is not None,
         CAP=(softcap or 0.0) * LOG2E,
+        LEVELLED=of_queries is not None,
         PORTABLE=PORTABLE,
         OVERLAP=overlap,
         launch_pdl=overlap,
@@ -663,7 +680,15 @@ def attend_pages(
     )
 
 
-def merge_splits(parts: Tensor, part_lse: Tensor, out: Tensor, lse: Tensor, *, overlap: bool = False) -> None:
+def merge_splits(
+    parts: Tensor,
+    part_lse: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    *,
+    of_outputs: Tensor | None = None,
+    overlap: bool = False,
+) -> None:
     """Merge the splits of `attend_pages`.
 
     Args:
@@ -671,6 +696,7 @@ def merge_splits(parts: Tensor, part_lse: Tensor, out: Tensor, lse: Tensor, *, o
         part_lse: float32 ``[B, Hkv, SPLITS, RP]``, base 2.
         out: ``[B, Hq, Tq, D]``, any float dtype, contiguous in D, written; zeros for a row that sees no token.
         lse: float32 ``[B, Hq, Tq]``, contiguous, natural logarithm, written; -inf for a row that sees no token.
+        of_outputs: what the output is multiplied by, Hkv numbers (`thrift_attn.cache.levels`), or None.
         overlap: start while the splits end.
     """
     batch, heads, tq, dim = out.shape
@@ -683,6 +709,7 @@ def merge_splits(parts: Tensor, part_lse: Tensor, out: Tensor, lse: Tensor, *, o
         part_lse,
         out,
         lse,
+        lse if of_outputs is None else of_outputs,
         out.stride(0),
         out.stride(1),
         out.stride(2),
@@ -694,6 +721,7 @@ def merge_splits(parts: Tensor, part_lse: Tensor, out: Tensor, lse: Tensor, *, o
         RP=rows,
         PAD=triton.next_power_of_2(splits),
         SLICE=lanes,
+        LEVELLED=of_outputs is not None,
         OVERLAP=overlap,
         launch_pdl=overlap,
         num_warps=4,

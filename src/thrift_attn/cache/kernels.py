@@ -17,6 +17,8 @@ def write_tail_kernel(
     page_table_ptr,  # int32 [B, NB]
     lengths_ptr,  # int32 [B]
     pages_ptr,  # int32 [B, 2]: the page of the block that slot s completes, or -1
+    of_k_ptr,  # [Hkv, D], powers of two that K is multiplied by
+    of_v_ptr,  # [Hkv]
     stride_kb,
     stride_kh,
     stride_kt,
@@ -30,6 +32,7 @@ def write_tail_kernel(
     D: tl.constexpr,
     DP: tl.constexpr,  # D rounded up to a power of two
     ROWS: tl.constexpr,  # (token, head) pairs at a time
+    LEVELLED: tl.constexpr,
 ):
     b = tl.program_id(0)
     length = tl.load(lengths_ptr + b)
@@ -40,6 +43,9 @@ def write_tail_kernel(
         there = (row < T * HKV) & (d < D)
         k = tl.load(k_ptr + b.to(tl.int64) * stride_kb + head * stride_kh + token * stride_kt + d, mask=there)
         v = tl.load(v_ptr + b.to(tl.int64) * stride_vb + head * stride_vh + token * stride_vt + d, mask=there)
+        if LEVELLED:
+            k = (k.to(tl.float32) * tl.load(of_k_ptr + head * D + d, mask=there).to(tl.float32)).to(k.dtype)
+            v = (v.to(tl.float32) * tl.load(of_v_ptr + head).to(tl.float32)).to(v.dtype)
         at = length + token
         out = (((b.to(tl.int64) * 2 + at // 64 % 2) * HKV + head) * 64 + at % 64) * D + d
         tl.store(tail_ptr + out, k, mask=there)
@@ -53,7 +59,16 @@ def write_tail_kernel(
     tl.store(lengths_ptr + b, length + T)  # no other program reads it
 
 
-def write_tail(k: Tensor, v: Tensor, tail: Tensor, page_table: Tensor, lengths: Tensor, pages: Tensor) -> None:
+def write_tail(
+    k: Tensor,
+    v: Tensor,
+    tail: Tensor,
+    page_table: Tensor,
+    lengths: Tensor,
+    pages: Tensor,
+    of_keys: Tensor | None = None,
+    of_values: Tensor | None = None,
+) -> None:
     """Write new tokens into the slots of the two newest blocks, count them, and say which pages have become complete.
 
     Args:
@@ -63,6 +78,8 @@ def write_tail(k: Tensor, v: Tensor, tail: Tensor, page_table: Tensor, lengths: 
         page_table: int32 ``[B, NB]``.
         lengths: int32 ``[B]``, before the new tokens; grows by T.
         pages: int32 ``[B, 2]``, written: for each slot the page its block goes to if it is complete now, else -1.
+        of_keys: what K is multiplied by, Hkv times D numbers (`thrift_attn.cache.levels`), or None for neither K nor V.
+        of_values: what V is multiplied by, Hkv numbers.
     """
     batch, kv_heads, count, dim = k.shape
     if count > BLOCK:
@@ -74,6 +91,8 @@ def write_tail(k: Tensor, v: Tensor, tail: Tensor, page_table: Tensor, lengths: 
         page_table,
         lengths,
         pages,
+        k if of_keys is None else of_keys,
+        v if of_values is None else of_values,
         *k.stride()[:3],
         *v.stride()[:3],
         page_table.shape[1],
@@ -83,5 +102,6 @@ def write_tail(k: Tensor, v: Tensor, tail: Tensor, page_table: Tensor, lengths: 
         D=dim,
         DP=triton.next_power_of_2(dim),
         ROWS=16,
+        LEVELLED=of_keys is not None,
         num_warps=4,
     )

@@ -36,11 +36,16 @@ def append_step(
     plane: str,
     centred: bool,
     best: bool,
+    of_keys: Tensor | None = None,
+    of_values: Tensor | None = None,
 ) -> None:
-    """Append T <= 64 tokens to every sequence and pack the blocks that are complete now; ``lengths`` grows by T."""
+    """Append T <= 64 tokens to every sequence and pack the blocks that are complete now; ``lengths`` grows by T.
+
+    What is written is K times ``of_keys`` and V times ``of_values`` (`thrift_attn.cache.levels`).
+    """
     batch, kv_heads, _, dim = k.shape
     pages = torch.empty(batch, 2, dtype=torch.int32, device=k.device)
-    write_tail(k, v, tail, page_table, lengths, pages)
+    write_tail(k, v, tail, page_table, lengths, pages, of_keys, of_values)
     blocks = tail.view(2, batch * 2, kv_heads, BLOCK, dim)
     pack_blocks(
         blocks[0], blocks[1], pages.view(-1), base, centres, high, low=low, plane=plane, centred=centred, best=best
@@ -48,7 +53,7 @@ def append_step(
 
 
 @append_step.register_fake
-def _(k, v, tail, base, centres, high, page_table, lengths, low, plane, centred, best):
+def _(k, v, tail, base, centres, high, page_table, lengths, low, plane, centred, best, of_keys=None, of_values=None):
     return None
 
 
@@ -68,6 +73,8 @@ def step_kernels(
     centred: bool,
     first: int,
     last: int,
+    of_queries: Tensor | None = None,
+    of_outputs: Tensor | None = None,
 ) -> tuple[dict[str, Callable[[], None]], Tensor, Tensor]:
     """The kernels of one step by name, in the order in which they run, and the output and LSE that they write."""
     batch, heads, tq, dim = q.shape
@@ -88,17 +95,20 @@ def step_kernels(
     parts, part_lse = empty(batch, kv_heads, splits, rows, dim), empty(batch, kv_heads, splits, rows)
     out, lse = torch.empty_like(q, memory_format=torch.contiguous_format), empty(batch, heads, tq)
     kernels = {
-        "scores": partial(score_blocks, q, centres, page_table, lengths, bias, scores, scale=scale, overlap=overlap),
+        "scores": partial(
+            score_blocks, q, centres, page_table, lengths, bias, scores,
+            scale=scale, of_queries=of_queries, overlap=overlap,
+        ),
         "select": partial(
             select_blocks, scores, page_table, lengths, budget, chosen, counts,
             tq=tq, first=first, last=last, window=window, overlap=overlap,
         ),
         "attend": partial(
             attend_pages, q, base, high, tail, bias, chosen, counts, lengths, parts, part_lse,
-            scale=scale, plane=plane, centred=centred, window=window, softcap=softcap, tuned=tuned,
-            overlap=overlap,
+            scale=scale, of_queries=of_queries, plane=plane, centred=centred, window=window, softcap=softcap,
+            tuned=tuned, overlap=overlap,
         ),
-        "merge": partial(merge_splits, parts, part_lse, out, lse, overlap=overlap),
+        "merge": partial(merge_splits, parts, part_lse, out, lse, of_outputs=of_outputs, overlap=overlap),
     }  # fmt: skip
     return kernels, out, lse
 
@@ -120,11 +130,13 @@ def attend_cache(
     centred: bool,
     first: int,
     last: int,
+    of_queries: Tensor | None = None,
+    of_outputs: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Scores, selection, attention and merge of the newest tokens over the pages; see `PagedThriftCache.attend`."""
     kernels, out, lse = step_kernels(
         q, base, centres, high, tail, page_table, lengths, budget,
-        scale, window, softcap, plane, centred, first, last,
+        scale, window, softcap, plane, centred, first, last, of_queries, of_outputs,
     )  # fmt: skip
     for launch in kernels.values():
         launch()
@@ -132,5 +144,6 @@ def attend_cache(
 
 
 @attend_cache.register_fake
-def _(q, base, centres, high, tail, page_table, lengths, budget, scale, window, softcap, plane, centred, first, last):
+def _(q, base, centres, high, tail, page_table, lengths, budget, scale, window, softcap, plane, centred, first, last,
+      of_queries=None, of_outputs=None):  # fmt: skip
     return q.new_empty(q.shape), q.new_empty(q.shape[:3], dtype=torch.float32)

@@ -152,12 +152,13 @@ class PagedThriftCache:
         self.table.reserve([self.table.tokens(row) + n for row, n in enumerate(new)])
         if self.levels is not None:
             self.levels.take(k, v, new, self.config.centred)
-            k, v = k * self.levels.keys, v * self.levels.values
         if self.backend == "triton" and lengths is None and count <= BLOCK:
             self._append_step(k, v)
             if not (self.device.type == "cuda" and torch.cuda.is_current_stream_capturing()):
                 self.advance(count)
             return
+        if self.levels is not None:
+            k, v = k * self.levels.keys, v * self.levels.values
         for row, n in enumerate(new):
             if n:
                 self._append_row(row, k[row, :, :n], v[row, :, :n])
@@ -173,7 +174,8 @@ class PagedThriftCache:
     def _append_step(self, k: Tensor, v: Tensor) -> None:
         from thrift_attn.cache import ops
 
-        ops.append_step(k, v, self.tail, *self.pool, self.table.table, self.lengths, **self._storage())
+        levels = {} if self.levels is None else {"of_keys": self.levels.keys, "of_values": self.levels.values}
+        ops.append_step(k, v, self.tail, *self.pool, self.table.table, self.lengths, **self._storage(), **levels)
 
     def _append_row(self, row: int, k: Tensor, v: Tensor) -> None:
         """Append ``[Hkv, T, D]`` to one sequence: top up the incomplete block, pack whole blocks, keep the rest."""
@@ -366,41 +368,39 @@ class PagedThriftCache:
             raise ValueError(f"decode takes 1 to {DECODE_ROWS} new tokens, got {q.shape[2]}")
         check_logits(scale, window, softcap)
         scale = 1 / math.sqrt(self.head_dim) if scale is None else scale
-        if self.levels is not None:
-            q = self.levels.queries(q)
         if self.backend == "triton":
             from thrift_attn.cache import ops
 
             out, lse = ops.attend_cache(*self.step_arguments(q, scale, window, softcap))
         else:
             out, lse = self._attend_reference(q, scale, window, softcap)
-        if self.levels is not None:
-            out = self.levels.outputs(out)
         return (out, lse) if return_lse else out
 
     def step_arguments(
         self, q: Tensor, scale: float, window: int | None = None, softcap: float | None = None
     ) -> tuple[Any, ...]:
-        """What the kernels of one step take: the queries, the cache as it is, and the options (`cache.ops.step_kernels`).
-
-        Queries in the cache's own units, see `thrift_attn.cache.levels`.
-        """
+        """What the kernels of one step take: the queries, the cache as it is, and the options (`cache.ops.step_kernels`)."""
         config = self.config
         state = (*self.pool, self.tail, self.table.table, self.lengths, self.budget)
         options = (config.high, config.centred, config.force_first, config.force_last)
-        return (q, *state, scale, window, softcap, *options)
+        levels = (None, None) if self.levels is None else (self.levels.of_queries, self.levels.of_outputs)
+        return (q, *state, scale, window, softcap, *options, *levels)
 
     def _attend_reference(
         self, q: Tensor, scale: float, window: int | None, softcap: float | None
     ) -> tuple[Tensor, Tensor]:
         out = torch.zeros_like(q)
         lse = torch.full(q.shape[:3], -math.inf, dtype=torch.float32, device=q.device)
+        if self.levels is not None:
+            q = self.levels.queries(q)
         for row in range(self.batch):
             tokens = self.table.tokens(row)
             if tokens:
                 mask = reference.Mask(q.shape[2], tokens, True, window)
                 result = reference.attend_planes(q[row], self._planes(row), self.config, mask, scale, softcap)
                 out[row], lse[row] = result[0].to(q.dtype), result[1]
+        if self.levels is not None:
+            out = self.levels.outputs(out)
         return out, lse
 
     def _planes(self, row: int) -> reference.Planes:

@@ -25,6 +25,7 @@ def block_scores_kernel(
     lengths_ptr,  # int32 [B]
     bias_ptr,  # float32 [B, Hkv, NB, RP]
     score_ptr,  # float32 [B, Hkv, NB]
+    of_queries_ptr,  # 16-bit [Hkv, D], powers of two that queries are multiplied by
     scale,  # factor of the logits times log2(e)
     stride_qb,
     stride_qh,
@@ -39,6 +40,7 @@ def block_scores_kernel(
     N: tl.constexpr,
     RP: tl.constexpr,
     BM: tl.constexpr,  # blocks per program
+    LEVELLED: tl.constexpr,
     PORTABLE: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):
@@ -56,12 +58,17 @@ def block_scores_kernel(
         centre_at = (page * HKV + h).to(tl.int64)[:, None] * D + d[None, :]
         centre = tl.load(centre_ptr + centre_at, mask=there[:, None] & (d < D)[None, :], other=0.0)  # [BM, DP]
         best = tl.full([BM], float("-inf"), tl.float32)
+        power = tl.full([DP], 1.0, tl.float32)
+        if LEVELLED:
+            power = tl.load(of_queries_ptr + h * D + d, mask=d < D, other=1.0).to(tl.float32)
         q_start = q_ptr + b.to(tl.int64) * stride_qb + (h * GROUP).to(tl.int64) * stride_qh
         for first in tl.static_range(0, RP, N):
             row = first + tl.arange(0, N)
             at = row // GROUP * stride_qt + row % GROUP * stride_qh
             inside = row < GROUP * TQ
             q = tl.load(q_start + at[None, :] + d[:, None], mask=inside[None, :] & (d < D)[:, None], other=0.0)
+            if LEVELLED:
+                q = (q.to(tl.float32) * power[:, None]).to(q.dtype)
             if PORTABLE:
                 s = tl.dot(centre.to(tl.float32), q.to(tl.float32), input_precision="ieee") * scale
             else:
@@ -77,7 +84,7 @@ def block_scores_kernel(
             for i in tl.static_range(TQ):
                 at = q_start + i * stride_qt + head[None, :] * stride_qh + d[:, None]
                 mean += tl.load(at, mask=real & (d < D)[:, None], other=0.0).to(tl.float32)
-            mean = (mean * (1.0 / TQ)).to(centre.dtype)
+            mean = (mean * (1.0 / TQ) * power[:, None]).to(centre.dtype)
             if PORTABLE:
                 s = tl.dot(centre.to(tl.float32), mean.to(tl.float32), input_precision="ieee") * scale
             else:
@@ -178,6 +185,7 @@ def score_blocks(
     scores: Tensor,
     *,
     scale: float,
+    of_queries: Tensor | None = None,
     overlap: bool = False,
 ) -> None:
     """q.c_b of every complete block, for the logits and for the choice of blocks.
@@ -191,6 +199,7 @@ def score_blocks(
         scores: float32 ``[B, Hkv, NB]``, written for complete blocks: the largest of the group's heads, of each
             head the mean over the queries.
         scale: factor of the logits.
+        of_queries: what queries are multiplied by, in their dtype, Hkv times D numbers (`thrift_attn.cache.levels`), or None.
         overlap: the next kernel waits for this one itself (programmatic dependent launch).
     """
     batch, heads, tq, dim = q.shape
@@ -203,6 +212,7 @@ def score_blocks(
         lengths,
         bias,
         scores,
+        q if of_queries is None else of_queries,
         scale * LOG2E,
         q.stride(0),
         q.stride(1),
@@ -217,6 +227,7 @@ def score_blocks(
         N=16 if rows % 16 == 0 else 8,
         RP=rows,
         BM=per_program,
+        LEVELLED=of_queries is not None,
         PORTABLE=PORTABLE,
         OVERLAP=overlap,
         num_warps=4,
