@@ -20,6 +20,11 @@ OVERLAPPED_BLOCKS = 2**14
 that is saved (docs/log.md)."""
 
 
+def _overlap(base: Tensor, page_table: Tensor) -> bool:
+    """Whether the kernels of a step over these pages start while the one before them ends."""
+    return overlaps(base.device) and base.shape[1] * page_table.numel() <= OVERLAPPED_BLOCKS
+
+
 @torch.library.custom_op(
     "thrift_attn::append_step", mutates_args=("tail", "base", "centres", "high", "lengths"), device_types=None
 )
@@ -48,8 +53,9 @@ def append_step(
     write_tail(k, v, tail, page_table, lengths, pages, of_keys, of_values)
     blocks = tail.view(2, batch * 2, kv_heads, BLOCK, dim)
     pack_blocks(
-        blocks[0], blocks[1], pages.view(-1), base, centres, high, low=low, plane=plane, centred=centred, best=best
-    )
+        blocks[0], blocks[1], pages.view(-1), base, centres, high,
+        low=low, plane=plane, centred=centred, best=best, overlap=_overlap(base, page_table),
+    )  # fmt: skip
 
 
 @append_step.register_fake
@@ -87,7 +93,7 @@ def step_kernels(
 
     bias, scores = empty(batch, kv_heads, blocks, rows), empty(batch, kv_heads, blocks)
     chosen, counts = (empty(batch, kv_heads, 2, n, dtype=torch.int32) for n in (blocks, 1))
-    overlap = overlaps(q.device) and batch * kv_heads * blocks <= OVERLAPPED_BLOCKS
+    overlap = _overlap(base, page_table)
     group = heads // kv_heads
     tile = column_tile(group, tq, dim)
     tuned = tuning(dim, tile, tq > 1 or window is not None, plane)

@@ -178,6 +178,7 @@ def pack_blocks_kernel(
     CENTRED: tl.constexpr,
     POWER: tl.constexpr,  # mxfp4: powers of two as scales, shared by 32
     BEST: tl.constexpr,  # the better of the format's two scales
+    OVERLAP: tl.constexpr,  # starts while the kernel before it ends
 ):
     T: tl.constexpr = D // 16
     HALF: tl.constexpr = T * 128 + (T + 1) // 2 * 32
@@ -185,6 +186,8 @@ def pack_blocks_kernel(
     n = tl.program_id(0)
     head = tl.program_id(1)
     t = tl.program_id(2)  # tile
+    if OVERLAP:
+        tl.extra.cuda.gdc_wait()
     page = tl.load(pages_ptr + n)
     if page >= 0:
         where = (page * HKV + head).to(tl.int64)
@@ -318,6 +321,7 @@ def pack_blocks(
     plane: str | None = "nested",
     centred: bool = True,
     best: bool = True,
+    overlap: bool = False,
 ) -> None:
     """Pack complete KV blocks into pages: base, block centre and the plane of high precision.
 
@@ -333,6 +337,7 @@ def pack_blocks(
         plane: ``"nested"``, ``"nested8"``, ``"16bit"`` or None.
         centred: pack K - c_b; else K itself.
         best: choose the better of the format's scales for each group.
+        overlap: start while the kernel before it ends (programmatic dependent launch).
 
     Raises:
         ValueError: shapes that do not fit.
@@ -367,5 +372,7 @@ def pack_blocks(
         CENTRED=centred,
         POWER=low == "mxfp4",
         BEST=best,
+        OVERLAP=overlap,
+        launch_pdl=overlap,
         num_warps=1,
     )

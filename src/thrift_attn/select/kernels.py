@@ -44,7 +44,8 @@ def block_scores_kernel(
     PORTABLE: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):
-    if OVERLAP:
+    if OVERLAP:  # the kernel before it may be the one that writes centres
+        tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
     bh = tl.program_id(1)
     b = bh // HKV
@@ -200,7 +201,7 @@ def score_blocks(
             head the mean over the queries.
         scale: factor of the logits.
         of_queries: what queries are multiplied by, in their dtype, Hkv times D numbers (`thrift_attn.cache.levels`), or None.
-        overlap: the next kernel waits for this one itself (programmatic dependent launch).
+        overlap: start while the kernel before it ends; the next one waits for this one itself (programmatic dependent launch).
     """
     batch, heads, tq, dim = q.shape
     kv_heads, blocks, rows = bias.shape[1:]
@@ -230,6 +231,7 @@ def score_blocks(
         LEVELLED=of_queries is not None,
         PORTABLE=PORTABLE,
         OVERLAP=overlap,
+        launch_pdl=overlap,
         num_warps=4,
     )
 
