@@ -8,12 +8,14 @@ from thrift_attn.bench.cases import (
     PRESETS,
     TARGET,
     DecodeCase,
+    PrefillCase,
     by_shape,
     grid,
     memory_needed,
     plain_bytes,
     thrift_bytes,
 )
+from thrift_attn.config import ThriftConfig, fraction
 
 
 def test_full_covers_the_grid_and_the_targets_once():
@@ -88,3 +90,15 @@ def test_own_grid():
     cases = grid(batches=iter((1, 2)), lengths=iter((64, 128)), heads=[(4, 2)], head_dim=64, high="nested8")
     assert [(c.batch, c.kv) for c in cases] == [(1, 64), (2, 64), (1, 128), (2, 128)]
     assert {c.high for c in cases} == {"nested8"}
+
+
+def test_recipe_of_the_paper() -> None:
+    """Another configuration of ours, the same case for baselines."""
+    decode = DecodeCase(batch=1, kv=4096, recipe="paper", high="16bit")
+    prefill = PrefillCase(kv=4096, low="mxfp4", recipe="paper")
+    assert decode.config == ThriftConfig.paper(math="16bit", high="16bit", budget=fraction(0.05))
+    assert prefill.config == ThriftConfig.paper(low="mxfp4")
+    assert decode.shape == DecodeCase(batch=1, kv=4096).shape
+    assert prefill.shape == PrefillCase(kv=4096).shape
+    with pytest.raises(ValueError, match="recipe must be one of"):
+        PrefillCase(kv=4096, recipe="mine")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, replace
-from typing import Any, TypeVar, get_args
+from typing import Any, Literal, TypeVar, get_args
 
 import torch
 
@@ -14,6 +14,9 @@ from thrift_attn.quant.formats import FORMATS, RESIDUALS
 from thrift_attn.select.budget import blocks_per_row
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
+
+Recipe = Literal["default", "paper"]
+"""What our side computes: `ThriftConfig` as it is, or `ThriftConfig.paper`, to see what the additions cost in time."""
 
 
 class Case:
@@ -30,6 +33,7 @@ class Case:
     head_dim: int
     dtype: str
     budget: str
+    recipe: Recipe
 
     def _check(self) -> None:
         for name in ("batch", "kv", "q_heads", "kv_heads", "head_dim"):
@@ -39,7 +43,12 @@ class Case:
             raise ValueError(f"kv_heads must divide q_heads, got {self.q_heads}/{self.kv_heads}")
         if self.dtype not in DTYPES:
             raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {self.dtype!r}")
+        check_choice("recipe", self.recipe, Recipe)
         Budget.parse(self.budget)
+
+    def _configured(self, **options: Any) -> ThriftConfig:
+        make = ThriftConfig if self.recipe == "default" else ThriftConfig.paper
+        return make(budget=Budget.parse(self.budget), **options)
 
     @property
     def group(self) -> int:
@@ -108,6 +117,7 @@ class DecodeCase(Case):
         tq: new tokens of each sequence, 1 to 16.
         budget: text that `Budget.parse` reads.
         high: how promoted blocks are stored, see `ThriftConfig`.
+        recipe: see `Recipe`.
 
     Raises:
         ValueError: a number out of range, heads that do not divide, an unknown choice.
@@ -122,6 +132,7 @@ class DecodeCase(Case):
     tq: int = 1
     budget: str = "0.05"
     high: High = "nested"
+    recipe: Recipe = "default"
 
     def __post_init__(self) -> None:
         self._check()
@@ -132,12 +143,12 @@ class DecodeCase(Case):
     @property
     def config(self) -> ThriftConfig:
         """What our side computes."""
-        return ThriftConfig(math="16bit", high=self.high, budget=Budget.parse(self.budget))
+        return self._configured(math="16bit", high=self.high)
 
     @property
     def shape(self) -> DecodeCase:
-        """The case as a baseline sees it: without budget and storage of the promoted blocks."""
-        return replace(self, budget="0", high="nested")
+        """The case as a baseline sees it: without budget, recipe and storage of the promoted blocks."""
+        return replace(self, budget="0", high="nested", recipe="default")
 
     @property
     def flops(self) -> int:
@@ -165,6 +176,7 @@ class PrefillCase(Case):
         budget: text that `Budget.parse` reads.
         low: format of the low path.
         math: arithmetic of the low path, see `ThriftConfig`.
+        recipe: see `Recipe`.
 
     Raises:
         ValueError: a number out of range, heads that do not divide, an unknown choice.
@@ -179,6 +191,7 @@ class PrefillCase(Case):
     budget: str = "0.05"
     low: Low = "fp8"
     math: Math = "fp4"
+    recipe: Recipe = "default"
 
     def __post_init__(self) -> None:
         self._check()
@@ -193,12 +206,12 @@ class PrefillCase(Case):
     @property
     def config(self) -> ThriftConfig:
         """What our side computes."""
-        return ThriftConfig(low=self.low, math=self.math, budget=Budget.parse(self.budget))
+        return self._configured(low=self.low, math=self.math)
 
     @property
     def shape(self) -> PrefillCase:
-        """The case as a baseline sees it: without budget, format and arithmetic."""
-        return replace(self, budget="0", low="fp8", math="fp4")
+        """The case as a baseline sees it: without budget, recipe, format and arithmetic."""
+        return replace(self, budget="0", low="fp8", math="fp4", recipe="default")
 
     @property
     def flops(self) -> int:
@@ -307,17 +320,20 @@ def prefill_grid(
     maths: Iterable[str] = ("fp4",),
     heads: Iterable[tuple[int, int]] = ((32, 8),),
     budgets: Iterable[str] = ("0.05",),
+    recipes: Iterable[str] = ("default",),
     **rest: Any,
 ) -> tuple[PrefillCase, ...]:
-    """All combinations, heads outermost, then lengths, formats, arithmetics and budgets."""
-    lengths, lows, maths, budgets = tuple(lengths), tuple(lows), tuple(maths), tuple(budgets)
+    """All combinations, heads outermost, then lengths, formats, arithmetics, budgets and recipes."""
+    lengths, lows, maths = tuple(lengths), tuple(lows), tuple(maths)
+    budgets, recipes = tuple(budgets), tuple(recipes)
     found: list[dict[str, Any]] = [
-        {"q_heads": hq, "kv_heads": hkv, "kv": kv, "low": low, "math": one, "budget": budget, **rest}
+        {"q_heads": hq, "kv_heads": hkv, "kv": kv, "low": low, "math": one, "budget": budget, "recipe": recipe, **rest}
         for hq, hkv in heads
         for kv in lengths
         for low in lows
         for one in maths
         for budget in budgets
+        for recipe in recipes
     ]
     return tuple(PrefillCase(**fields) for fields in found)
 

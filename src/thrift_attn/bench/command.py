@@ -63,6 +63,7 @@ def decode(
     tq: Annotated[str, typer.Option(help="Own grid: new tokens of each sequence, several after commas.")] = "1",
     high: Annotated[str, typer.Option(help="Own grid: nested, nested8, 16bit; several after commas.")] = "nested",
     budget: Annotated[str, typer.Option(help="Own grid: budgets such as 0.05,0.1.")] = "0.05",
+    recipe: Annotated[str, typer.Option(help="Own grid: default, paper; several after commas.")] = "default",
     only: Annotated[str, typer.Option(help="Only methods whose names begin so, such as thrift,cudnn.")] = "",
     skip: Annotated[str, typer.Option(help="No methods whose names begin so.")] = "",
     replays: Annotated[int, typer.Option(min=5, help="Timed graph replays of the fastest setting.")] = 50,
@@ -91,6 +92,7 @@ def decode(
                 for new in map(int, _words(tq))
                 for one in _words(high)
                 for share in _words(budget)
+                for what in _words(recipe)
                 for case in grid(
                     batches=map(int, _words(batch)),
                     lengths=map(int, _words(kv)),
@@ -99,6 +101,7 @@ def decode(
                     tq=new,
                     high=one,
                     budget=share,
+                    recipe=what,
                 )
             )
         elif preset in PRESETS:
@@ -179,6 +182,7 @@ def prefill(
     heads: Annotated[str, typer.Option(help="Own grid: Hq/Hkv such as 32/8.")] = "32/8",
     head_dim: Annotated[int, typer.Option(help="Own grid: D.")] = 128,
     budget: Annotated[str, typer.Option(help="Own grid: budgets such as 0.05,0.1.")] = "0.05",
+    recipe: Annotated[str, typer.Option(help="Own grid: default, paper; several after commas.")] = "default",
     only: Annotated[str, typer.Option(help="Only methods whose names begin so, such as thrift,cudnn.")] = "",
     skip: Annotated[str, typer.Option(help="No methods whose names begin so; NAME@131072 at one length.")] = "",
     replays: Annotated[int, typer.Option(min=5, help="Timed graph replays.")] = 9,
@@ -203,6 +207,7 @@ def prefill(
                 maths=_words(math),
                 heads=[_heads(pair) for pair in _words(heads)],
                 budgets=_words(budget),
+                recipes=_words(recipe),
                 head_dim=head_dim,
             )
         elif preset in PREFILL_PRESETS:

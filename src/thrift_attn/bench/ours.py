@@ -24,7 +24,7 @@ def method(case: DecodeCase) -> Method:
     The inputs that the runner hands out belong to the case's shape and know neither, so both are bound here.
     """
     return Method(
-        name=f"thrift {case.high} {case.budget}",
+        name=f"thrift {case.high} {case.budget}" + (" paper" if case.recipe == "paper" else ""),
         kind="thrift",
         package="thrift-attn",
         precision=f"16-bit Q, {case.config.low} K, V, {case.high} for {case.budget} of the blocks",

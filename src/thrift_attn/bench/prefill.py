@@ -89,8 +89,9 @@ class PrefillTruth(Truth):
 def method(case: PrefillCase) -> Method:
     """The row of our method for the format and budget of a case."""
     quantised = f"{case.low} Q, K, V, P" if case.math == "fp4" else f"16-bit Q, {case.low} K, V"
+    rare = [case.math] * (case.math != "fp4") + [case.recipe] * (case.recipe != "default")
     return Method(
-        name=f"thrift {case.low} {case.budget}" + ("" if case.math == "fp4" else f" {case.math}"),
+        name=" ".join(["thrift", case.low, case.budget, *rare]),
         kind="thrift",
         package="thrift-attn",
         precision=f"{quantised}, 16-bit for {case.budget} of the blocks",
