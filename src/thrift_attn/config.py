@@ -121,9 +121,9 @@ class ThriftConfig:
         center: ``"block"`` quantises K minus the mean of its KV block and adds q.c_b in high precision; ``"all"`` also
             quantises Q minus its mean over the call and adds what that mean makes of each key, where more than 16 queries
             are quantised to 4 bits (elsewhere it is ``"block"``); ``"none"`` does neither.
-        balance: ``"channel"`` multiplies what is quantised to 4 bits by powers of two, taken from a sample of the call or from the
-            first tokens of a cache: outlier channels of K come near the others (Q is divided by the same), K and V to a size
-            that the scales hold; ``"none"`` does not.
+        balance: ``"channel"`` multiplies what is quantised to 4 bits by powers of two, taken from a sample of the call or from
+            the first tokens of a cache: outlier channels of K come near the others (Q is divided by the same), K and V to a
+            size that the scales hold; ``"none"`` does not.
         scales: ``"max"`` derives every group scale from the group maximum as the format defines it; ``"best"`` also tries
             the format's other tops (for nvfp4: Four Over Six) when K, V, Q and residuals are quantised, and keeps the scale
             with the smaller squared error. Costs time when data are packed, none when they are read.
