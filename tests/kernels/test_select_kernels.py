@@ -7,7 +7,7 @@ import torch
 from test_pack import DEVICE
 
 from thrift_attn.select.budget import promote
-from thrift_attn.select.kernels import score_blocks, select_blocks
+from thrift_attn.select.kernels import _search_asm, score_blocks, select_blocks
 
 
 @pytest.mark.parametrize(("dim", "tq"), [(64, 1), (80, 3)])
@@ -61,6 +61,83 @@ def test_choice_equals_the_reference(blocks: int, tail: int, first: int, last: i
             assert row[n:].tolist() == (~want[h]).nonzero()[:, 0].tolist()
             assert torch.equal(out[0, h, 1, :blocks], table[0, row])
             assert (out[0, h, :, blocks:] == -5).all()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("blocks", [70, 1000, 3000, 16384])
+def test_choice_among_many(blocks: int) -> None:
+    """As many keys per thread as occur, with ties at the threshold and without."""
+    torch.manual_seed(blocks)
+    scores = torch.randn(1, 2, blocks, device=DEVICE)
+    scores[0, 1] = scores[0, 1].mul(4).round()
+    table = torch.randperm(blocks, device=DEVICE).int()[None]
+    lengths = torch.tensor([blocks * 64], dtype=torch.int32, device=DEVICE)
+    visible = torch.ones(1, blocks, dtype=torch.bool, device=DEVICE)
+    for k in (1, 2, blocks // 20, blocks - 1):
+        budget = torch.full((blocks + 2,), k, dtype=torch.int32, device=DEVICE)
+        out = torch.full((1, 2, 2, blocks), -5, dtype=torch.int32, device=DEVICE)
+        counts = torch.full((1, 2, 2), -5, dtype=torch.int32, device=DEVICE)
+        select_blocks(scores, table, lengths, budget, out, counts, tq=1)
+        want = promote(scores[0][:, None], visible, torch.tensor([k], device=DEVICE), first=1, last=1)[:, 0]
+        for h in range(2):
+            assert counts[0, h].tolist() == [k, blocks]
+            assert torch.equal(out[0, h, 0, :k].long(), want[h].nonzero()[:, 0])
+            assert torch.equal(out[0, h, 0, k:].long(), (~want[h]).nonzero()[:, 0])
+            assert torch.equal(out[0, h, 1], table[0, out[0, h, 0].long()])
+
+
+def run_search(keys: torch.Tensor, wanted: int) -> torch.Tensor:
+    """What the threads of a program get from `_search_asm`, statement by statement: keys ``[threads, keys per thread]``."""
+    threads, each = keys.shape
+    held = {f"${each + i}": keys[:, i].tolist() for i in range(each)} | {f"${2 * each}": [wanted] * threads}
+
+    def value(name: str, thread: int) -> int:
+        return held[name][thread] if name in held else (int(name, 0) ^ 0x80000000) - 0x80000000
+
+    def signed(x: int) -> int:
+        return (x + 0x80000000) % 2**32 - 0x80000000
+
+    compute = {
+        "mov.b32": lambda a: a, "xor.b32": lambda a, b: a ^ b, "and.b32": lambda a, b: a & b, "add.s32": lambda a, b: a + b,
+        "shl.b32": lambda a, b: a << b, "shr.u32": lambda a, b: (a % 2**32) >> b, "setp.ge.s32": lambda a, b: int(a >= b),
+        "setp.ne.b32": lambda a, b: int(a != b), "setp.ne.s32": lambda a, b: int(a != b),
+        "setp.ne.and.b32": lambda a, b, c: int(a != b and c),
+    }  # fmt: skip
+    text = _search_asm(each).strip("{}\n ").replace("next:", "next: ;")
+    lines = [x.strip() for x in text.split(";") if x.strip() and not x.strip().startswith(".reg")]
+    at = 0
+    while at < len(lines):
+        words = lines[at].replace(",", "").split()
+        at += 1
+        active = range(threads)
+        if words[0] == "@p":
+            active = [t for t in active if held["p"][t]]
+            words = words[1:]
+        if words[0] == "bra.uni":
+            assert len(active) in (0, threads)  # a barrier of all threads lies ahead
+            at = lines.index("next:") if active else at
+        elif words[0] == "bar.red.popc.u32":
+            assert len(active) == threads
+            held[words[1]] = [sum(map(bool, held[words[3]]))] * threads
+        elif words[0] != "next:":
+            old = held.get(words[1], [0] * threads)
+            new = {t: signed(compute[words[0]](*(value(x, t) for x in words[2:]))) for t in active}
+            held[words[1]] = [new.get(t, old[t]) for t in range(threads)]
+    return torch.tensor([held[f"${i}"] for i in range(each)])
+
+
+@pytest.mark.parametrize("each", [1, 2, 3, 4])
+def test_the_assembly_finds_thresholds(each: int) -> None:
+    """The interpreter does not run it, so its statements are followed here."""
+    torch.manual_seed(each)
+    keys = torch.randint(-(2**31), 2**31, (8, each))
+    keys[::3] = keys[0, 0]  # ties
+    keys[1, 0], keys[2, 0] = -0x7FFFFFFF, 0x7FC00000
+    for wanted in (1, 2, 4 * each, 8 * each - 1, 8 * each):
+        found = run_search(keys, wanted).unique()
+        assert found.numel() == 1
+        reach = int((keys >= found).sum())
+        assert reach == wanted or (reach > wanted > int((keys > found).sum()))
 
 
 def test_window_lists_only_what_is_seen() -> None:

@@ -11,7 +11,7 @@ from thrift_attn.config import BLOCK
 
 LOG2E = 1.4426950408889634
 PORTABLE = interpreted()
-"""float32 products of 16-bit data, for the interpreter."""
+"""float32 products of 16-bit data and no inline assembly, for the interpreter."""
 
 MAX_BLOCKS = 16384
 """Most blocks of one sequence: the choice is made by one program per KV head, which holds all scores."""
@@ -50,12 +50,13 @@ def block_scores_kernel(
     bh = tl.program_id(1)
     b = bh // HKV
     h = bh % HKV
+    block = tl.program_id(0) * BM + tl.arange(0, BM)
+    # Page numbers do not wait for the length; what stands behind its end is not used.
+    page = tl.load(page_table_ptr + b.to(tl.int64) * blocks + block, mask=block < blocks, other=0)
     full = tl.load(lengths_ptr + b) // 64  # complete blocks
     if tl.program_id(0) * BM < full:
-        block = tl.program_id(0) * BM + tl.arange(0, BM)
         there = block < full
         d = tl.arange(0, DP)
-        page = tl.load(page_table_ptr + b.to(tl.int64) * blocks + block, mask=there, other=0)
         centre_at = (page * HKV + h).to(tl.int64)[:, None] * D + d[None, :]
         centre = tl.load(centre_ptr + centre_at, mask=there[:, None] & (d < D)[None, :], other=0.0)  # [BM, DP]
         best = tl.full([BM], float("-inf"), tl.float32)
@@ -106,6 +107,32 @@ def _keys(score_ptr, block, start, full, total, FIRST: tl.constexpr, LAST: tl.co
     return tl.where(there, tl.maximum(key, -0x7FFFFFF0), -0x7FFFFFFF)
 
 
+def _search_asm(keys: int) -> str:
+    """PTX of the search for a threshold, one bit per round, by threads that hold ``keys`` keys each.
+
+    All that a round waits for is a barrier that counts the threads whose predicate is true, one for every bit of a thread's own
+    count. In: the keys and, for each, the wanted number; out: for each the threshold.
+    """
+    wanted = f"${2 * keys}"
+    count = [line for i in range(keys) for line in (f"setp.ge.s32 p, ${keys + i}, trial;", "@p add.s32 own, own, 1;")]
+    total = []
+    for i in range(keys.bit_length()):
+        total += [f"and.b32 part, own, {1 << i};", "setp.ne.b32 p, part, 0;", "bar.red.popc.u32 part, 0, p;"]
+        total += [f"shl.b32 part, part, {i};", "add.s32 all, all, part;"]
+    return "\n".join(
+        [
+            "{ .reg .pred p; .reg .b32 threshold, bit, trial, own, part, all;",
+            "mov.b32 threshold, 0x80000000; mov.b32 bit, 0x80000000;",
+            "next: xor.b32 trial, threshold, bit;",  # clears the sign first, then sets one bit after the other
+            *("mov.b32 own, 0;", *count, "mov.b32 all, 0;", *total),
+            f"setp.ge.s32 p, all, {wanted}; @p mov.b32 threshold, trial; shr.u32 bit, bit, 1;",
+            f"setp.ne.s32 p, all, {wanted}; setp.ne.and.b32 p, bit, 0, p; @p bra.uni next;",
+            *(f"mov.b32 ${i}, threshold;" for i in range(keys)),
+            "}",
+        ]
+    )
+
+
 @triton.jit(do_not_specialize=["blocks", "window"])
 def select_blocks_kernel(
     score_ptr,  # float32 [B, Hkv, NB]
@@ -122,6 +149,10 @@ def select_blocks_kernel(
     TQ: tl.constexpr,
     WINDOW: tl.constexpr,
     PAD: tl.constexpr,  # NB rounded up to a power of two
+    KEYS: tl.constexpr,  # of one thread
+    SEARCH: tl.constexpr,  # `_search_asm`, and its registers
+    REGISTERS: tl.constexpr,
+    PORTABLE: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):
     bh = tl.program_id(0)
@@ -152,23 +183,27 @@ def select_blocks_kernel(
     wanted = tl.minimum(tl.maximum(wanted, 0), listed)
 
     # The largest threshold that at least `wanted` keys reach, bit by bit, or one that exactly so many reach.
-    least = -0x7FFFFFFF - 1
-    threshold = wanted - wanted + least
-    bit = 31
-    reached = wanted - wanted - 1
-    while (bit >= 0) & (reached != wanted):
-        trial = tl.where(
-            bit == 31, 0, threshold + (1 << tl.minimum(bit, 30))
-        )  # the sign bit counts the other way round
-        reached = tl.sum((key >= trial).to(tl.int32), 0)
-        threshold = tl.where(reached >= wanted, trial, threshold)
-        bit -= 1
-    above = key > threshold
-    ties = (key == threshold) & there
+    if PORTABLE:
+        threshold = wanted - wanted - 0x7FFFFFFF - 1
+        bit = 31
+        reached = wanted - wanted - 1
+        while (bit >= 0) & (reached != wanted):
+            # The sign bit counts the other way round.
+            trial = tl.where(bit == 31, 0, threshold + (1 << tl.minimum(bit, 30)))
+            reached = tl.sum((key >= trial).to(tl.int32), 0)
+            threshold = tl.where(reached >= wanted, trial, threshold)
+            bit -= 1
+    else:
+        threshold = tl.inline_asm_elementwise(
+            SEARCH, REGISTERS, [key, wanted + tl.zeros([PAD], tl.int32)], dtype=tl.int32, is_pure=False, pack=KEYS
+        )
+    above = (key > threshold) & there & (wanted > 0)
+    ties = (key == threshold) & there & (wanted > 0)
     room = wanted - tl.sum(above.to(tl.int32), 0)
-    chosen = above | (ties & (tl.cumsum(ties.to(tl.int32), 0) <= room))
-    chosen = chosen & there & (wanted > 0)
-    rank = tl.cumsum(chosen.to(tl.int32), 0)  # inclusive
+    before = tl.cumsum(above.to(tl.int32) + (ties.to(tl.int32) << 16), 0)  # inclusive; both are less than 2^16
+    tied = before >> 16
+    chosen = above | (ties & (tied <= room))
+    rank = (before & 0xFFFF) + tl.minimum(tied, room)
     place = tl.where(chosen, rank - 1, wanted + block - start - rank)
     out = list_ptr + bh.to(tl.int64) * 2 * blocks + place
     tl.store(out, block, mask=there)
@@ -273,6 +308,8 @@ def select_blocks(
     if capacity > MAX_BLOCKS:
         raise ValueError(f"the choice of blocks holds at most {MAX_BLOCKS} blocks ({MAX_BLOCKS * BLOCK} tokens)")
     pad = max(32, triton.next_power_of_2(capacity))
+    warps = max(1, min(16, pad // 64))
+    keys = pad // (32 * warps)
     select_blocks_kernel[(batch * kv_heads,)](
         scores,
         page_table,
@@ -288,7 +325,11 @@ def select_blocks(
         TQ=tq,
         WINDOW=window is not None,
         PAD=pad,
+        KEYS=keys,
+        SEARCH=_search_asm(keys),
+        REGISTERS=",".join(["=r"] * keys + ["r"] * (2 * keys)),
+        PORTABLE=PORTABLE,
         OVERLAP=overlap,
         launch_pdl=overlap,
-        num_warps=max(1, min(16, pad // 256)),
+        num_warps=warps,
     )
