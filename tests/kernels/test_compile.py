@@ -73,3 +73,38 @@ def test_compiles_without_spills(plane: str, dim: int, group: int, capability: i
     assert facts["products"] >= 8 * tiles * columns  # K and V of one block in low precision
     assert facts["transposes"] >= 8 * columns
     assert facts["wide"] >= 2 * tiles
+
+
+_SELECTION = """
+import json, sys
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from thrift_attn.select import kernels
+
+pad, warps, capability = json.loads(sys.argv[1])
+fn, keys = kernels.select_blocks_kernel, pad // 32 // warps
+constants = dict(
+    FIRST=1, LAST=1, HKV=8, TQ=1, WINDOW=False, PAD=pad, KEYS=keys, SEARCH=kernels._search_asm(keys),
+    REGISTERS=",".join(["=r"] * keys + ["r"] * 2 * keys), PORTABLE=False, OVERLAP=capability >= 90,
+)
+types = {n: "*fp32" if n == "score_ptr" else "*i32" if n.endswith("_ptr") else "i32" for n in fn.arg_names}
+signature = {n: "constexpr" if n in constants else t for n, t in types.items()}
+attrs = {(i,): [["tt.divisibility", 16]] for i, n in enumerate(fn.arg_names) if n.endswith("_ptr")}
+kernel = triton.compile(
+    ASTSource(fn, signature, constexprs=constants, attrs=attrs),
+    target=GPUTarget("cuda", capability, 32),
+    options=dict(num_warps=warps),
+)
+print(kernel.asm["ptx"].count("bar.red.popc"))
+"""
+
+
+@pytest.mark.parametrize(("pad", "warps", "capability"), [(64, 1, 80), (2048, 16, 90), (1024, 16, 120)])
+def test_the_search_of_the_selection_is_one_loop(pad: int, warps: int, capability: int) -> None:
+    """Every thread must hold its keys in one statement: two copies of the search would each count a part of the keys."""
+    environment = {**os.environ, "TRITON_INTERPRET": "0"}
+    command = [sys.executable, "-c", _SELECTION, json.dumps([pad, warps, capability])]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert int(done.stdout) == (pad // 32 // warps).bit_length()
