@@ -157,8 +157,6 @@ class PagedThriftCache:
             if not (self.device.type == "cuda" and torch.cuda.is_current_stream_capturing()):
                 self.advance(count)
             return
-        if self.levels is not None:
-            k, v = k * self.levels.keys, v * self.levels.values
         for row, n in enumerate(new):
             if n:
                 self._append_row(row, k[row, :, :n], v[row, :, :n])
@@ -183,6 +181,9 @@ class PagedThriftCache:
         stop = start + k.shape[1]
         first, complete = start // BLOCK, stop // BLOCK
         kv = torch.stack([k, v])  # [2, Hkv, T, D]
+        if self.levels is not None:
+            kv[0] *= self.levels.keys
+            kv[1] *= self.levels.values
         if start % BLOCK and complete > first:  # the incomplete block fills up
             head = BLOCK - start % BLOCK
             slot = self.tail[:, row, first % 2]
