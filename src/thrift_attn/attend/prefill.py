@@ -434,15 +434,14 @@ def tuning(dim: int, low: str, form: Form, capability: tuple[int, int]) -> Tunin
     """Settings for a head dim and a GPU of this compute capability.
 
     Shared memory is 100 KB on 8.6, 8.9 and 12.x; block-scaled products have 128 rows on 10.x. Timed on 9.0 alone, the others
-    are chosen so that little or nothing spills (`thrift bench compile`). Block-scaled products run in one stage: with two, the
-    emulated form of 9.0 is wrong under Triton 3.6, and there was no GPU to see whether the native one is right (docs/log.md).
+    are chosen so that little or nothing spills (`thrift bench compile`).
     """
     small = capability in ((8, 6), (8, 9), (12, 0), (12, 1))
     fp4 = form == "native" and low != "fp8"
     if capability[0] == 10 and (fp4 or dim <= 128):
-        return Tuning(128, 64, 8, 1 if fp4 or dim not in (64, 128) else 2, 16)
+        return Tuning(128, 64, 8, 2 if dim in (64, 128) else 1, 16)
     if fp4:
-        return Tuning(64, 64, 4 if dim <= 64 and low == "nvfp4" else 8, 1, 16)
+        return Tuning(64, 64, 4 if dim <= 64 and low == "nvfp4" else 8, 1 if dim > 128 else 2, 16)
     if dim > 128:
         return Tuning(64, 32, 8, 1 if small else 2, 16)
     return Tuning(64, 64, 8 if capability[0] == 12 else 4, 2, 32)
