@@ -84,7 +84,7 @@ def draw(record: E2ERecord, path: Path) -> Path:
         _bars(axis, record, value)
         axis.set_title(title, fontsize=10, loc="left")
         axis.spines[["top", "right"]].set_visible(False)
-    axes[0].legend(frameon=False, fontsize=7, loc="upper left")
+    figure.legend(*axes[0].get_legend_handles_labels(), frameon=False, fontsize=8, loc="outside lower center", ncols=3)
     machine = record.context["machine"]
     figure.suptitle(f"{record.model}, {machine['gpu'] or machine['cpu']}, random weights", fontsize=11)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -93,17 +93,19 @@ def draw(record: E2ERecord, path: Path) -> Path:
 
 
 def _bars(axis: Any, record: E2ERecord, value: Any) -> None:
-    """A group of bars for every case that has the value, one for each side."""
+    """A group of bars for every case that has the value, one for each side; transformers' own is cut where it dwarfs them."""
     shown: list[tuple[Case, list[tuple[Side, float]]]] = [
         (case, [(side, x) for side in WORDS if (row := record.row(case, side)) and (x := value(row)) is not None])
         for case in cases(record)
     ]
     shown = [(case, bars) for case, bars in shown if bars]
+    top = 1.2 * max((x for _, bars in shown for side, x in bars if side != "transformers"), default=float("inf"))
     for at, (_, bars) in enumerate(shown):
         for place, (side, x) in enumerate(bars):
             where = at + (place - (len(bars) - 1) / 2) * 0.28
             first = at == 0 or all(side not in dict(other) for _, other in shown[:at])
-            axis.bar(where, x, 0.26, color=COLOURS[side], label=WORDS[side] if first else None)
-            axis.text(where, x, f"{x:.3g}", ha="center", va="bottom", fontsize=7)
+            axis.bar(where, min(x, top), 0.26, color=COLOURS[side], label=WORDS[side] if first else None)
+            words = f"{x:.3g}" if x <= top else f"{x:.3g}, cut"
+            axis.text(where, min(x, top), words, ha="center", va="bottom", fontsize=7)
     axis.set_xticks(range(len(shown)), [case.name for case, _ in shown], fontsize=8)
     axis.margins(y=0.18)
