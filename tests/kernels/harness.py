@@ -8,7 +8,8 @@ import torch
 from test_pack import DEVICE, reference_planes
 from torch import Tensor
 
-from thrift_attn.attend.decode import attend_pages, merge_splits, padded_rows
+from thrift_attn.attend.decode import attend_pages
+from thrift_attn.attend.splits import merge_splits, padded_rows
 from thrift_attn.quant.formats import RESIDUALS
 from thrift_attn.quant.layout import decode_bytes, pack_copy, plane_size, unpack_plane
 from thrift_attn.select.kernels import score_blocks, select_blocks

@@ -17,7 +17,7 @@ from pathlib import Path
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from thrift_attn.attend import decode
+from thrift_attn.attend import decode, splits
 
 plane, dim, group, capability = json.loads(sys.argv[1])
 fn = decode.attend_split_kernel
@@ -28,7 +28,7 @@ pointers = dict(zip(fn.arg_names, ["*bf16", "*i32", high, "*bf16", "*fp32", "*i3
 numbers = dict(scale="fp32", stride_qb="i32", stride_qh="i32", stride_qt="i32", window="i32", blocks="i32")
 constants = dict(
     HKV=8, GROUP=group, TQ=1, D=dim, CHUNKS=decode.chunks(dim, tuned.chunk), N=tile,
-    RP=decode.padded_rows(group, 1), HIGH=decode.HIGH[plane], CENTRED=True, WINDOW=False, CAP=0.0, LEVELLED=True,
+    RP=splits.padded_rows(group, 1), HIGH=decode.HIGH[plane], CENTRED=True, WINDOW=False, CAP=0.0, LEVELLED=True,
     PORTABLE=False, OVERLAP=capability >= 90,
 )
 signature = {n: {**pointers, **numbers}.get(n, "constexpr") for n in fn.arg_names}

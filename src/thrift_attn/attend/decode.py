@@ -1,4 +1,4 @@
-"""Split-KV attention over two-precision pages, and the merge of the splits.
+"""Split-KV attention over two-precision pages; `thrift_attn.attend.splits` merges the splits.
 
 One program is one warp: it owns N query columns of one (sequence, KV head) and a share of the blocks, and computes the
 transposed products S^T = K Q^T [tokens, N] and O^T = V^T P^T [D, N], so that a widened tile is the first operand of a matrix
@@ -21,6 +21,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from thrift_attn.attend.splits import padded_rows
 from thrift_attn.attend.tiles import (
     again,
     k_copy_operand,
@@ -464,57 +465,6 @@ def attend_split_kernel(
     tl.store(lse_ptr + o_start + column, lse, mask=inside)
 
 
-@triton.jit(do_not_specialize=["splits"])
-def merge_splits_kernel(
-    part_ptr,  # float32 [B, Hkv, SPLITS, RP, D]
-    part_lse_ptr,  # float32 [B, Hkv, SPLITS, RP], base 2
-    out_ptr,  # [B, Hq, Tq, D]
-    lse_ptr,  # float32 [B, Hq, Tq], natural
-    of_outputs_ptr,  # 16-bit [Hkv], powers of two that outputs are multiplied by
-    stride_ob,
-    stride_oh,
-    stride_ot,
-    splits,
-    HKV: tl.constexpr,
-    GROUP: tl.constexpr,
-    TQ: tl.constexpr,
-    D: tl.constexpr,
-    RP: tl.constexpr,
-    PAD: tl.constexpr,  # splits rounded up to a power of two
-    SLICE: tl.constexpr,  # dimensions per program, a power of two
-    LEVELLED: tl.constexpr,
-    OVERLAP: tl.constexpr,
-):
-    row = tl.program_id(0)
-    bh = tl.program_id(1)
-    b = bh // HKV
-    head = bh % HKV * GROUP + row % GROUP
-    step = row // GROUP
-    d = tl.program_id(2) * SLICE + tl.arange(0, SLICE)
-    split = tl.arange(0, PAD)
-    start = bh.to(tl.int64) * splits * RP + row
-    of_head = 1.0
-    if LEVELLED:
-        of_head = tl.load(of_outputs_ptr + bh % HKV).to(tl.float32)
-    if OVERLAP:
-        tl.extra.cuda.gdc_wait()
-    lse = tl.load(part_lse_ptr + start + split * RP, mask=split < splits, other=float("-inf"))  # [PAD]
-    part = tl.load(
-        part_ptr + (start + split[:, None].to(tl.int64) * RP) * D + d[None, :],
-        mask=(split[:, None] < splits) & (d[None, :] < D),
-        other=0.0,
-    )  # [PAD, SLICE]
-    peak = tl.max(lse, 0)
-    weight = tl.exp2(lse - tl.where(peak == float("-inf"), 0.0, peak))
-    mass = tl.sum(weight, 0)
-    out = tl.sum(part * weight[:, None], 0) / tl.where(mass > 0, mass, 1.0) * of_head
-    at = b.to(tl.int64) * stride_ob + head.to(tl.int64) * stride_oh + step * stride_ot
-    tl.store(out_ptr + at + d, out.to(out_ptr.dtype.element_ty), mask=d < D)
-    if tl.program_id(2) == 0:
-        natural = tl.where(mass > 0, (peak + tl.log2(mass)) * 0.6931471805599453, float("-inf"))
-        tl.store(lse_ptr + (b.to(tl.int64) * HKV * GROUP + head) * TQ + step, natural)
-
-
 def chunks(head_dim: int, largest: int) -> tuple[tuple[int, int], ...]:
     """How the tiles of a head are handled: (first tile, number of tiles), the numbers powers of two, none above ``largest``."""
     out, at, tiles = [], 0, head_dim // TILE
@@ -523,12 +473,6 @@ def chunks(head_dim: int, largest: int) -> tuple[tuple[int, int], ...]:
         out.append((at, size))
         at += size
     return tuple(out)
-
-
-def padded_rows(group: int, tq: int) -> int:
-    """Query rows of one KV head as the kernels store them: ``group * tq`` rounded up to 8, or to a multiple of 16."""
-    rows = group * tq
-    return 8 if rows <= 8 else -(-rows // 16) * 16
 
 
 def column_tile(group: int, tq: int, head_dim: int) -> int:
@@ -677,52 +621,4 @@ def attend_pages(
         num_warps=1,
         num_stages=1,
         maxnreg=tuned.maxnreg,
-    )
-
-
-def merge_splits(
-    parts: Tensor,
-    part_lse: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    *,
-    of_outputs: Tensor | None = None,
-    overlap: bool = False,
-) -> None:
-    """Merge the splits of `attend_pages`.
-
-    Args:
-        parts: float32 ``[B, Hkv, SPLITS, RP, D]``.
-        part_lse: float32 ``[B, Hkv, SPLITS, RP]``, base 2.
-        out: ``[B, Hq, Tq, D]``, any float dtype, contiguous in D, written; zeros for a row that sees no token.
-        lse: float32 ``[B, Hq, Tq]``, contiguous, natural logarithm, written; -inf for a row that sees no token.
-        of_outputs: what the output is multiplied by, Hkv numbers (`thrift_attn.cache.levels`), or None.
-        overlap: start while the splits end.
-    """
-    batch, heads, tq, dim = out.shape
-    kv_heads, splits, rows = parts.shape[1:4]
-    group = heads // kv_heads
-    width = triton.next_power_of_2(dim)
-    lanes = 32 if splits > 16 else min(width, 128)
-    merge_splits_kernel[(group * tq, batch * kv_heads, triton.cdiv(dim, lanes))](
-        parts,
-        part_lse,
-        out,
-        lse,
-        lse if of_outputs is None else of_outputs,
-        out.stride(0),
-        out.stride(1),
-        out.stride(2),
-        splits,
-        HKV=kv_heads,
-        GROUP=group,
-        TQ=tq,
-        D=dim,
-        RP=rows,
-        PAD=triton.next_power_of_2(splits),
-        SLICE=lanes,
-        LEVELLED=of_outputs is not None,
-        OVERLAP=overlap,
-        launch_pdl=overlap,
-        num_warps=4,
     )

@@ -261,9 +261,6 @@ def attend_prefill_kernel(
             if HALVES == 2:
                 listed2 = 0
                 upcoming2 = tl.load(at_list + most, mask=count2 > 0, other=-1)
-            if KEY_BIAS:  # loaded one step ahead: nothing hides the latency of what no product reads
-                at_bias = key_bias_ptr + (head * blocks + block_start + low) * 64
-                key_bias = tl.load(at_bias + order, mask=low < high, other=0.0) * scale
             first_block = kv_head * blocks + block_start
             for c0 in range(low // CENTRES * CENTRES, high, CENTRES):
                 if CENTRED:
@@ -303,10 +300,8 @@ def attend_prefill_kernel(
                             s = _dot(ql, tl.trans(kc), PORTABLE)
                         s = s * factor_k[:, None] + bias[:, None]
                         if KEY_BIAS:
-                            s += key_bias[None, :]
-                            at_bias += BN
-                            more_keys = n * 64 + (i + 1) * BN < high * 64
-                            key_bias = tl.load(at_bias + order, mask=more_keys, other=0.0) * scale
+                            at_bias = (head * blocks + block_start + n) * 64 + i * BN + order
+                            s += (tl.load(key_bias_ptr + at_bias) * scale)[None, :]
                         s = _capped(s, CAP)
                         if CAP > 0.0:
                             s = tl.where(hidden[:, None], float("-inf"), s)

@@ -8,7 +8,8 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from thrift_attn.attend.decode import attend_pages, choose_splits, column_tile, merge_splits, padded_rows, tuning
+from thrift_attn.attend.decode import attend_pages, choose_splits, column_tile, tuning
+from thrift_attn.attend.splits import merge_splits, padded_rows
 from thrift_attn.cache.kernels import write_tail
 from thrift_attn.capability import multiprocessors, overlaps
 from thrift_attn.config import BLOCK
