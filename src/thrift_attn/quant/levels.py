@@ -90,7 +90,7 @@ def sum_keys_kernel(
     t = tl.arange(0, 64)[:, None]
     d = tl.arange(0, DP)[None, :]
     tokens = tl.minimum(length, 64)
-    there = (i < blocks) & (t < tokens) & (d < D)
+    there = (t < tl.where(i < blocks, tokens, 0)) & (d < D)
     part = (b * (not RAGGED)).to(tl.int64)
     first = (start + i * step * 64).to(tl.int64)
     at_k = k_ptr + part * stride_kb + h.to(tl.int64) * stride_kh + (first + t) * stride_kt + d
