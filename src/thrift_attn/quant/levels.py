@@ -201,9 +201,9 @@ def levels_kernel(
         middle = tl.sum(tl.where(inside, size, 0.0), 0) / D
         outside = size - middle
         outside -= tl.minimum(tl.maximum(outside, -_SLACK), _SLACK)
-        tl.store(keys_ptr + head * D + dim, _power(_LEVEL - _whole(middle) - _whole(outside)), mask=inside)
+        tl.store(keys_ptr + head * D + dim, _power(-_whole(middle) - _whole(outside) + _LEVEL), mask=inside)
         if OF_VALUES:
-            tl.store(values_ptr + head, _power(_LEVEL - _log_root(of_v / (tokens * D))))
+            tl.store(values_ptr + head, _power(-_log_root(of_v / (tokens * D)) + _LEVEL))
     if LESS_MEAN:
         _hidden, seen = _queries_seen(span, CAUSAL)
         step = tl.maximum((seen + most_queries - 1) // most_queries, 1)
