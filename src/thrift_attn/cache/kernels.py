@@ -56,6 +56,7 @@ def write_tail_kernel(
     side = length // 64 % 2
     tl.store(pages_ptr + b * 2 + side, page)
     tl.store(pages_ptr + b * 2 + 1 - side, -1)
+    tl.debug_barrier()  # every warp has read the old length
     tl.store(lengths_ptr + b, length + T)  # no other program reads it
 
 
