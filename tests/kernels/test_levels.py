@@ -9,8 +9,8 @@ from torch import Tensor
 
 from thrift_attn.config import DECODE_ROWS, ThriftConfig
 from thrift_attn.quant import fit as fitting
-from thrift_attn.quant.fit import fit
-from thrift_attn.quant.levels import NO_LEVELS, Levels, measure
+from thrift_attn.quant.fit import Fit, fit
+from thrift_attn.quant.levels import NO_LEVELS, measure
 from thrift_attn.sequences import Sequences, dense, packed, padded
 
 DTYPE = torch.float16
@@ -23,7 +23,7 @@ def draw(batch: int, heads: int, tokens: int, dim: int) -> Tensor:
     return (x + torch.randn(heads, 1, dim, device=DEVICE)).to(DTYPE)
 
 
-def found_by(q: Tensor, k: Tensor, v: Tensor, sequences: Sequences, config: ThriftConfig) -> Levels:
+def found_by(q: Tensor, k: Tensor, v: Tensor, sequences: Sequences, config: ThriftConfig) -> Fit:
     return measure(
         q, k, v, sequences, centred=config.centred,
         less_mean=config.four_bit_queries and config.center == "all", balanced=config.balanced,
@@ -31,7 +31,7 @@ def found_by(q: Tensor, k: Tensor, v: Tensor, sequences: Sequences, config: Thri
     )  # fmt: skip
 
 
-def check(found: Levels, row: int, q: Tensor, k: Tensor, v: Tensor, config: ThriftConfig) -> None:
+def check(found: Fit, row: int, q: Tensor, k: Tensor, v: Tensor, config: ThriftConfig) -> None:
     """One sequence of what was found, against the reference on the queries that see something."""
     want = fit(q.float(), k.float(), v.float(), config)
     for name in ("keys", "values"):

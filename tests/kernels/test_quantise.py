@@ -7,8 +7,9 @@ import torch
 from test_pack import DEVICE
 
 from thrift_attn.config import BLOCK
+from thrift_attn.quant.fit import Fit
 from thrift_attn.quant.formats import FORMATS, RESIDUALS, Format
-from thrift_attn.quant.levels import NO_LEVELS, Levels
+from thrift_attn.quant.levels import NO_LEVELS
 from thrift_attn.quant.prefill import PackedKV, position_of, quantise_kv, quantise_q
 from thrift_attn.quant.reference import (
     Quantised,
@@ -132,7 +133,7 @@ def test_powers_of_two(low: str, form: str, dim: int, rest: str | None) -> None:
     """Native data are those of K, V and Q times powers of two; from wide data the powers are gone again."""
     torch.manual_seed(dim)
     q, k, v = draw(2, 4, 70, dim), draw(2, 2, 70, dim), draw(2, 2, 70, dim)
-    levels = Levels(keys=powers(2, 2, dim), values=powers(2, 2) if low == "nvfp4" else None)
+    levels = Fit(keys=powers(2, 2, dim), values=powers(2, 2) if low == "nvfp4" else None)
     sequences = dense(2, 70, 70, True, DEV)
     got = quantise_kv(k, v, sequences, low=low, form=form, rest=rest, levels=levels)
     check_kv(got, k, v, low, form, best=True, rest=rest, levels=levels)
@@ -238,6 +239,6 @@ def test_errors() -> None:
     with pytest.raises(NotImplementedError, match="nested"):
         quantise_kv(k, k, sequences, low="nvfp4", form="native", rest="nested")
     with pytest.raises(ValueError, match="powers of two"):
-        quantise_kv(k, k, sequences, low="nvfp4", form="wide", levels=Levels(keys=powers(1, 1, 80)))
+        quantise_kv(k, k, sequences, low="nvfp4", form="wide", levels=Fit(keys=powers(1, 1, 80)))
     with pytest.raises(ValueError, match="form"):
         quantise_q(k, sequences, low="nvfp4", form="packed")

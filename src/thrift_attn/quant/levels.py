@@ -6,8 +6,6 @@ exponent lies halfway, which changes nothing but 4-bit noise.
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 import triton
 import triton.language as tl
@@ -25,21 +23,8 @@ _DEPTH = tl.constexpr(fit.DEPTH)
 _LARGEST = tl.constexpr(fit.LARGEST)
 
 
-class Levels(NamedTuple):
-    """Statistics of a call, float32; absent parts are None.
-
-    Args:
-        mean: mean queries m ``[B, Hq, D]``, 0 for sequences of up to `DECODE_ROWS` queries.
-        keys: s ``[B, Hkv, D]``, powers of two.
-        values: of V ``[B, Hkv]``, powers of two.
-    """
-
-    mean: Tensor | None = None
-    keys: Tensor | None = None
-    values: Tensor | None = None
-
-
-NO_LEVELS = Levels()
+NO_LEVELS = fit.Fit()
+"""Nothing is taken."""
 
 
 @triton.jit
@@ -225,7 +210,7 @@ def measure(
     less_mean: bool,
     balanced: bool,
     of_values: bool = True,
-) -> Levels:
+) -> fit.Fit:
     """Mean queries and powers of two of every sequence, see `thrift_attn.quant.fit`.
 
     Args:
@@ -239,7 +224,8 @@ def measure(
         of_values: whether of V as well.
 
     Returns:
-        `Levels`, with the parts that are wanted.
+        `Fit` of all sequences ``[B, ...]``, float32, with the parts that are wanted; ``mean`` is 0 for those of up to
+        `DECODE_ROWS` queries.
     """
     if not balanced and not less_mean:
         return NO_LEVELS
@@ -252,7 +238,7 @@ def measure(
 
     of_keys = triton.next_power_of_2(min(most, sequences.most_blocks)) if balanced else 0
     of_queries = triton.next_power_of_2(min(most, sequences.most_rows)) if less_mean else 0
-    levels = Levels(
+    levels = fit.Fit(
         empty(heads, dim) if less_mean else None,
         empty(kv_heads, dim) if balanced else None,
         empty(kv_heads) if balanced and of_values else None,

@@ -32,8 +32,9 @@ from torch import Tensor
 
 from thrift_attn.capability import Form, interpreted
 from thrift_attn.config import BLOCK
+from thrift_attn.quant.fit import Fit
 from thrift_attn.quant.formats import FORMATS, RESIDUALS
-from thrift_attn.quant.levels import NO_LEVELS, Levels
+from thrift_attn.quant.levels import NO_LEVELS
 from thrift_attn.quant.rounding import bits, e2m1_code, e4m3_code, from_bits, round_e2m1, round_e4m3
 from thrift_attn.sequences import Sequences
 
@@ -472,7 +473,7 @@ def quantise_kv(
     rest: str | None = None,
     centred: bool = True,
     best: bool = True,
-    levels: Levels = NO_LEVELS,
+    levels: Fit = NO_LEVELS,
     key_bias: Tensor | None = None,
 ) -> PackedKV:
     """Centre and quantise K and V.
@@ -542,7 +543,7 @@ def quantise_kv(
 
 
 def quantise_q(
-    q: Tensor, sequences: Sequences, *, low: str | None, form: Form, best: bool = True, levels: Levels = NO_LEVELS
+    q: Tensor, sequences: Sequences, *, low: str | None, form: Form, best: bool = True, levels: Fit = NO_LEVELS
 ) -> PackedQ:
     """Mean queries of every row, and Q quantised.
 
