@@ -7,9 +7,15 @@ One program per tile of 128 query rows and head, three groups of warps:
 - two *consumers* (4 warps each) own 64 rows, which is one query block with one list: a loop over tiles of 128 tokens in FP8,
   then a loop over the promoted blocks of their list in 16 bits.
 
-Numbers. Logits are in units of log2. Block b of a row takes one multiply-add per element: x = s8 * a_b + (q.c_b - m), with
-a_b = q_scale * k_scale_b * scale * log2(e). The scale of V goes into P: 448 * p * v_scale_b / v_max is what is rounded to e4m3,
-and the row sum takes the inverse. The FP8 products of one tile go into an accumulator of their own and are added in float32,
+Numbers. Logits are in units of log2. Block b of a row has x = s8 * a_b + (q.c_b - m) with a_b = q_scale * k_scale_b * scale *
+log2(e). s8 comes in half precision (sums of D products stay below its range, see `thrift_attn.quant.formats`), two to a register,
+and one packed multiply-add makes 8 * (x + log2(384 * v_scale_b / v_max) + bias of e4m3 + log2 of `EVEN`) of two elements at once.
+Rounded to an integer that *is* the e4m3 code of P: exponent and mantissa of a small float read as one number are a logarithm,
+taken linearly between powers of two. Such a code is up to 6.1% above what it stands for, on average `EVEN`, which is divided
+out: what remains is 1.9% (root mean square) beside the 2.5% of rounding to three bits. No exponential is computed.
+
+The row sum is taken from the codes, by a product with ones, so that weights sum to one whatever the codes are; scales of V that
+went into P are taken out of it again. FP8 products of one tile with V have an accumulator of their own and are added in float32,
 since the hardware keeps about 14 bits inside a chain of FP8 products.
 """
 
@@ -17,6 +23,7 @@ from __future__ import annotations
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language import _core
 from triton.experimental.gluon.language.nvidia.hopper import (
     fence_async_shared,
     mbarrier,
@@ -28,7 +35,35 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from thrift_attn.attend.hopper_loader import CHUNK, HIDDEN, LOG2E, STAGES, TILES, load_tiles, uses
 
 FLOOR = gl.constexpr(-1e20)  # where the running maximum starts: above HIDDEN, below any logit
-TINY = gl.constexpr(1e-30)  # smallest factor of a logit, since 0 * -inf of a masked one is NaN
+TINY = gl.constexpr(
+    2e-8
+)  # smallest factor of a logit, nothing beside it in half precision: 0 * -inf of a masked one is NaN
+LARGE = gl.constexpr(8000.0)  # bound of half precision factors and terms: products and sums of them stay finite
+PEAK = gl.constexpr(
+    8.528766
+)  # log2(384 / EVEN), EVEN = 1.5 * ln 2: the largest p has the code of 384, on average 384 * p
+EVEN = gl.constexpr(1.0397208)
+CODE = gl.constexpr(7.0)  # bias of the exponent of e4m3
+_HALVES = gl.constexpr("{ .reg .b16 a, b; mov.b32 {a, b}, $2; cvt.f32.f16 $0, a; cvt.f32.f16 $1, b; }")
+_LARGER = gl.constexpr("max.f16x2 $0, $1, $2;")
+_LARGEST = gl.constexpr("""{
+    .reg .b16 low, high;
+    mov.b32 {low, high}, $1;
+    max.f16 low, low, high;
+    cvt.f32.f16 $0, low;
+}""")
+_TWICE = gl.constexpr("cvt.rn.f16x2.f32 $0, $1, $1;")
+_WIDE = gl.constexpr("{ .reg .b16 low, high; mov.b32 {low, high}, $1; cvt.f32.f16 $0, low; }")
+# Four codes: t = max(s * $3 + $4, 0), then 1024 + t, whose last bits are t rounded to an integer.
+_CODES = gl.constexpr("""{
+    .reg .b32 a, b, k;
+    mov.b32 k, 0x64006400;
+    fma.rn.relu.f16x2 a, $1, $3, $4;
+    fma.rn.relu.f16x2 b, $2, $3, $4;
+    add.rn.f16x2 a, a, k;
+    add.rn.f16x2 b, b, k;
+    prmt.b32 $0, a, b, 0x6420;
+}""")
 _PACK = gl.constexpr("""{
     .reg .b16 low, high;
     cvt.rn.satfinite.e4m3x2.f32 low, $2, $1;
@@ -39,9 +74,9 @@ _PACK = gl.constexpr("""{
 
 @gluon.jit
 def _over_blocks(v, FULL: gl.constexpr):
-    """[64, 2] to [64, 2, 1, 1, 1] of layout FULL."""
-    v = gl.convert_layout(v, gl.SliceLayout(2, gl.SliceLayout(3, gl.SliceLayout(4, FULL))))
-    return gl.expand_dims(gl.expand_dims(gl.expand_dims(v, 2), 3), 4)
+    """[64, 2] to [64, 2, 1, 1] of layout FULL."""
+    v = gl.convert_layout(v, gl.SliceLayout(2, gl.SliceLayout(3, FULL)))
+    return gl.expand_dims(gl.expand_dims(v, 2), 3)
 
 
 @gluon.jit
@@ -50,79 +85,147 @@ def _over_rows(v, MMA: gl.constexpr):
     return gl.expand_dims(gl.convert_layout(v, gl.SliceLayout(1, MMA)), 1)
 
 
+@_core.builtin
+def _in_flight(token, _semantic=None):
+    """The registers of a product that has been started, as a tensor."""
+    return _core.tensor(token.handle, token.type.tensor_type)
+
+
+@gluon.jit
+def _words(s):
+    """Half precision [64, 128] as int32 [64, 2, 8, 4] (row, block, eight columns, lane): two neighbours to a word.
+
+    Nothing but another name for the same registers: the compiler sees through it, so that it may come before the wait.
+    """
+    even, odd = s.reshape([64, 2, 8, 4, 2]).split()
+    return (even.to(gl.int16, bitcast=True).to(gl.int32) & 0xFFFF) | (odd.to(gl.int16, bitcast=True).to(gl.int32) << 16)
+
+
+@gluon.jit
+def _masked(words, limits):
+    """Words with minus infinity where a column is not in [first, end) of its row ``[64]``."""
+    FULL: gl.constexpr = words.type.layout
+    end = _over_blocks(
+        gl.expand_dims(gl.convert_layout(limits[0], gl.SliceLayout(1, gl.SliceLayout(2, gl.SliceLayout(3, FULL)))), 1),
+        FULL,
+    )
+    first = _over_blocks(
+        gl.expand_dims(gl.convert_layout(limits[1], gl.SliceLayout(1, gl.SliceLayout(2, gl.SliceLayout(3, FULL)))), 1),
+        FULL,
+    )
+    block = gl.arange(0, 2, layout=gl.SliceLayout(0, gl.SliceLayout(2, gl.SliceLayout(3, FULL))))[None, :]
+    eight = gl.arange(0, 8, layout=gl.SliceLayout(0, gl.SliceLayout(1, gl.SliceLayout(3, FULL))))
+    lane = gl.arange(0, 4, layout=gl.SliceLayout(0, gl.SliceLayout(1, gl.SliceLayout(2, FULL))))
+    eight = gl.expand_dims(gl.expand_dims(eight, 0), 1)
+    lane = gl.expand_dims(gl.expand_dims(lane, 0), 1)
+    col = _over_blocks(block, FULL) * 64 + gl.expand_dims(eight, 3) * 8 + gl.expand_dims(lane, 2) * 2
+    low = gl.where((col < end) & (col >= first), words & 0xFFFF, 0xFC00)
+    high = gl.where((col + 1 < end) & (col + 1 >= first), words & -0x10000, -0x4000000)
+    return low | high
+
+
+@gluon.jit
+def _halves(w, AT: gl.constexpr):
+    """Even and odd entries of dimension 2 of a tensor of four dimensions."""
+    N: gl.constexpr = w.shape[2] // 2
+    if AT == "neighbours":
+        return w.reshape([w.shape[0], w.shape[1], N, 2, w.shape[3]]).permute((0, 1, 2, 4, 3)).split()
+    else:
+        return w.reshape([w.shape[0], w.shape[1], 2, N, w.shape[3]]).permute((0, 1, 3, 4, 2)).split()
+
+
+@gluon.jit
+def _larger(w):
+    a, b = _halves(w, "ends")
+    return gl.inline_asm_elementwise(_LARGER, "=r,r,r", [a, b], dtype=gl.int32, is_pure=True, pack=1)
+
+
+@gluon.jit
+def _twice(x):
+    """float32 as two equal numbers in half precision, bounded by LARGE."""
+    x = gl.minimum(x, LARGE)
+    return gl.inline_asm_elementwise(_TWICE, "=r,f", [x], dtype=gl.int32, is_pure=True, pack=1)
+
+
 @gluon.jit
 def _facts(bias_smem, factor_smem, vlog_smem, vinv_smem, tile, q_scale, HALF: gl.constexpr, PAIR: gl.constexpr):
-    """What the loader left for one tile: bias [64, 2], and per block [2] slope, log2 and inverse of P's factor."""
+    """What the loader left for one tile: bias [64, 2], and per block [2] slope, log2 and inverse of P's factor.
+
+    The slope comes twice: times 8 in half precision, and as a float32 with exactly that value.
+    """
     BLOCKS: gl.constexpr = gl.SliceLayout(0, PAIR)
     side = tile // TILES & 1
     here = side * TILES + tile % TILES
     bias = bias_smem.index((side * 2 + HALF) * TILES + tile % TILES).load(PAIR)
-    slope = gl.maximum(factor_smem.index(here).load(BLOCKS) * q_scale, TINY)
-    return bias, slope, vlog_smem.index(here).load(BLOCKS), vinv_smem.index(here).load(BLOCKS)
+    slope = _twice(8.0 * gl.maximum(factor_smem.index(here).load(BLOCKS) * q_scale, TINY))
+    wide = 0.125 * gl.inline_asm_elementwise(_WIDE, "=f,r", [slope], dtype=gl.float32, is_pure=True, pack=1)
+    return bias, wide, vlog_smem.index(here).load(BLOCKS), vinv_smem.index(here).load(BLOCKS), slope
 
 
 @gluon.jit
-def _maximum(s, m, facts, cap, limits, MASK: gl.constexpr, CAP: gl.constexpr, PAIR: gl.constexpr):
+def _maximum(x, m, facts, cap, limits, MASK: gl.constexpr, CAP: gl.constexpr, PAIR: gl.constexpr):
     """Running maximum with one more tile of 128 tokens.
 
     Args:
-        s: raw FP8 products, float32 ``[64, 128]``.
+        x: raw FP8 products, as `_words`.
         m: running maximum ``[64]``, in units of log2.
         limits: one past the last visible and the first visible column of each row ``[64]``; read if MASK.
 
     Returns:
-        The logits ``[64, 2, 8, 4, 2]``, raw unless CAP, and the new maximum.
+        What it was given, masked, or if CAP the logits ``[64, 2, 8, 4, 2]``; and the new maximum.
     """
-    bias, slope, _, _ = facts
+    bias, slope, _, _, _ = facts
+    ROWS: gl.constexpr = gl.SliceLayout(1, PAIR)
     if MASK:
-        MMA: gl.constexpr = s.type.layout
-        cols = gl.arange(0, 128, layout=gl.SliceLayout(0, MMA))[None, :]
-        seen = (cols < _over_rows(limits[0], MMA)) & (cols >= _over_rows(limits[1], MMA))
-        s = gl.where(seen, s, float("-inf"))
-    x = s.reshape([64, 2, 8, 4, 2])
-    FULL: gl.constexpr = x.type.layout
-    slope = gl.expand_dims(slope, 0)
+        x = _masked(x, limits)
     if CAP:
-        x = x * _over_blocks(slope, FULL) + _over_blocks(bias, FULL)
+        low, high = gl.inline_asm_elementwise(
+            _HALVES, "=f,=f,r", [x], dtype=(gl.float32, gl.float32), is_pure=True, pack=1
+        )
+        x = gl.join(low, high)  # [64, 2, 8, 4, 2]
+        FULL: gl.constexpr = gl.SliceLayout(4, x.type.layout)
+        x = x * gl.expand_dims(_over_blocks(gl.expand_dims(slope, 0), FULL), 4)
+        x = x + gl.expand_dims(_over_blocks(bias, FULL), 4)
         e = gl.exp2(x * (2 * LOG2E / cap))  # x is cap * y in units of log2; tanh(y) = 1 - 2 / (exp(2 y) + 1)
         x = gl.where(x < 0.1 * HIDDEN, float("-inf"), cap * (1 - 2 / (e + 1)))
         top = gl.max(gl.max(gl.max(x, axis=4), axis=2), axis=1)
     else:
-        top = gl.max(gl.max(x, axis=4), axis=2)  # [64, 2, 4], inside a thread
+        top = _larger(_larger(_larger(x))).reshape([64, 2, 4])
+        top = gl.inline_asm_elementwise(_LARGEST, "=f,r", [top], dtype=gl.float32, is_pure=True, pack=1)
         LANES: gl.constexpr = top.type.layout
         wide = gl.expand_dims(gl.convert_layout(bias, gl.SliceLayout(2, LANES)), 2)
-        top = top * gl.expand_dims(gl.convert_layout(slope, gl.SliceLayout(2, LANES)), 2) + wide
-        top = gl.max(top, axis=1)
-    ROWS: gl.constexpr = gl.SliceLayout(1, PAIR)
+        factor = gl.convert_layout(gl.expand_dims(slope, 0), gl.SliceLayout(2, LANES))
+        top = gl.max(top * gl.expand_dims(factor, 2) + wide, axis=1)
     m_new = gl.maximum(gl.convert_layout(m, ROWS), gl.convert_layout(gl.max(top, axis=1), ROWS))
     return x, gl.convert_layout(m_new, m.type.layout)
 
 
 @gluon.jit
 def _probabilities(x, m, facts, CAP: gl.constexpr, PAIR: gl.constexpr):
-    """P' of the logits and the maximum that `_maximum` returned."""
-    bias, slope, vlog, _ = facts
-    FULL: gl.constexpr = x.type.layout
-    shift = gl.expand_dims(vlog, 0) - gl.expand_dims(gl.convert_layout(m, gl.SliceLayout(1, PAIR)), 1)
+    """e4m3 codes of P' from what `_maximum` returned, four to a word: int32 ``[64, 8, 4]``.
+
+    They are already in the order of the next product's operand.
+    """
+    bias, _, vlog, _, slope = facts
+    shift = gl.expand_dims(vlog, 0) - gl.expand_dims(gl.convert_layout(m, gl.SliceLayout(1, PAIR)), 1) + PEAK
     if CAP:
-        return gl.exp2(x + _over_blocks(shift, FULL))
+        FULL: gl.constexpr = gl.SliceLayout(4, x.type.layout)
+        p = gl.exp2(x + gl.expand_dims(_over_blocks(shift, FULL), 4)) * EVEN
+        return _pack(p)
     else:
-        slope = gl.expand_dims(slope, 0)
-        return gl.exp2(gl.fma(x, _over_blocks(slope, FULL), _over_blocks(bias + shift, FULL)))
-
-
-@gluon.jit
-def _mass(p, vinv):
-    """Row sums [64, 4], one part per lane, with the scales of V taken out again."""
-    part = gl.sum(gl.sum(p, axis=4), axis=2)  # [64, 2, 4]
-    LANES: gl.constexpr = part.type.layout
-    inverse = gl.convert_layout(vinv, gl.SliceLayout(0, gl.SliceLayout(2, LANES)))
-    return gl.sum(part * gl.expand_dims(gl.expand_dims(inverse, 0), 2), axis=1)
+        a, b = _halves(x, "neighbours")  # [64, 2, 4, 4]
+        W: gl.constexpr = a.type.layout
+        shift = _over_blocks(_twice(8.0 * (bias + shift + CODE)), W)
+        factor = _over_blocks(gl.expand_dims(slope, 0), W)
+        codes = gl.inline_asm_elementwise(
+            _CODES, "=r,r,r,r,r", [a, b, factor, shift], dtype=gl.int32, is_pure=True, pack=1
+        )
+        return codes.reshape([64, 8, 4])
 
 
 @gluon.jit
 def _pack(p):
-    """P' as e4m3, four to a word: int32 ``[64, 8, 4]``, already in the order of the next product's operand."""
+    """float32 P' ``[64, 2, 8, 4, 2]`` as `_probabilities` returns them."""
     even, odd = p.reshape([64, 8, 2, 4, 2]).permute((0, 1, 3, 2, 4)).split()
     b0, b2 = even.split()
     b1, b3 = odd.split()
@@ -153,27 +256,68 @@ def _limits(row, tile, key_end, window, CAUSAL: gl.constexpr, WINDOW: gl.constex
 
 @gluon.jit
 def _scores(q8, k, LAYOUT: gl.constexpr):
-    """Q K of a tile, started."""
-    zero = gl.full([64, 128], 0.0, gl.float32, layout=LAYOUT)
-    return warpgroup_mma(q8, k.reshape([128, q8.shape[1]]).permute((1, 0)), zero, use_acc=False, is_async=True)
+    """Q K of a tile in half precision, started: as `_words`, to be waited for."""
+    zero = gl.full([64, 128], 0.0, gl.float16, layout=LAYOUT)
+    token = warpgroup_mma(q8, k.reshape([128, q8.shape[1]]).permute((1, 0)), zero, use_acc=False, is_async=True)
+    return _words(_in_flight(token))
 
 
 @gluon.jit
-def _weighted(words, v, D: gl.constexpr, OUT: gl.constexpr):
-    """P' V of a tile, started, in an accumulator of its own."""
+def _weighted(p, v, ones, D: gl.constexpr, OUT: gl.constexpr):
+    """P' V of a tile, and the sums of P' over its blocks, started; in accumulators of their own."""
+    SUMS: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 8, 32])
     zero = gl.full([64, D], 0.0, gl.float32, layout=OUT)
-    return warpgroup_mma(_operand(words, OUT), v.reshape([D, 128]).permute((1, 0)), zero, use_acc=False, is_async=True)
+    none = gl.full([64, 8], 0.0, gl.float32, layout=SUMS)
+    o = warpgroup_mma(p, v.reshape([D, 128]).permute((1, 0)), zero, use_acc=False, is_async=True)
+    p = gl.convert_layout(p, gl.DotOperandLayout(0, SUMS, 4), assert_trivial=True)
+    return o, warpgroup_mma(p, ones.permute((1, 0)), none, use_acc=False, is_async=True)
+
+
+@gluon.jit
+def _mass(sums, inverse):
+    """Row sums [64, 4], the same in each lane, from sums of P' over blocks [64, 8]; scales of V taken out again."""
+    x = sums.reshape([64, 4, 2])
+    LAYOUT: gl.constexpr = x.type.layout
+    inverse = gl.convert_layout(inverse, gl.SliceLayout(0, gl.SliceLayout(1, LAYOUT)))
+    return gl.sum(x * gl.expand_dims(gl.expand_dims(inverse, 0), 1), axis=2)
+
+
+@gluon.jit
+def _turn(TEXT: gl.constexpr):
+    """One instruction for every thread of a consumer."""
+    THREADS: gl.constexpr = gl.BlockedLayout([1], [32], [4], [0])
+    thread = gl.arange(0, 128, layout=THREADS)
+    gl.inline_asm_elementwise(TEXT, "=r,r", [thread], dtype=gl.int32, is_pure=False, pack=1)
+
+
+@gluon.jit
+def _await_turn(HALF: gl.constexpr):
+    if HALF == 0:
+        _turn("bar.sync 10, 256; mov.b32 $0, $1;")
+    else:
+        _turn("bar.sync 11, 256; mov.b32 $0, $1;")
+
+
+@gluon.jit
+def _pass_turn(HALF: gl.constexpr):
+    """The other consumer may start its products."""
+    if HALF == 0:
+        _turn("bar.arrive 11, 256; mov.b32 $0, $1;")
+    else:
+        _turn("bar.arrive 10, 256; mov.b32 $0, $1;")
 
 
 @gluon.jit
 def _low_pass(
-    HALF: gl.constexpr, q8, k_smem, v_smem, bias_smem, factor_smem, vlog_smem, vinv_smem, full, empty,
+    HALF: gl.constexpr, q8, k_smem, v_smem, ones, bias_smem, factor_smem, vlog_smem, vinv_smem, full, empty,
     q_scale, row, first, tiles, key_end, cap, window,
     D: gl.constexpr, CAUSAL: gl.constexpr, WINDOW: gl.constexpr, CAP: gl.constexpr, OUT: gl.constexpr,
 ):  # fmt: skip
     """All tiles in FP8, the last one first.
 
-    Step i multiplies Q with K of tile i and P with V of tile i - 1, which lie in the same slot of the ring.
+    Step i multiplies Q with K of tile i and P with V of tile i - 1, which lie in the same slot of the ring, waits for both and
+    works out P of tile i. What hides the wait is the other consumer: the two take turns in starting products, so that one
+    calculates while the tensor cores work for the other. Without turns both wait and both calculate at the same time.
 
     Returns:
         Two parts of the output ``[64, D]`` and the factor of the first, the maximum and the row sums ``[64]``.
@@ -184,43 +328,53 @@ def _low_pass(
     limits = _limits(row, last, key_end, window, CAUSAL, WINDOW)
     mbarrier.wait(full.index(0), 0)
     s_first = warpgroup_mma_wait(0, deps=[_scores(q8, k_smem.index(0), SCORES)])
-    FULL: gl.constexpr = s_first.reshape([64, 2, 8, 4, 2]).type.layout
-    PAIR: gl.constexpr = gl.SliceLayout(2, gl.SliceLayout(3, gl.SliceLayout(4, FULL)))
-    facts_first = _facts(bias_smem, factor_smem, vlog_smem, vinv_smem, last, q_scale, HALF, PAIR)
     mbarrier.arrive(empty.index(0), count=1)
+    PAIR: gl.constexpr = gl.SliceLayout(2, gl.SliceLayout(3, s_first.type.layout))
+    facts = _facts(bias_smem, factor_smem, vlog_smem, vinv_smem, last, q_scale, HALF, PAIR)
     m = gl.full([64], FLOOR, gl.float32, layout=ROWS)
-    x_first, m = _maximum(s_first, m, facts_first, cap, limits, True, CAP, PAIR)
-    p_first = _probabilities(x_first, m, facts_first, CAP, PAIR)
-    mass = _mass(p_first, facts_first[3])
-    PARTS: gl.constexpr = gl.SliceLayout(1, mass.type.layout)
-    words = _pack(p_first)
+    x, m = _maximum(s_first, m, facts, cap, limits, True, CAP, PAIR)
+    words = _probabilities(x, m, facts, CAP, PAIR)
+    inverse = facts[3]
     alpha = gl.full([64], 1.0, gl.float32, layout=ROWS)
     o = gl.full([64, D], 0.0, gl.float32, layout=OUT)
+    none = gl.full([64, 8], 0.0, gl.float32, layout=gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 8, 32]))
+    mass = _mass(none, inverse)
+    LANES: gl.constexpr = gl.SliceLayout(1, mass.type.layout)
+    if HALF == 1:
+        if tiles > 1:
+            _pass_turn(HALF)
     for step in range(1, tiles):
         at = step % STAGES
         now = last - step
         mbarrier.wait(full.index(at), (step // STAGES) & 1)
-        facts = _facts(bias_smem, factor_smem, vlog_smem, vinv_smem, now, q_scale, HALF, PAIR)
+        _await_turn(HALF)
         s_token = _scores(q8, k_smem.index(at), SCORES)
-        o_token = _weighted(words, v_smem.index(at), D, OUT)
-        s = warpgroup_mma_wait(1, deps=[s_token])
+        o_token, n_token = _weighted(_operand(words, OUT), v_smem.index(at), ones, D, OUT)
+        if HALF == 0:
+            _pass_turn(HALF)
+        else:
+            if step + 1 < tiles:
+                _pass_turn(HALF)
+        facts = _facts(bias_smem, factor_smem, vlog_smem, vinv_smem, now, q_scale, HALF, PAIR)
         edge = limits
         if WINDOW:
             edge = _limits(row, now, key_end, window, CAUSAL, WINDOW)
-        x, m_new = _maximum(s, m, facts, cap, edge, WINDOW, CAP, PAIR)
-        o_part = warpgroup_mma_wait(0, deps=[o_token])
+        s, o_part, sums = warpgroup_mma_wait(0, deps=[s_token, o_token, n_token])
         mbarrier.arrive(empty.index(at), count=1)
         o = gl.fma(o, _over_rows(alpha, OUT).broadcast_to([64, D]), o_part)
-        p = _probabilities(x, m_new, facts, CAP, PAIR)
+        mass = mass * gl.expand_dims(gl.convert_layout(alpha, LANES), 1) + _mass(sums, inverse)
+        x, m_new = _maximum(s, m, facts, cap, edge, WINDOW, CAP, PAIR)
+        words = _probabilities(x, m_new, facts, CAP, PAIR)
         alpha = gl.exp2(m - m_new)
         m = m_new
-        mass = mass * gl.expand_dims(gl.convert_layout(alpha, PARTS), 1) + _mass(p, facts[3])
-        words = _pack(p)
+        inverse = facts[3]
     end = tiles % STAGES
     mbarrier.wait(full.index(end), (tiles // STAGES) & 1)
-    o_end = warpgroup_mma_wait(0, deps=[_weighted(words, v_smem.index(end), D, OUT)])
+    o_token, n_token = _weighted(_operand(words, OUT), v_smem.index(end), ones, D, OUT)
+    o_end, sums = warpgroup_mma_wait(0, deps=[o_token, n_token])
     mbarrier.arrive(empty.index(end), count=1)
-    return o, o_end, alpha, m, gl.convert_layout(gl.sum(mass, axis=1), ROWS)
+    mass = mass * gl.expand_dims(gl.convert_layout(alpha, LANES), 1) + _mass(sums, inverse)
+    return o, o_end, alpha, m, gl.convert_layout(gl.max(mass, axis=1), ROWS)
 
 
 @gluon.jit
@@ -307,7 +461,7 @@ def _high_pass(
 
 @gluon.jit
 def _consumer(
-    HALF: gl.constexpr, q8_smem, q_smem, k_smem, v_smem, k16_smem, v16_smem, bias_smem, factor_smem, vlog_smem, vinv_smem,
+    HALF: gl.constexpr, q8_smem, q_smem, k_smem, v_smem, ones, k16_smem, v16_smem, bias_smem, factor_smem, vlog_smem, vinv_smem,
     q_bar, full, empty, out_desc, out_ptr, out_strides, q_scale_ptr, v_max_ptr, chosen_ptr, counts_ptr, lse_ptr,
     batch, head, kv_flat, q_flat, tile, first, tiles, queries, key_end, offset, rows, capacity, scale, cap, window,
     D: gl.constexpr, CAUSAL: gl.constexpr, WINDOW: gl.constexpr, CAP: gl.constexpr, PROMOTE: gl.constexpr,
@@ -321,11 +475,11 @@ def _consumer(
     row = tile * 128 + HALF * 64 + gl.arange(0, 64, layout=ROWS)  # positions
     mbarrier.wait(q_bar, 0)
     o, o_end, alpha, m, total = _low_pass(
-        HALF, q8_smem.slice(HALF * 64, 64, 0), k_smem, v_smem, bias_smem, factor_smem, vlog_smem, vinv_smem,
+        HALF, q8_smem.slice(HALF * 64, 64, 0), k_smem, v_smem, ones, bias_smem, factor_smem, vlog_smem, vinv_smem,
         full, empty, q_scale, row, first, tiles, key_end, cap, window,
         D, CAUSAL, WINDOW, CAP, OUT,
     )  # fmt: skip
-    unit = gl.load(v_max_ptr + kv_flat) / 448.0
+    unit = gl.load(v_max_ptr + kv_flat) / 384.0
     o = o * _over_rows(alpha * unit, OUT) + o_end * unit
     q16 = q_smem.reshape([128, D]).slice(HALF * 64, 64, 0)
     if PROMOTE:
@@ -405,6 +559,13 @@ def attend_fp8_kernel(
     vlogs = vlog_smem._reinterpret(gl.float32, [2 * TILES, 2], FLAT1)
     vinvs = vinv_smem._reinterpret(gl.float32, [2 * TILES, 2], FLAT1)
 
+    # Row n of the ones is 1 where a token of a tile lies in block n % 2, so that every lane gets the sum of each block.
+    ones = gl.allocate_shared_memory(gl.float8e4nv, [8, 128], gl.NVMMASharedLayout(128, 8, 2))
+    ONES: gl.constexpr = gl.BlockedLayout([1, 8], [2, 16], [4, 1], [1, 0])
+    of_block = gl.arange(0, 8, layout=gl.SliceLayout(1, ONES))[:, None] % 2
+    token = gl.arange(0, 128, layout=gl.SliceLayout(0, ONES))[None, :]
+    ones.store(gl.where(token // 64 == of_block, 0x38, 0).to(gl.int8).to(gl.float8e4nv, bitcast=True))  # 0x38 is 1
+
     BAR: gl.constexpr = mbarrier.MBarrierLayout()
     q_bar = gl.allocate_shared_memory(gl.int64, [1], BAR)
     c_bar = gl.allocate_shared_memory(gl.int64, [1], BAR)
@@ -420,13 +581,13 @@ def attend_fp8_kernel(
     gl.warp_specialize(
         [
             (_consumer, (
-                0, q8_smem.reshape([128, D]), q_smem, k_smem, v_smem, k16_smem, v16_smem, bias_rows, factors, vlogs, vinvs,
+                0, q8_smem.reshape([128, D]), q_smem, k_smem, v_smem, ones, k16_smem, v16_smem, bias_rows, factors, vlogs, vinvs,
                 q_bar, full, empty, out_desc, out_ptr, out_strides, q_scale_ptr, v_max_ptr, chosen_ptr, counts_ptr, lse_ptr,
                 batch, head, kv_flat, q_flat, tile, first, tiles, queries, keys, offset, rows, capacity, scale, cap, window,
                 D, CAUSAL, WINDOW, CAP, PROMOTE,
             )),
             (_consumer, (
-                1, q8_smem.reshape([128, D]), q_smem, k_smem, v_smem, k16_smem, v16_smem, bias_rows, factors, vlogs, vinvs,
+                1, q8_smem.reshape([128, D]), q_smem, k_smem, v_smem, ones, k16_smem, v16_smem, bias_rows, factors, vlogs, vinvs,
                 q_bar, full, empty, out_desc, out_ptr, out_strides, q_scale_ptr, v_max_ptr, chosen_ptr, counts_ptr, lse_ptr,
                 batch, head, kv_flat, q_flat, tile, first, tiles, queries, keys, offset, rows, capacity, scale, cap, window,
                 D, CAUSAL, WINDOW, CAP, PROMOTE,

@@ -52,12 +52,12 @@ def fold_scales_kernel(
         slope = tl.load(k_scale_ptr + head * blocks + block, mask=inside, other=0.0) * factor
         v_scale = tl.load(v_scale_ptr + head * blocks + block, mask=inside, other=0.0)
         share = tl.where(v_scale > 0.0, v_scale / tl.where(top > 0.0, top, 1.0), 1.0)
-        share = tl.maximum(share, 8.673617379884035e-19) * 448.0  # 2^-60: such a block adds nothing in any case
+        share = tl.maximum(share, 8.673617379884035e-19)  # 2^-60: such a block adds nothing in any case
         out = fold_ptr + head * chunks * 96 + block // 32 * 96 + block % 32
         room = block < chunks * 32
         tl.store(out, slope, mask=room)
         tl.store(out + 32, tl.log2(share), mask=room)
-        tl.store(out + 64, 1.0 / share, mask=room)
+        tl.store(out + 64, 1.0 / (384.0 * share), mask=room)
 
 
 def _describe(x: Tensor, rows: int, columns: int) -> TensorDescriptor:

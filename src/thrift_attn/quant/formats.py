@@ -5,14 +5,15 @@ format       element  group  scale    tops       scale of a group
 ===========  =======  =====  =======  =========  =====================================================
 nvfp4        e2m1     16     e4m3     6, (4)     rne_e4m3(amax / top), saturating at 448
 mxfp4        e2m1     32     e8m0     4, (2)     2^floor(log2 amax) / top                 (OCP MX 1.0)
-fp8          e4m3     block  float32  448        amax / top
+fp8          e4m3     block  float32  16         amax / top
 e4m3g16      e4m3     16     e4m3     6          rne_e4m3(amax / top): the ``nested8`` residual plane
 ===========  =======  =====  =======  =========  =====================================================
 
 ``group`` is the number of neighbours along the contraction that share a scale; ``block`` is one KV block of one head
 (64 tokens x D). ``tops`` are element magnitudes that the largest value of a group may be mapped to: the first is the
 format's definition, the others are tried as well under ``scales="best"``. The residual plane maps the largest residual to
-6 and not to 448 because residuals are small and an e4m3 scale below 2^-9 is zero.
+6 and not to 448 because residuals are small and an e4m3 scale below 2^-9 is zero. fp8 maps it to 16, so that a sum of 128
+products stays below 2^15 and fits half precision; what is lost are elements below 2^-10 of the largest one.
 """
 
 from __future__ import annotations
@@ -56,7 +57,7 @@ FORMATS: dict[str, Format] = {
     for f in (
         Format("nvfp4", "e2m1", 16, "e4m3", (6.0, 4.0)),
         Format("mxfp4", "e2m1", 32, "e8m0", (4.0, 2.0)),
-        Format("fp8", "e4m3", None, "float32", (448.0,)),
+        Format("fp8", "e4m3", None, "float32", (16.0,)),
         Format("e4m3g16", "e4m3", 16, "e4m3", (6.0,)),
     )
 }

@@ -39,6 +39,7 @@ from thrift_attn.quant.rounding import bits, e2m1_code, e4m3_code, from_bits, ro
 from thrift_attn.sequences import Sequences
 
 _INTERPRETED = tl.constexpr(interpreted())
+_FP8_TOP = tl.constexpr(FORMATS["fp8"].tops[0])
 
 
 class PackedKV(NamedTuple):
@@ -140,7 +141,7 @@ def _round_groups(x, AXIS: tl.constexpr, LOW: tl.constexpr, BEST: tl.constexpr):
 def _round_block(x, CAST: tl.constexpr):
     """e4m3 of a whole block [64, DP] with one float32 scale: elements (e4m3 if CAST, which rounds in hardware), scale."""
     peak = tl.max(tl.max(tl.abs(x), 1), 0) + tl.sum(tl.sum(x * 0.0, 1), 0)
-    scale = tl.div_rn(peak, 448.0 + peak * 0.0)
+    scale = tl.div_rn(peak, _FP8_TOP + peak * 0.0)
     ratio = tl.div_rn(x, tl.where(scale > 0.0, scale, 1.0) + tl.zeros_like(x))
     ratio = tl.where(scale > 0.0, ratio, 0.0)
     if CAST:
