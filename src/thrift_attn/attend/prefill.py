@@ -29,11 +29,11 @@ _LN2 = tl.constexpr(0.6931471805599453)
 
 
 @triton.jit
-def _dot(a, b, PORTABLE: tl.constexpr):
+def _dot(a, b, PORTABLE: tl.constexpr, acc=None):
     if PORTABLE:  # the interpreter's product of bfloat16 is wrong
-        return tl.dot(a.to(tl.float32), b.to(tl.float32), input_precision="ieee")
+        return tl.dot(a.to(tl.float32), b.to(tl.float32), acc, input_precision="ieee")
     else:
-        return tl.dot(a, b)
+        return tl.dot(a, b, acc)
 
 
 @triton.jit
@@ -69,23 +69,32 @@ def _online(s, peak, total):
 
 
 @triton.jit
+def _inverse(x, CAST: tl.constexpr):
+    """1 / x to within an ulp or two, without a care for sizes near the ends of float32."""
+    if CAST:
+        return tl.inline_asm_elementwise("rcp.approx.ftz.f32 $0, $1;", "=r,r", [x], tl.float32, is_pure=True, pack=1)
+    else:
+        return 1.0 / x
+
+
+@triton.jit
 def _p_groups(p, LOW: tl.constexpr, CAST: tl.constexpr):
     """P times 448 * 6 in groups along tokens [BM, BN / G, G]: elements in units of their scale, and scales."""
     G: tl.constexpr = 32 if LOW == "mxfp4" else 16
-    x = tl.reshape(p * 2688.0, [p.shape[0], p.shape[1] // G, G])
+    x = tl.reshape(p, [p.shape[0], p.shape[1] // G, G])
     peak = tl.max(x, 2)
     if LOW == "mxfp4":
-        exponent = tl.maximum((bits(peak) >> 23) - 2, 1)
+        exponent = tl.maximum((bits(peak * 2688.0) >> 23) - 2, 16)  # at least 2^-111, for 2688 / scale to be a number
         scale = from_bits(exponent << 23)
         inverse = from_bits((254 - exponent) << 23)
     else:
-        scale = peak * 0.16666667
+        scale = peak * 448.0
         if CAST:
             scale = scale.to(tl.float8e4nv).to(tl.float32)
         else:
             scale = round_e4m3(scale)
-        inverse = tl.where(scale > 0.0, 1.0 / scale, 0.0)
-    return round_e2m1(x * tl.expand_dims(inverse, 2)), scale
+        inverse = _inverse(tl.maximum(scale, 0.001953125), CAST)  # the least e4m3; of scale 0 elements do not matter
+    return round_e2m1(x * tl.expand_dims(inverse * 2688.0, 2), False), scale
 
 
 @triton.jit
@@ -96,23 +105,17 @@ def _p_wide(p, LOW: tl.constexpr, CAST: tl.constexpr):
 
 
 @triton.jit
-def _p_excess(value, scale, p):
-    """How much more the rounded P of a row sums to than P: [BM]."""
-    return tl.sum(tl.sum(value, 2) * scale, 1) * (1.0 / 2688.0) - tl.sum(p, 1)
-
-
-@triton.jit
 def _p_native(p, LOW: tl.constexpr, CAST: tl.constexpr):
-    """P times 448 * 6 as packed e2m1 [BM, BN / 2] and encoded scales [BM, BN / G], and `_p_excess`."""
+    """P times 448 * 6 as packed e2m1 [BM, BN / 2] and encoded scales [BM, BN / G], and what they sum to [BM]."""
     value, scale = _p_groups(p, LOW, CAST)
-    excess = _p_excess(value, scale, p)
+    weight = tl.sum(tl.sum(value, 2) * scale, 1)
     code = tl.reshape(e2m1_code(value, value), [p.shape[0], p.shape[1] // 2, 2])
     low, high = tl.split(code)
     if LOW == "mxfp4":
         encoded = (bits(scale) >> 23).to(tl.uint8)
     else:
         encoded = scale.to(tl.float8e4nv)
-    return (low | (high << 4)).to(tl.uint8), encoded, excess
+    return (low | (high << 4)).to(tl.uint8), encoded, weight
 
 
 @triton.jit(do_not_specialize=["most_rows", "rows", "blocks", "most", "window"])
@@ -130,7 +133,7 @@ def attend_prefill_kernel(
     k_rest_ptr,
     v_rest_ptr,
     centre_ptr,  # 16-bit [P, Hkv, N, D]
-    key_bias_ptr,  # float32 [P, Hq, N*64]: what the mean query makes of each key
+    key_bias_ptr,  # bfloat16 [P, Hq, N, 3, 64]: what the mean query makes of each key, in three parts
     values_ptr,  # float32 [B, Hkv]: power of two that native V hold
     list_ptr,  # int32 [P, Hq, R, K]
     counts_ptr,  # int32 [P, Hq, R]
@@ -169,7 +172,7 @@ def attend_prefill_kernel(
     QUANT: tl.constexpr,  # Q and P are quantised
     NATIVE: tl.constexpr,
     CENTRED: tl.constexpr,
-    KEY_BIAS: tl.constexpr,  # packed Q lacks the mean query
+    KEY_BIAS: tl.constexpr,  # packed Q lacks the mean query: "none", or when its numbers are added, "first" or "last"
     LEVELLED: tl.constexpr,  # native V hold powers of two
     ROUNDED: tl.constexpr,  # the output is divided by the sum of P after rounding
     REST: tl.constexpr,  # promoted blocks are low data plus a residual, not K and V
@@ -178,6 +181,7 @@ def attend_prefill_kernel(
     BN: tl.constexpr,  # tokens at a time, 32 or 64
     CENTRES: tl.constexpr,  # blocks whose q.c_b is worked out at a time
     STAGES: tl.constexpr,
+    BRANCH: tl.constexpr,  # masks only in blocks that need them
     CAST: tl.constexpr,
     PORTABLE: tl.constexpr,
 ):
@@ -221,9 +225,17 @@ def attend_prefill_kernel(
         if WINDOW:
             low = tl.maximum((base + r) * 64 + 1 - window, 0) // 64
 
+        # Blocks before `masked_to` and from `masked_from` on hold keys that some row does not see.
+        masked_from = keys // 64
+        if CAUSAL:
+            masked_from = base + r
+        masked_to = low
+        if WINDOW:
+            masked_to = (tl.maximum((base + r) * 64 + BM - window, 0) + 63) // 64
+
         peak = tl.full([BM], float("-inf"), tl.float32)
         total = tl.zeros([BM], tl.float32)
-        excess = tl.zeros([BM], tl.float32)  # of the sum of P after rounding over the sum before
+        weight = tl.zeros([BM], tl.float32)  # sum of P as it is multiplied with V
         acc = tl.zeros([BM, DP], tl.float32)
         at_list = list_ptr + (head * rows + row_start + r) * most
         at_count = counts_ptr + head * rows + row_start + r
@@ -256,6 +268,9 @@ def attend_prefill_kernel(
             order = token
             if NATIVE and LOW == "fp8":  # tokens in the order of V's positions
                 order = (token & 0x31) | ((token & 2) << 2) | ((token & 12) >> 1)
+            if KEY_BIAS != "none":  # the sum of three parts as a product with 1
+                third = tl.arange(0, 16)[:, None]
+                ones = tl.full([BM, 16], 1.0, tl.float32).to(tl.bfloat16)
             listed = 0
             upcoming = tl.load(at_list, mask=count > 0, other=-1)
             if HALVES == 2:
@@ -287,26 +302,34 @@ def attend_prefill_kernel(
                     for i in range(PARTS):
                         t = i * BN + token  # columns in the order of V
                         s_row = at * 64 + i * BN + order
+                        if KEY_BIAS != "none":
+                            at_bias = ((head * blocks + block_start + n) * 3 + third) * 64 + i * BN + order[None, :]
+                            parts = tl.load(key_bias_ptr + at_bias, mask=third < 3, other=0.0)
+                        if KEY_BIAS == "first":
+                            s = _dot(ones, parts, PORTABLE)
+                        else:  # a runtime zero: Triton 3.6 cannot compile a scaled product for sm_100 without an accumulator
+                            s = tl.zeros([BM, BN], tl.float32) + scale * 0.0
                         if NATIVE and LOW != "fp8":
                             kc = tl.load(kp_ptr + s_row[:, None] * (D // 2) + half, mask=half < D // 2, other=0)
                             ks = tl.load(ks_ptr + s_row[:, None] * (D // G) + group, mask=group < D // G, other=0)
                             if LOW == "nvfp4":
                                 ks = ks.to(tl.float8e4nv, bitcast=True)
-                            # A runtime zero: Triton 3.6 cannot compile this product for sm_100 without an accumulator.
-                            zero = tl.zeros([BM, BN], tl.float32) + scale * 0.0
-                            s = tl.dot_scaled(ql, qs, "e2m1", tl.trans(kc), ks, "e2m1", zero)
+                            s = tl.dot_scaled(ql, qs, "e2m1", tl.trans(kc), ks, "e2m1", s)
                         else:
                             kc = tl.load(kp_ptr + s_row[:, None] * D + d[None, :], mask=(d < D)[None, :], other=0.0)
-                            s = _dot(ql, tl.trans(kc), PORTABLE)
+                            if KEY_BIAS == "first":
+                                s = _dot(ql, tl.trans(kc), PORTABLE, s)
+                            else:
+                                s = _dot(ql, tl.trans(kc), PORTABLE)
+                        if KEY_BIAS == "last":
+                            s = _dot(ones, parts, PORTABLE, s)
                         s = s * factor_k[:, None] + bias[:, None]
-                        if KEY_BIAS:
-                            at_bias = (head * blocks + block_start + n) * 64 + i * BN + order
-                            s += (tl.load(key_bias_ptr + at_bias) * scale)[None, :]
                         s = _capped(s, CAP)
                         if CAP > 0.0:
                             s = tl.where(hidden[:, None], float("-inf"), s)
                         key = n * 64 + i * BN + order
-                        s = _visible(s, key, keys, position, window, CAUSAL, WINDOW)
+                        if not BRANCH or (n >= masked_from) | (n < masked_to):
+                            s = _visible(s, key, keys, position, window, CAUSAL, WINDOW)
                         p, peak, total, factor = _online(s, peak, total)
                         if NATIVE:
                             UNIT: tl.constexpr = 64 if LOW == "fp8" else 32
@@ -326,7 +349,7 @@ def attend_prefill_kernel(
                                     vs = vs.to(tl.float8e4nv, bitcast=True)
                                 pc, ps, more = _p_native(p, LOW, CAST)
                                 if ROUNDED:
-                                    excess = excess * factor + more
+                                    weight = weight * factor + more
                                 acc = tl.dot_scaled(pc, ps, "e2m1", tl.trans(vt), vs, "e2m1", acc * factor[:, None])
                         else:
                             at_v = vp_ptr + (at * 64 + t)[:, None] * D + d[None, :]
@@ -342,13 +365,13 @@ def attend_prefill_kernel(
                                 acc = acc * factor[:, None] + _dot(p.to(DTYPE), vc, PORTABLE) * unit
                             else:
                                 if QUANT:
-                                    wide = _p_wide(p, LOW, CAST)
+                                    p = _p_wide(p, LOW, CAST)
                                     if ROUNDED:
-                                        excess = excess * factor + tl.sum(wide * (1.0 / 2688.0) - p, 1)
-                                    p = wide
+                                        weight = weight * factor + tl.sum(p, 1)
                                 acc = acc * factor[:, None] + _dot(p.to(DTYPE), vc, PORTABLE)
             if QUANT and LOW != "fp8":
                 acc = acc * (1.0 / 2688.0)
+                weight = weight * (1.0 / 2688.0)
                 if LEVELLED:
                     acc = acc / tl.load(values_ptr + b * HKV + h // (HQ // HKV))
 
@@ -389,7 +412,7 @@ def attend_prefill_kernel(
                     if MASS:
                         low_total = low_total * factor
                     if ROUNDED:
-                        excess = excess * factor
+                        weight = weight * factor + tl.sum(p, 1)
                     acc = acc * factor[:, None]
                     if REST:
                         at_v = (at * 64 + i * BN + token)[:, None] * D + d[None, :]
@@ -404,7 +427,9 @@ def attend_prefill_kernel(
 
         empty = total == 0.0
         norm = tl.where(empty, 1.0, total)
-        out = (acc / (norm + excess)[:, None]).to(DTYPE)
+        if not ROUNDED:
+            weight = norm
+        out = (acc / tl.where(empty, 1.0, weight)[:, None]).to(DTYPE)
         at_o = out_ptr + part * stride_ob + h.to(tl.int64) * stride_oh + q_start.to(tl.int64) * stride_ot
         at_o += query.to(tl.int64)[:, None] * stride_ot + d[None, :]
         tl.store(at_o, out, mask=inside[:, None] & (d < D)[None, :])
@@ -423,6 +448,8 @@ class Tuning(NamedTuple):
     warps: int
     stages: int
     centres: int
+    bias: str = "first"
+    branch: bool = True
 
 
 def tuning(dim: int, low: str, form: Form, capability: tuple[int, int]) -> Tuning:
@@ -485,7 +512,7 @@ def attend_prefill(
         quantised: whether Q and P are quantised (``math="fp4"``).
         centred: whether packed K is K - c_b.
         scale: factor of the logits.
-        key_bias: float32 ``[P, Hq, N*64]`` of `quantise_kv`, when packed Q lacks the mean query; else None.
+        key_bias: bfloat16 ``[P, Hq, N, 3, 64]`` of `quantise_kv`, when packed Q lacks the mean query; else None.
         values: float32 ``[B, Hkv]``, the powers of two of V that data were packed with, see `thrift_attn.quant.levels`. Those
             of Q and K cancel out, and wide data lack them already.
         rounded: divide by the sum of P after rounding (4-bit formats, ``quantised``).
@@ -540,7 +567,7 @@ def attend_prefill(
         QUANT=quantised,
         NATIVE=form == "native",
         CENTRED=centred,
-        KEY_BIAS=key_bias is not None,
+        KEY_BIAS="none" if key_bias is None else tuned.bias,
         LEVELLED=values is not None and form == "native",
         ROUNDED=rounded,
         REST=rest,
@@ -549,6 +576,7 @@ def attend_prefill(
         BN=tuned.tokens,
         CENTRES=tuned.centres,
         STAGES=tuned.stages,
+        BRANCH=tuned.branch,
         CAST=not portable and capability >= (8, 9),
         PORTABLE=portable,
         num_warps=tuned.warps,

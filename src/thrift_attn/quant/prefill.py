@@ -35,7 +35,7 @@ from thrift_attn.config import BLOCK
 from thrift_attn.quant.fit import Fit
 from thrift_attn.quant.formats import FORMATS, RESIDUALS
 from thrift_attn.quant.levels import NO_LEVELS
-from thrift_attn.quant.rounding import bits, e2m1_code, e4m3_code, from_bits, round_e2m1, round_e4m3
+from thrift_attn.quant.rounding import bits, cut, e2m1_code, e4m3_code, from_bits, round_e2m1, round_e4m3
 from thrift_attn.sequences import Sequences
 
 _INTERPRETED = tl.constexpr(interpreted())
@@ -287,7 +287,7 @@ def quantise_kv_kernel(
     k_rest_ptr,  # 16-bit [P, Hkv, N*64, D]
     v_rest_ptr,
     mean_ptr,  # float32 [B, Hq, D]
-    bias_ptr,  # float32 [P, Hq, N*64]
+    bias_ptr,  # bfloat16 [P, Hq, N, 3, 64]
     keys_ptr,  # float32 [B, Hkv, D], powers of two: K is quantised times this
     values_ptr,  # float32 [B, Hkv]
     stride_kb,
@@ -338,7 +338,11 @@ def quantise_kv_kernel(
             for g in range(GROUP):
                 of_head = mean_ptr + ((b * HKV + h) * GROUP + g).to(tl.int64) * D
                 met = tl.sum(k * tl.load(of_head + dim, mask=dim < D, other=0.0)[None, :], 1)
-                tl.store(bias_ptr + ((head * GROUP + g) * blocks + block) * 64 + tl.arange(0, 64), met)
+                at_bias = bias_ptr + ((head * GROUP + g) * blocks + block) * 192 + tl.arange(0, 64)
+                for _ in tl.static_range(3):  # three times 8 bits hold a float32
+                    tl.store(at_bias, cut(met).to(tl.bfloat16))
+                    met -= cut(met)
+                    at_bias += 64
             back = 1.0
             if BALANCED:
                 stretch = tl.load(keys_ptr + (b * HKV + h).to(tl.int64) * D + dim, mask=dim < D, other=1.0)
@@ -489,7 +493,8 @@ def quantise_kv(
         best: keep the better of the format's scales for each group.
         levels: of `thrift_attn.quant.levels.measure`; with mean queries goes ``key_bias``. Of 4-bit formats powers of two of
             K and V as well: native data keep them, of wide data they are taken out again.
-        key_bias: float32 ``[P, Hq, N*64]``, written where K is: the product of the mean query with each k - c_b.
+        key_bias: bfloat16 ``[P, Hq, N, 3, 64]``, written where K is: the product of the mean query with each k - c_b, in
+            float32 and cut into three parts, whose sum it is.
 
     Returns:
         `PackedKV`. Blocks beyond the end of a sequence, and elements beyond the end of its last block, are not written,
