@@ -179,6 +179,7 @@ def attend_prefill_kernel(
     MASS: tl.constexpr,
     BM: tl.constexpr,
     BN: tl.constexpr,  # tokens at a time, 32 or 64
+    COLUMNS: tl.constexpr,  # of the output that a program works out
     CENTRES: tl.constexpr,  # blocks whose q.c_b is worked out at a time
     STAGES: tl.constexpr,
     BRANCH: tl.constexpr,  # masks only in blocks that need them
@@ -189,7 +190,7 @@ def attend_prefill_kernel(
     PARTS: tl.constexpr = 64 // BN
     DTYPE: tl.constexpr = q_ptr.dtype.element_ty
     b = tl.program_id(2)
-    h = tl.program_id(1)
+    h = tl.program_id(1) // (DP // COLUMNS)
     r = (tl.num_programs(0) - 1 - tl.program_id(0)) * HALVES  # longest first
     span = spans_ptr + b * 6
     q_start, queries = tl.load(span), tl.load(span + 1)
@@ -207,6 +208,7 @@ def attend_prefill_kernel(
         position = (base + r) * 64 + tl.arange(0, BM)
         query = position - offset
         d = tl.arange(0, DP)
+        e = tl.program_id(1) % (DP // COLUMNS) * COLUMNS + tl.arange(0, COLUMNS)  # columns of V and of the output
         token = tl.arange(0, BN)
         inside = (query >= 0) & (query < queries)
         at_q = q_ptr + part * stride_qb + h.to(tl.int64) * stride_qh + q_start.to(tl.int64) * stride_qt
@@ -236,7 +238,7 @@ def attend_prefill_kernel(
         peak = tl.full([BM], float("-inf"), tl.float32)
         total = tl.zeros([BM], tl.float32)
         weight = tl.zeros([BM], tl.float32)  # sum of P as it is multiplied with V
-        acc = tl.zeros([BM, DP], tl.float32)
+        acc = tl.zeros([BM, COLUMNS], tl.float32)
         at_list = list_ptr + (head * rows + row_start + r) * most
         at_count = counts_ptr + head * rows + row_start + r
         count = tl.load(at_count)
@@ -333,18 +335,18 @@ def attend_prefill_kernel(
                         p, peak, total, factor = _online(s, peak, total)
                         if NATIVE:
                             UNIT: tl.constexpr = 64 if LOW == "fp8" else 32
-                            at_v = (kv_head * D + d) * blocks + block_start + n  # [DP], in blocks
+                            at_v = (kv_head * D + e) * blocks + block_start + n  # [COLUMNS], in blocks
                             if LOW == "fp8":
                                 vt = tl.load(
-                                    vp_ptr + at_v[:, None] * UNIT + t[None, :], mask=(d < D)[:, None], other=0.0
+                                    vp_ptr + at_v[:, None] * UNIT + t[None, :], mask=(e < D)[:, None], other=0.0
                                 )
                                 new = tl.dot((p * 448.0).to(tl.float8e4nv), tl.trans(vt))
                                 acc = acc * factor[:, None] + new * (tl.load(vs_ptr + at) * (1.0 / 448.0))
                             else:
                                 pair = tl.arange(0, 32)[None, :]
-                                vt = tl.load(vp_ptr + at_v[:, None] * UNIT + pair, mask=(d < D)[:, None], other=0)
+                                vt = tl.load(vp_ptr + at_v[:, None] * UNIT + pair, mask=(e < D)[:, None], other=0)
                                 g = tl.arange(0, 64 // G)[None, :]
-                                vs = tl.load(vs_ptr + at_v[:, None] * (64 // G) + g, mask=(d < D)[:, None], other=0)
+                                vs = tl.load(vs_ptr + at_v[:, None] * (64 // G) + g, mask=(e < D)[:, None], other=0)
                                 if LOW == "nvfp4":
                                     vs = vs.to(tl.float8e4nv, bitcast=True)
                                 pc, ps, more = _p_native(p, LOW, CAST)
@@ -352,8 +354,8 @@ def attend_prefill_kernel(
                                     weight = weight * factor + more
                                 acc = tl.dot_scaled(pc, ps, "e2m1", tl.trans(vt), vs, "e2m1", acc * factor[:, None])
                         else:
-                            at_v = vp_ptr + (at * 64 + t)[:, None] * D + d[None, :]
-                            vc = tl.load(at_v, mask=(d < D)[None, :], other=0.0)
+                            at_v = vp_ptr + (at * 64 + t)[:, None] * D + e[None, :]
+                            vc = tl.load(at_v, mask=(e < D)[None, :], other=0.0)
                             if LOW == "fp8":
                                 unit = tl.load(vs_ptr + at)
                                 if QUANT:
@@ -415,14 +417,14 @@ def attend_prefill_kernel(
                         weight = weight * factor + tl.sum(p, 1)
                     acc = acc * factor[:, None]
                     if REST:
-                        at_v = (at * 64 + i * BN + token)[:, None] * D + d[None, :]
-                        vc = tl.load(vp_ptr + at_v, mask=(d < D)[None, :], other=0.0)
-                        vr = tl.load(v_rest_ptr + at_v, mask=(d < D)[None, :], other=0.0)
+                        at_v = (at * 64 + i * BN + token)[:, None] * D + e[None, :]
+                        vc = tl.load(vp_ptr + at_v, mask=(e < D)[None, :], other=0.0)
+                        vr = tl.load(v_rest_ptr + at_v, mask=(e < D)[None, :], other=0.0)
                         acc += _dot(p.to(DTYPE), vc, PORTABLE)
                         acc += _dot(p.to(DTYPE), vr, PORTABLE)
                     else:
-                        at_v = v_head + key.to(tl.int64)[:, None] * stride_vt + d[None, :]
-                        vc = tl.load(at_v, mask=(key < keys)[:, None] & (d < D)[None, :], other=0.0)
+                        at_v = v_head + key.to(tl.int64)[:, None] * stride_vt + e[None, :]
+                        vc = tl.load(at_v, mask=(key < keys)[:, None] & (e < D)[None, :], other=0.0)
                         acc += _dot(p.to(DTYPE), vc, PORTABLE)
 
         empty = total == 0.0
@@ -431,8 +433,8 @@ def attend_prefill_kernel(
             weight = norm
         out = (acc / tl.where(empty, 1.0, weight)[:, None]).to(DTYPE)
         at_o = out_ptr + part * stride_ob + h.to(tl.int64) * stride_oh + q_start.to(tl.int64) * stride_ot
-        at_o += query.to(tl.int64)[:, None] * stride_ot + d[None, :]
-        tl.store(at_o, out, mask=inside[:, None] & (d < D)[None, :])
+        at_o += query.to(tl.int64)[:, None] * stride_ot + e[None, :]
+        tl.store(at_o, out, mask=inside[:, None] & (e < D)[None, :])
         at_l = part * stride_lb + h.to(tl.int64) * stride_lh + q_start + query
         lse = tl.where(empty, float("-inf"), (peak + tl.log2(norm)) * _LN2)
         tl.store(lse_ptr + at_l, lse, mask=inside)
@@ -441,13 +443,16 @@ def attend_prefill_kernel(
 
 
 class Tuning(NamedTuple):
-    """How a program works: query rows, tokens at a time, warps, loop stages, blocks whose q.c_b is worked out at a time."""
+    """How a program works: query rows, tokens at a time, warps, loop stages, blocks whose q.c_b is worked out at a time,
+    and the most columns of the output; where there are more, several programs work out the same P.
+    """
 
     rows: int
     tokens: int
     warps: int
     stages: int
     centres: int
+    columns: int = 256
     bias: str = "first"
     branch: bool = True
 
@@ -461,9 +466,11 @@ def tuning(dim: int, low: str, form: Form, capability: tuple[int, int]) -> Tunin
     small = capability in ((8, 6), (8, 9), (12, 0), (12, 1))
     fp4 = form == "native" and low != "fp8"
     if capability[0] == 10 and (fp4 or dim <= 128):
-        return Tuning(128, 64, 8, 2 if dim in (64, 128) else 1, 16)
+        stages = 2 if dim == 64 or (dim == 128 and not fp4) else 1
+        return Tuning(128, 64, 8, stages, 16, 128, branch=not (fp4 and dim == 128))
     if fp4:
-        return Tuning(64, 64, 4 if dim <= 64 and low == "nvfp4" else 8, 1 if dim > 128 else 2, 16)
+        warps, stages = 4 if dim <= 64 and low == "nvfp4" else 8, 1 if dim > 128 else 2
+        return Tuning(64, 64, warps, stages, 16, 128, branch=dim != 96)
     if dim > 128:
         return Tuning(64, 32, 8, 1 if small else 2, 16)
     return Tuning(64, 64, 8 if capability[0] == 12 else 4, 2, 32)
@@ -532,7 +539,9 @@ def attend_prefill(
     capability = (0, 0) if portable else torch.cuda.get_device_capability(q.device)
     tuned = tuned or tuning(dim, low, form, capability)
     fill = packed.centres
-    grid = (-(-sequences.most_rows // (tuned.rows // BLOCK)), heads, sequences.batch)
+    width = triton.next_power_of_2(dim)
+    columns = min(width, tuned.columns)
+    grid = (-(-sequences.most_rows // (tuned.rows // BLOCK)), heads * (width // columns), sequences.batch)
     attend_prefill_kernel[grid](
         q,
         k,
@@ -558,7 +567,7 @@ def attend_prefill(
         HQ=heads,
         HKV=k.shape[1],
         D=dim,
-        DP=triton.next_power_of_2(dim),
+        DP=width,
         CAUSAL=sequences.causal,
         RAGGED=sequences.parts == 1,
         WINDOW=window is not None,
@@ -574,6 +583,7 @@ def attend_prefill(
         MASS=mass is not None,
         BM=tuned.rows,
         BN=tuned.tokens,
+        COLUMNS=columns,
         CENTRES=tuned.centres,
         STAGES=tuned.stages,
         BRANCH=tuned.branch,
