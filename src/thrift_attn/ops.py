@@ -63,8 +63,8 @@ class Call:
         )  # fmt: skip
         self.key_bias = None
         if self.less_mean:
-            shape = (self.sequences.parts, self.q.shape[1], self.sequences.blocks * BLOCK)
-            self.key_bias = torch.empty(shape, dtype=torch.float32, device=self.q.device)
+            shape = (self.sequences.parts, self.q.shape[1], self.sequences.blocks, 3, BLOCK)
+            self.key_bias = torch.empty(shape, dtype=torch.bfloat16, device=self.q.device)
         self.packed = quantise_kv(
             self.k, self.v, self.sequences, low=self.low, form=self.form, rest=self.rest, centred=self.centred,
             best=self.best, levels=self.levels, key_bias=self.key_bias,

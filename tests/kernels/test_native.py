@@ -11,6 +11,7 @@ import triton.language as tl
 from test_prefill import check, draw
 from torch import Tensor
 
+from thrift_attn.attend import prefill as kernels
 from thrift_attn.capability import interpreted
 from thrift_attn.config import ThriftConfig, fraction
 
@@ -45,5 +46,7 @@ def test_native_products_are_the_reference(
     low: str, dim: int, queries: int, keys: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(tl, "dot_scaled", dot_scaled)
+    if dim == 80:  # half of the output at a time, as at head dim 256
+        monkeypatch.setattr(kernels, "tuning", lambda *_: kernels.Tuning(64, 64, 4, 1, 16, columns=64))
     torch.manual_seed(7)
     check(*draw(1, (4, 2), queries, keys, dim), ThriftConfig(low=low, budget=fraction(0.3)), form="native")

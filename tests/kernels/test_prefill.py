@@ -142,6 +142,7 @@ def check(q, k, v, config: ThriftConfig, form="wide", *, causal=True, window=Non
         ("mxfp4", "fp4", 96, 65, 65, {"softcap": 5.0}),
         ("fp8", "fp4", 80, 65, 130, {}),
         ("nvfp4", "16bit", 64, 64, 129, {"window": 100}),
+        ("nvfp4", "fp4", 64, 130, 300, {"window": 70}),
         ("nvfp4", "16bit", 80, 65, 100, {"causal": False, "softcap": 5.0}),
         ("mxfp4", "16bit", 128, 63, 63, {}),
         ("fp8", "16bit", 64, 100, 60, {}),
@@ -193,8 +194,8 @@ def test_the_ends_of_the_budget(share: float) -> None:
 
 
 def test_two_rows_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Programs of 128 queries with two lists, and half blocks."""
-    monkeypatch.setattr(kernels, "tuning", lambda *_: kernels.Tuning(128, 32, 4, 1, 16))
+    """Programs of 128 queries with two lists, half blocks, and half of the output."""
+    monkeypatch.setattr(kernels, "tuning", lambda *_: kernels.Tuning(128, 32, 4, 1, 16, columns=32))
     torch.manual_seed(9)
     check(*draw(1, (2, 1), 130, 160, 64), ThriftConfig(budget=fraction(0.4)))
 

@@ -100,7 +100,7 @@ def check_kv(
         ("nvfp4", "native", 128, False),
         ("nvfp4", "native", 64, True),
         ("mxfp4", "wide", 64, True),
-        ("mxfp4", "native", 96, False),
+        ("mxfp4", "native", 128, True),
         ("nvfp4", "wide", 256, False),
     ],
 )

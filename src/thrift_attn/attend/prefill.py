@@ -29,11 +29,11 @@ _LN2 = tl.constexpr(0.6931471805599453)
 
 
 @triton.jit
-def _dot(a, b, PORTABLE: tl.constexpr):
+def _dot(a, b, PORTABLE: tl.constexpr, acc=None):
     if PORTABLE:  # the interpreter's product of bfloat16 is wrong
-        return tl.dot(a.to(tl.float32), b.to(tl.float32), input_precision="ieee")
+        return tl.dot(a.to(tl.float32), b.to(tl.float32), acc, input_precision="ieee")
     else:
-        return tl.dot(a, b)
+        return tl.dot(a, b, acc)
 
 
 @triton.jit
@@ -69,23 +69,32 @@ def _online(s, peak, total):
 
 
 @triton.jit
+def _inverse(x, CAST: tl.constexpr):
+    """1 / x to within an ulp or two, without a care for sizes near the ends of float32."""
+    if CAST:
+        return tl.inline_asm_elementwise("rcp.approx.ftz.f32 $0, $1;", "=r,r", [x], tl.float32, is_pure=True, pack=1)
+    else:
+        return 1.0 / x
+
+
+@triton.jit
 def _p_groups(p, LOW: tl.constexpr, CAST: tl.constexpr):
     """P times 448 * 6 in groups along tokens [BM, BN / G, G]: elements in units of their scale, and scales."""
     G: tl.constexpr = 32 if LOW == "mxfp4" else 16
-    x = tl.reshape(p * 2688.0, [p.shape[0], p.shape[1] // G, G])
+    x = tl.reshape(p, [p.shape[0], p.shape[1] // G, G])
     peak = tl.max(x, 2)
     if LOW == "mxfp4":
-        exponent = tl.maximum((bits(peak) >> 23) - 2, 1)
+        exponent = tl.maximum((bits(peak * 2688.0) >> 23) - 2, 16)  # at least 2^-111, for 2688 / scale to be a number
         scale = from_bits(exponent << 23)
         inverse = from_bits((254 - exponent) << 23)
     else:
-        scale = peak * 0.16666667
+        scale = peak * 448.0
         if CAST:
             scale = scale.to(tl.float8e4nv).to(tl.float32)
         else:
             scale = round_e4m3(scale)
-        inverse = tl.where(scale > 0.0, 1.0 / scale, 0.0)
-    return round_e2m1(x * tl.expand_dims(inverse, 2)), scale
+        inverse = _inverse(tl.maximum(scale, 0.001953125), CAST)  # the least e4m3; of scale 0 elements do not matter
+    return round_e2m1(x * tl.expand_dims(inverse * 2688.0, 2), False), scale
 
 
 @triton.jit
@@ -96,23 +105,17 @@ def _p_wide(p, LOW: tl.constexpr, CAST: tl.constexpr):
 
 
 @triton.jit
-def _p_excess(value, scale, p):
-    """How much more the rounded P of a row sums to than P: [BM]."""
-    return tl.sum(tl.sum(value, 2) * scale, 1) * (1.0 / 2688.0) - tl.sum(p, 1)
-
-
-@triton.jit
 def _p_native(p, LOW: tl.constexpr, CAST: tl.constexpr):
-    """P times 448 * 6 as packed e2m1 [BM, BN / 2] and encoded scales [BM, BN / G], and `_p_excess`."""
+    """P times 448 * 6 as packed e2m1 [BM, BN / 2] and encoded scales [BM, BN / G], and what they sum to [BM]."""
     value, scale = _p_groups(p, LOW, CAST)
-    excess = _p_excess(value, scale, p)
+    weight = tl.sum(tl.sum(value, 2) * scale, 1)
     code = tl.reshape(e2m1_code(value, value), [p.shape[0], p.shape[1] // 2, 2])
     low, high = tl.split(code)
     if LOW == "mxfp4":
         encoded = (bits(scale) >> 23).to(tl.uint8)
     else:
         encoded = scale.to(tl.float8e4nv)
-    return (low | (high << 4)).to(tl.uint8), encoded, excess
+    return (low | (high << 4)).to(tl.uint8), encoded, weight
 
 
 @triton.jit(do_not_specialize=["most_rows", "rows", "blocks", "most", "window"])
@@ -130,7 +133,7 @@ def attend_prefill_kernel(
     k_rest_ptr,
     v_rest_ptr,
     centre_ptr,  # 16-bit [P, Hkv, N, D]
-    key_bias_ptr,  # float32 [P, Hq, N*64]: what the mean query makes of each key
+    key_bias_ptr,  # bfloat16 [P, Hq, N, 3, 64]: what the mean query makes of each key, in three parts
     values_ptr,  # float32 [B, Hkv]: power of two that native V hold
     list_ptr,  # int32 [P, Hq, R, K]
     counts_ptr,  # int32 [P, Hq, R]
@@ -169,15 +172,17 @@ def attend_prefill_kernel(
     QUANT: tl.constexpr,  # Q and P are quantised
     NATIVE: tl.constexpr,
     CENTRED: tl.constexpr,
-    KEY_BIAS: tl.constexpr,  # packed Q lacks the mean query
+    KEY_BIAS: tl.constexpr,  # packed Q lacks the mean query: "none", or when its numbers are added, "first" or "last"
     LEVELLED: tl.constexpr,  # native V hold powers of two
     ROUNDED: tl.constexpr,  # the output is divided by the sum of P after rounding
     REST: tl.constexpr,  # promoted blocks are low data plus a residual, not K and V
     MASS: tl.constexpr,
     BM: tl.constexpr,
     BN: tl.constexpr,  # tokens at a time, 32 or 64
+    COLUMNS: tl.constexpr,  # of the output that a program works out
     CENTRES: tl.constexpr,  # blocks whose q.c_b is worked out at a time
     STAGES: tl.constexpr,
+    BRANCH: tl.constexpr,  # masks only in blocks that need them
     CAST: tl.constexpr,
     PORTABLE: tl.constexpr,
 ):
@@ -185,7 +190,7 @@ def attend_prefill_kernel(
     PARTS: tl.constexpr = 64 // BN
     DTYPE: tl.constexpr = q_ptr.dtype.element_ty
     b = tl.program_id(2)
-    h = tl.program_id(1)
+    h = tl.program_id(1) // (DP // COLUMNS)
     r = (tl.num_programs(0) - 1 - tl.program_id(0)) * HALVES  # longest first
     span = spans_ptr + b * 6
     q_start, queries = tl.load(span), tl.load(span + 1)
@@ -203,6 +208,7 @@ def attend_prefill_kernel(
         position = (base + r) * 64 + tl.arange(0, BM)
         query = position - offset
         d = tl.arange(0, DP)
+        e = tl.program_id(1) % (DP // COLUMNS) * COLUMNS + tl.arange(0, COLUMNS)  # columns of V and of the output
         token = tl.arange(0, BN)
         inside = (query >= 0) & (query < queries)
         at_q = q_ptr + part * stride_qb + h.to(tl.int64) * stride_qh + q_start.to(tl.int64) * stride_qt
@@ -221,10 +227,18 @@ def attend_prefill_kernel(
         if WINDOW:
             low = tl.maximum((base + r) * 64 + 1 - window, 0) // 64
 
+        # Blocks before `masked_to` and from `masked_from` on hold keys that some row does not see.
+        masked_from = keys // 64
+        if CAUSAL:
+            masked_from = base + r
+        masked_to = low
+        if WINDOW:
+            masked_to = (tl.maximum((base + r) * 64 + BM - window, 0) + 63) // 64
+
         peak = tl.full([BM], float("-inf"), tl.float32)
         total = tl.zeros([BM], tl.float32)
-        excess = tl.zeros([BM], tl.float32)  # of the sum of P after rounding over the sum before
-        acc = tl.zeros([BM, DP], tl.float32)
+        weight = tl.zeros([BM], tl.float32)  # sum of P as it is multiplied with V
+        acc = tl.zeros([BM, COLUMNS], tl.float32)
         at_list = list_ptr + (head * rows + row_start + r) * most
         at_count = counts_ptr + head * rows + row_start + r
         count = tl.load(at_count)
@@ -256,6 +270,9 @@ def attend_prefill_kernel(
             order = token
             if NATIVE and LOW == "fp8":  # tokens in the order of V's positions
                 order = (token & 0x31) | ((token & 2) << 2) | ((token & 12) >> 1)
+            if KEY_BIAS != "none":  # the sum of three parts as a product with 1
+                third = tl.arange(0, 16)[:, None]
+                ones = tl.full([BM, 16], 1.0, tl.float32).to(tl.bfloat16)
             listed = 0
             upcoming = tl.load(at_list, mask=count > 0, other=-1)
             if HALVES == 2:
@@ -287,50 +304,58 @@ def attend_prefill_kernel(
                     for i in range(PARTS):
                         t = i * BN + token  # columns in the order of V
                         s_row = at * 64 + i * BN + order
+                        if KEY_BIAS != "none":
+                            at_bias = ((head * blocks + block_start + n) * 3 + third) * 64 + i * BN + order[None, :]
+                            parts = tl.load(key_bias_ptr + at_bias, mask=third < 3, other=0.0)
+                        if KEY_BIAS == "first":
+                            s = _dot(ones, parts, PORTABLE)
+                        else:  # a runtime zero: Triton 3.6 cannot compile a scaled product for sm_100 without an accumulator
+                            s = tl.zeros([BM, BN], tl.float32) + scale * 0.0
                         if NATIVE and LOW != "fp8":
                             kc = tl.load(kp_ptr + s_row[:, None] * (D // 2) + half, mask=half < D // 2, other=0)
                             ks = tl.load(ks_ptr + s_row[:, None] * (D // G) + group, mask=group < D // G, other=0)
                             if LOW == "nvfp4":
                                 ks = ks.to(tl.float8e4nv, bitcast=True)
-                            # A runtime zero: Triton 3.6 cannot compile this product for sm_100 without an accumulator.
-                            zero = tl.zeros([BM, BN], tl.float32) + scale * 0.0
-                            s = tl.dot_scaled(ql, qs, "e2m1", tl.trans(kc), ks, "e2m1", zero)
+                            s = tl.dot_scaled(ql, qs, "e2m1", tl.trans(kc), ks, "e2m1", s)
                         else:
                             kc = tl.load(kp_ptr + s_row[:, None] * D + d[None, :], mask=(d < D)[None, :], other=0.0)
-                            s = _dot(ql, tl.trans(kc), PORTABLE)
+                            if KEY_BIAS == "first":
+                                s = _dot(ql, tl.trans(kc), PORTABLE, s)
+                            else:
+                                s = _dot(ql, tl.trans(kc), PORTABLE)
+                        if KEY_BIAS == "last":
+                            s = _dot(ones, parts, PORTABLE, s)
                         s = s * factor_k[:, None] + bias[:, None]
-                        if KEY_BIAS:
-                            at_bias = (head * blocks + block_start + n) * 64 + i * BN + order
-                            s += (tl.load(key_bias_ptr + at_bias) * scale)[None, :]
                         s = _capped(s, CAP)
                         if CAP > 0.0:
                             s = tl.where(hidden[:, None], float("-inf"), s)
                         key = n * 64 + i * BN + order
-                        s = _visible(s, key, keys, position, window, CAUSAL, WINDOW)
+                        if not BRANCH or (n >= masked_from) | (n < masked_to):
+                            s = _visible(s, key, keys, position, window, CAUSAL, WINDOW)
                         p, peak, total, factor = _online(s, peak, total)
                         if NATIVE:
                             UNIT: tl.constexpr = 64 if LOW == "fp8" else 32
-                            at_v = (kv_head * D + d) * blocks + block_start + n  # [DP], in blocks
+                            at_v = (kv_head * D + e) * blocks + block_start + n  # [COLUMNS], in blocks
                             if LOW == "fp8":
                                 vt = tl.load(
-                                    vp_ptr + at_v[:, None] * UNIT + t[None, :], mask=(d < D)[:, None], other=0.0
+                                    vp_ptr + at_v[:, None] * UNIT + t[None, :], mask=(e < D)[:, None], other=0.0
                                 )
                                 new = tl.dot((p * 448.0).to(tl.float8e4nv), tl.trans(vt))
                                 acc = acc * factor[:, None] + new * (tl.load(vs_ptr + at) * (1.0 / 448.0))
                             else:
                                 pair = tl.arange(0, 32)[None, :]
-                                vt = tl.load(vp_ptr + at_v[:, None] * UNIT + pair, mask=(d < D)[:, None], other=0)
+                                vt = tl.load(vp_ptr + at_v[:, None] * UNIT + pair, mask=(e < D)[:, None], other=0)
                                 g = tl.arange(0, 64 // G)[None, :]
-                                vs = tl.load(vs_ptr + at_v[:, None] * (64 // G) + g, mask=(d < D)[:, None], other=0)
+                                vs = tl.load(vs_ptr + at_v[:, None] * (64 // G) + g, mask=(e < D)[:, None], other=0)
                                 if LOW == "nvfp4":
                                     vs = vs.to(tl.float8e4nv, bitcast=True)
                                 pc, ps, more = _p_native(p, LOW, CAST)
                                 if ROUNDED:
-                                    excess = excess * factor + more
+                                    weight = weight * factor + more
                                 acc = tl.dot_scaled(pc, ps, "e2m1", tl.trans(vt), vs, "e2m1", acc * factor[:, None])
                         else:
-                            at_v = vp_ptr + (at * 64 + t)[:, None] * D + d[None, :]
-                            vc = tl.load(at_v, mask=(d < D)[None, :], other=0.0)
+                            at_v = vp_ptr + (at * 64 + t)[:, None] * D + e[None, :]
+                            vc = tl.load(at_v, mask=(e < D)[None, :], other=0.0)
                             if LOW == "fp8":
                                 unit = tl.load(vs_ptr + at)
                                 if QUANT:
@@ -342,13 +367,13 @@ def attend_prefill_kernel(
                                 acc = acc * factor[:, None] + _dot(p.to(DTYPE), vc, PORTABLE) * unit
                             else:
                                 if QUANT:
-                                    wide = _p_wide(p, LOW, CAST)
+                                    p = _p_wide(p, LOW, CAST)
                                     if ROUNDED:
-                                        excess = excess * factor + tl.sum(wide * (1.0 / 2688.0) - p, 1)
-                                    p = wide
+                                        weight = weight * factor + tl.sum(p, 1)
                                 acc = acc * factor[:, None] + _dot(p.to(DTYPE), vc, PORTABLE)
             if QUANT and LOW != "fp8":
                 acc = acc * (1.0 / 2688.0)
+                weight = weight * (1.0 / 2688.0)
                 if LEVELLED:
                     acc = acc / tl.load(values_ptr + b * HKV + h // (HQ // HKV))
 
@@ -389,25 +414,27 @@ def attend_prefill_kernel(
                     if MASS:
                         low_total = low_total * factor
                     if ROUNDED:
-                        excess = excess * factor
+                        weight = weight * factor + tl.sum(p, 1)
                     acc = acc * factor[:, None]
                     if REST:
-                        at_v = (at * 64 + i * BN + token)[:, None] * D + d[None, :]
-                        vc = tl.load(vp_ptr + at_v, mask=(d < D)[None, :], other=0.0)
-                        vr = tl.load(v_rest_ptr + at_v, mask=(d < D)[None, :], other=0.0)
+                        at_v = (at * 64 + i * BN + token)[:, None] * D + e[None, :]
+                        vc = tl.load(vp_ptr + at_v, mask=(e < D)[None, :], other=0.0)
+                        vr = tl.load(v_rest_ptr + at_v, mask=(e < D)[None, :], other=0.0)
                         acc += _dot(p.to(DTYPE), vc, PORTABLE)
                         acc += _dot(p.to(DTYPE), vr, PORTABLE)
                     else:
-                        at_v = v_head + key.to(tl.int64)[:, None] * stride_vt + d[None, :]
-                        vc = tl.load(at_v, mask=(key < keys)[:, None] & (d < D)[None, :], other=0.0)
+                        at_v = v_head + key.to(tl.int64)[:, None] * stride_vt + e[None, :]
+                        vc = tl.load(at_v, mask=(key < keys)[:, None] & (e < D)[None, :], other=0.0)
                         acc += _dot(p.to(DTYPE), vc, PORTABLE)
 
         empty = total == 0.0
         norm = tl.where(empty, 1.0, total)
-        out = (acc / (norm + excess)[:, None]).to(DTYPE)
+        if not ROUNDED:
+            weight = norm
+        out = (acc / tl.where(empty, 1.0, weight)[:, None]).to(DTYPE)
         at_o = out_ptr + part * stride_ob + h.to(tl.int64) * stride_oh + q_start.to(tl.int64) * stride_ot
-        at_o += query.to(tl.int64)[:, None] * stride_ot + d[None, :]
-        tl.store(at_o, out, mask=inside[:, None] & (d < D)[None, :])
+        at_o += query.to(tl.int64)[:, None] * stride_ot + e[None, :]
+        tl.store(at_o, out, mask=inside[:, None] & (e < D)[None, :])
         at_l = part * stride_lb + h.to(tl.int64) * stride_lh + q_start + query
         lse = tl.where(empty, float("-inf"), (peak + tl.log2(norm)) * _LN2)
         tl.store(lse_ptr + at_l, lse, mask=inside)
@@ -416,13 +443,18 @@ def attend_prefill_kernel(
 
 
 class Tuning(NamedTuple):
-    """How a program works: query rows, tokens at a time, warps, loop stages, blocks whose q.c_b is worked out at a time."""
+    """How a program works: query rows, tokens at a time, warps, loop stages, blocks whose q.c_b is worked out at a time,
+    and the most columns of the output; where there are more, several programs work out the same P.
+    """
 
     rows: int
     tokens: int
     warps: int
     stages: int
     centres: int
+    columns: int = 256
+    bias: str = "first"
+    branch: bool = True
 
 
 def tuning(dim: int, low: str, form: Form, capability: tuple[int, int]) -> Tuning:
@@ -434,9 +466,11 @@ def tuning(dim: int, low: str, form: Form, capability: tuple[int, int]) -> Tunin
     small = capability in ((8, 6), (8, 9), (12, 0), (12, 1))
     fp4 = form == "native" and low != "fp8"
     if capability[0] == 10 and (fp4 or dim <= 128):
-        return Tuning(128, 64, 8, 2 if dim in (64, 128) else 1, 16)
+        stages = 2 if dim == 64 or (dim == 128 and not fp4) else 1
+        return Tuning(128, 64, 8, stages, 16, 128, branch=not (fp4 and dim == 128))
     if fp4:
-        return Tuning(64, 64, 4 if dim <= 64 and low == "nvfp4" else 8, 1 if dim > 128 else 2, 16)
+        warps, stages = 4 if dim <= 64 and low == "nvfp4" else 8, 1 if dim > 128 else 2
+        return Tuning(64, 64, warps, stages, 16, 128, branch=dim != 96)
     if dim > 128:
         return Tuning(64, 32, 8, 1 if small else 2, 16)
     return Tuning(64, 64, 8 if capability[0] == 12 else 4, 2, 32)
@@ -485,7 +519,7 @@ def attend_prefill(
         quantised: whether Q and P are quantised (``math="fp4"``).
         centred: whether packed K is K - c_b.
         scale: factor of the logits.
-        key_bias: float32 ``[P, Hq, N*64]`` of `quantise_kv`, when packed Q lacks the mean query; else None.
+        key_bias: bfloat16 ``[P, Hq, N, 3, 64]`` of `quantise_kv`, when packed Q lacks the mean query; else None.
         values: float32 ``[B, Hkv]``, the powers of two of V that data were packed with, see `thrift_attn.quant.levels`. Those
             of Q and K cancel out, and wide data lack them already.
         rounded: divide by the sum of P after rounding (4-bit formats, ``quantised``).
@@ -505,7 +539,9 @@ def attend_prefill(
     capability = (0, 0) if portable else torch.cuda.get_device_capability(q.device)
     tuned = tuned or tuning(dim, low, form, capability)
     fill = packed.centres
-    grid = (-(-sequences.most_rows // (tuned.rows // BLOCK)), heads, sequences.batch)
+    width = triton.next_power_of_2(dim)
+    columns = min(width, tuned.columns)
+    grid = (-(-sequences.most_rows // (tuned.rows // BLOCK)), heads * (width // columns), sequences.batch)
     attend_prefill_kernel[grid](
         q,
         k,
@@ -531,7 +567,7 @@ def attend_prefill(
         HQ=heads,
         HKV=k.shape[1],
         D=dim,
-        DP=triton.next_power_of_2(dim),
+        DP=width,
         CAUSAL=sequences.causal,
         RAGGED=sequences.parts == 1,
         WINDOW=window is not None,
@@ -540,15 +576,17 @@ def attend_prefill(
         QUANT=quantised,
         NATIVE=form == "native",
         CENTRED=centred,
-        KEY_BIAS=key_bias is not None,
+        KEY_BIAS="none" if key_bias is None else tuned.bias,
         LEVELLED=values is not None and form == "native",
         ROUNDED=rounded,
         REST=rest,
         MASS=mass is not None,
         BM=tuned.rows,
         BN=tuned.tokens,
+        COLUMNS=columns,
         CENTRES=tuned.centres,
         STAGES=tuned.stages,
+        BRANCH=tuned.branch,
         CAST=not portable and capability >= (8, 9),
         PORTABLE=portable,
         num_warps=tuned.warps,

@@ -124,12 +124,13 @@ def _launch(target: Target) -> tuple[Any, dict[str, str], dict[str, Any], dict[s
     heads = {"HQ": 8 * GROUP, "HKV": 8}
     packed = {"kp_ptr": data, "ks_ptr": scale, "vp_ptr": data, "vs_ptr": scale, "qp_ptr": data, "qs_ptr": scale}
     packed |= dict.fromkeys(("spans_ptr", "list_ptr", "counts_ptr", "wanted_ptr"), "*i32")
-    singles = "lse mass mean scratch of_call bias key_bias keys values squares totals sums"
+    singles = "lse mass mean scratch of_call keys values squares totals sums"
     packed |= {f"{name}_ptr": "*fp32" for name in singles.split()}
     packed |= {"scale": "fp32"}
     four = target.math == "fp4" and target.low in ("nvfp4", "mxfp4")  # then Q lacks its mean, by default
     levelled = target.low in ("nvfp4", "mxfp4")  # by default
     rounding = {"LOW": target.low, "BEST": True, "NATIVE": native, "CAST": cast}
+    rounding["TOKENS"] = quant._tokens(target.low, width, target.kernel == "quantise_q")
     warps = quant._warps(target.low, width)
     if target.kernel == "quantise_kv":
         constants = {**shape, **rounding, "HKV": 8, "GROUP": GROUP * four, "REST": "none", "CENTRED": True}
@@ -162,9 +163,10 @@ def _launch(target: Target) -> tuple[Any, dict[str, str], dict[str, Any], dict[s
     tuned = attend.tuning(target.dim, target.low, target.form, divmod(target.capability, 10))
     constants = {
         **shape, **heads, "CAUSAL": True, "WINDOW": False, "CAP": 0.0, "LOW": target.low, "QUANT": target.math == "fp4",
-        "NATIVE": native, "CENTRED": True, "KEY_BIAS": four, "LEVELLED": native and target.low == "nvfp4", "ROUNDED": four,
-        "REST": False, "MASS": False, "BM": tuned.rows, "BN": tuned.tokens, "CENTRES": tuned.centres,
-        "STAGES": tuned.stages, "CAST": cast, "PORTABLE": False,
+        "NATIVE": native, "CENTRED": True, "KEY_BIAS": tuned.bias if four else "none",
+        "LEVELLED": native and target.low == "nvfp4", "ROUNDED": four, "REST": False, "MASS": False, "BM": tuned.rows,
+        "BN": tuned.tokens, "CENTRES": tuned.centres, "COLUMNS": min(width, tuned.columns), "STAGES": tuned.stages,
+        "BRANCH": tuned.branch, "CAST": cast, "PORTABLE": False,
     }  # fmt: skip
     return attend.attend_prefill_kernel, packed, constants, {"num_warps": tuned.warps, "num_stages": tuned.stages}
 

@@ -35,7 +35,7 @@ from thrift_attn.config import BLOCK
 from thrift_attn.quant.fit import Fit
 from thrift_attn.quant.formats import FORMATS, RESIDUALS
 from thrift_attn.quant.levels import NO_LEVELS
-from thrift_attn.quant.rounding import bits, e2m1_code, e4m3_code, from_bits, round_e2m1, round_e4m3
+from thrift_attn.quant.rounding import bits, cut, e2m1_code, e4m3_code, from_bits, round_e2m1, round_e4m3
 from thrift_attn.sequences import Sequences
 
 _INTERPRETED = tl.constexpr(interpreted())
@@ -174,21 +174,20 @@ def _by_token(x, G: tl.constexpr):
 
 @triton.jit
 def _store_rows(
-    x, ptr, scale_ptr, at, back, D: tl.constexpr, DP: tl.constexpr, LOW: tl.constexpr, BEST: tl.constexpr,
+    x, ptr, scale_ptr, first, back, D: tl.constexpr, DP: tl.constexpr, LOW: tl.constexpr, BEST: tl.constexpr,
     NATIVE: tl.constexpr, CAST: tl.constexpr,
 ):  # fmt: skip
-    """Quantise 64 rows [64, DP] with groups along D and store them as block ``at`` (of the whole tensor).
+    """Quantise rows [T, DP] of a block with groups along D and store them from row ``first`` (of the whole tensor) on.
 
-    Wide 4-bit data are stored times ``back``, a number or powers of two [1, DP].
+    Wide 4-bit data are stored times ``back``, a number or powers of two [1, DP]. fp8 takes whole blocks.
     Returns what they decode to in float32 (for fp8 in units of the scale), before that.
     """
-    t = tl.arange(0, 64)[:, None]
     d = tl.arange(0, DP)[None, :]
-    row = at * 64 + t
+    row = first + tl.arange(0, x.shape[0])[:, None]
     if LOW == "fp8":
         element, scale = _round_block(x, CAST)
         wide = element.to(tl.float32)
-        tl.store(scale_ptr + at, scale)
+        tl.store(scale_ptr + first // 64, scale)
         if NATIVE:
             tl.store(ptr + row * D + d, _as_e4m3(element, ptr.dtype.element_ty, CAST), mask=d < D)
         else:
@@ -197,9 +196,9 @@ def _store_rows(
     else:
         G: tl.constexpr = 32 if LOW == "mxfp4" else 16
         value, ratio, scale = _round_groups(_by_column(x, G), 2, LOW, BEST)
-        wide = tl.reshape(value * tl.expand_dims(scale, 2), [64, DP])
+        wide = tl.reshape(value * tl.expand_dims(scale, 2), x.shape)
         if NATIVE:
-            code = tl.reshape(e2m1_code(value, ratio), [64, DP // 2, 2])
+            code = tl.reshape(e2m1_code(value, ratio), [x.shape[0], DP // 2, 2])
             low, high = tl.split(code)
             half = tl.arange(0, DP // 2)[None, :]
             tl.store(ptr + row * (D // 2) + half, (low | (high << 4)).to(tl.uint8), mask=half < D // 2)
@@ -212,17 +211,18 @@ def _store_rows(
 
 @triton.jit
 def _store_columns(
-    x, ptr, scale_ptr, head, block, blocks, back, D: tl.constexpr, DP: tl.constexpr, LOW: tl.constexpr,
+    x, ptr, scale_ptr, head, block, blocks, i, back, D: tl.constexpr, DP: tl.constexpr, LOW: tl.constexpr,
     BEST: tl.constexpr, NATIVE: tl.constexpr, CAST: tl.constexpr,
 ):  # fmt: skip
     """`_store_rows` for V: groups along the tokens; native data are stored transposed.
 
-    ``head`` counts heads of the whole tensor, ``block`` blocks of the head, of which there are ``blocks``.
+    ``head`` counts heads of the whole tensor, ``block`` blocks of the head, of which there are ``blocks``; ``i`` is the
+    first token in the block.
     """
-    t = tl.arange(0, 64)[:, None]
+    T: tl.constexpr = x.shape[0]
     d = tl.arange(0, DP)[None, :]
     at = head * blocks + block
-    row = at * 64 + t
+    row = at * 64 + i + tl.arange(0, T)[:, None]
     column = (head * D + tl.arange(0, DP)[:, None]) * blocks + block  # [DP, 1], in blocks
     inside = tl.arange(0, DP)[:, None] < D
     if LOW == "fp8":
@@ -239,13 +239,13 @@ def _store_columns(
     else:
         G: tl.constexpr = 32 if LOW == "mxfp4" else 16
         value, ratio, scale = _round_groups(_by_token(x, G), 1, LOW, BEST)
-        wide = tl.reshape(value * tl.expand_dims(scale, 1), [64, DP])
+        wide = tl.reshape(value * tl.expand_dims(scale, 1), x.shape)
         if NATIVE:
-            code = tl.reshape(e2m1_code(value, ratio), [32, 2, DP])
+            code = tl.reshape(e2m1_code(value, ratio), [T // 2, 2, DP])
             low, high = tl.split(tl.permute(code, [0, 2, 1]))
-            half = tl.arange(0, 32)[None, :]
+            half = i // 2 + tl.arange(0, T // 2)[None, :]
             tl.store(ptr + column * 32 + half, tl.trans((low | (high << 4)).to(tl.uint8)), mask=inside)
-            g = tl.arange(0, 64 // G)[None, :]
+            g = i // G + tl.arange(0, T // G)[None, :]
             place = scale_ptr + column * (64 // G) + g
             tl.store(place, tl.trans(_scale_code(scale, LOW == "mxfp4")), mask=inside)
         else:
@@ -255,9 +255,9 @@ def _store_columns(
 
 @triton.jit
 def _store_rest(
-    x, ptr, at, back, AXIS: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, REST: tl.constexpr, BEST: tl.constexpr
+    x, ptr, first, back, AXIS: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, REST: tl.constexpr, BEST: tl.constexpr
 ):
-    """Round a residual [64, DP] in groups of 16 along AXIS and store it wide, times ``back``."""
+    """Round a residual [T, DP] in groups of 16 along AXIS and store it wide, times ``back``, from row ``first`` on."""
     if AXIS == 1:
         value, _signed, scale = _round_groups(_by_column(x, 16), 2, REST, BEST)
         wide = value * tl.expand_dims(scale, 2)
@@ -265,8 +265,8 @@ def _store_rest(
         value, _signed, scale = _round_groups(_by_token(x, 16), 1, REST, BEST)
         wide = value * tl.expand_dims(scale, 1)
     d = tl.arange(0, DP)[None, :]
-    row = at * 64 + tl.arange(0, 64)[:, None]
-    tl.store(ptr + row * D + d, (tl.reshape(wide, [64, DP]) * back).to(ptr.dtype.element_ty), mask=d < D)
+    row = first + tl.arange(0, x.shape[0])[:, None]
+    tl.store(ptr + row * D + d, (tl.reshape(wide, x.shape) * back).to(ptr.dtype.element_ty), mask=d < D)
 
 
 @triton.jit
@@ -288,7 +288,7 @@ def quantise_kv_kernel(
     k_rest_ptr,  # 16-bit [P, Hkv, N*64, D]
     v_rest_ptr,
     mean_ptr,  # float32 [B, Hq, D]
-    bias_ptr,  # float32 [P, Hq, N*64]
+    bias_ptr,  # bfloat16 [P, Hq, N, 3, 64]
     keys_ptr,  # float32 [B, Hkv, D], powers of two: K is quantised times this
     values_ptr,  # float32 [B, Hkv]
     stride_kb,
@@ -309,6 +309,7 @@ def quantise_kv_kernel(
     BALANCED: tl.constexpr,
     BEST: tl.constexpr,
     NATIVE: tl.constexpr,
+    TOKENS: tl.constexpr,  # quantised at a time
     CAST: tl.constexpr,
 ):
     n = tl.program_id(0)
@@ -334,34 +335,45 @@ def quantise_kv_kernel(
         dim = tl.arange(0, DP)
         tl.store(centre_ptr + at * D + dim, centre, mask=dim < D)
         if LOW != "drop":
-            if CENTRED:
-                k = tl.where(there, k - centre.to(tl.float32)[None, :], 0.0)
-            for g in range(GROUP):
-                of_head = mean_ptr + ((b * HKV + h) * GROUP + g).to(tl.int64) * D
-                met = tl.sum(k * tl.load(of_head + dim, mask=dim < D, other=0.0)[None, :], 1)
-                tl.store(bias_ptr + ((head * GROUP + g) * blocks + block) * 64 + tl.arange(0, 64), met)
-            back = 1.0
+            first_v = v_ptr + part * stride_vb + h.to(tl.int64) * stride_vh + first * stride_vt
+            back, of_v = 1.0, 1.0
             if BALANCED:
                 stretch = tl.load(keys_ptr + (b * HKV + h).to(tl.int64) * D + dim, mask=dim < D, other=1.0)
-                k *= stretch[None, :]
                 back = _inverse(stretch)[None, :]
-            wide = _store_rows(k, kp_ptr, ks_ptr, at, back, D, DP, LOW, BEST, NATIVE, CAST)
-            if REST != "none":
-                _store_rest(k - wide, k_rest_ptr, at, back, 1, D, DP, REST, BEST)
-            if NATIVE and LOW == "fp8":  # rows in the order of positions
-                t = (t & 0x31) | ((t & 2) << 2) | ((t & 12) >> 1)
-                there = (n * 64 + t < length) & (d < D)
-            first_v = v_ptr + part * stride_vb + h.to(tl.int64) * stride_vh + first * stride_vt
-            v = tl.load(first_v + t.to(tl.int64) * stride_vt + d, mask=there, other=0.0)
-            v = v.to(tl.float32)
-            of_v = 1.0
-            if BALANCED and LOW == "nvfp4":
-                lift = tl.load(values_ptr + b * HKV + h)
-                v *= lift
-                of_v = _inverse(lift)
-            wide = _store_columns(v, vp_ptr, vs_ptr, head, block, blocks, of_v, D, DP, LOW, BEST, NATIVE, CAST)
-            if REST != "none":
-                _store_rest(v - wide, v_rest_ptr, at, of_v, 0, D, DP, REST, BEST)
+                if LOW == "nvfp4":
+                    lift = tl.load(values_ptr + b * HKV + h)
+                    of_v = _inverse(lift)
+            for i in tl.range(0, 64, TOKENS):
+                row = at * 64 + i
+                token = i + tl.arange(0, TOKENS)[:, None]
+                present = (n * 64 + token < length) & (d < D)
+                x = k
+                if TOKENS < 64:
+                    x = tl.load(k_start + token.to(tl.int64) * stride_kt + d, mask=present, other=0.0).to(tl.float32)
+                if CENTRED:
+                    x = tl.where(present, x - centre.to(tl.float32)[None, :], 0.0)
+                for g in range(GROUP):
+                    of_head = mean_ptr + ((b * HKV + h) * GROUP + g).to(tl.int64) * D
+                    met = tl.sum(x * tl.load(of_head + dim, mask=dim < D, other=0.0)[None, :], 1)
+                    at_bias = bias_ptr + ((head * GROUP + g) * blocks + block) * 192 + i + tl.arange(0, TOKENS)
+                    for _ in tl.static_range(3):  # three times 8 bits hold a float32
+                        tl.store(at_bias, cut(met).to(tl.bfloat16))
+                        met -= cut(met)
+                        at_bias += 64
+                if BALANCED:
+                    x *= stretch[None, :]
+                wide = _store_rows(x, kp_ptr, ks_ptr, row, back, D, DP, LOW, BEST, NATIVE, CAST)
+                if REST != "none":
+                    _store_rest(x - wide, k_rest_ptr, row, back, 1, D, DP, REST, BEST)
+                if NATIVE and LOW == "fp8":  # rows in the order of positions
+                    token = (token & 0x31) | ((token & 2) << 2) | ((token & 12) >> 1)
+                    present = (n * 64 + token < length) & (d < D)
+                x = tl.load(first_v + token.to(tl.int64) * stride_vt + d, mask=present, other=0.0).to(tl.float32)
+                if BALANCED and LOW == "nvfp4":
+                    x *= lift
+                wide = _store_columns(x, vp_ptr, vs_ptr, head, block, blocks, i, of_v, D, DP, LOW, BEST, NATIVE, CAST)
+                if REST != "none":
+                    _store_rest(x - wide, v_rest_ptr, row, of_v, 0, D, DP, REST, BEST)
 
 
 @triton.jit(do_not_specialize=["rows"])
@@ -388,6 +400,7 @@ def quantise_q_kernel(
     BALANCED: tl.constexpr,
     BEST: tl.constexpr,
     NATIVE: tl.constexpr,
+    TOKENS: tl.constexpr,  # quantised at a time
     CAST: tl.constexpr,
 ):
     r = tl.program_id(0)
@@ -414,16 +427,23 @@ def quantise_q_kernel(
         dim = tl.arange(0, DP)
         tl.store(mean_ptr + at * D + dim, tl.div_rn(total, count + tl.zeros_like(total)), mask=dim < D)
         if LOW != "none":
-            if REDUCED:
-                of_call = tl.load(of_call_ptr + (b * HQ + h).to(tl.int64) * D + dim, mask=dim < D, other=0.0)
-                q = tl.where(seen & (d < D), q - of_call[None, :], 0.0)
             back = 1.0
             if BALANCED:
                 of_head = keys_ptr + (b * HKV + h // (HQ // HKV)).to(tl.int64) * D
                 stretch = tl.load(of_head + dim, mask=dim < D, other=1.0)
-                q *= _inverse(stretch)[None, :]
                 back = stretch[None, :]
-            _store_rows(q, qp_ptr, qs_ptr, at, back, D, DP, LOW, BEST, NATIVE, CAST)
+            for i in tl.range(0, 64, TOKENS):
+                query = first + i + tl.arange(0, TOKENS)[:, None]
+                present = (query >= tl.maximum(0, -offset)) & (query < length) & (d < D)
+                x = q
+                if TOKENS < 64:
+                    x = tl.load(q_start + query.to(tl.int64) * stride_qt + d, mask=present, other=0.0).to(tl.float32)
+                if REDUCED:
+                    of_call = tl.load(of_call_ptr + (b * HQ + h).to(tl.int64) * D + dim, mask=dim < D, other=0.0)
+                    x = tl.where(present, x - of_call[None, :], 0.0)
+                if BALANCED:
+                    x *= _inverse(stretch)[None, :]
+                _store_rows(x, qp_ptr, qs_ptr, at * 64 + i, back, D, DP, LOW, BEST, NATIVE, CAST)
 
 
 def _check(low: str, form: Form, dim: int) -> None:
@@ -436,7 +456,14 @@ def _check(low: str, form: Form, dim: int) -> None:
 
 def _warps(low: str | None, width: int) -> int:
     """Enough lanes that nothing spills; the 4-bit formats hold two candidates of every element."""
-    return max(4, width // 32) * (2 if low in ("nvfp4", "mxfp4") else 1)
+    return 8 if low in ("nvfp4", "mxfp4") else max(4, width // 32)
+
+
+def _tokens(low: str | None, width: int, of_queries: bool) -> int:
+    """Tokens of a block that are quantised at a time, for the same reason; fp8 has one scale for all of them."""
+    if low not in ("nvfp4", "mxfp4") or width < 128:
+        return 64
+    return 32 if of_queries or low == "mxfp4" else 16
 
 
 def _casts(device: torch.device) -> bool:
@@ -490,7 +517,8 @@ def quantise_kv(
         best: keep the better of the format's scales for each group.
         levels: of `thrift_attn.quant.levels.measure`; with mean queries goes ``key_bias``. Of 4-bit formats powers of two of
             K and V as well: native data keep them, of wide data they are taken out again.
-        key_bias: float32 ``[P, Hq, N*64]``, written where K is: the product of the mean query with each k - c_b.
+        key_bias: bfloat16 ``[P, Hq, N, 3, 64]``, written where K is: the product of the mean query with each k - c_b, in
+            float32 and cut into three parts, whose sum it is.
 
     Returns:
         `PackedKV`. Blocks beyond the end of a sequence, and elements beyond the end of its last block, are not written,
@@ -537,6 +565,7 @@ def quantise_kv(
         BALANCED=levels.keys is not None,
         BEST=best,
         NATIVE=form == "native",
+        TOKENS=_tokens(low, width, False),
         CAST=_casts(k.device),
         num_warps=_warps(low, width),
     )
@@ -590,6 +619,7 @@ def quantise_q(
         BALANCED=levels.keys is not None,
         BEST=best,
         NATIVE=form == "native",
+        TOKENS=_tokens(low, width, True),
         CAST=_casts(q.device),
         num_warps=_warps(low, width),
     )

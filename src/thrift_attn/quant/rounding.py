@@ -19,6 +19,12 @@ def from_bits(x):
 
 
 @triton.jit
+def cut(x):
+    """The bfloat16 number at or next to a float32 towards zero, as float32."""
+    return from_bits(bits(x) & ~0xFFFF)
+
+
+@triton.jit
 def round_e4m3(y):
     """Nearest e4m3 value of a float32, ties to even, saturating at 448; NaN stays."""
     size = bits(y) & 0x7FFFFFFF
@@ -30,9 +36,11 @@ def round_e4m3(y):
 
 
 @triton.jit
-def round_e2m1(x):
-    """Nearest e2m1 value, ties to even, saturating at 6."""
-    x = tl.minimum(tl.maximum(x, -6.0), 6.0)
+def round_e2m1(x, SIGNED: tl.constexpr = True):
+    """Nearest e2m1 value, ties to even, saturating at 6; SIGNED is False where no x is negative."""
+    x = tl.minimum(x, 6.0)
+    if SIGNED:
+        x = tl.maximum(x, -6.0)
     # 1.5 * 2^23 spacings; the spacing of e2m1 at x is 2^(max(exponent, 0) - 1).
     magic = from_bits(tl.maximum(bits(x) & 0x7F800000, 0x3F800000)) * 6291456.0
     return (x + magic) - magic
