@@ -15,6 +15,7 @@ from thrift_attn.attend.reference import Mask, Planes, _Sequence, build_planes
 from thrift_attn.capability import interpreted
 from thrift_attn.config import BLOCK, ThriftConfig, fraction, top_k
 from thrift_attn.quant.formats import FORMATS, Format
+from thrift_attn.quant.reference import quantise_head
 
 hopper = not interpreted() and torch.cuda.is_available() and torch.cuda.get_device_capability()[0] == 9
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not hopper, reason="needs sm_90")]
@@ -55,7 +56,8 @@ def pack(q: Tensor, k: Tensor, v: Tensor, *, causal: bool, centred: bool) -> Pac
         k32 = torch.where(real, blocks - centres.float()[..., None, :], 0).flatten(2, 3)
     q8, q_scale = _blocks_fp8(q32)
     k8, k_scale = _blocks_fp8(k32)
-    v8, v_scale = _blocks_fp8(v32)
+    values = quantise_head(v32)
+    v8, v_scale = values.codes.view(E4M3), values.scales[..., None].repeat(1, 1, blocks.shape[2])
     t = torch.arange(v8.shape[2], device=v.device)
     place = (t & ~15) | (t & 1) | ((t & 8) >> 2) | ((t & 6) << 1)
     turned = torch.empty_like(v8).view(torch.uint8)

@@ -17,6 +17,7 @@ from thrift_attn.quant.reference import (
     decode_elements,
     dequantise,
     pack_e2m1,
+    quantise_head,
     residual,
 )
 from thrift_attn.quant.reference import quantise as quantise_here
@@ -29,6 +30,10 @@ DEV = torch.device(DEVICE)
 def quantise(x: torch.Tensor, fmt: Format, dim: int = -1, *, best: bool = False) -> Quantised:
     """The reference on the CPU: on CUDA PyTorch divides by a number as if by multiplying with its inverse."""
     return Quantised(*(part.to(x.device) for part in quantise_here(x.cpu(), fmt, dim, best=best)))
+
+
+def quantise_values(x: torch.Tensor) -> Quantised:
+    return Quantised(*(part.to(x.device) for part in quantise_head(x.cpu())))
 
 
 def draw(*shape: int) -> torch.Tensor:
@@ -62,12 +67,12 @@ def check_kv(
     of_k = 1 if levels.keys is None else levels.keys[:, :, None]
     of_v = 1 if levels.values is None else levels.values[:, :, None, None]
     delta, v = padded_blocks(k.float() - mean) * of_k, padded_blocks(v.float()) * of_v
-    a, b = quantise(delta, fmt, -1, best=best), quantise(v, fmt, -2, best=best)
+    a, b = quantise(delta, fmt, -1, best=best), quantise_values(v) if fmt.group is None else quantise(v, fmt, -2, best=best)
     if form == "wide":
         if fmt.group is None:
             wide = decode_elements(a.codes, fmt), decode_elements(b.codes, fmt)
             assert torch.equal(got.k_scale, a.scales)
-            assert torch.equal(got.v_scale, b.scales)
+            assert torch.equal(got.v_scale, b.scales[..., None].expand(-1, -1, blocks))
         else:
             wide = dequantise(a, fmt, -1), dequantise(b, fmt, -2)
         same(got.k.float() * of_k, wide[0], best)
@@ -82,7 +87,7 @@ def check_kv(
         at = position_of(blocks * BLOCK).to(DEVICE)
         assert torch.equal(got.v.view(torch.uint8)[..., at], b.codes.mT)
         assert torch.equal(got.k_scale, a.scales)
-        assert torch.equal(got.v_scale, b.scales)
+        assert torch.equal(got.v_scale, b.scales[..., None].expand(-1, -1, blocks))
         return
     same(got.k, pack_e2m1(a.codes), best)
     same(got.k_scale, a.scales, best)

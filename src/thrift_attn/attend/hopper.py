@@ -148,10 +148,10 @@ def _twice(x):
 
 
 @gluon.jit
-def _facts(bias_smem, factor_smem, vlog_smem, vinv_smem, tile, q_scale, HALF: gl.constexpr, PAIR: gl.constexpr):
-    """What the loader left for one tile: bias [64, 2], and per block [2] slope, log2 and inverse of P's factor.
+def _facts(bias_smem, factor_smem, tile, q_scale, HALF: gl.constexpr, PAIR: gl.constexpr):
+    """What the loader left for one tile: bias [64, 2], and the slope of each block [2].
 
-    The slope comes twice: times 8 in half precision, and as a float32 with exactly that value.
+    The slope comes twice: as a float32 of a value that half precision holds exactly, and times 8 in half precision.
     """
     BLOCKS: gl.constexpr = gl.SliceLayout(0, PAIR)
     side = tile // TILES & 1
@@ -159,7 +159,7 @@ def _facts(bias_smem, factor_smem, vlog_smem, vinv_smem, tile, q_scale, HALF: gl
     bias = bias_smem.index((side * 2 + HALF) * TILES + tile % TILES).load(PAIR)
     slope = _twice(8.0 * gl.maximum(factor_smem.index(here).load(BLOCKS) * q_scale, TINY))
     wide = 0.125 * gl.inline_asm_elementwise(_WIDE, "=f,r", [slope], dtype=gl.float32, is_pure=True, pack=1)
-    return bias, wide, vlog_smem.index(here).load(BLOCKS), vinv_smem.index(here).load(BLOCKS), slope
+    return bias, wide, slope
 
 
 @gluon.jit
@@ -174,7 +174,7 @@ def _maximum(x, m, facts, cap, limits, MASK: gl.constexpr, CAP: gl.constexpr, PA
     Returns:
         What it was given, masked, or if CAP the logits ``[64, 2, 8, 4, 2]``; and the new maximum.
     """
-    bias, slope, _, _, _ = facts
+    bias, slope, _ = facts
     ROWS: gl.constexpr = gl.SliceLayout(1, PAIR)
     if MASK:
         x = _masked(x, limits)
@@ -206,8 +206,8 @@ def _probabilities(x, m, facts, CAP: gl.constexpr, PAIR: gl.constexpr):
 
     They are already in the order of the next product's operand.
     """
-    bias, _, vlog, _, slope = facts
-    shift = gl.expand_dims(vlog, 0) - gl.expand_dims(gl.convert_layout(m, gl.SliceLayout(1, PAIR)), 1) + PEAK
+    bias, _, slope = facts
+    shift = PEAK - gl.expand_dims(gl.convert_layout(m, gl.SliceLayout(1, PAIR)), 1)
     if CAP:
         FULL: gl.constexpr = gl.SliceLayout(4, x.type.layout)
         p = gl.exp2(x + gl.expand_dims(_over_blocks(shift, FULL), 4)) * EVEN
@@ -264,7 +264,7 @@ def _scores(q8, k, LAYOUT: gl.constexpr):
 
 @gluon.jit
 def _weighted(p, v, ones, D: gl.constexpr, OUT: gl.constexpr):
-    """P' V of a tile, and the sums of P' over its blocks, started; in accumulators of their own."""
+    """P' V of a tile and the row sums of P', started; in accumulators of their own."""
     SUMS: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 8, 32])
     zero = gl.full([64, D], 0.0, gl.float32, layout=OUT)
     none = gl.full([64, 8], 0.0, gl.float32, layout=SUMS)
@@ -274,12 +274,10 @@ def _weighted(p, v, ones, D: gl.constexpr, OUT: gl.constexpr):
 
 
 @gluon.jit
-def _mass(sums, inverse):
-    """Row sums [64, 4], the same in each lane, from sums of P' over blocks [64, 8]; scales of V taken out again."""
-    x = sums.reshape([64, 4, 2])
-    LAYOUT: gl.constexpr = x.type.layout
-    inverse = gl.convert_layout(inverse, gl.SliceLayout(0, gl.SliceLayout(1, LAYOUT)))
-    return gl.sum(x * gl.expand_dims(gl.expand_dims(inverse, 0), 1), axis=2)
+def _mass(sums):
+    """Row sums [64, 4], the same in each lane, from the product with ones [64, 8]."""
+    first, _second = sums.reshape([64, 4, 2]).split()
+    return first
 
 
 @gluon.jit
@@ -309,7 +307,7 @@ def _pass_turn(HALF: gl.constexpr):
 
 @gluon.jit
 def _low_pass(
-    HALF: gl.constexpr, q8, k_smem, v_smem, ones, bias_smem, factor_smem, vlog_smem, vinv_smem, full, empty,
+    HALF: gl.constexpr, q8, k_smem, v_smem, ones, bias_smem, factor_smem, full, empty,
     q_scale, row, first, tiles, key_end, cap, window,
     D: gl.constexpr, CAUSAL: gl.constexpr, WINDOW: gl.constexpr, CAP: gl.constexpr, OUT: gl.constexpr,
 ):  # fmt: skip
@@ -330,15 +328,14 @@ def _low_pass(
     s_first = warpgroup_mma_wait(0, deps=[_scores(q8, k_smem.index(0), SCORES)])
     mbarrier.arrive(empty.index(0), count=1)
     PAIR: gl.constexpr = gl.SliceLayout(2, gl.SliceLayout(3, s_first.type.layout))
-    facts = _facts(bias_smem, factor_smem, vlog_smem, vinv_smem, last, q_scale, HALF, PAIR)
+    facts = _facts(bias_smem, factor_smem, last, q_scale, HALF, PAIR)
     m = gl.full([64], FLOOR, gl.float32, layout=ROWS)
     x, m = _maximum(s_first, m, facts, cap, limits, True, CAP, PAIR)
     words = _probabilities(x, m, facts, CAP, PAIR)
-    inverse = facts[3]
     alpha = gl.full([64], 1.0, gl.float32, layout=ROWS)
     o = gl.full([64, D], 0.0, gl.float32, layout=OUT)
     none = gl.full([64, 8], 0.0, gl.float32, layout=gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 8, 32]))
-    mass = _mass(none, inverse)
+    mass = _mass(none)
     LANES: gl.constexpr = gl.SliceLayout(1, mass.type.layout)
     if HALF == 1:
         if tiles > 1:
@@ -355,26 +352,25 @@ def _low_pass(
         else:
             if step + 1 < tiles:
                 _pass_turn(HALF)
-        facts = _facts(bias_smem, factor_smem, vlog_smem, vinv_smem, now, q_scale, HALF, PAIR)
+        facts = _facts(bias_smem, factor_smem, now, q_scale, HALF, PAIR)
         edge = limits
         if WINDOW:
             edge = _limits(row, now, key_end, window, CAUSAL, WINDOW)
         s, o_part, sums = warpgroup_mma_wait(0, deps=[s_token, o_token, n_token])
         mbarrier.arrive(empty.index(at), count=1)
         o = gl.fma(o, _over_rows(alpha, OUT).broadcast_to([64, D]), o_part)
-        mass = mass * gl.expand_dims(gl.convert_layout(alpha, LANES), 1) + _mass(sums, inverse)
+        mass = mass * gl.expand_dims(gl.convert_layout(alpha, LANES), 1) + _mass(sums)
         x, m_new = _maximum(s, m, facts, cap, edge, WINDOW, CAP, PAIR)
         words = _probabilities(x, m_new, facts, CAP, PAIR)
         alpha = gl.exp2(m - m_new)
         m = m_new
-        inverse = facts[3]
     end = tiles % STAGES
     mbarrier.wait(full.index(end), (tiles // STAGES) & 1)
     o_token, n_token = _weighted(_operand(words, OUT), v_smem.index(end), ones, D, OUT)
     o_end, sums = warpgroup_mma_wait(0, deps=[o_token, n_token])
     mbarrier.arrive(empty.index(end), count=1)
-    mass = mass * gl.expand_dims(gl.convert_layout(alpha, LANES), 1) + _mass(sums, inverse)
-    return o, o_end, alpha, m, gl.convert_layout(gl.max(mass, axis=1), ROWS)
+    mass = mass * gl.expand_dims(gl.convert_layout(alpha, LANES), 1) + _mass(sums)
+    return o, o_end, alpha, m, gl.convert_layout(gl.max(mass, axis=1), ROWS) * (1 / 384)
 
 
 @gluon.jit
@@ -461,9 +457,9 @@ def _high_pass(
 
 @gluon.jit
 def _consumer(
-    HALF: gl.constexpr, q8_smem, q_smem, k_smem, v_smem, ones, k16_smem, v16_smem, bias_smem, factor_smem, vlog_smem, vinv_smem,
-    q_bar, full, empty, out_desc, out_ptr, out_strides, q_scale_ptr, v_max_ptr, chosen_ptr, counts_ptr, lse_ptr,
-    batch, head, kv_flat, q_flat, tile, first, tiles, queries, key_end, offset, rows, capacity, scale, cap, window,
+    HALF: gl.constexpr, q8_smem, q_smem, k_smem, v_smem, ones, k16_smem, v16_smem, bias_smem, factor_smem,
+    q_bar, full, empty, out_desc, out_ptr, out_strides, q_scale_ptr, v_scale_ptr, chosen_ptr, counts_ptr, lse_ptr,
+    batch, head, kv_flat, q_flat, tile, first, tiles, queries, key_end, offset, rows, blocks, capacity, scale, cap, window,
     D: gl.constexpr, CAUSAL: gl.constexpr, WINDOW: gl.constexpr, CAP: gl.constexpr, PROMOTE: gl.constexpr,
 ):  # fmt: skip
     """One half of the rows of a tile."""
@@ -475,11 +471,11 @@ def _consumer(
     row = tile * 128 + HALF * 64 + gl.arange(0, 64, layout=ROWS)  # positions
     mbarrier.wait(q_bar, 0)
     o, o_end, alpha, m, total = _low_pass(
-        HALF, q8_smem.slice(HALF * 64, 64, 0), k_smem, v_smem, ones, bias_smem, factor_smem, vlog_smem, vinv_smem,
+        HALF, q8_smem.slice(HALF * 64, 64, 0), k_smem, v_smem, ones, bias_smem, factor_smem,
         full, empty, q_scale, row, first, tiles, key_end, cap, window,
         D, CAUSAL, WINDOW, CAP, OUT,
     )  # fmt: skip
-    unit = gl.load(v_max_ptr + kv_flat) / 384.0
+    unit = gl.load(v_scale_ptr + kv_flat.to(gl.int64) * blocks) / 384.0
     o = o * _over_rows(alpha * unit, OUT) + o_end * unit
     q16 = q_smem.reshape([128, D]).slice(HALF * 64, 64, 0)
     if PROMOTE:
@@ -510,14 +506,14 @@ def _consumer(
 
 @gluon.jit(
     do_not_specialize=[
-        "stride_b", "stride_h", "stride_t", "window", "queries", "keys", "offset", "rows", "chunks", "capacity", "q_tiles",
+        "stride_b", "stride_h", "stride_t", "window", "queries", "keys", "offset", "rows", "blocks", "capacity", "q_tiles",
         "kv_heads", "section",
     ]
 )  # fmt: skip
 def attend_fp8_kernel(
     q_desc, k_desc, v_desc, q8_desc, k8_desc, v8_desc, c_desc, out_desc,
-    out_ptr, fold_ptr, q_scale_ptr, v_max_ptr, chosen_ptr, counts_ptr, lse_ptr,
-    stride_b, stride_h, stride_t, scale, cap, window, queries, keys, offset, rows, chunks, capacity, q_tiles, kv_heads, section,
+    out_ptr, q_scale_ptr, k_scale_ptr, v_scale_ptr, chosen_ptr, counts_ptr, lse_ptr,
+    stride_b, stride_h, stride_t, scale, cap, window, queries, keys, offset, rows, blocks, capacity, q_tiles, kv_heads, section,
     GROUP: gl.constexpr, D: gl.constexpr, CAUSAL: gl.constexpr, WINDOW: gl.constexpr, CAP: gl.constexpr,
     PROMOTE: gl.constexpr, CENTRED: gl.constexpr,
 ):  # fmt: skip
@@ -552,19 +548,12 @@ def attend_fp8_kernel(
     FLAT1: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
     bias_smem = gl.allocate_shared_memory(gl.float32, [4, TILES, 64, 2], FLAT3)
     factor_smem = gl.allocate_shared_memory(gl.float32, [2, TILES, 2], FLAT2)
-    vlog_smem = gl.allocate_shared_memory(gl.float32, [2, TILES, 2], FLAT2)
-    vinv_smem = gl.allocate_shared_memory(gl.float32, [2, TILES, 2], FLAT2)
     bias_rows = bias_smem._reinterpret(gl.float32, [4 * TILES, 64, 2], FLAT2)
     factors = factor_smem._reinterpret(gl.float32, [2 * TILES, 2], FLAT1)
-    vlogs = vlog_smem._reinterpret(gl.float32, [2 * TILES, 2], FLAT1)
-    vinvs = vinv_smem._reinterpret(gl.float32, [2 * TILES, 2], FLAT1)
 
-    # Row n of the ones is 1 where a token of a tile lies in block n % 2, so that every lane gets the sum of each block.
     ones = gl.allocate_shared_memory(gl.float8e4nv, [8, 128], gl.NVMMASharedLayout(128, 8, 2))
     ONES: gl.constexpr = gl.BlockedLayout([1, 8], [2, 16], [4, 1], [1, 0])
-    of_block = gl.arange(0, 8, layout=gl.SliceLayout(1, ONES))[:, None] % 2
-    token = gl.arange(0, 128, layout=gl.SliceLayout(0, ONES))[None, :]
-    ones.store(gl.where(token // 64 == of_block, 0x38, 0).to(gl.int8).to(gl.float8e4nv, bitcast=True))  # 0x38 is 1
+    ones.store(gl.full([8, 128], 0x38, gl.int8, layout=ONES).to(gl.float8e4nv, bitcast=True))  # 0x38 is 1
 
     BAR: gl.constexpr = mbarrier.MBarrierLayout()
     q_bar = gl.allocate_shared_memory(gl.int64, [1], BAR)
@@ -581,22 +570,22 @@ def attend_fp8_kernel(
     gl.warp_specialize(
         [
             (_consumer, (
-                0, q8_smem.reshape([128, D]), q_smem, k_smem, v_smem, ones, k16_smem, v16_smem, bias_rows, factors, vlogs, vinvs,
-                q_bar, full, empty, out_desc, out_ptr, out_strides, q_scale_ptr, v_max_ptr, chosen_ptr, counts_ptr, lse_ptr,
-                batch, head, kv_flat, q_flat, tile, first, tiles, queries, keys, offset, rows, capacity, scale, cap, window,
+                0, q8_smem.reshape([128, D]), q_smem, k_smem, v_smem, ones, k16_smem, v16_smem, bias_rows, factors,
+                q_bar, full, empty, out_desc, out_ptr, out_strides, q_scale_ptr, v_scale_ptr, chosen_ptr, counts_ptr, lse_ptr,
+                batch, head, kv_flat, q_flat, tile, first, tiles, queries, keys, offset, rows, blocks, capacity, scale, cap, window,
                 D, CAUSAL, WINDOW, CAP, PROMOTE,
             )),
             (_consumer, (
-                1, q8_smem.reshape([128, D]), q_smem, k_smem, v_smem, ones, k16_smem, v16_smem, bias_rows, factors, vlogs, vinvs,
-                q_bar, full, empty, out_desc, out_ptr, out_strides, q_scale_ptr, v_max_ptr, chosen_ptr, counts_ptr, lse_ptr,
-                batch, head, kv_flat, q_flat, tile, first, tiles, queries, keys, offset, rows, capacity, scale, cap, window,
+                1, q8_smem.reshape([128, D]), q_smem, k_smem, v_smem, ones, k16_smem, v16_smem, bias_rows, factors,
+                q_bar, full, empty, out_desc, out_ptr, out_strides, q_scale_ptr, v_scale_ptr, chosen_ptr, counts_ptr, lse_ptr,
+                batch, head, kv_flat, q_flat, tile, first, tiles, queries, keys, offset, rows, blocks, capacity, scale, cap, window,
                 D, CAUSAL, WINDOW, CAP, PROMOTE,
             )),
             (load_tiles, (
-                q_desc, k_desc, v_desc, q8_desc, k8_desc, v8_desc, c_desc, fold_ptr, chosen_ptr, counts_ptr,
-                q8_smem, q_smem, k_smem, v_smem, k16_smem, v16_smem, c_smem, bias_smem, factor_smem, vlog_smem, vinv_smem,
+                q_desc, k_desc, v_desc, q8_desc, k8_desc, v8_desc, c_desc, k_scale_ptr, chosen_ptr, counts_ptr,
+                q8_smem, q_smem, k_smem, v_smem, k16_smem, v16_smem, c_smem, bias_smem, factor_smem,
                 q_bar, c_bar, full, empty,
-                batch, head, kv_head, kv_flat, q_flat, tile, first, tiles, offset, rows, chunks, capacity, scale,
+                batch, head, kv_head, kv_flat, q_flat, tile, first, tiles, offset, rows, blocks, capacity, scale,
                 D, PROMOTE, CENTRED,
             )),
         ],

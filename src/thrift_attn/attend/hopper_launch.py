@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import math
-from typing import Any
-
 import torch
 import triton
-import triton.language as tl
 from torch import Tensor
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
@@ -19,7 +16,7 @@ TILE = 128
 """Query rows and tokens of a tile: two blocks."""
 
 CHUNK = 32
-"""Blocks whose facts lie together: slope, logarithm and inverse of P's factor, 32 numbers each."""
+"""Blocks whose centres are fetched at a time."""
 
 HEAD_DIMS = (64, 128)
 """Head dims the kernel serves."""
@@ -31,33 +28,6 @@ _TMA_ALIGNMENT = 16
 
 KNOWN_GLUON = hasattr(gl.shared_memory_descriptor, "_reinterpret")
 """Whether this Triton has the Gluon that the kernel is written in, that of 3.6; names and rules have changed since."""
-
-
-@triton.jit
-def fold_scales_kernel(
-    k_scale_ptr, v_scale_ptr, fold_ptr, v_max_ptr, factor, blocks, chunks, SIZE: tl.constexpr
-):  # fmt: skip
-    """Scales of one head ``[N]`` as the kernel reads them, ``[chunks, 3, 32]``, and the largest scale of V."""
-    head = tl.program_id(0).to(tl.int64)
-    at = tl.arange(0, SIZE)
-    peak = tl.zeros([SIZE], tl.float32)
-    for start in range(0, blocks, SIZE):
-        block = start + at
-        peak = tl.maximum(peak, tl.load(v_scale_ptr + head * blocks + block, mask=block < blocks, other=0.0))
-    top = tl.max(peak, 0)
-    tl.store(v_max_ptr + head, top)
-    for start in range(0, chunks * 32, SIZE):
-        block = start + at
-        inside = block < blocks
-        slope = tl.load(k_scale_ptr + head * blocks + block, mask=inside, other=0.0) * factor
-        v_scale = tl.load(v_scale_ptr + head * blocks + block, mask=inside, other=0.0)
-        share = tl.where(v_scale > 0.0, v_scale / tl.where(top > 0.0, top, 1.0), 1.0)
-        share = tl.maximum(share, 8.673617379884035e-19)  # 2^-60: such a block adds nothing in any case
-        out = fold_ptr + head * chunks * 96 + block // 32 * 96 + block % 32
-        room = block < chunks * 32
-        tl.store(out, slope, mask=room)
-        tl.store(out + 32, tl.log2(share), mask=room)
-        tl.store(out + 64, 1.0 / (384.0 * share), mask=room)
 
 
 def _describe(x: Tensor, rows: int, columns: int) -> TensorDescriptor:
@@ -138,7 +108,7 @@ def attend_fp8(
         k8: e4m3 ``[B, Hkv, N * 64, D]`` of K minus the centres.
         k_scale: float32 ``[B, Hkv, N]``.
         v8: e4m3 ``[B, Hkv, D, N * 64]``, tokens ordered as `thrift_attn.quant.prefill.position_of` says.
-        v_scale: float32 ``[B, Hkv, N]``.
+        v_scale: float32 ``[B, Hkv, N]``, the same for all blocks of a head.
         centres: ``[B, Hkv, N, D]`` in the dtype of ``q``, or None: K was not centred.
         chosen: int32 ``[B, Hq, R, C]``, promoted blocks of each query block, ascending; None: nothing is promoted.
         counts: int32 ``[B, Hq, R]``, how many of them are valid.
@@ -163,7 +133,6 @@ def attend_fp8(
     offset = keys - queries if causal else 0
     rows = -(-(offset % BLOCK + queries) // BLOCK)
     blocks = -(-keys // BLOCK)
-    chunks = -(-blocks // CHUNK)
     shapes = {
         "q8": (q8, (batch, q_heads, rows * BLOCK, dim)),
         "q_scale": (q_scale, (batch, q_heads, rows)),
@@ -184,11 +153,6 @@ def attend_fp8(
             raise ValueError(f"{name} must have shape {list(shape)}, got {None if x is None else list(x.shape)}")
         if name != "out" and not x.is_contiguous():
             raise ValueError(f"{name} must be contiguous")
-    fold = torch.empty(batch * kv_heads, chunks, 3, CHUNK, dtype=torch.float32, device=q.device)
-    v_max = torch.empty(batch * kv_heads, dtype=torch.float32, device=q.device)
-    factor = scale * math.log2(math.e)
-    options: dict[str, Any] = {"SIZE": 1024}
-    fold_scales_kernel[(batch * kv_heads,)](k_scale, v_scale, fold, v_max, factor, blocks, chunks, **options)
     q_tiles = (offset + queries - 1) // TILE - offset // TILE + 1
     promote = chosen is not None and chosen.shape[-1] > 0
     spare = counts if counts is not None else torch.empty(1, dtype=torch.int32, device=q.device)
@@ -197,8 +161,8 @@ def attend_fp8(
         _describe(q8.flatten(0, 1), TILE, dim), _describe(k8.flatten(0, 1), TILE, dim),
         _describe(v8.flatten(0, 1), dim, TILE),
         _describe((k[:, :, :1] if centres is None else centres).flatten(0, 1), CHUNK, dim), _describe(out, BLOCK, dim),
-        out, fold, q_scale, v_max, chosen if promote else spare, spare, lse, *out.stride()[:3],
-        float(scale), float(softcap or 0) * math.log2(math.e), int(window or 0), queries, keys, offset, rows, chunks,
+        out, q_scale, k_scale, v_scale, chosen if promote else spare, spare, lse, *out.stride()[:3],
+        float(scale), float(softcap or 0) * math.log2(math.e), int(window or 0), queries, keys, offset, rows, blocks,
         0 if chosen is None else chosen.shape[-1], q_tiles, kv_heads,
         _sections(batch * kv_heads, 2 * dim * BLOCK * blocks),
         GROUP=q_heads // kv_heads, D=dim, CAUSAL=causal, WINDOW=window is not None, CAP=softcap is not None,

@@ -33,10 +33,10 @@ def _promoted_bits(line, upto, first_block):
 
 @gluon.jit
 def load_tiles(
-    q_desc, k_desc, v_desc, q8_desc, k8_desc, v8_desc, c_desc, fold_ptr, chosen_ptr, counts_ptr,
-    q8_smem, q_smem, k_smem, v_smem, k16_smem, v16_smem, c_smem, bias_smem, factor_smem, vlog_smem, vinv_smem,
+    q_desc, k_desc, v_desc, q8_desc, k8_desc, v8_desc, c_desc, k_scale_ptr, chosen_ptr, counts_ptr,
+    q8_smem, q_smem, k_smem, v_smem, k16_smem, v16_smem, c_smem, bias_smem, factor_smem,
     q_bar, c_bar, full, empty,
-    batch, head, kv_head, kv_flat, q_flat, tile, first, tiles, offset, rows, chunks, capacity, scale,
+    batch, head, kv_head, kv_flat, q_flat, tile, first, tiles, offset, rows, blocks, capacity, scale,
     D: gl.constexpr, PROMOTE: gl.constexpr, CENTRED: gl.constexpr,
 ):  # fmt: skip
     """Fetch Q, then the tiles of the low pass, last first, then the promoted blocks of both halves, in the order of use.
@@ -69,11 +69,9 @@ def load_tiles(
     for turn in range(0, top_chunk - first // TILES + 1):
         chunk = top_chunk - turn
         side = chunk & 1
-        entry = gl.arange(0, 32, layout=LIST)
-        fold = fold_ptr + (kv_flat.to(gl.int64) * chunks + chunk) * 96 + entry
-        factor_smem.index(side).store(gl.load(fold).reshape([16, 2]))
-        vlog_smem.index(side).store(gl.load(fold + 32).reshape([16, 2]))
-        vinv_smem.index(side).store(gl.load(fold + 64).reshape([16, 2]))
+        block = chunk * CHUNK + gl.arange(0, 32, layout=LIST)
+        k_scale = gl.load(k_scale_ptr + kv_flat.to(gl.int64) * blocks + block, mask=block < blocks, other=0.0)
+        factor_smem.index(side).store((k_scale * (scale * LOG2E)).reshape([16, 2]))
         if CENTRED:
             mbarrier.wait(c_bar, turn & 1)
         for half in gl.static_range(2):

@@ -94,7 +94,8 @@ def build_planes(k: Tensor, v: Tensor, config: ThriftConfig, q: Tensor | None = 
     of_k = one if found.keys is None else found.keys[:, None]
     of_v = one if found.values is None else found.values[:, None, None]
     best = config.scales == "best"
-    low_k, low_v = quant.roundtrip(delta * of_k, fmt, best=best), quant.roundtrip(v * of_v, fmt, -2, best=best)
+    low_k = quant.roundtrip(delta * of_k, fmt, best=best)
+    low_v = quant.roundtrip_head(v) if fmt.group is None else quant.roundtrip(v * of_v, fmt, -2, best=best)
     high_k, high_v = k, v
     if config.high != "16bit":
         plane = RESIDUALS[config.high]

@@ -13,7 +13,8 @@ e4m3g16      e4m3     16     e4m3     6          rne_e4m3(amax / top): the ``nes
 (64 tokens x D). ``tops`` are element magnitudes that the largest value of a group may be mapped to: the first is the
 format's definition, the others are tried as well under ``scales="best"``. The residual plane maps the largest residual to
 6 and not to 448 because residuals are small and an e4m3 scale below 2^-9 is zero. fp8 maps it to 16, so that a sum of 128
-products stays below 2^15 and fits half precision; what is lost are elements below 2^-10 of the largest one.
+products stays below 2^15 and fits half precision; what is lost are elements below 2^-10 of the largest one. V of fp8 is not
+by block: all tokens of a head share the scale amax / 448 (`thrift_attn.quant.reference.roundtrip_head`).
 """
 
 from __future__ import annotations

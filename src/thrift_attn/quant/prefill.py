@@ -138,10 +138,9 @@ def _round_groups(x, AXIS: tl.constexpr, LOW: tl.constexpr, BEST: tl.constexpr):
 
 
 @triton.jit
-def _round_block(x, CAST: tl.constexpr):
-    """e4m3 of a whole block [64, DP] with one float32 scale: elements (e4m3 if CAST, which rounds in hardware), scale."""
-    peak = tl.max(tl.max(tl.abs(x), 1), 0) + tl.sum(tl.sum(x * 0.0, 1), 0)
-    scale = tl.div_rn(peak, _FP8_TOP + peak * 0.0)
+def _round_block(x, peak, TOP: tl.constexpr, CAST: tl.constexpr):
+    """e4m3 of [64, DP] with the float32 scale peak / TOP: elements (e4m3 if CAST, which rounds in hardware), scale."""
+    scale = tl.div_rn(peak, TOP + peak * 0.0)
     ratio = tl.div_rn(x, tl.where(scale > 0.0, scale, 1.0) + tl.zeros_like(x))
     ratio = tl.where(scale > 0.0, ratio, 0.0)
     if CAST:
@@ -185,7 +184,8 @@ def _store_rows(
     d = tl.arange(0, DP)[None, :]
     row = first + tl.arange(0, x.shape[0])[:, None]
     if LOW == "fp8":
-        element, scale = _round_block(x, CAST)
+        peak = tl.max(tl.max(tl.abs(x), 1), 0) + tl.sum(tl.sum(x * 0.0, 1), 0)
+        element, scale = _round_block(x, peak, _FP8_TOP, CAST)
         wide = element.to(tl.float32)
         tl.store(scale_ptr + first // 64, scale)
         if NATIVE:
@@ -225,8 +225,8 @@ def _store_columns(
     row = at * 64 + i + tl.arange(0, T)[:, None]
     column = (head * D + tl.arange(0, DP)[:, None]) * blocks + block  # [DP, 1], in blocks
     inside = tl.arange(0, DP)[:, None] < D
-    if LOW == "fp8":
-        element, scale = _round_block(x, CAST)
+    if LOW == "fp8":  # ``back`` is the largest magnitude of the head
+        element, scale = _round_block(x, back, 448.0, CAST)
         wide = element.to(tl.float32)
         tl.store(scale_ptr + at, scale)
         if NATIVE:
@@ -290,7 +290,7 @@ def quantise_kv_kernel(
     mean_ptr,  # float32 [B, Hq, D]
     bias_ptr,  # bfloat16 [P, Hq, N, 3, 64]
     keys_ptr,  # float32 [B, Hkv, D], powers of two: K is quantised times this
-    values_ptr,  # float32 [B, Hkv]
+    values_ptr,  # float32 [B, Hkv]: powers of two of nvfp4, largest magnitudes of fp8
     stride_kb,
     stride_kh,
     stride_kt,
@@ -337,6 +337,8 @@ def quantise_kv_kernel(
         if LOW != "drop":
             first_v = v_ptr + part * stride_vb + h.to(tl.int64) * stride_vh + first * stride_vt
             back, of_v = 1.0, 1.0
+            if LOW == "fp8":
+                of_v = tl.load(values_ptr + b * HKV + h)
             if BALANCED:
                 stretch = tl.load(keys_ptr + (b * HKV + h).to(tl.int64) * D + dim, mask=dim < D, other=1.0)
                 back = _inverse(stretch)[None, :]
@@ -454,6 +456,50 @@ def _check(low: str, form: Form, dim: int) -> None:
         raise ValueError(f"{low} needs a head dim that is a multiple of {group}, got {dim}")
 
 
+@triton.jit(do_not_specialize=["stride_b", "stride_h", "stride_t"])
+def peaks_kernel(
+    v_ptr,  # 16-bit, addressed by strides
+    spans_ptr,  # int32 [B, 6]
+    peaks_ptr,  # float32 [B, Hkv], zeros before
+    stride_b,
+    stride_h,
+    stride_t,
+    HKV: tl.constexpr,
+    D: tl.constexpr,
+    DP: tl.constexpr,
+    RAGGED: tl.constexpr,
+    BLOCKS: tl.constexpr,
+):
+    """Largest magnitude of V of every head and sequence; ``BLOCKS`` blocks of 64 tokens a program."""
+    n = tl.program_id(0) * BLOCKS
+    h = tl.program_id(1)
+    b = tl.program_id(2)
+    start, length = tl.load(spans_ptr + b * 6 + 2), tl.load(spans_ptr + b * 6 + 3)
+    if n * 64 < length:
+        d = tl.arange(0, DP)[None, :]
+        at = v_ptr + (b * (not RAGGED)).to(tl.int64) * stride_b + h.to(tl.int64) * stride_h
+        peak = tl.zeros([64, DP], tl.float32)
+        for i in range(BLOCKS):
+            token = (n + i) * 64 + tl.arange(0, 64)[:, None]
+            row = (start + token).to(tl.int64)
+            x = tl.load(at + row * stride_t + d, mask=(token < length) & (d < D), other=0.0).to(tl.float32)
+            peak = tl.maximum(peak, tl.abs(x) + x * 0.0, propagate_nan=tl.PropagateNan.ALL)  # NaN for infinities too
+        # The bits of a float that is not negative are in its order, those of NaN above all others.
+        top = tl.max(tl.max(bits(peak), 1), 0)
+        tl.atomic_max(peaks_ptr.to(tl.pointer_type(tl.int32), bitcast=True) + b * HKV + h, top)
+
+
+def _peaks(v: Tensor, sequences: Sequences) -> Tensor:
+    """Largest magnitude of V, float32 ``[B, Hkv]``; NaN where one is not finite."""
+    heads, dim = v.shape[1], v.shape[3]
+    peaks = torch.zeros(sequences.batch, heads, dtype=torch.float32, device=v.device)
+    peaks_kernel[(triton.cdiv(sequences.most_blocks, 8), heads, sequences.batch)](
+        *(v, sequences.spans, peaks), *v.stride()[:3],
+        HKV=heads, D=dim, DP=triton.next_power_of_2(dim), RAGGED=sequences.parts == 1, BLOCKS=8,
+    )  # fmt: skip
+    return peaks
+
+
 def _warps(low: str | None, width: int) -> int:
     """Enough lanes that nothing spills; the 4-bit formats hold two candidates of every element."""
     return 8 if low in ("nvfp4", "mxfp4") else max(4, width // 32)
@@ -545,13 +591,14 @@ def quantise_kv(
             *(_planes("nvfp4", "wide", shape, dim, False, k)[0] for _ in range(2 if rest else 0)),
         )
     width = triton.next_power_of_2(dim)
+    of_values = _peaks(v, sequences) if low == "fp8" else levels.values
     quantise_kv_kernel[(sequences.most_blocks, heads, sequences.batch)](
         k,
         v,
         sequences.spans,
         centres,
         *(centres if x is None else x for x in out[1:]),
-        *(centres if x is None else x for x in (levels.mean, key_bias, levels.keys, levels.values)),
+        *(centres if x is None else x for x in (levels.mean, key_bias, levels.keys, of_values)),
         *(x.stride(i) for x in (k, v) for i in range(3)),
         sequences.blocks,
         HKV=heads,

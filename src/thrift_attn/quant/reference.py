@@ -189,6 +189,33 @@ def roundtrip(x: Tensor, fmt: Format, dim: int = -1, *, best: bool = False) -> T
     return out.double() if x.dtype == torch.float64 else out
 
 
+def quantise_head(x: Tensor) -> Quantised:
+    """Quantise V of ``fp8``: e4m3 with one float32 scale ``amax / 448`` for all tokens of a head.
+
+    An e4m3 number keeps its relative precision over 15 binades, so a scale per block would bring nothing, and weights of
+    all blocks can share one unit.
+
+    Args:
+        x: ``[..., T, D]``. A NaN or an infinity makes its whole head NaN.
+
+    Returns:
+        `Quantised`, scales ``[...]``.
+    """
+    x = _as_float(x)
+    peak = x.abs().amax((-2, -1))
+    scale = torch.where(peak.isfinite(), peak, torch.nan) / E4M3_MAX
+    ratio = x / torch.where(scale == 0, torch.inf, scale)[..., None, None]
+    codes = _round_e4m3(ratio.nan_to_num(0)).view(torch.uint8)
+    return Quantised(torch.where(scale[..., None, None] > 0, codes, 0), scale)
+
+
+def roundtrip_head(x: Tensor) -> Tensor:
+    """What `quantise_head` decodes to; dtypes as of `roundtrip`."""
+    q = quantise_head(x)
+    out = q.codes.view(torch.float8_e4m3fn).float() * q.scales[..., None, None]
+    return out.double() if x.dtype == torch.float64 else out
+
+
 def pack_e2m1(codes: Tensor) -> Tensor:
     """Two e2m1 codes per byte along the last dimension, the even element in the low nibble.
 
