@@ -15,6 +15,9 @@ DECODE_ROWS = 16
 Low = Literal["nvfp4", "mxfp4", "fp8", "drop"]
 Math = Literal["fp4", "16bit"]
 Center = Literal["none", "block", "all"]
+Sink = Literal["mean", "key", "token", "apart"]
+ForceOrder = Literal["first", "last"]
+SinkScore = Literal["centre", "rest", "never"]
 Balance = Literal["none", "channel"]
 Total = Literal["exact", "rounded"]
 Scales = Literal["max", "best"]
@@ -101,6 +104,9 @@ _CHOICES = {
     "low": Low,
     "math": Math,
     "center": Center,
+    "sink": Sink,
+    "force_order": ForceOrder,
+    "sink_score": SinkScore,
     "balance": Balance,
     "scales": Scales,
     "total": Total,
@@ -121,6 +127,12 @@ class ThriftConfig:
         center: ``"block"`` quantises K minus the mean of its KV block and adds q.c_b in high precision; ``"all"`` also
             quantises Q minus its mean over the call and adds what that mean makes of each key, where more than 16 queries
             are quantised to 4 bits (elsewhere it is ``"block"``); ``"none"`` does neither.
+        sink: what the first token of a sequence, the attention sink, is to its block: ``"mean"`` a token like the others;
+            ``"key"`` its key is the centre of the block, so that its logit is exact; ``"token"`` its weight and its value are
+            exact as well, whether its block is promoted or not; ``"apart"`` likewise, and the centre is the mean of the
+            other tokens. Only of centred K.
+        sink_score: score of the first block where ``sink`` is not ``"mean"``: that of its ``"centre"``, of the mean of its
+            other tokens (``"rest"``), or below all others (``"never"``).
         balance: ``"channel"`` multiplies what is quantised to 4 bits by powers of two, taken from a sample of the call or from
             the first tokens of a cache: outlier channels of K come near the others (Q is divided by the same), K and V to a
             size that the scales hold; ``"none"`` does not.
@@ -134,6 +146,7 @@ class ThriftConfig:
             blocks), ``"oracle"`` (true attention mass).
         force_first: this many first blocks come before all others inside the budget (they hold the attention sink).
         force_last: this many last visible blocks, the diagonal one included, come next.
+        force_order: which of the two goes before the other, ``"first"`` or ``"last"``.
         high: how promoted blocks are stored: ``"16bit"`` copy, ``"nested"`` (nvfp4 residual of the base) or ``"nested8"``
             (e4m3 residual with group scales).
 
@@ -147,6 +160,8 @@ class ThriftConfig:
     low: Low = "nvfp4"
     math: Math = "fp4"
     center: Center = "all"
+    sink: Sink = "mean"
+    sink_score: SinkScore = "centre"
     balance: Balance = "channel"
     scales: Scales = "best"
     total: Total = "rounded"
@@ -154,6 +169,7 @@ class ThriftConfig:
     score: Score = "mean"
     force_first: int = 1
     force_last: int = 1
+    force_order: ForceOrder = "first"
     high: High = "16bit"
 
     def __post_init__(self) -> None:
@@ -176,6 +192,11 @@ class ThriftConfig:
     def centred(self) -> bool:
         """Whether K is quantised as the difference from the mean of its block."""
         return self.center != "none"
+
+    @property
+    def exact_sink(self) -> bool:
+        """Whether the first token is in high precision wherever its block is."""
+        return self.centred and self.low != "drop" and self.sink in ("token", "apart")
 
     @property
     def four_bit_queries(self) -> bool:

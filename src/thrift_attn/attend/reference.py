@@ -61,6 +61,8 @@ class Planes:
     query_mean: Tensor | None = None  # [H, D], what Q is quantised less of
     key_bias: Tensor | None = None  # [H, N * 64], what that mean makes of each key, unscaled
     stretch: Tensor | None = None  # [Hkv, D], powers of two: K is quantised times it, Q divided by it
+    summaries: Tensor | None = None  # [Hkv, N, D], what scores are taken from where it is not the centres
+    sink: bool = False  # whether token 0 is in high precision wherever its block is
 
 
 def build_planes(k: Tensor, v: Tensor, config: ThriftConfig, q: Tensor | None = None) -> Planes:
@@ -75,7 +77,11 @@ def build_planes(k: Tensor, v: Tensor, config: ThriftConfig, q: Tensor | None = 
     """
     work = torch.float64 if k.dtype == torch.float64 else torch.float32
     tokens, pad = k.shape[-2], (0, 0, 0, -k.shape[-2] % BLOCK)
-    centres = quant.block_means(k).to(work)
+    means = quant.block_means(k)
+    centres, summaries, exact_sink = quant.centres(k, means, config), None, config.exact_sink
+    if config.centred and config.sink_score == "rest":
+        summaries = quant.without_first(k, means).to(work)
+    centres = centres.to(work)
     k, v = (torch.nn.functional.pad(x.to(work), pad) for x in (k, v))
     if config.low == "drop":
         return Planes(None, None, k, v, centres)
@@ -84,7 +90,10 @@ def build_planes(k: Tensor, v: Tensor, config: ThriftConfig, q: Tensor | None = 
     if config.centred:
         mean = centres[:, :, None].expand(-1, -1, BLOCK, -1).flatten(1, 2).clone()
         mean[:, mean.shape[1] - pad[3] :] = 0  # padding stays zero
-    delta = k - mean
+    delta, base_v = k - mean, v
+    if exact_sink:  # nothing of it is in the groups that the others are quantised in
+        delta, base_v = delta.clone(), v.clone()
+        delta[:, 0] = base_v[:, 0] = 0
     found = fit(None if q is None else q.to(work), k[:, :tokens], v[:, :tokens], config)
     bias = None
     if found.mean is not None:
@@ -94,13 +103,16 @@ def build_planes(k: Tensor, v: Tensor, config: ThriftConfig, q: Tensor | None = 
     of_k = one if found.keys is None else found.keys[:, None]
     of_v = one if found.values is None else found.values[:, None, None]
     best = config.scales == "best"
-    low_k, low_v = quant.roundtrip(delta * of_k, fmt, best=best), quant.roundtrip(v * of_v, fmt, -2, best=best)
+    low_k, low_v = quant.roundtrip(delta * of_k, fmt, best=best), quant.roundtrip(base_v * of_v, fmt, -2, best=best)
     high_k, high_v = k, v
     if config.high != "16bit":
         plane = RESIDUALS[config.high]
         high_k = mean + (low_k + quant.residual(delta * of_k, low_k, plane, best=best)) / of_k
-        high_v = (low_v + quant.residual(v * of_v, low_v, plane, -2, best=best)) / of_v
-    return Planes(low_k / of_k, low_v / of_v, high_k, high_v, centres, found.mean, bias, found.keys)
+        high_v = (low_v + quant.residual(base_v * of_v, low_v, plane, -2, best=best)) / of_v
+        if exact_sink:
+            high_k[:, 0], high_v[:, 0] = k[:, 0], v[:, 0]
+    low_k, low_v = low_k / of_k, low_v / of_v
+    return Planes(low_k, low_v, high_k, high_v, centres, found.mean, bias, found.keys, summaries, exact_sink)
 
 
 def _round_probabilities(p: Tensor, fmt: Format) -> Tensor:
@@ -175,7 +187,8 @@ class _Sequence:
             return scores.unflatten(0, (self.kv_heads, -1)).sum(1) if self.decode else scores
         queries = self._mean_queries()
         if kind == "mean":
-            scores = score.mean_score(queries, self.planes.centres, self.scale)
+            summaries = self.planes.centres if self.planes.summaries is None else self.planes.summaries
+            scores = score.mean_score(queries, summaries, self.scale)
         else:
             scores = score.quest_score(
                 queries, *score.block_extremes(self.planes.high_k[:, : self.mask.keys]), self.scale
@@ -205,7 +218,10 @@ class _Sequence:
         if torch.equal(wanted, counts):
             return self.visible.expand(len(self.q), -1, -1), asked
         first, last = self.config.force_first, self.config.force_last
-        chosen = promote(self._scores(), self.visible, wanted, first=first, last=last)
+        scores, ends = self._scores(), self.config.force_order == "last"
+        if self.config.sink_score == "never":
+            scores[..., 0] = -torch.inf
+        chosen = promote(scores, self.visible, wanted, first=first, last=last, ends_first=ends)
         return chosen.repeat_interleave(len(self.q) // len(chosen), 0), asked
 
     # -- attention ---------------------------------------------------------------------------------------------------
@@ -290,6 +306,10 @@ class _Sequence:
             if any_high:
                 exact = self._logits(planes.high_k, chunk)
                 logits = torch.where(high, _by_block(exact), _by_block(logits)).flatten(-2)
+        sink = planes.sink and chunk.b0 == 0 and any_low
+        if sink:
+            exact = self._against(self.q[:, chunk.q0 : chunk.q1], planes.high_k[:, :1]) * self.scale
+            logits[..., :1] = self._cap(exact)
         logits = self._masked(logits, chunk)
         peak = logits.amax(-1, keepdim=True)
         p = logits.sub_(torch.where(peak == -torch.inf, 0, peak)).exp_()
@@ -304,6 +324,9 @@ class _Sequence:
             out = self._weighted(p_high, planes.high_v[:, keys])
             mass = (p_high.sum(-1, keepdim=True) / norm).squeeze(-1)
             _by_block(p).masked_fill_(high, 0)
+        if sink:
+            out = out + self._weighted(p[..., :1], planes.high_v[:, :1])
+            p[..., 0] = 0  # where the block is promoted it is so already
         if self.config.math == "fp4":
             rounded = _round_probabilities(p, FORMATS[self.config.low])
             if self.config.total == "rounded" and self.config.four_bit_queries:
