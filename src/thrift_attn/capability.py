@@ -121,9 +121,6 @@ def check_cache(
         raise ValueError(f"low='mxfp4' needs a head_dim that is a multiple of 32, got {head_dim}")
     if config.score != "mean":
         raise NotImplementedError(f"the cache scores blocks by score='mean', got score={config.score!r}")
-    if not _plain_sink(config):
-        what = f"got {config.sink!r}, {config.force_order!r}"
-        raise NotImplementedError(f"the cache serves sink='mean', force_order='first', {what}")
     if device.type not in ("cpu", "cuda"):
         raise NotImplementedError(f"the cache runs on cpu and cuda devices, got {device.type}")
     if not kernels:
@@ -135,11 +132,6 @@ def check_cache(
     if device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 0):
         raise NotImplementedError("the cache's kernels need a GPU of compute capability 8.0 or newer")
     return "triton"
-
-
-def _plain_sink(config: ThriftConfig) -> bool:
-    """Whether the first block is like the others but for being forced first."""
-    return (config.sink, config.sink_score, config.force_order) == ("mean", "centre", "first")
 
 
 MAX_KEYS = 1 << 20
@@ -162,9 +154,6 @@ def check_prefill(config: ThriftConfig, head_dim: int, dtype: torch.dtype, devic
         raise NotImplementedError(f"backend='triton' scores blocks by score='mean', got score={config.score!r}")
     if config.low == "fp8" and config.high != "16bit":
         raise NotImplementedError(f"backend='triton' with low='fp8' promotes to high='16bit', got high={config.high!r}")
-    if not _plain_sink(config):
-        what = f"got {config.sink!r}, {config.force_order!r}"
-        raise NotImplementedError(f"backend='triton' serves sink='mean', force_order='first', {what}")
     if keys > MAX_KEYS:
         raise NotImplementedError(f"backend='triton' serves up to {MAX_KEYS} keys, got {keys}")
     if importlib.util.find_spec("triton") is None:

@@ -21,7 +21,7 @@ def _parser(option: Field[Any]) -> Callable[[str], Any]:
 _PARSERS: dict[str, Callable[[str], Any]] = {option.name: _parser(option) for option in fields(ThriftConfig)}
 _PARSERS["keep"] = float
 _OPTIONS = tuple(option.name for option in fields(ThriftConfig))
-_PROMOTION = ("budget", "score", "sink_score", "force_first", "force_last", "force_order", "high")
+_PROMOTION = ("budget", "score", "force_first", "force_last", "high")
 _SPARSE = ("budget", "force_first", "force_last")
 
 
@@ -95,7 +95,7 @@ def from_description(name: str, found: dict[str, Any] | None) -> Method:
 
 def config_of(found: dict[str, Any]) -> ThriftConfig:
     """A configuration from `ThriftConfig.to_dict`; options that an old record does not know are off."""
-    off = {"sink": "mean", "balance": "none", "total": "exact"}
+    off = {"sink": "none", "balance": "none", "total": "exact"}
     return ThriftConfig(**{**off, **found, "budget": Budget.parse(found["budget"])})
 
 

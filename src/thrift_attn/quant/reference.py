@@ -22,7 +22,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from thrift_attn.config import BLOCK, ThriftConfig
+from thrift_attn.config import BLOCK
 from thrift_attn.quant.formats import E2M1_MAX, E2M1_VALUES, E4M3_MAX, Format
 
 _EXPONENT = 0x7F800000  # exponent field of a float32
@@ -223,22 +223,13 @@ def block_means(k: Tensor) -> Tensor:
     return (sums / counts).to(k.dtype)
 
 
-def without_first(k: Tensor, means: Tensor) -> Tensor:
-    """Block means ``[..., N, D]`` of K ``[..., T, D]``, that of the first block without its first token, if it has others."""
-    others = k[..., 1:BLOCK, :]
-    if others.shape[-2] == 0:
-        return means
-    work = others if k.dtype == torch.float64 else others.float()
-    return torch.cat([work.mean(-2, keepdim=True).to(k.dtype), means[..., 1:, :]], -2)
+def mean_of_others(k: Tensor) -> Tensor:
+    """Mean ``[..., D]`` of the first block of ``[..., T, D]`` without its first token, rounded like `block_means`.
 
-
-def centres(k: Tensor, means: Tensor, config: ThriftConfig) -> Tensor:
-    """c_b ``[..., N, D]``, what K ``[..., T, D]`` is quantised less of: its block means but for the first block."""
-    if not config.centred or config.sink == "mean" or config.low == "drop":
-        return means
-    if config.sink == "apart":
-        return without_first(k, means)
-    return torch.cat([k[..., :1, :], means[..., 1:, :]], -2)
+    Of a sequence of one token that token.
+    """
+    others = k[..., min(1, k.shape[-2] - 1) : BLOCK, :]
+    return (others if k.dtype == torch.float64 else others.float()).mean(-2).to(k.dtype)
 
 
 def residual(x: Tensor, base: Tensor, fmt: Format, dim: int = -1, *, best: bool = False) -> Tensor:

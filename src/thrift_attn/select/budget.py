@@ -71,9 +71,7 @@ def asked_share(budget: Budget, visible: Tensor, blocks: int) -> float:
     return float(blocks_per_row(budget, visible, blocks).sum() / visible.sum())
 
 
-def promote(
-    scores: Tensor, visible: Tensor, counts: Tensor, *, first: int = 0, last: int = 0, ends_first: bool = False
-) -> Tensor:
+def promote(scores: Tensor, visible: Tensor, counts: Tensor, *, first: int = 0, last: int = 0) -> Tensor:
     """Choose the promoted KV blocks: forced ones first, then the highest scores, ties to the lower index.
 
     Where the budget is below the forced blocks, those nearest to the beginning go first, then those nearest to the end.
@@ -84,7 +82,6 @@ def promote(
         counts: int64 ``[R]``, blocks to promote in each row, see `blocks_per_row`.
         first: the blocks with an index below this come before all others wherever they are visible.
         last: so many last visible blocks of each row come next.
-        ends_first: those last blocks come before the first ones.
 
     Returns:
         bool ``[H, R, N]``, True where the block is promoted.
@@ -93,10 +90,7 @@ def promote(
     index = torch.arange(blocks, device=scores.device)
     ends = torch.where(visible, index, -1).amax(-1, keepdim=True)  # [R, 1] last visible block of each row
     tier = 1 + (last - ends + index).clamp(min=0)  # [R, N]: 1 by score, above it the forced last ones
-    if ends_first:
-        tier = torch.where(tier > 1, tier + first, torch.where(index < first, first - index + 1, tier))
-    else:
-        tier = torch.where(index < first, first - index + last + 1, tier)
+    tier = torch.where(index < first, first - index + last + 1, tier)
     tier = torch.where(visible, tier, 0)  # 0 hidden
     by_score = scores.argsort(dim=-1, descending=True, stable=True)
     by_tier = tier.expand_as(scores).gather(-1, by_score).argsort(dim=-1, descending=True, stable=True)
