@@ -44,7 +44,8 @@ _INTERPRETED = tl.constexpr(interpreted())
 class PackedKV(NamedTuple):
     """K and V as `quantise_kv` writes them; absent parts are None. ``centres`` is c_b ``[P, Hkv, N, D]``, 16-bit.
 
-    ``k_rest`` and ``v_rest`` are what a nested plane adds to ``k`` and ``v``, wide.
+    ``k_rest`` and ``v_rest`` are what a nested plane adds to ``k`` and ``v``, wide. ``others``, where the first token of a
+    sequence is exact, is the mean of its block without it ``[B, Hkv, D]``, 16-bit.
     """
 
     centres: Tensor
@@ -54,14 +55,19 @@ class PackedKV(NamedTuple):
     v_scale: Tensor | None = None
     k_rest: Tensor | None = None
     v_rest: Tensor | None = None
+    others: Tensor | None = None
 
 
 class PackedQ(NamedTuple):
-    """Q as `quantise_q` writes it: mean queries float32 ``[P, Hq, R, D]``; codes and scales like those of K, or None."""
+    """Q as `quantise_q` writes it: mean queries float32 ``[P, Hq, R, D]``; codes and scales like those of K, or None.
+
+    ``sink``, where the first token is exact, is the product of its key with every query, float32 ``[P, Hq, R*64]``, unscaled.
+    """
 
     means: Tensor
     q: Tensor | None = None
     q_scale: Tensor | None = None
+    sink: Tensor | None = None
 
 
 def position_of(tokens: int) -> Tensor:
@@ -286,6 +292,7 @@ def quantise_kv_kernel(
     vs_ptr,
     k_rest_ptr,  # 16-bit [P, Hkv, N*64, D]
     v_rest_ptr,
+    others_ptr,  # 16-bit [B, Hkv, D]
     mean_ptr,  # float32 [B, Hq, D]
     bias_ptr,  # float32 [P, Hq, N*64]
     keys_ptr,  # float32 [B, Hkv, D], powers of two: K is quantised times this
@@ -305,6 +312,7 @@ def quantise_kv_kernel(
     LOW: tl.constexpr,  # format, or "drop": centres only
     REST: tl.constexpr,  # format of the residual plane, or "none"
     CENTRED: tl.constexpr,
+    SINK: tl.constexpr,  # the first token of a sequence is the centre of its block, and its V is left out
     BALANCED: tl.constexpr,
     BEST: tl.constexpr,
     NATIVE: tl.constexpr,
@@ -331,6 +339,13 @@ def quantise_kv_kernel(
         total = tl.sum(k, 0)
         centre = tl.div_rn(total, count + tl.zeros_like(total)).to(centre_ptr.dtype.element_ty)
         dim = tl.arange(0, DP)
+        if SINK:
+            sunk = dim < tl.where(n == 0, D, 0)
+            own = tl.load(k_start + dim, mask=sunk, other=0.0)
+            others = tl.div_rn(total - own.to(tl.float32), tl.maximum(count - 1.0, 1.0) + tl.zeros_like(total))
+            others = tl.where(count > 1.0, others.to(own.dtype), own)
+            tl.store(others_ptr + (b * HKV + h).to(tl.int64) * D + dim, others, mask=sunk)
+            centre = tl.where(n == 0, own, centre)
         tl.store(centre_ptr + at * D + dim, centre, mask=dim < D)
         if LOW != "drop":
             if CENTRED:
@@ -350,6 +365,8 @@ def quantise_kv_kernel(
             if NATIVE and LOW == "fp8":  # rows in the order of positions
                 t = (t & 0x31) | ((t & 2) << 2) | ((t & 12) >> 1)
                 there = (n * 64 + t < length) & (d < D)
+            if SINK:
+                there = there & (n * 64 + t > 0)
             first_v = v_ptr + part * stride_vb + h.to(tl.int64) * stride_vh + first * stride_vt
             v = tl.load(first_v + t.to(tl.int64) * stride_vt + d, mask=there, other=0.0)
             v = v.to(tl.float32)
@@ -363,19 +380,22 @@ def quantise_kv_kernel(
                 _store_rest(v - wide, v_rest_ptr, at, of_v, 0, D, DP, REST, BEST)
 
 
-@triton.jit(do_not_specialize=["rows"])
+@triton.jit(do_not_specialize=["rows", "blocks"])
 def quantise_q_kernel(
     q_ptr,  # 16-bit, addressed by strides
     spans_ptr,  # int32 [B, 6]
     mean_ptr,  # float32 [P, Hq, R, D]
     qp_ptr,
     qs_ptr,
+    sink_ptr,  # float32 [P, Hq, R*64]
+    centre_ptr,  # 16-bit [P, Hkv, N, D]: that of block 0 is the first key
     of_call_ptr,  # float32 [B, Hq, D]
     keys_ptr,  # float32 [B, Hkv, D], powers of two: Q is quantised divided by this
     stride_qb,
     stride_qh,
     stride_qt,
     rows,  # R
+    blocks,  # N
     HQ: tl.constexpr,
     HKV: tl.constexpr,
     D: tl.constexpr,
@@ -383,6 +403,7 @@ def quantise_q_kernel(
     CAUSAL: tl.constexpr,
     RAGGED: tl.constexpr,
     LOW: tl.constexpr,  # "none": means only
+    SINK: tl.constexpr,  # also the logits of the first token
     REDUCED: tl.constexpr,  # Q is quantised less its mean over the call
     BALANCED: tl.constexpr,
     BEST: tl.constexpr,
@@ -412,6 +433,10 @@ def quantise_q_kernel(
         total = tl.sum(q, 0)
         dim = tl.arange(0, DP)
         tl.store(mean_ptr + at * D + dim, tl.div_rn(total, count + tl.zeros_like(total)), mask=dim < D)
+        if SINK:
+            block = (part * HKV + h // (HQ // HKV)) * blocks + tl.load(span + 5)
+            key = tl.load(centre_ptr + block * D + dim, mask=dim < D, other=0.0).to(tl.float32)
+            tl.store(sink_ptr + at * 64 + tl.arange(0, 64), tl.sum(q * key[None, :], 1))
         if LOW != "none":
             if REDUCED:
                 of_call = tl.load(of_call_ptr + (b * HQ + h).to(tl.int64) * D + dim, mask=dim < D, other=0.0)
@@ -472,6 +497,7 @@ def quantise_kv(
     form: Form,
     rest: str | None = None,
     centred: bool = True,
+    sink: bool = False,
     best: bool = True,
     levels: Fit = NO_LEVELS,
     key_bias: Tensor | None = None,
@@ -486,6 +512,7 @@ def quantise_kv(
         form: ``"wide"`` or ``"native"``, see above.
         rest: ``"nested"`` or ``"nested8"``: also write what the residual plane decodes to. Wide 4-bit formats only.
         centred: quantise K - c_b; else K itself.
+        sink: c_0 is the first key of a sequence and its value counts as zero, both being exact elsewhere. Needs ``centred``.
         best: keep the better of the format's scales for each group.
         levels: of `thrift_attn.quant.levels.measure`; with mean queries goes ``key_bias``. Of 4-bit formats powers of two of
             K and V as well: native data keep them, of wide data they are taken out again.
@@ -513,7 +540,8 @@ def quantise_kv(
             centres,
             *_planes(low, form, shape, dim, False, k),
             *_planes(low, form, shape, dim, True, k),
-            *(_planes("nvfp4", "wide", shape, dim, False, k)[0] for _ in range(2 if rest else 0)),
+            *(_planes("nvfp4", "wide", shape, dim, False, k)[0] if rest else None for _ in range(2)),
+            torch.empty(sequences.batch, heads, dim, dtype=k.dtype, device=k.device) if sink else None,
         )
     width = triton.next_power_of_2(dim)
     quantise_kv_kernel[(sequences.most_blocks, heads, sequences.batch)](
@@ -533,6 +561,7 @@ def quantise_kv(
         LOW=low,
         REST="none" if rest is None else RESIDUALS[rest].name,
         CENTRED=centred,
+        SINK=sink and low != "drop",
         BALANCED=levels.keys is not None,
         BEST=best,
         NATIVE=form == "native",
@@ -543,7 +572,14 @@ def quantise_kv(
 
 
 def quantise_q(
-    q: Tensor, sequences: Sequences, *, low: str | None, form: Form, best: bool = True, levels: Fit = NO_LEVELS
+    q: Tensor,
+    sequences: Sequences,
+    *,
+    low: str | None,
+    form: Form,
+    best: bool = True,
+    levels: Fit = NO_LEVELS,
+    centres: Tensor | None = None,
 ) -> PackedQ:
     """Mean queries of every row, and Q quantised.
 
@@ -555,6 +591,7 @@ def quantise_q(
         best: keep the better of the format's scales for each group.
         levels: of `thrift_attn.quant.levels.measure`: Q is quantised less its mean and divided by the powers of two of K; wide
             data are multiplied by them again.
+        centres: c_b ``[P, Hkv, N, D]`` of `quantise_kv`, where c_0 is the first key: its logits are written as well.
 
     Returns:
         `PackedQ`. Queries before position 0 count as missing; missing queries of a row are zero.
@@ -569,22 +606,27 @@ def quantise_q(
     if low is not None:
         _check(low, form, dim)
         out = PackedQ(means, *_planes(low, form, shape, dim, False, q))
+    if centres is not None:
+        sink = torch.empty(*shape[:2], sequences.rows * BLOCK, dtype=torch.float32, device=q.device)
+        out = out._replace(sink=sink)
     width = triton.next_power_of_2(dim)
     quantise_q_kernel[(sequences.most_rows, heads, sequences.batch)](
         q,
         sequences.spans,
         means,
         *(means if x is None else x for x in out[1:]),
-        *(means if x is None else x for x in (levels.mean, levels.keys)),
+        *(means if x is None else x for x in (centres, levels.mean, levels.keys)),
         *q.stride()[:3],
         sequences.rows,
+        sequences.blocks,
         HQ=heads,
-        HKV=heads if levels.keys is None else levels.keys.shape[1],
+        HKV=next((x.shape[1] for x in (centres, levels.keys) if x is not None), heads),
         D=dim,
         DP=width,
         CAUSAL=sequences.causal,
         RAGGED=sequences.parts == 1,
         LOW=low or "none",
+        SINK=centres is not None,
         REDUCED=levels.mean is not None,
         BALANCED=levels.keys is not None,
         BEST=best,
