@@ -15,6 +15,7 @@ DECODE_ROWS = 16
 Low = Literal["nvfp4", "mxfp4", "fp8", "drop"]
 Math = Literal["fp4", "16bit"]
 Center = Literal["none", "block", "all"]
+Sink = Literal["none", "token"]
 Balance = Literal["none", "channel"]
 Total = Literal["exact", "rounded"]
 Scales = Literal["max", "best"]
@@ -101,6 +102,7 @@ _CHOICES = {
     "low": Low,
     "math": Math,
     "center": Center,
+    "sink": Sink,
     "balance": Balance,
     "scales": Scales,
     "total": Total,
@@ -121,6 +123,10 @@ class ThriftConfig:
         center: ``"block"`` quantises K minus the mean of its KV block and adds q.c_b in high precision; ``"all"`` also
             quantises Q minus its mean over the call and adds what that mean makes of each key, where more than 16 queries
             are quantised to 4 bits (elsewhere it is ``"block"``); ``"none"`` does neither.
+        sink: ``"token"`` attends to the first token of a sequence, the attention sink, exactly and outside of the budget,
+            whether its block is promoted or not: its key is the centre of its block, so that the others are quantised less
+            of it, its value is in no group, and its block is scored by the mean of its other tokens. Needs centred K.
+            ``"none"`` makes it a token like the others.
         balance: ``"channel"`` multiplies what is quantised to 4 bits by powers of two, taken from a sample of the call or from
             the first tokens of a cache: outlier channels of K come near the others (Q is divided by the same), K and V to a
             size that the scales hold; ``"none"`` does not.
@@ -132,7 +138,8 @@ class ThriftConfig:
         budget: how many blocks are promoted, see `fraction`, `top_k`, `paper`.
         score: which blocks are promoted: ``"mean"`` (mean(Q_i).c_b), ``"quest"`` (min/max bound), ``"local"`` (nearest
             blocks), ``"oracle"`` (true attention mass).
-        force_first: this many first blocks come before all others inside the budget (they hold the attention sink).
+        force_first: this many first blocks come before all others inside the budget; without an exact sink the first one is
+            worth it.
         force_last: this many last visible blocks, the diagonal one included, come next.
         high: how promoted blocks are stored: ``"16bit"`` copy, ``"nested"`` (nvfp4 residual of the base) or ``"nested8"``
             (e4m3 residual with group scales).
@@ -147,12 +154,13 @@ class ThriftConfig:
     low: Low = "nvfp4"
     math: Math = "fp4"
     center: Center = "all"
+    sink: Sink = "token"
     balance: Balance = "channel"
     scales: Scales = "best"
     total: Total = "rounded"
     budget: Budget = field(default_factory=lambda: fraction(0.05))
     score: Score = "mean"
-    force_first: int = 1
+    force_first: int = 0
     force_last: int = 1
     high: High = "16bit"
 
@@ -169,13 +177,22 @@ class ThriftConfig:
                 raise ValueError(f"{name} must be >= 0, got {value}")
         if self.low == "drop" and (self.center, self.scales, self.high) != ("none", "max", "16bit"):
             raise ValueError("low='drop' quantises nothing: it needs center='none', scales='max' and high='16bit'")
-        if self.low == "drop" and (self.balance, self.total) != ("none", "exact"):
-            raise ValueError("low='drop' quantises nothing: it needs balance='none' and total='exact'")
+        if self.low == "drop" and (self.balance, self.total, self.sink) != ("none", "exact", "none"):
+            raise ValueError("low='drop' quantises nothing: it needs balance='none', total='exact' and sink='none'")
+        if self.sink == "token" and not self.centred:
+            raise ValueError(
+                "sink='token' is the centre of its block: it needs center='block' or 'all', got center='none'"
+            )
 
     @property
     def centred(self) -> bool:
         """Whether K is quantised as the difference from the mean of its block."""
         return self.center != "none"
+
+    @property
+    def exact_sink(self) -> bool:
+        """Whether the first token of a sequence is attended exactly wherever its block is."""
+        return self.sink == "token"
 
     @property
     def four_bit_queries(self) -> bool:
@@ -190,14 +207,14 @@ class ThriftConfig:
     @classmethod
     def paper(cls, **changes: Any) -> ThriftConfig:
         """The paper's form: nvfp4, scales from maxima, no centring, block-mean score, nothing forced, 5%, 16-bit copy."""
-        plain = {"center": "none", "balance": "none", "scales": "max", "total": "exact"}
+        plain = {"center": "none", "sink": "none", "balance": "none", "scales": "max", "total": "exact"}
         return cls(**{**plain, "force_first": 0, "force_last": 0, **changes})
 
     @classmethod
     def sparse(cls, score: Score, **changes: Any) -> ThriftConfig:
         """A baseline that drops the blocks that are not chosen: ``quest``, ``oracle`` (sparse top-k) or ``local``."""
-        form = {"low": "drop", "center": "none", "balance": "none", "scales": "max", "total": "exact"}
-        return cls(**{**form, "score": score, **changes})
+        form = {"low": "drop", "center": "none", "sink": "none", "balance": "none", "scales": "max", "total": "exact"}
+        return cls(**{**form, "force_first": 1, "score": score, **changes})
 
     def with_(self, **changes: Any) -> ThriftConfig:
         """A copy with some options changed, checked again."""

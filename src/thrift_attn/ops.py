@@ -40,6 +40,7 @@ class Call:
     form: Form
     quantised: bool
     centred: bool
+    sink: bool
     less_mean: bool
     balanced: bool
     rounded: bool
@@ -67,19 +68,21 @@ class Call:
             self.key_bias = torch.empty(shape, dtype=torch.bfloat16, device=self.q.device)
         self.packed = quantise_kv(
             self.k, self.v, self.sequences, low=self.low, form=self.form, rest=self.rest, centred=self.centred,
-            best=self.best, levels=self.levels, key_bias=self.key_bias,
+            sink=self.sink, best=self.best, levels=self.levels, key_bias=self.key_bias,
         )  # fmt: skip
         low = self.low if self.quantised and self.low != "drop" else None
-        self.packed_q = quantise_q(self.q, self.sequences, low=low, form=self.form, best=self.best, levels=self.levels)
+        self.packed_q = quantise_q(
+            self.q, self.sequences, low=low, form=self.form, best=self.best, levels=self.levels,
+            centres=self.packed.centres if self.sink else None,
+        )  # fmt: skip
 
     def select(self) -> None:
         """Lists of promoted blocks."""
-        options = {"first": self.first, "last": self.last, "window": self.window}
-        centres = self.packed.centres
-        if self.decode:
-            self.lists = select_decode(self.q, centres, self.sequences, self.wanted, self.most, **options)
-        else:
-            self.lists = select_rows(self.packed_q.means, centres, self.sequences, self.wanted, self.most, **options)
+        select, q = (select_decode, self.q) if self.decode else (select_rows, self.packed_q.means)
+        self.lists = select(
+            q, self.packed.centres, self.sequences, self.wanted, self.most, others=self.packed.others,
+            first=self.first, last=self.last, window=self.window,
+        )  # fmt: skip
 
     def _on_hopper(self) -> bool:
         """Whether the kernel written for FP8 on sm_90 serves the call; it does not tell the paths' shares apart."""
@@ -103,7 +106,7 @@ class Call:
             attend_fp8(
                 self.q, self.k, self.v, packed_q.q, packed_q.q_scale, packed.k, packed.k_scale, packed.v, packed.v_scale,
                 packed.centres if self.centred else None, *self.lists, self.out, self.lse,
-                scale=self.scale, causal=self.sequences.causal, window=self.window, softcap=self.softcap,
+                scale=self.scale, causal=self.sequences.causal, window=self.window, softcap=self.softcap, sink=packed_q.sink,
             )  # fmt: skip
             return self.out
         attend_prefill(
@@ -130,6 +133,7 @@ def prefill_op(
     form: str,
     quantised: bool,
     centred: bool,
+    sink: bool,
     less_mean: bool,
     balanced: bool,
     rounded: bool,
@@ -158,6 +162,7 @@ def prefill_op(
         form: of the packed data.
         quantised: Q and P too.
         centred: quantise K - c_b.
+        sink: the first token of a sequence is exact.
         less_mean: quantise Q less its mean over the call.
         balanced: level Q, K and V by powers of two.
         rounded: divide by the sum of P after rounding.
@@ -179,7 +184,7 @@ def prefill_op(
     sequences = Sequences(spans, *layout, causal=causal, lengths=lengths)
     call = Call(
         q, k, v, sequences, wanted, most, decode, low, "native" if form == "native" else "wide", quantised, centred,
-        less_mean, balanced, rounded, best, rest, first, last, scale, window, softcap, mass,
+        sink, less_mean, balanced, rounded, best, rest, first, last, scale, window, softcap, mass,
     )  # fmt: skip
     call.quantise()
     call.select()
@@ -188,7 +193,7 @@ def prefill_op(
 
 
 @prefill_op.register_fake
-def _(q, k, v, spans, wanted, sizes, causal, uniform, decode, low, form, quantised, centred, less_mean, balanced, rounded,
+def _(q, k, v, spans, wanted, sizes, causal, uniform, decode, low, form, quantised, centred, sink, less_mean, balanced, rounded,
       best, rest, first, last, scale, window, softcap, mass):  # fmt: skip
     lse = q.new_empty(q.shape[:3], dtype=torch.float32)
     counts = q.new_empty(sizes[0], q.shape[1], sizes[1], dtype=torch.int32)
@@ -219,7 +224,7 @@ def arguments(
     most = max(least, capacity(config.budget, sequences.most_blocks))
     return (
         q, k, v, sequences, wanted, most, decode, config.low, form, config.math == "fp4", config.centred,
-        four and config.center == "all", config.balanced, four and config.total == "rounded",
+        config.exact_sink, four and config.center == "all", config.balanced, four and config.total == "rounded",
         config.scales == "best", None if config.high == "16bit" else config.high, config.force_first,
         config.force_last, scale, window, softcap, mass,
     )  # fmt: skip

@@ -53,7 +53,7 @@ def check(found: Fit, row: int, q: Tensor, k: Tensor, v: Tensor, config: ThriftC
         (1, 64, {}),
         (63, 80, {}),
         (64, 64, {"center": "block"}),
-        (65, 128, {"center": "none"}),
+        (65, 128, {"center": "none", "sink": "none"}),
         (1000, 64, {"low": "mxfp4"}),
         (130, 96, {"math": "16bit"}),
     ],

@@ -48,13 +48,16 @@ def written(k: Tensor, v: Tensor, sequences: Sequences, config: ThriftConfig) ->
     )  # fmt: skip
     best = config.scales == "best"
     packed = quantise_kv(
-        k, v, sequences, low=config.low, form="wide", rest=rest, centred=config.centred, best=best, levels=levels
-    )
+        k, v, sequences, low=config.low, form="wide", rest=rest, centred=config.centred, sink=config.exact_sink, best=best,
+        levels=levels,
+    )  # fmt: skip
     found = {"low_k": packed.k, "low_v": packed.v, "centres": packed.centres, "stretch": levels.keys}
     if rest is not None:
         mean = packed.centres.float().repeat_interleave(64, 2) if config.centred else 0
         found |= {"high_k": mean + packed.k.float() + packed.k_rest.float()}
         found |= {"high_v": packed.v.float() + packed.v_rest.float()}
+        if config.exact_sink:
+            found["high_v"][:, :, 0] = v[:, :, 0]
     return {name: x.float().cpu() for name, x in found.items() if x is not None}
 
 
@@ -80,19 +83,23 @@ def expected(
     p = (logits - torch.where(peak == -torch.inf, 0, peak)).exp()
     total = p.sum(-1, keepdim=True)
     group = len(q) // len(k)
+    sink = torch.zeros_like(p)
+    if planes.others is not None:
+        sink[..., 0] = p[..., 0].masked_fill(high[..., 0], 0)
+    high_p, p = torch.where(high, p, 0) + sink, torch.where(high, 0, p) - sink
     rounded = p.float()
     if planes.low_v is not None and config.math == "fp4":
-        rounded = reference._round_probabilities(p.float().masked_fill(high, 0), FORMATS[config.low])
+        rounded = reference._round_probabilities(p.float(), FORMATS[config.low])
     low_v = planes.high_v if planes.low_v is None else planes.low_v
-    out = torch.where(high, 0, rounded.double()) @ low_v.double().repeat_interleave(group, 0)
-    out += torch.where(high, p, 0) @ planes.high_v.double().repeat_interleave(group, 0)
+    out = rounded.double() @ low_v.double().repeat_interleave(group, 0)
+    out += high_p @ planes.high_v.double().repeat_interleave(group, 0)
     norm = torch.where(total == 0, 1, total)
     if config.total == "rounded" and config.four_bit_queries:
-        norm = norm + (rounded.double() - p).masked_fill(high, 0).sum(-1, keepdim=True)
+        norm = norm + (rounded.double() - p).sum(-1, keepdim=True)
     pad = (0, 0, one.skipped, 0)
     out = torch.nn.functional.pad(out / norm, pad)
     lse = torch.nn.functional.pad((peak + total.log())[..., 0], (one.skipped, 0), value=-torch.inf)
-    mass = float((torch.where(high, p, 0).sum(-1, keepdim=True) / torch.where(total == 0, 1, total)).sum())
+    mass = float((high_p.sum(-1, keepdim=True) / torch.where(total == 0, 1, total)).sum())
     return out, lse, promoted, mass
 
 
@@ -147,13 +154,16 @@ def check(q, k, v, config: ThriftConfig, form="wide", *, causal=True, window=Non
         ("mxfp4", "16bit", 128, 63, 63, {}),
         ("fp8", "16bit", 64, 100, 60, {}),
         ("nvfp4", "16bit", 256, 17, 80, {}),
-        ("nvfp4", "fp4", 64, 65, 100, {"causal": False, "center": "none", "total": "exact"}),
+        ("nvfp4", "fp4", 64, 65, 100, {"causal": False, "center": "none", "sink": "none", "total": "exact"}),
         ("mxfp4", "fp4", 64, 100, 65, {"center": "block", "total": "exact"}),
+        ("nvfp4", "fp4", 64, 65, 130, {"sink": "none", "force_first": 1}),
+        ("nvfp4", "fp4", 64, 1, 1, {}),
+        ("fp8", "fp4", 64, 130, 130, {"window": 40}),
     ],
 )
 def test_kernel_equals_the_reference(low: str, math_: str, dim: int, queries: int, keys: int, options: dict) -> None:
     torch.manual_seed(keys)
-    ours = {name: value for name, value in options.items() if name in ("center", "total")}
+    ours = {name: value for name, value in options.items() if name in ("center", "sink", "total", "force_first")}
     config = ThriftConfig(low=low, math=math_, budget=fraction(0.4), **ours)
     rest = {name: value for name, value in options.items() if name not in ours}
     q, k, v = draw(2 if queries == 66 else 1, (4, 2) if queries == 66 else (2, 1), queries, keys, dim)
@@ -244,10 +254,10 @@ def test_chunks_equal_the_whole() -> None:
 
 
 def test_partial_results_merge() -> None:
-    """Keys split in two at a block: the parts merge to the whole."""
+    """Keys split in two at a block: the parts merge to the whole, where the second part has no first token of its own."""
     torch.manual_seed(6)
     q, k, v = draw(1, (2, 1), 40, 192, 64)
-    config = ThriftConfig(math="16bit", balance="none", budget=fraction(0.0))
+    config = ThriftConfig(math="16bit", sink="none", balance="none", budget=fraction(0.0))
     parts = []
     for keys in (slice(0, 128), slice(128, 192), slice(0, 192)):
         size = keys.stop - keys.start
@@ -295,7 +305,7 @@ def _rows(q, k, v, sequences: Sequences, config: ThriftConfig, scale: float):
     sizes = [1, sequences.rows, sequences.blocks, sequences.most_rows, sequences.most_blocks]
     return prefill_op(
         q, k, v, sequences.spans, wanted, [*sizes, capacity(config.budget, 4)], True, False, False, "nvfp4", "wide", False,
-        True, False, config.balanced, False, True, None, 1, 1, scale, None, None, False,
+        True, True, False, config.balanced, False, True, None, 0, 1, scale, None, None, False,
     )  # fmt: skip
 
 
@@ -305,6 +315,6 @@ def test_operator_is_registered_well() -> None:
     sequences = dense(1, 20, 64, True, q.device)
     arguments = (
         q, k, v, sequences.spans, torch.ones(1, 1, dtype=torch.int32, device=DEVICE), [1, 1, 1, 1, 1, 1], True, True, False,
-        "nvfp4", "wide", False, True, False, False, False, False, None, 1, 1, 0.125, None, None, True,
+        "nvfp4", "wide", False, True, True, False, False, False, False, None, 0, 1, 0.125, None, None, True,
     )  # fmt: skip
     torch.library.opcheck(prefill_op, arguments, test_utils=("test_schema", "test_faketensor"))

@@ -16,6 +16,7 @@ from thrift_attn.quant.reference import (
     block_means,
     decode_elements,
     dequantise,
+    mean_of_others,
     pack_e2m1,
     quantise_head,
     residual,
@@ -56,11 +57,16 @@ def _rest(x: torch.Tensor, base: torch.Tensor, plane: Format, dim: int) -> torch
 
 
 def check_kv(
-    got: PackedKV, k, v, low: str, form: str, *, centred=True, best=False, rest=None, levels=NO_LEVELS
+    got: PackedKV, k, v, low: str, form: str, *, centred=True, sink=False, best=False, rest=None, levels=NO_LEVELS
 ) -> None:
     """Compare the planes of whole tensors [B, Hkv, T, D] with the reference's."""
     fmt, blocks = FORMATS[low], got.centres.shape[2]
     want = block_means(k)
+    if sink:
+        want[:, :, 0], v = k[:, :, 0], v.clone()
+        v[:, :, 0] = 0
+        assert torch.equal(got.centres[:, :, 0], want[:, :, 0])
+        torch.testing.assert_close(got.others, mean_of_others(k), rtol=1e-3, atol=1e-6)
     torch.testing.assert_close(got.centres, want, rtol=1e-3, atol=1e-6)
     # A mean that rounds the other way changes the codes, so they are compared on the kernel's own means.
     mean = got.centres.float().repeat_interleave(BLOCK, -2)[..., : k.shape[-2], :] if centred else 0
@@ -150,6 +156,47 @@ def test_powers_of_two(low: str, form: str, dim: int, rest: str | None) -> None:
     else:
         same(found.q, pack_e2m1(want.codes), True)
         same(found.q_scale, want.scales, True)
+
+
+@pytest.mark.parametrize(
+    ("low", "form", "tokens", "rest"),
+    [
+        ("fp8", "native", 70, None),
+        ("nvfp4", "wide", 130, "nested"),
+        ("mxfp4", "native", 1, None),
+        ("nvfp4", "wide", 2, None),
+    ],
+)
+def test_the_first_token_is_left_out(low: str, form: str, tokens: int, rest: str | None) -> None:
+    """It is the centre of its block, its value is in no group, and the others have a mean of their own."""
+    torch.manual_seed(tokens)
+    k, v = draw(2, 2, tokens, 64), draw(2, 2, tokens, 64)
+    k[:, :, 0] *= 10
+    v[:, :, 0] *= 100
+    sequences = dense(2, tokens, tokens, True, DEV)
+    got = quantise_kv(k, v, sequences, low=low, form=form, rest=rest, sink=True)
+    check_kv(got, k, v, low, form, sink=True, best=True, rest=rest)
+
+
+@pytest.mark.parametrize("low", ["nvfp4", None])
+def test_logits_of_the_first_token(low: str | None) -> None:
+    """Of every sequence its own, end to end, exact whatever Q is rounded to."""
+    torch.manual_seed(4)
+    lengths = [(65, 130), (1, 64), (40, 30)]
+    cu = [torch.tensor([0, *x], device=DEVICE, dtype=torch.int32).cumsum(0).int() for x in zip(*lengths, strict=True)]
+    every = packed(*cu, queries=106, keys=224, most_queries=65, most_keys=130, causal=True)
+    q, k = draw(1, 4, 106, 64), draw(1, 2, 224, 64)
+    packed_k = quantise_kv(k, k, every, low="nvfp4", form="wide", sink=True)
+    levels = Fit(keys=powers(3, 2, 64)) if low else NO_LEVELS
+    found = quantise_q(q, every, low=low, form="wide", levels=levels, centres=packed_k.centres).sink
+    for b, (queries, keys) in enumerate(lengths):
+        q0, k0, row = (int(every.spans[b, i]) for i in (0, 2, 4))
+        hidden, at = max(0, queries - keys), row * BLOCK + (keys - queries) % BLOCK
+        want = (q[0, :, q0 : q0 + queries].float() * k[0, :, k0].float().repeat_interleave(2, 0)[:, None]).sum(-1)
+        got = found[0, :, at + hidden : at + queries]
+        torch.testing.assert_close(got, want[:, hidden:], rtol=1e-5, atol=1e-3)
+        mean = mean_of_others(k[0, :, k0 : k0 + keys])
+        torch.testing.assert_close(packed_k.others[b], mean, rtol=1e-3, atol=1e-6)
 
 
 @pytest.mark.parametrize("rest", ["nested", "nested8"])

@@ -109,6 +109,33 @@ def test_choice_equals_the_reference(shape, first: int, last: int, budget: Budge
         check(chosen[b], counts[b], scores, visible, wanted[0].long(), first, last)
 
 
+def test_the_first_block_is_scored_by_another_mean() -> None:
+    """Of its own sequence, in lists of rows end to end and in those of decode."""
+    torch.manual_seed(7)
+    lengths = [(65, 530), (140, 300)]
+    cu = [torch.tensor([0, *x], device=DEVICE, dtype=torch.int32).cumsum(0).int() for x in zip(*lengths, strict=True)]
+    every = packed(*cu, queries=205, keys=830, most_queries=140, most_keys=530, causal=True)
+    means, centres = centres_and_means(1, 4, 2, every.rows, every.blocks, 40)
+    others = torch.randn(2, 2, 40, device=DEVICE).half()
+    chosen, counts = select_rows(means, centres, every, wanted_blocks(top_k(3), every), 3, others=others)
+    for b, (queries, keys) in enumerate(lengths):
+        visible = seen_blocks(queries, keys, True, None).to(DEVICE)
+        rows, blocks = visible.shape
+        r, n = (slice(int(every.spans[b, i]), int(every.spans[b, i]) + size) for i, size in ((4, rows), (5, blocks)))
+        own = centres[0, :, n].float()
+        own[:, 0] = others[b].float()
+        scores = means[0, :, r] @ own.repeat_interleave(2, 0).mT
+        check(chosen[0, :, r], counts[0, :, r], scores, visible, visible.sum(-1).clamp(max=3), 0, 0)
+    sequences = dense(2, 3, 700, True, DEV)
+    q, centres = torch.randn(2, 4, 3, 40, device=DEVICE).half(), torch.randn(2, 2, 11, 40, device=DEVICE).half()
+    centres[:, :, 0], others = -100 * q[:, ::2, 0], q[:, ::2, 0]
+    for favoured in (others, -others):
+        chosen, _ = select_decode(
+            q, centres, sequences, wanted_blocks(top_k(1), sequences, decode=True), 1, others=100 * favoured
+        )
+        assert (chosen == 0).all()
+
+
 def test_ties_go_to_the_lower_index() -> None:
     sequences = dense(1, 64, 64 * 37, True, DEV)
     means = torch.ones(1, 1, sequences.rows, 16, device=DEVICE)

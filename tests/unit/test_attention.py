@@ -18,6 +18,7 @@ CONFIGS = {
     "default": ThriftConfig(),
     "paper": ThriftConfig.paper(),
     "16bit": ThriftConfig(math="16bit"),
+    "no sink": ThriftConfig(sink="none", force_first=1),
     "nested": ThriftConfig(high="nested"),
     "nested8": ThriftConfig(high="nested8", math="16bit"),
     "mxfp4": ThriftConfig(low="mxfp4"),
@@ -94,8 +95,8 @@ def test_sixteen_bit_inputs_lose_only_the_rounding_of_the_output(dtype):
     assert relative(out, plain(q, k, v)[0]) < torch.finfo(dtype).eps
 
 
-def emulate(q, k, v, *, fmt_name, center, math_, best, less_mean=False, rounded=False):
-    """The low path at budget 0, written out from the definitions for one head at a time, in float64."""
+def emulate(q, k, v, *, fmt_name, center, math_, best, less_mean=False, rounded=False, sink=False):
+    """The low path at budget 0, with ``sink`` the exact first token, written out from the definitions head by head, in float64."""
     fmt = FORMATS[fmt_name]
     out = torch.zeros_like(q, dtype=torch.float64)
     group, tokens = q.shape[1] // k.shape[1], k.shape[2]
@@ -106,6 +107,10 @@ def emulate(q, k, v, *, fmt_name, center, math_, best, less_mean=False, rounded=
             mean = (
                 block_means(kh).repeat_interleave(64, 0)[:tokens].double() if center else torch.zeros_like(kh).double()
             )
+            if sink:
+                mean[:64] = kh[0].double()
+                vh = vh.clone()
+                vh[0] = 0
             khat = roundtrip((kh.double() - mean).float(), fmt, best=best).double()
             vhat = roundtrip(torch.nn.functional.pad(vh, (0, 0, 0, pad)).float(), fmt, -2, best=best)[:tokens].double()
             of_call = qh.mean(0, keepdim=True) if less_mean else torch.zeros_like(qh[:1])
@@ -114,43 +119,45 @@ def emulate(q, k, v, *, fmt_name, center, math_, best, less_mean=False, rounded=
             logits += of_call.double() @ (kh.double() - mean).T / math.sqrt(q.shape[-1])
             logits = logits.masked_fill(~visibility(q.shape[2], tokens, True, None), -torch.inf)
             p = (logits - logits.amax(-1, keepdim=True)).exp()
+            p_sink = p[:, :1] * sink
+            p = torch.cat([p[:, :1] - p_sink, p[:, 1:]], 1)
             phat = p
             if math_ == "fp4":
                 padded = torch.nn.functional.pad(p, (0, pad)) * 2688
                 phat = (roundtrip(padded.float(), fmt).double() / 2688)[:, :tokens]
-            out[b, h] = phat @ vhat / (phat if rounded else p).sum(-1, keepdim=True)
+            total = p_sink + (phat if rounded else p).sum(-1, keepdim=True)
+            out[b, h] = (phat @ vhat + p_sink * v[b, h // group, :1].double()) / total
     return out
 
 
 @pytest.mark.parametrize("fmt", ["nvfp4", "mxfp4"])
-@pytest.mark.parametrize("center", ["all", "block", "none"])
+@pytest.mark.parametrize(
+    ("center", "sink"), [("all", "token"), ("all", "none"), ("block", "token"), ("none", "none")], ids="-".join
+)
 @pytest.mark.parametrize("math_", ["fp4", "16bit"])
 @pytest.mark.parametrize(("tokens", "scales", "total"), [(65, "best", "rounded"), (200, "max", "exact")])
-def test_budget_zero_is_pure_low_precision(fmt, center, math_, tokens, scales, total):
+def test_budget_zero_is_pure_low_precision(fmt, center, sink, math_, tokens, scales, total):
     q, k, v = qkv(tokens, tokens)
-    form = {"low": fmt, "center": center, "math": math_, "scales": scales, "total": total}
+    form = {"low": fmt, "center": center, "sink": sink, "math": math_, "scales": scales, "total": total}
     config = ThriftConfig(balance="none", budget=fraction(0), **form)
     out, stats = attention(q, k, v, config=config, return_stats=True)
     fp4 = math_ == "fp4"
     want = emulate(
         q, k, v, fmt_name=fmt, center=center != "none", math_=math_, best=scales == "best",
         less_mean=fp4 and center == "all", rounded=fp4 and total == "rounded",
+        sink=sink == "token",
     )  # fmt: skip
     # A rounding tie of P may fall either way in float32: that moves single codes, not the whole.
     assert relative(out, want) < 2e-3
     assert stats.promoted == 0
-    assert stats.high_mass == 0
+    assert (stats.high_mass == 0) == (sink == "none")  # what the first token has is in high precision
 
 
 def test_paper_form_does_not_depend_on_what_is_not_in_it():
     q, k, v = qkv(300, 300)
     base = attention(q, k, v, config=ThriftConfig.paper())
-    assert torch.equal(
-        base,
-        attention(
-            q, k, v, config=ThriftConfig(center="none", scales="max", total="exact", force_first=0, force_last=0)
-        ),
-    )
+    plainly = ThriftConfig(center="none", sink="none", scales="max", total="exact", force_first=0, force_last=0)
+    assert torch.equal(base, attention(q, k, v, config=plainly))
     assert not torch.equal(base, attention(q, k, v))
 
 

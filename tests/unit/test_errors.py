@@ -127,6 +127,13 @@ def test_other_budgets():
         ({"force_first": -1}, ValueError, "force_first must be >= 0"),
         ({"force_last": 1.0}, TypeError, "force_last must be an int"),
         ({"low": "drop"}, ValueError, "quantises nothing"),
+        ({"sink": "key"}, ValueError, "sink must be one of 'none', 'token', got 'key'"),
+        ({"center": "none"}, ValueError, "sink='token' is the centre of its block: it needs center='block' or 'all'"),
+        (
+            {"low": "drop", "center": "none", "scales": "max", "balance": "none", "total": "exact"},
+            ValueError,
+            "it needs balance='none', total='exact' and sink='none'",
+        ),
     ],
 )
 def test_config(options, error, message):

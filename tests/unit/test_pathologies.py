@@ -135,25 +135,19 @@ def tiny_everything(q: Tensor, k: Tensor, v: Tensor) -> Inputs:
 
 CHANGES = [
     channel_bias, outlier_channels_of_q, mean_of_q, sink_of_large_norm, sink_of_small_norm, near_uniform,
-    near_uniform_with_a_mean, one_hot, large_values, outlier_channels_of_k, tiny_keys, tiny_values, tiny_everything,
+    near_uniform_with_a_mean, one_hot, large_values, outlier_channels_of_k, rotating_bias, tiny_keys, tiny_values,
+    tiny_everything,
 ]  # fmt: skip
 
 
 @pytest.mark.parametrize(
-    ("change", "dim"), [(change, 64) for change in CHANGES] + [(channel_bias, 128), (mean_of_q, 128), (mean_of_q, 256)]
-)
+    ("change", "dim"), [(change, 64) for change in CHANGES] + [
+        (channel_bias, 128), (mean_of_q, 128), (mean_of_q, 256), (rotating_bias, 128), (sink_of_large_norm, 256),
+    ],
+)  # fmt: skip
 def test_the_default_family_loses_little(change: Callable[..., Inputs], dim: int):
     found = losses(change(*plain(dim)), *FAMILY.values())
     assert max(found) < LIMIT, dict(zip(FAMILY, found, strict=True))
-
-
-@pytest.mark.parametrize("dim", [64, 128])
-def test_a_fast_rotating_bias_is_the_worst(dim: int):
-    """The six channels that carry it have 4 bits in Q and in K: a little over `LIMIT`."""
-    inputs = rotating_bias(*plain(dim))
-    found = dict(zip(FAMILY, losses(inputs, *FAMILY.values()), strict=True))
-    assert max(found.values()) < 1.06 * LIMIT
-    assert max(found["16bit-16bit"], found["16bit-nested"]) < LIMIT
 
 
 @pytest.mark.parametrize("change", [outlier_channels_of_k, rotating_bias, tiny_keys, tiny_values])

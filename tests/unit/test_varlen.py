@@ -40,6 +40,7 @@ def test_few_queries_keep_their_own_lists() -> None:
     config = ThriftConfig(
         low="drop",
         center="none",
+        sink="none",
         balance="none",
         scales="max",
         total="exact",

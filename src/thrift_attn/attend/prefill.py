@@ -47,9 +47,12 @@ def _capped(s, CAP: tl.constexpr):
 
 
 @triton.jit
-def _visible(s, key, keys, position, window, CAUSAL: tl.constexpr, WINDOW: tl.constexpr):
-    """Logits [BM, BN], -inf where the query at ``position`` [BM] does not see ``key`` [BN]."""
-    if CAUSAL:
+def _visible(s, key, keys, position, window, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, SINK: tl.constexpr):
+    """Logits [BM, BN], -inf where the query at ``position`` [BM] does not see ``key`` [BN]; with SINK nor key 0."""
+    if SINK:  # one comparison without a sign, in which -1 is the largest; a position before 0 is like one that sees key 0 alone
+        last = tl.maximum(position, 0) if CAUSAL else tl.maximum(keys - 1, 0) + tl.zeros_like(position)
+        s = tl.where((key - 1).to(tl.uint32)[None, :] < last.to(tl.uint32)[:, None], s, float("-inf"))
+    elif CAUSAL:
         s = tl.where(key[None, :] <= position[:, None], s, float("-inf"))
     else:
         s = tl.where((key < keys)[None, :], s, float("-inf"))
@@ -140,6 +143,7 @@ def attend_prefill_kernel(
     out_ptr,  # 16-bit, addressed by strides
     lse_ptr,  # float32, addressed by strides
     mass_ptr,  # float32, as lse_ptr: share of the high path
+    sink_ptr,  # float32 [P, Hq, R*64]: product of each query with the first key
     stride_qb,
     stride_qh,
     stride_qt,
@@ -177,6 +181,7 @@ def attend_prefill_kernel(
     ROUNDED: tl.constexpr,  # the output is divided by the sum of P after rounding
     REST: tl.constexpr,  # promoted blocks are low data plus a residual, not K and V
     MASS: tl.constexpr,
+    SINK: tl.constexpr,  # the first token is exact: packed data lack it
     BM: tl.constexpr,
     BN: tl.constexpr,  # tokens at a time, 32 or 64
     COLUMNS: tl.constexpr,  # of the output that a program works out
@@ -330,8 +335,14 @@ def attend_prefill_kernel(
                         if CAP > 0.0:
                             s = tl.where(hidden[:, None], float("-inf"), s)
                         key = n * 64 + i * BN + order
-                        if not BRANCH or (n >= masked_from) | (n < masked_to):
-                            s = _visible(s, key, keys, position, window, CAUSAL, WINDOW)
+                        if BRANCH:
+                            edge = (n >= masked_from) | (n < masked_to)
+                            if SINK:
+                                edge = edge | (n == 0)
+                            if edge:
+                                s = _visible(s, key, keys, position, window, CAUSAL, WINDOW, SINK)
+                        else:
+                            s = _visible(s, key, keys, position, window, CAUSAL, WINDOW, SINK)
                         p, peak, total, factor = _online(s, peak, total)
                         if NATIVE:
                             UNIT: tl.constexpr = 64 if LOW == "fp8" else 32
@@ -385,6 +396,28 @@ def attend_prefill_kernel(
         v_head = (
             v_ptr + part * stride_vb + (h // (HQ // HKV)).to(tl.int64) * stride_vh + k_start.to(tl.int64) * stride_vt
         )
+        if SINK:  # the first token, unless a promoted block holds it
+            at_sink = (head * rows + row_start + r) * 64 + tl.arange(0, BM)
+            s = tl.load(sink_ptr + at_sink, mask=r * 64 + tl.arange(0, BM) < own * 64, other=0.0)
+            s = _capped(s * scale, CAP)
+            alone = inside & (position >= 0) & (keys > 0)
+            if WINDOW:
+                alone = alone & (position < window)
+            if not REST:
+                begun = tl.load(at_list, mask=count > 0, other=-1) == 0
+                if HALVES == 2:
+                    begun2 = tl.load(at_list + most, mask=count2 > 0, other=-1) == 0
+                    alone = alone & ~((upper & begun) | (~upper & begun2))
+                else:
+                    alone = alone & ~begun
+            s = tl.where(alone, s, float("-inf"))
+            p, peak, total, factor = _online(s[:, None], peak, total)
+            if MASS:
+                low_total = low_total * factor
+            if ROUNDED:
+                excess = excess * factor
+            first_v = tl.load(v_head + d, mask=d < D, other=0.0).to(tl.float32)
+            acc = acc * factor[:, None] + p * first_v[None, :]
         for side in tl.static_range(HALVES):
             if side == 1:
                 count = count2
@@ -407,7 +440,7 @@ def attend_prefill_kernel(
                         kc = tl.load(at_k, mask=(key < keys)[:, None] & (d < D)[None, :], other=0.0)
                         s = _dot(q, tl.trans(kc), PORTABLE)
                     s = _capped(s * scale, CAP)
-                    s = _visible(s, key, keys, position, window, CAUSAL, WINDOW)
+                    s = _visible(s, key, keys, position, window, CAUSAL, WINDOW, SINK and REST)
                     if HALVES == 2:
                         s = tl.where((upper if side == 0 else ~upper)[:, None], s, float("-inf"))
                     p, peak, total, factor = _online(s, peak, total)
@@ -507,8 +540,9 @@ def attend_prefill(
         q: 16-bit ``[B, Hq, Tq, D]``, or ``[1, Hq, tokens, D]`` for sequences end to end; contiguous in D.
         k: ``[B, Hkv, Tk, D]`` likewise.
         v: likewise.
-        packed_q: Q in the low format when ``quantised``.
-        packed: K and V in the low format; with a residual plane, promoted blocks are read from it and not from k and v.
+        packed_q: Q in the low format when ``quantised``; with the logits of the first token, that one is attended exactly.
+        packed: K and V in the low format, then without the first token; with a residual plane, promoted blocks are read from
+            it and not from k and v.
         chosen: lists of promoted blocks ``[P, Hq, R, K]``, ascending.
         counts: their lengths ``[P, Hq, R]``.
         out: the shape of ``q``, contiguous in D, written.
@@ -548,7 +582,7 @@ def attend_prefill(
         v,
         sequences.spans,
         *(fill if x is None else x for x in (packed_q.q, packed_q.q_scale)),
-        *(fill if x is None else x for x in packed[1:]),
+        *(fill if x is None else x for x in packed[1:-1]),
         packed.centres,
         *(fill if x is None else x for x in (key_bias, values)),
         chosen,
@@ -556,6 +590,7 @@ def attend_prefill(
         out,
         lse,
         lse if mass is None else mass,
+        lse if packed_q.sink is None else packed_q.sink,
         *(x.stride(i) for x in (q, k, v, out) for i in range(3)),
         *lse.stride()[:2],
         sequences.most_rows,
@@ -581,6 +616,7 @@ def attend_prefill(
         ROUNDED=rounded,
         REST=rest,
         MASS=mass is not None,
+        SINK=packed_q.sink is not None,
         BM=tuned.rows,
         BN=tuned.tokens,
         COLUMNS=columns,

@@ -61,6 +61,7 @@ class Planes:
     query_mean: Tensor | None = None  # [H, D], what Q is quantised less of
     key_bias: Tensor | None = None  # [H, N * 64], what that mean makes of each key, unscaled
     stretch: Tensor | None = None  # [Hkv, D], powers of two: K is quantised times it, Q divided by it
+    others: Tensor | None = None  # [Hkv, D], mean of block 0 without token 0, which is then exact wherever its block is
 
 
 def build_planes(k: Tensor, v: Tensor, config: ThriftConfig, q: Tensor | None = None) -> Planes:
@@ -75,7 +76,9 @@ def build_planes(k: Tensor, v: Tensor, config: ThriftConfig, q: Tensor | None = 
     """
     work = torch.float64 if k.dtype == torch.float64 else torch.float32
     tokens, pad = k.shape[-2], (0, 0, 0, -k.shape[-2] % BLOCK)
-    centres = quant.block_means(k).to(work)
+    centres, others = quant.block_means(k).to(work), None
+    if config.exact_sink:
+        centres[:, 0], others = k[:, 0], quant.mean_of_others(k).to(work)
     k, v = (torch.nn.functional.pad(x.to(work), pad) for x in (k, v))
     if config.low == "drop":
         return Planes(None, None, k, v, centres)
@@ -84,7 +87,10 @@ def build_planes(k: Tensor, v: Tensor, config: ThriftConfig, q: Tensor | None = 
     if config.centred:
         mean = centres[:, :, None].expand(-1, -1, BLOCK, -1).flatten(1, 2).clone()
         mean[:, mean.shape[1] - pad[3] :] = 0  # padding stays zero
-    delta = k - mean
+    delta, base_v = k - mean, v
+    if config.exact_sink:  # dK is 0 as it is
+        base_v = v.clone()
+        base_v[:, 0] = 0
     found = fit(None if q is None else q.to(work), k[:, :tokens], v[:, :tokens], config)
     bias = None
     if found.mean is not None:
@@ -95,13 +101,15 @@ def build_planes(k: Tensor, v: Tensor, config: ThriftConfig, q: Tensor | None = 
     of_v = one if found.values is None else found.values[:, None, None]
     best = config.scales == "best"
     low_k = quant.roundtrip(delta * of_k, fmt, best=best)
-    low_v = quant.roundtrip_head(v) if fmt.group is None else quant.roundtrip(v * of_v, fmt, -2, best=best)
+    low_v = quant.roundtrip_head(base_v) if fmt.group is None else quant.roundtrip(base_v * of_v, fmt, -2, best=best)
     high_k, high_v = k, v
     if config.high != "16bit":
         plane = RESIDUALS[config.high]
         high_k = mean + (low_k + quant.residual(delta * of_k, low_k, plane, best=best)) / of_k
-        high_v = (low_v + quant.residual(v * of_v, low_v, plane, -2, best=best)) / of_v
-    return Planes(low_k / of_k, low_v / of_v, high_k, high_v, centres, found.mean, bias, found.keys)
+        high_v = (low_v + quant.residual(base_v * of_v, low_v, plane, -2, best=best)) / of_v
+        if config.exact_sink:
+            high_v[:, 0] = v[:, 0]
+    return Planes(low_k / of_k, low_v / of_v, high_k, high_v, centres, found.mean, bias, found.keys, others)
 
 
 def _round_probabilities(p: Tensor, fmt: Format) -> Tensor:
@@ -174,21 +182,28 @@ class _Sequence:
         if kind == "oracle":
             scores = self._true_mass()
             return scores.unflatten(0, (self.kv_heads, -1)).sum(1) if self.decode else scores
-        queries = self._mean_queries()
+        queries, others = self._mean_queries(), self.planes.others
         if kind == "mean":
-            scores = score.mean_score(queries, self.planes.centres, self.scale)
+            centres = self.planes.centres
+            if others is not None:
+                centres = torch.cat([others[:, None], centres[:, 1:]], 1)
+            scores = score.mean_score(queries, centres, self.scale)
         else:
-            scores = score.quest_score(
-                queries, *score.block_extremes(self.planes.high_k[:, : self.mask.keys]), self.scale
-            )
+            keys = self.planes.high_k[:, : self.mask.keys]
+            if others is not None:
+                keys = torch.cat([others[:, None], keys[:, 1:]], 1)  # no extreme
+            scores = score.quest_score(queries, *score.block_extremes(keys), self.scale)
         return scores.unflatten(0, (self.kv_heads, -1)).flatten(1, 2).amax(1, keepdim=True) if self.decode else scores
 
     def _true_mass(self) -> Tensor:
-        """Softmax mass of each (query block, KV block) pair under exact attention ``[H, R, N]``."""
+        """Softmax mass of each (query block, KV block) pair under exact attention, without an exact sink ``[H, R, N]``."""
         mass = torch.zeros(len(self.q), len(self.row_sizes), self.blocks, dtype=self.q.dtype, device=self.q.device)
         for chunk in self._chunks():
             logits = self._masked(self._logits(self.planes.high_k, chunk), chunk)
-            per_block = _by_block(logits.softmax(-1)).sum(-1)
+            weights = logits.softmax(-1)
+            if self.planes.others is not None and chunk.b0 == 0:
+                weights[..., 0] = 0
+            per_block = _by_block(weights).sum(-1)
             rows = self.row_of[chunk.q0 : chunk.q1]
             mass[:, :, chunk.b0 : chunk.b1].index_add_(1, rows, per_block)
         return mass
@@ -305,6 +320,11 @@ class _Sequence:
             out = self._weighted(p_high, planes.high_v[:, keys])
             mass = (p_high.sum(-1, keepdim=True) / norm).squeeze(-1)
             _by_block(p).masked_fill_(high, 0)
+        if planes.others is not None and chunk.b0 == 0:  # its logit is exact, since it is the centre of its block
+            p_sink = p[..., :1].clone()  # where the block is promoted it is 0 by now
+            out = out + self._weighted(p_sink, planes.high_v[:, :1])
+            mass += (p_sink / norm).squeeze(-1)
+            p[..., 0] = 0
         if self.config.math == "fp4":
             rounded = _round_probabilities(p, FORMATS[self.config.low])
             if self.config.total == "rounded" and self.config.four_bit_queries:

@@ -124,7 +124,7 @@ def _launch(target: Target) -> tuple[Any, dict[str, str], dict[str, Any], dict[s
     heads = {"HQ": 8 * GROUP, "HKV": 8}
     packed = {"kp_ptr": data, "ks_ptr": scale, "vp_ptr": data, "vs_ptr": scale, "qp_ptr": data, "qs_ptr": scale}
     packed |= dict.fromkeys(("spans_ptr", "list_ptr", "counts_ptr", "wanted_ptr"), "*i32")
-    singles = "lse mass mean scratch of_call keys values squares totals sums"
+    singles = "lse mass sink mean scratch of_call keys values squares totals sums"
     packed |= {f"{name}_ptr": "*fp32" for name in singles.split()}
     packed |= {"scale": "fp32"}
     four = target.math == "fp4" and target.low in ("nvfp4", "mxfp4")  # then Q lacks its mean, by default
@@ -134,10 +134,11 @@ def _launch(target: Target) -> tuple[Any, dict[str, str], dict[str, Any], dict[s
     warps = quant._warps(target.low, width)
     if target.kernel == "quantise_kv":
         constants = {**shape, **rounding, "HKV": 8, "GROUP": GROUP * four, "REST": "none", "CENTRED": True}
-        constants["BALANCED"] = levelled
+        constants |= {"SINK": True, "BALANCED": levelled}
         return quant.quantise_kv_kernel, packed, constants, {"num_warps": warps}
     if target.kernel == "quantise_q":
-        constants = {**shape, **rounding, **heads, "CAUSAL": True, "REDUCED": four, "BALANCED": levelled and four}
+        constants = {**shape, **rounding, **heads, "CAUSAL": True, "SINK": True}
+        constants |= {"REDUCED": four, "BALANCED": levelled and four}
         return quant.quantise_q_kernel, packed, constants, {"num_warps": warps}
     sample = {
         "S": 64,
@@ -156,15 +157,16 @@ def _launch(target: Target) -> tuple[Any, dict[str, str], dict[str, Any], dict[s
     if target.kernel == "select":
         pad = max(16, 1 << (target.blocks - 1).bit_length())
         constants = {
-            **shape, **heads, "CAUSAL": True, "WINDOW": False, "FIRST": 1, "LAST": 1, "PAD": pad, "ROWS": select.ROWS,
-            "SUB": max(1, min(select.ROWS, select.HELD // pad)), "BN": select.scored(target.dim, pad), "PORTABLE": False,
+            **shape, **heads, "CAUSAL": True, "WINDOW": False, "FIRST": 0, "LAST": 1, "SINK": True, "PAD": pad,
+            "ROWS": select.ROWS, "SUB": max(1, min(select.ROWS, select.HELD // pad)), "BN": select.scored(target.dim, pad),
+            "PORTABLE": False,
         }  # fmt: skip
         return select.select_rows_kernel, packed, constants, {"num_warps": max(4, pad // 1024)}
     tuned = attend.tuning(target.dim, target.low, target.form, divmod(target.capability, 10))
     constants = {
         **shape, **heads, "CAUSAL": True, "WINDOW": False, "CAP": 0.0, "LOW": target.low, "QUANT": target.math == "fp4",
         "NATIVE": native, "CENTRED": True, "KEY_BIAS": tuned.bias if four else "none",
-        "LEVELLED": native and target.low == "nvfp4", "ROUNDED": four, "REST": False, "MASS": False, "BM": tuned.rows,
+        "LEVELLED": native and target.low == "nvfp4", "ROUNDED": four, "REST": False, "MASS": False, "SINK": True, "BM": tuned.rows,
         "BN": tuned.tokens, "CENTRES": tuned.centres, "COLUMNS": min(width, tuned.columns), "STAGES": tuned.stages,
         "BRANCH": tuned.branch, "CAST": cast, "PORTABLE": False,
     }  # fmt: skip

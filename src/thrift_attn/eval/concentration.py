@@ -66,17 +66,22 @@ def measure(
         v: ``[Hkv, T, D]``.
         scale: factor of the logits.
         layer: number of the layer, for the result.
-        config: of the low path: a 4-bit format with ``math="fp4"``, K centred by block or not at all, ``balance="none"`` and
-            ``total="exact"``; what it promotes is of no concern.
+        config: of the low path: a 4-bit format with ``math="fp4"``, K centred by block or not at all, ``sink="none"``,
+            ``balance="none"`` and ``total="exact"``; what it promotes is of no concern.
 
     Raises:
         ValueError: another configuration.
     """
-    plain = config.center in ("none", "block") and (config.balance, config.total) == ("none", "exact")
+    plain = config.center in ("none", "block") and (config.sink, config.balance, config.total) == (
+        "none",
+        "none",
+        "exact",
+    )
     if config.low not in ("nvfp4", "mxfp4") or config.math != "fp4" or not plain:
         raise ValueError(
-            "error concentration is that of 4-bit formats with math='fp4', center 'none' or 'block', balance='none' and "
-            f"total='exact', got {config.low}, {config.math}, {config.center}, {config.balance} and {config.total}"
+            "error concentration is that of 4-bit formats with math='fp4', center 'none' or 'block', sink='none', "
+            f"balance='none' and total='exact', got {config.low}, {config.math}, {config.center}, {config.sink}, "
+            f"{config.balance} and {config.total}"
         )
     planes = build_planes(k, v, config)
     assert planes.low_k is not None

@@ -95,7 +95,8 @@ def from_description(name: str, found: dict[str, Any] | None) -> Method:
 
 def config_of(found: dict[str, Any]) -> ThriftConfig:
     """A configuration from `ThriftConfig.to_dict`; options that an old record does not know are off."""
-    return ThriftConfig(**{"balance": "none", "total": "exact", **found, "budget": Budget.parse(found["budget"])})
+    off = {"sink": "none", "balance": "none", "total": "exact"}
+    return ThriftConfig(**{**off, **found, "budget": Budget.parse(found["budget"])})
 
 
 def parse_method(spec: str) -> Method:

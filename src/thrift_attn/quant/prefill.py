@@ -45,7 +45,8 @@ _FP8_TOP = tl.constexpr(FORMATS["fp8"].tops[0])
 class PackedKV(NamedTuple):
     """K and V as `quantise_kv` writes them; absent parts are None. ``centres`` is c_b ``[P, Hkv, N, D]``, 16-bit.
 
-    ``k_rest`` and ``v_rest`` are what a nested plane adds to ``k`` and ``v``, wide.
+    ``k_rest`` and ``v_rest`` are what a nested plane adds to ``k`` and ``v``, wide. ``others``, where the first token of a
+    sequence is exact, is the mean of its block without it ``[B, Hkv, D]``, 16-bit.
     """
 
     centres: Tensor
@@ -55,14 +56,19 @@ class PackedKV(NamedTuple):
     v_scale: Tensor | None = None
     k_rest: Tensor | None = None
     v_rest: Tensor | None = None
+    others: Tensor | None = None
 
 
 class PackedQ(NamedTuple):
-    """Q as `quantise_q` writes it: mean queries float32 ``[P, Hq, R, D]``; codes and scales like those of K, or None."""
+    """Q as `quantise_q` writes it: mean queries float32 ``[P, Hq, R, D]``; codes and scales like those of K, or None.
+
+    ``sink``, where the first token is exact, is the product of its key with every query, float32 ``[P, Hq, R*64]``, unscaled.
+    """
 
     means: Tensor
     q: Tensor | None = None
     q_scale: Tensor | None = None
+    sink: Tensor | None = None
 
 
 def position_of(tokens: int) -> Tensor:
@@ -287,6 +293,7 @@ def quantise_kv_kernel(
     vs_ptr,
     k_rest_ptr,  # 16-bit [P, Hkv, N*64, D]
     v_rest_ptr,
+    others_ptr,  # 16-bit [B, Hkv, D]
     mean_ptr,  # float32 [B, Hq, D]
     bias_ptr,  # bfloat16 [P, Hq, N, 3, 64]
     keys_ptr,  # float32 [B, Hkv, D], powers of two: K is quantised times this
@@ -306,6 +313,7 @@ def quantise_kv_kernel(
     LOW: tl.constexpr,  # format, or "drop": centres only
     REST: tl.constexpr,  # format of the residual plane, or "none"
     CENTRED: tl.constexpr,
+    SINK: tl.constexpr,  # the first token of a sequence is the centre of its block, and its V is left out
     BALANCED: tl.constexpr,
     BEST: tl.constexpr,
     NATIVE: tl.constexpr,
@@ -333,6 +341,13 @@ def quantise_kv_kernel(
         total = tl.sum(k, 0)
         centre = tl.div_rn(total, count + tl.zeros_like(total)).to(centre_ptr.dtype.element_ty)
         dim = tl.arange(0, DP)
+        if SINK:
+            sunk = dim < tl.where(n == 0, D, 0)
+            own = tl.load(k_start + dim, mask=sunk, other=0.0)
+            others = tl.div_rn(total - own.to(tl.float32), tl.maximum(count - 1.0, 1.0) + tl.zeros_like(total))
+            others = tl.where(count > 1.0, others.to(own.dtype), own)
+            tl.store(others_ptr + (b * HKV + h).to(tl.int64) * D + dim, others, mask=sunk)
+            centre = tl.where(n == 0, own, centre)
         tl.store(centre_ptr + at * D + dim, centre, mask=dim < D)
         if LOW != "drop":
             first_v = v_ptr + part * stride_vb + h.to(tl.int64) * stride_vh + first * stride_vt
@@ -370,6 +385,8 @@ def quantise_kv_kernel(
                 if NATIVE and LOW == "fp8":  # rows in the order of positions
                     token = (token & 0x31) | ((token & 2) << 2) | ((token & 12) >> 1)
                     present = (n * 64 + token < length) & (d < D)
+                if SINK:
+                    present = present & (n * 64 + token > 0)
                 x = tl.load(first_v + token.to(tl.int64) * stride_vt + d, mask=present, other=0.0).to(tl.float32)
                 if BALANCED and LOW == "nvfp4":
                     x *= lift
@@ -378,19 +395,22 @@ def quantise_kv_kernel(
                     _store_rest(x - wide, v_rest_ptr, row, of_v, 0, D, DP, REST, BEST)
 
 
-@triton.jit(do_not_specialize=["rows"])
+@triton.jit(do_not_specialize=["rows", "blocks"])
 def quantise_q_kernel(
     q_ptr,  # 16-bit, addressed by strides
     spans_ptr,  # int32 [B, 6]
     mean_ptr,  # float32 [P, Hq, R, D]
     qp_ptr,
     qs_ptr,
+    sink_ptr,  # float32 [P, Hq, R*64]
+    centre_ptr,  # 16-bit [P, Hkv, N, D]: that of block 0 is the first key
     of_call_ptr,  # float32 [B, Hq, D]
     keys_ptr,  # float32 [B, Hkv, D], powers of two: Q is quantised divided by this
     stride_qb,
     stride_qh,
     stride_qt,
     rows,  # R
+    blocks,  # N
     HQ: tl.constexpr,
     HKV: tl.constexpr,
     D: tl.constexpr,
@@ -398,6 +418,7 @@ def quantise_q_kernel(
     CAUSAL: tl.constexpr,
     RAGGED: tl.constexpr,
     LOW: tl.constexpr,  # "none": means only
+    SINK: tl.constexpr,  # also the logits of the first token
     REDUCED: tl.constexpr,  # Q is quantised less its mean over the call
     BALANCED: tl.constexpr,
     BEST: tl.constexpr,
@@ -428,6 +449,10 @@ def quantise_q_kernel(
         total = tl.sum(q, 0)
         dim = tl.arange(0, DP)
         tl.store(mean_ptr + at * D + dim, tl.div_rn(total, count + tl.zeros_like(total)), mask=dim < D)
+        if SINK:
+            block = (part * HKV + h // (HQ // HKV)) * blocks + tl.load(span + 5)
+            key = tl.load(centre_ptr + block * D + dim, mask=dim < D, other=0.0).to(tl.float32)
+            tl.store(sink_ptr + at * 64 + tl.arange(0, 64), tl.sum(q * key[None, :], 1))
         if LOW != "none":
             back = 1.0
             if BALANCED:
@@ -468,6 +493,7 @@ def peaks_kernel(
     D: tl.constexpr,
     DP: tl.constexpr,
     RAGGED: tl.constexpr,
+    SINK: tl.constexpr,
     BLOCKS: tl.constexpr,
 ):
     """Largest magnitude of V of every head and sequence; ``BLOCKS`` blocks of 64 tokens a program."""
@@ -482,20 +508,21 @@ def peaks_kernel(
         for i in range(BLOCKS):
             token = (n + i) * 64 + tl.arange(0, 64)[:, None]
             row = (start + token).to(tl.int64)
-            x = tl.load(at + row * stride_t + d, mask=(token < length) & (d < D), other=0.0).to(tl.float32)
+            there = (token >= SINK) & (token < length) & (d < D)
+            x = tl.load(at + row * stride_t + d, mask=there, other=0.0).to(tl.float32)
             peak = tl.maximum(peak, tl.abs(x) + x * 0.0, propagate_nan=tl.PropagateNan.ALL)  # NaN for infinities too
         # The bits of a float that is not negative are in its order, those of NaN above all others.
         top = tl.max(tl.max(bits(peak), 1), 0)
         tl.atomic_max(peaks_ptr.to(tl.pointer_type(tl.int32), bitcast=True) + b * HKV + h, top)
 
 
-def _peaks(v: Tensor, sequences: Sequences) -> Tensor:
-    """Largest magnitude of V, float32 ``[B, Hkv]``; NaN where one is not finite."""
+def _peaks(v: Tensor, sequences: Sequences, sink: bool) -> Tensor:
+    """Largest magnitude of V, float32 ``[B, Hkv]``, the first token left out if ``sink``; NaN where one is not finite."""
     heads, dim = v.shape[1], v.shape[3]
     peaks = torch.zeros(sequences.batch, heads, dtype=torch.float32, device=v.device)
     peaks_kernel[(triton.cdiv(sequences.most_blocks, 8), heads, sequences.batch)](
         *(v, sequences.spans, peaks), *v.stride()[:3],
-        HKV=heads, D=dim, DP=triton.next_power_of_2(dim), RAGGED=sequences.parts == 1, BLOCKS=8,
+        HKV=heads, D=dim, DP=triton.next_power_of_2(dim), RAGGED=sequences.parts == 1, SINK=sink, BLOCKS=8,
     )  # fmt: skip
     return peaks
 
@@ -546,6 +573,7 @@ def quantise_kv(
     form: Form,
     rest: str | None = None,
     centred: bool = True,
+    sink: bool = False,
     best: bool = True,
     levels: Fit = NO_LEVELS,
     key_bias: Tensor | None = None,
@@ -560,6 +588,7 @@ def quantise_kv(
         form: ``"wide"`` or ``"native"``, see above.
         rest: ``"nested"`` or ``"nested8"``: also write what the residual plane decodes to. Wide 4-bit formats only.
         centred: quantise K - c_b; else K itself.
+        sink: c_0 is the first key of a sequence and its value counts as zero, both being exact elsewhere. Needs ``centred``.
         best: keep the better of the format's scales for each group.
         levels: of `thrift_attn.quant.levels.measure`; with mean queries goes ``key_bias``. Of 4-bit formats powers of two of
             K and V as well: native data keep them, of wide data they are taken out again.
@@ -588,10 +617,11 @@ def quantise_kv(
             centres,
             *_planes(low, form, shape, dim, False, k),
             *_planes(low, form, shape, dim, True, k),
-            *(_planes("nvfp4", "wide", shape, dim, False, k)[0] for _ in range(2 if rest else 0)),
+            *(_planes("nvfp4", "wide", shape, dim, False, k)[0] if rest else None for _ in range(2)),
+            torch.empty(sequences.batch, heads, dim, dtype=k.dtype, device=k.device) if sink else None,
         )
     width = triton.next_power_of_2(dim)
-    of_values = _peaks(v, sequences) if low == "fp8" else levels.values
+    of_values = _peaks(v, sequences, sink) if low == "fp8" else levels.values
     quantise_kv_kernel[(sequences.most_blocks, heads, sequences.batch)](
         k,
         v,
@@ -609,6 +639,7 @@ def quantise_kv(
         LOW=low,
         REST="none" if rest is None else RESIDUALS[rest].name,
         CENTRED=centred,
+        SINK=sink and low != "drop",
         BALANCED=levels.keys is not None,
         BEST=best,
         NATIVE=form == "native",
@@ -620,7 +651,14 @@ def quantise_kv(
 
 
 def quantise_q(
-    q: Tensor, sequences: Sequences, *, low: str | None, form: Form, best: bool = True, levels: Fit = NO_LEVELS
+    q: Tensor,
+    sequences: Sequences,
+    *,
+    low: str | None,
+    form: Form,
+    best: bool = True,
+    levels: Fit = NO_LEVELS,
+    centres: Tensor | None = None,
 ) -> PackedQ:
     """Mean queries of every row, and Q quantised.
 
@@ -632,6 +670,7 @@ def quantise_q(
         best: keep the better of the format's scales for each group.
         levels: of `thrift_attn.quant.levels.measure`: Q is quantised less its mean and divided by the powers of two of K; wide
             data are multiplied by them again.
+        centres: c_b ``[P, Hkv, N, D]`` of `quantise_kv`, where c_0 is the first key: its logits are written as well.
 
     Returns:
         `PackedQ`. Queries before position 0 count as missing; missing queries of a row are zero.
@@ -646,22 +685,27 @@ def quantise_q(
     if low is not None:
         _check(low, form, dim)
         out = PackedQ(means, *_planes(low, form, shape, dim, False, q))
+    if centres is not None:
+        sink = torch.empty(*shape[:2], sequences.rows * BLOCK, dtype=torch.float32, device=q.device)
+        out = out._replace(sink=sink)
     width = triton.next_power_of_2(dim)
     quantise_q_kernel[(sequences.most_rows, heads, sequences.batch)](
         q,
         sequences.spans,
         means,
         *(means if x is None else x for x in out[1:]),
-        *(means if x is None else x for x in (levels.mean, levels.keys)),
+        *(means if x is None else x for x in (centres, levels.mean, levels.keys)),
         *q.stride()[:3],
         sequences.rows,
+        sequences.blocks,
         HQ=heads,
-        HKV=heads if levels.keys is None else levels.keys.shape[1],
+        HKV=next((x.shape[1] for x in (centres, levels.keys) if x is not None), heads),
         D=dim,
         DP=width,
         CAUSAL=sequences.causal,
         RAGGED=sequences.parts == 1,
         LOW=low or "none",
+        SINK=centres is not None,
         REDUCED=levels.mean is not None,
         BALANCED=levels.keys is not None,
         BEST=best,

@@ -250,6 +250,15 @@ def block_means(k: Tensor) -> Tensor:
     return (sums / counts).to(k.dtype)
 
 
+def mean_of_others(k: Tensor) -> Tensor:
+    """Mean ``[..., D]`` of the first block of ``[..., T, D]`` without its first token, rounded like `block_means`.
+
+    Of a sequence of one token that token.
+    """
+    others = k[..., min(1, k.shape[-2] - 1) : BLOCK, :]
+    return (others if k.dtype == torch.float64 else others.float()).mean(-2).to(k.dtype)
+
+
 def residual(x: Tensor, base: Tensor, fmt: Format, dim: int = -1, *, best: bool = False) -> Tensor:
     """What the nested plane decodes to: the rounded residual of what the base encodes.
 

@@ -167,6 +167,7 @@ def wanted_blocks(
 def select_rows_kernel(
     mean_ptr,  # float32 [P, Hq, R, D]
     centre_ptr,  # 16-bit [P, Hkv, N, D]
+    others_ptr,  # 16-bit [B, Hkv, D], what stands for c_0
     spans_ptr,  # int32 [B, 6]
     wanted_ptr,  # int32 [B or 1, most_rows]
     scratch_ptr,  # float32 [programs, ROWS, PAD]
@@ -188,6 +189,7 @@ def select_rows_kernel(
     WINDOW: tl.constexpr,
     FIRST: tl.constexpr,  # forced first and last blocks
     LAST: tl.constexpr,
+    SINK: tl.constexpr,  # c_0 is the first key and tells nothing about the others
     PAD: tl.constexpr,  # most_blocks rounded up to a power of two
     ROWS: tl.constexpr,
     SUB: tl.constexpr,  # rows chosen at a time
@@ -229,9 +231,11 @@ def select_rows_kernel(
             centres = centre_ptr + ((part * HKV + h // (HQ // HKV)) * blocks + block_start) * D
             for n0 in range(low // BN * BN, high, BN):
                 n = n0 + tl.arange(0, BN)
-                c = tl.load(
-                    centres + n[None, :] * D + d[:, None], mask=(n < high)[None, :] & (d < D)[:, None], other=0.0
-                )
+                at_c = centres + n[None, :] * D + d[:, None]
+                if SINK:
+                    at_others = others_ptr + (b * HKV + h // (HQ // HKV)).to(tl.int64) * D + d[:, None]
+                    at_c = tl.where((n == 0)[None, :], at_others, at_c)
+                c = tl.load(at_c, mask=(n < high)[None, :] & (d < D)[:, None], other=0.0)
                 if PORTABLE:
                     s = tl.dot(mean, c.to(tl.float32), input_precision="ieee")
                 else:
@@ -303,6 +307,7 @@ def select_rows(
     wanted: Tensor,
     most: int,
     *,
+    others: Tensor | None = None,
     first: int = 0,
     last: int = 0,
     window: int | None = None,
@@ -315,6 +320,7 @@ def select_rows(
         sequences: how the sequences lie.
         wanted: blocks to promote, see `wanted_blocks`.
         most: K, room in a list; at least the largest of ``wanted``.
+        others: 16-bit ``[B, Hkv, D]``, what stands for c_0 in the scores, or None.
         first: so many first blocks come before all others.
         last: so many last visible blocks come next.
         window: sliding window in tokens.
@@ -342,6 +348,7 @@ def select_rows(
     select_rows_kernel[(programs,)](
         means,
         centres,
+        centres if others is None else others,
         sequences.spans,
         wanted,
         scratch,
@@ -363,6 +370,7 @@ def select_rows(
         WINDOW=window is not None,
         FIRST=first,
         LAST=last,
+        SINK=others is not None,
         PAD=pad,
         ROWS=ROWS,
         SUB=max(1, min(ROWS, HELD // pad)),
@@ -380,6 +388,7 @@ def select_decode(
     wanted: Tensor,
     most: int,
     *,
+    others: Tensor | None = None,
     first: int = 0,
     last: int = 0,
     window: int | None = None,
@@ -392,6 +401,7 @@ def select_decode(
         sequences: a batch.
         wanted: int32 ``[B or 1, 1]``, see `wanted_blocks`.
         most: K, room in a list.
+        others: see `select_rows`.
         first: see `select_rows`.
         last: see `select_rows`.
         window: see `select_rows`.
@@ -401,6 +411,8 @@ def select_decode(
     """
     queries, keys = sequences.spans[:, 1].long(), sequences.spans[:, 3].long()
     heads, kv_heads = q.shape[1], centres.shape[1]
+    if others is not None:
+        centres = torch.cat([others[:, :, None], centres[:, :, 1:]], 2)
     index = torch.arange(centres.shape[2], device=q.device)
     begin, end = decode_bounds(queries, keys, causal=sequences.causal, window=window)
     visible = (index >= begin[:, None]) & (index < end[:, None])  # [B, N]
