@@ -41,9 +41,10 @@ class Packed:
     v8: Tensor
     v_scale: Tensor
     centres: Tensor | None
+    sink: Tensor | None
 
 
-def pack(q: Tensor, k: Tensor, v: Tensor, *, causal: bool, centred: bool) -> Packed:
+def pack(q: Tensor, k: Tensor, v: Tensor, *, causal: bool, centred: bool, sink: bool) -> Packed:
     """The operands of the kernel in plain PyTorch."""
     tq, tk = q.shape[2], k.shape[2]
     lead = (tk - tq if causal else 0) % BLOCK
@@ -52,6 +53,11 @@ def pack(q: Tensor, k: Tensor, v: Tensor, *, causal: bool, centred: bool) -> Pac
     real = (torch.arange(k32.shape[2], device=k.device) < tk).unflatten(0, (-1, BLOCK))[..., None]
     blocks = k32.unflatten(2, (-1, BLOCK))
     centres = (blocks.sum(-2) / real.sum(-2)).to(k.dtype)
+    logits = None
+    if sink:
+        centres[:, :, 0] = k[:, :, 0]
+        v32[:, :, 0] = 0
+        logits = (q32.unflatten(1, (k.shape[1], -1)) @ k32[:, :, None, 0, :, None]).flatten(1, 2)[..., 0].contiguous()
     if centred:
         k32 = torch.where(real, blocks - centres.float()[..., None, :], 0).flatten(2, 3)
     q8, q_scale = _blocks_fp8(q32)
@@ -62,7 +68,7 @@ def pack(q: Tensor, k: Tensor, v: Tensor, *, causal: bool, centred: bool) -> Pac
     place = (t & ~15) | (t & 1) | ((t & 8) >> 2) | ((t & 6) << 1)
     turned = torch.empty_like(v8).view(torch.uint8)
     turned[:, :, place] = v8.view(torch.uint8)
-    return Packed(q8, q_scale, k8, k_scale, turned.mT.contiguous().view(E4M3), v_scale, centres if centred else None)
+    return Packed(q8, q_scale, k8, k_scale, turned.mT.contiguous().view(E4M3), v_scale, centres if centred else None, logits)
 
 
 def lists(promoted: Tensor) -> tuple[Tensor, Tensor]:
@@ -74,16 +80,16 @@ def lists(promoted: Tensor) -> tuple[Tensor, Tensor]:
     return order.masked_fill(filler, 2**30).contiguous(), counts.contiguous()
 
 
-def run(q, k, v, promoted, *, causal=True, centred=True, scale=None, window=None, softcap=None):
+def run(q, k, v, promoted, *, causal=True, centred=True, sink=True, scale=None, window=None, softcap=None):
     """The kernel on freshly packed data, outputs poisoned."""
     from thrift_attn.attend.hopper_launch import attend_fp8
 
-    p = pack(q, k, v, causal=causal, centred=centred)
+    p = pack(q, k, v, causal=causal, centred=centred, sink=sink)
     chosen, counts = lists(promoted)
     out, lse = torch.full_like(q, torch.nan), torch.full(q.shape[:3], torch.nan, device=q.device)
     attend_fp8(
         q, k, v, p.q8, p.q_scale, p.k8, p.k_scale, p.v8, p.v_scale, p.centres, chosen, counts, out, lse,
-        scale=scale or q.shape[-1] ** -0.5, causal=causal, window=window, softcap=softcap,
+        scale=scale or q.shape[-1] ** -0.5, causal=causal, window=window, softcap=softcap, sink=p.sink,
     )  # fmt: skip
     return out, lse
 
@@ -137,7 +143,7 @@ def check(q, k, v, config, **options):
     """The kernel does what the reference does: as far from exact attention, and near to it."""
     truth, _, _ = expected(q, k, v, ThriftConfig(budget=fraction(1)), **options)
     want, want_lse, promoted = expected(q, k, v, config, **options)
-    out, lse = run(q, k, v, promoted, centred=config.centred, **options)
+    out, lse = run(q, k, v, promoted, centred=config.centred, sink=config.exact_sink, **options)
     assert out.isfinite().all()
     unavoidable = distance(want, truth)
     # P is rounded with the running maximum in place of the final one, that is on another grid of equal fineness, and the
@@ -148,7 +154,10 @@ def check(q, k, v, config, **options):
     # is that of the codes: one weight is off by 1.0397 at most (the average excess taken out of 0 to 6.1%) and 2^-4 of rounding.
     dim, tk = q.shape[-1], k.shape[2]
     padded = torch.nn.functional.pad(k.float(), (0, 0, 0, -tk % BLOCK)).unflatten(2, (-1, BLOCK))
-    delta = padded - padded.mean(-2, keepdim=True) * (config.centred)
+    centre = padded.mean(-2, keepdim=True) * config.centred
+    if config.exact_sink:
+        centre[:, :, 0] = padded[:, :, 0, :1]
+    delta = padded - centre
     largest = float(q.float().norm(dim=-1).max() * delta.norm(dim=-1).max()) * (options.get("scale") or dim**-0.5)
     bound = largest * dim / 32 * 2**-11 + math.log(1.0397) + 2**-4 * float(config.budget != fraction(1.0))
     assert (lse - want_lse).abs().max() <= bound, ((lse - want_lse).abs().max(), bound)
@@ -169,7 +178,8 @@ def test_causal_without_promotion(dim, tq, tk) -> None:
     ThriftConfig(low="fp8", budget=fraction(0.05)),
     ThriftConfig(low="fp8", budget=fraction(0.5)),
     ThriftConfig(low="fp8", budget=fraction(1.0)),
-    ThriftConfig(low="fp8", budget=top_k(3), center="none"),
+    ThriftConfig(low="fp8", budget=fraction(0.05), sink="none", force_first=1),
+    ThriftConfig(low="fp8", budget=top_k(3), center="none", sink="none"),
 ])  # fmt: skip
 def test_promotion(dim, config) -> None:
     check(*inputs(2, 8, 2, 2500, 2500, dim), config)

@@ -309,9 +309,9 @@ def _pass_turn(HALF: gl.constexpr):
 def _low_pass(
     HALF: gl.constexpr, q8, k_smem, v_smem, ones, bias_smem, factor_smem, full, empty,
     q_scale, row, first, tiles, key_end, cap, window,
-    D: gl.constexpr, CAUSAL: gl.constexpr, WINDOW: gl.constexpr, CAP: gl.constexpr, OUT: gl.constexpr,
+    D: gl.constexpr, CAUSAL: gl.constexpr, WINDOW: gl.constexpr, CAP: gl.constexpr, SINK: gl.constexpr, OUT: gl.constexpr,
 ):  # fmt: skip
-    """All tiles in FP8, the last one first.
+    """All tiles in FP8, the last one first; P of the first token is left out if SINK.
 
     Step i multiplies Q with K of tile i and P with V of tile i - 1, which lie in the same slot of the ring, waits for both and
     works out P of tile i. What hides the wait is the other consumer: the two take turns in starting products, so that one
@@ -364,6 +364,12 @@ def _low_pass(
         words = _probabilities(x, m_new, facts, CAP, PAIR)
         alpha = gl.exp2(m - m_new)
         m = m_new
+    if SINK:
+        W: gl.constexpr = words.type.layout
+        chunk = gl.arange(0, 8, layout=gl.SliceLayout(0, gl.SliceLayout(2, W)))
+        lane = gl.arange(0, 4, layout=gl.SliceLayout(0, gl.SliceLayout(1, W)))
+        place = gl.expand_dims(gl.expand_dims(chunk, 0), 2) * 4 + gl.expand_dims(gl.expand_dims(lane, 0), 1)
+        words = gl.where(place + first == 0, words & -0x100, words)
     end = tiles % STAGES
     mbarrier.wait(full.index(end), (tiles // STAGES) & 1)
     o_token, n_token = _weighted(_operand(words, OUT), v_smem.index(end), ones, D, OUT)
@@ -456,11 +462,34 @@ def _high_pass(
 
 
 @gluon.jit
+def _sink(
+    o, m, total, row, at, inside, sink_ptr, value_ptr, listed, scale, cap, window,
+    D: gl.constexpr, WINDOW: gl.constexpr, CAP: gl.constexpr, OUT: gl.constexpr,
+):  # fmt: skip
+    """The first token, exact, where its block is not on the list and the row sees it: output and row sums with it.
+
+    Args:
+        at: where the rows' exact logits of the first token lie ``[64]``, unscaled; read if ``inside``.
+        value_ptr: V of that token.
+        listed: whether its block is promoted.
+    """
+    s = gl.load(sink_ptr + at, mask=inside, other=0.0) * (scale * LOG2E)
+    if CAP:
+        s = cap * (1 - 2 / (gl.exp2(s * (2 * LOG2E / cap)) + 1))
+    seen = (row >= 0) & (listed == 0)
+    if WINDOW:
+        seen = seen & (row < window)
+    p = gl.where(seen, gl.exp2(s - m), 0.0)
+    value = gl.load(value_ptr + gl.arange(0, D, layout=gl.SliceLayout(0, OUT))).to(gl.float32)
+    return o + _over_rows(p, OUT) * gl.expand_dims(value, 0), total + p
+
+
+@gluon.jit
 def _consumer(
     HALF: gl.constexpr, q8_smem, q_smem, k_smem, v_smem, ones, k16_smem, v16_smem, bias_smem, factor_smem,
-    q_bar, full, empty, out_desc, out_ptr, out_strides, q_scale_ptr, v_scale_ptr, chosen_ptr, counts_ptr, lse_ptr,
-    batch, head, kv_flat, q_flat, tile, first, tiles, queries, key_end, offset, rows, blocks, capacity, scale, cap, window,
-    D: gl.constexpr, CAUSAL: gl.constexpr, WINDOW: gl.constexpr, CAP: gl.constexpr, PROMOTE: gl.constexpr,
+    q_bar, full, empty, out_desc, out_ptr, out_strides, q_scale_ptr, v_scale_ptr, sink_ptr, value_ptr, chosen_ptr, counts_ptr,
+    lse_ptr, batch, head, kv_flat, q_flat, tile, first, tiles, queries, key_end, offset, rows, blocks, capacity, scale, cap, window,
+    D: gl.constexpr, CAUSAL: gl.constexpr, WINDOW: gl.constexpr, CAP: gl.constexpr, PROMOTE: gl.constexpr, SINK: gl.constexpr,
 ):  # fmt: skip
     """One half of the rows of a tile."""
     OUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 32])
@@ -473,14 +502,24 @@ def _consumer(
     o, o_end, alpha, m, total = _low_pass(
         HALF, q8_smem.slice(HALF * 64, 64, 0), k_smem, v_smem, ones, bias_smem, factor_smem,
         full, empty, q_scale, row, first, tiles, key_end, cap, window,
-        D, CAUSAL, WINDOW, CAP, OUT,
+        D, CAUSAL, WINDOW, CAP, SINK, OUT,
     )  # fmt: skip
     unit = gl.load(v_scale_ptr + kv_flat.to(gl.int64) * blocks) / 384.0
     o = o * _over_rows(alpha * unit, OUT) + o_end * unit
     q16 = q_smem.reshape([128, D]).slice(HALF * 64, 64, 0)
+    count = 0
+    line = chosen_ptr + (q_flat.to(gl.int64) * rows + row_block) * capacity
     if PROMOTE:
-        line = chosen_ptr + (q_flat.to(gl.int64) * rows + row_block) * capacity
         count = gl.load(counts_ptr + q_flat.to(gl.int64) * rows + row_block, mask=inside, other=0)
+    if SINK:
+        listed = 0
+        if PROMOTE:
+            listed = (gl.load(line, mask=count > 0, other=1) == 0).to(gl.int32)  # lists ascend
+        at = (q_flat.to(gl.int64) * rows + row_block) * 64 + gl.arange(0, 64, layout=ROWS)
+        o, total = _sink(
+            o, m, total, row, at, inside, sink_ptr, value_ptr, listed, scale, cap, window, D, WINDOW, CAP, OUT
+        )
+    if PROMOTE:
         if count > 0:
             o, m, total = _high_pass(
                 HALF, o, m, total, q16, k16_smem, v16_smem, full, empty,
@@ -506,16 +545,16 @@ def _consumer(
 
 @gluon.jit(
     do_not_specialize=[
-        "stride_b", "stride_h", "stride_t", "window", "queries", "keys", "offset", "rows", "blocks", "capacity", "q_tiles",
+        "stride_b", "stride_h", "stride_t", "stride_vb", "stride_vh", "window", "queries", "keys", "offset", "rows", "blocks", "capacity", "q_tiles",
         "kv_heads", "section",
     ]
 )  # fmt: skip
 def attend_fp8_kernel(
     q_desc, k_desc, v_desc, q8_desc, k8_desc, v8_desc, c_desc, out_desc,
-    out_ptr, q_scale_ptr, k_scale_ptr, v_scale_ptr, chosen_ptr, counts_ptr, lse_ptr,
-    stride_b, stride_h, stride_t, scale, cap, window, queries, keys, offset, rows, blocks, capacity, q_tiles, kv_heads, section,
+    out_ptr, q_scale_ptr, k_scale_ptr, v_scale_ptr, sink_ptr, v_ptr, chosen_ptr, counts_ptr, lse_ptr,
+    stride_b, stride_h, stride_t, stride_vb, stride_vh, scale, cap, window, queries, keys, offset, rows, blocks, capacity, q_tiles, kv_heads, section,
     GROUP: gl.constexpr, D: gl.constexpr, CAUSAL: gl.constexpr, WINDOW: gl.constexpr, CAP: gl.constexpr,
-    PROMOTE: gl.constexpr, CENTRED: gl.constexpr,
+    PROMOTE: gl.constexpr, CENTRED: gl.constexpr, SINK: gl.constexpr,
 ):  # fmt: skip
     """See the module. Longest tiles first inside a section of KV heads whose data fit the L2 cache."""
     pid = gl.program_id(0)
@@ -534,6 +573,7 @@ def attend_fp8_kernel(
         first = gl.maximum(tile * 128 + 1 - window, 0) // 128
     tiles = last - first + 1
     out_strides = (stride_b, stride_h, stride_t)
+    value_ptr = v_ptr + batch.to(gl.int64) * stride_vb + kv_head.to(gl.int64) * stride_vh  # V of the first token
 
     HALF16: gl.constexpr = q_desc.dtype
     q8_smem = gl.allocate_shared_memory(gl.float8e4nv, [1, 128, D], q8_desc.layout)
@@ -571,15 +611,15 @@ def attend_fp8_kernel(
         [
             (_consumer, (
                 0, q8_smem.reshape([128, D]), q_smem, k_smem, v_smem, ones, k16_smem, v16_smem, bias_rows, factors,
-                q_bar, full, empty, out_desc, out_ptr, out_strides, q_scale_ptr, v_scale_ptr, chosen_ptr, counts_ptr, lse_ptr,
-                batch, head, kv_flat, q_flat, tile, first, tiles, queries, keys, offset, rows, blocks, capacity, scale, cap, window,
-                D, CAUSAL, WINDOW, CAP, PROMOTE,
+                q_bar, full, empty, out_desc, out_ptr, out_strides, q_scale_ptr, v_scale_ptr, sink_ptr, value_ptr, chosen_ptr,
+                counts_ptr, lse_ptr, batch, head, kv_flat, q_flat, tile, first, tiles, queries, keys, offset, rows, blocks, capacity, scale, cap, window,
+                D, CAUSAL, WINDOW, CAP, PROMOTE, SINK,
             )),
             (_consumer, (
                 1, q8_smem.reshape([128, D]), q_smem, k_smem, v_smem, ones, k16_smem, v16_smem, bias_rows, factors,
-                q_bar, full, empty, out_desc, out_ptr, out_strides, q_scale_ptr, v_scale_ptr, chosen_ptr, counts_ptr, lse_ptr,
-                batch, head, kv_flat, q_flat, tile, first, tiles, queries, keys, offset, rows, blocks, capacity, scale, cap, window,
-                D, CAUSAL, WINDOW, CAP, PROMOTE,
+                q_bar, full, empty, out_desc, out_ptr, out_strides, q_scale_ptr, v_scale_ptr, sink_ptr, value_ptr, chosen_ptr,
+                counts_ptr, lse_ptr, batch, head, kv_flat, q_flat, tile, first, tiles, queries, keys, offset, rows, blocks, capacity, scale, cap, window,
+                D, CAUSAL, WINDOW, CAP, PROMOTE, SINK,
             )),
             (load_tiles, (
                 q_desc, k_desc, v_desc, q8_desc, k8_desc, v8_desc, c_desc, k_scale_ptr, chosen_ptr, counts_ptr,

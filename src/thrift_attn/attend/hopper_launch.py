@@ -94,6 +94,7 @@ def attend_fp8(
     causal: bool = True,
     window: int | None = None,
     softcap: float | None = None,
+    sink: Tensor | None = None,
 ) -> None:
     """Attention over FP8 data with promoted blocks in 16 bits, on sm_90; nothing is copied to the host.
 
@@ -118,6 +119,8 @@ def attend_fp8(
         causal: whether a query sees only keys up to its own position.
         window: sliding window in tokens, or None.
         softcap: bound of the logits, or None.
+        sink: float32 ``[B, Hq, R * 64]``, q . k of the first token in rows as of ``q8``: that token is exact, packed K and V
+            hold the centre and 0 for it (`thrift_attn.quant.prefill`). None: it is as all others.
 
     Raises:
         NotImplementedError: a call the kernel cannot serve, see `why_not`.
@@ -148,6 +151,8 @@ def attend_fp8(
     if chosen is not None and counts is not None:
         shapes["chosen"] = (chosen, (batch, q_heads, rows, chosen.shape[-1]))
         shapes["counts"] = (counts, (batch, q_heads, rows))
+    if sink is not None:
+        shapes["sink"] = (sink, (batch, q_heads, rows * BLOCK))
     for name, (x, shape) in shapes.items():
         if x is None or tuple(x.shape) != shape:
             raise ValueError(f"{name} must have shape {list(shape)}, got {None if x is None else list(x.shape)}")
@@ -161,10 +166,11 @@ def attend_fp8(
         _describe(q8.flatten(0, 1), TILE, dim), _describe(k8.flatten(0, 1), TILE, dim),
         _describe(v8.flatten(0, 1), dim, TILE),
         _describe((k[:, :, :1] if centres is None else centres).flatten(0, 1), CHUNK, dim), _describe(out, BLOCK, dim),
-        out, q_scale, k_scale, v_scale, chosen if promote else spare, spare, lse, *out.stride()[:3],
+        out, q_scale, k_scale, v_scale, lse if sink is None else sink, v, chosen if promote else spare, spare, lse,
+        *out.stride()[:3], *v.stride()[:2],
         float(scale), float(softcap or 0) * math.log2(math.e), int(window or 0), queries, keys, offset, rows, blocks,
         0 if chosen is None else chosen.shape[-1], q_tiles, kv_heads,
         _sections(batch * kv_heads, 2 * dim * BLOCK * blocks),
         GROUP=q_heads // kv_heads, D=dim, CAUSAL=causal, WINDOW=window is not None, CAP=softcap is not None,
-        PROMOTE=promote, CENTRED=centres is not None,
+        PROMOTE=promote, CENTRED=centres is not None, SINK=sink is not None,
     )  # fmt: skip
