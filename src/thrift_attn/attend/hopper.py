@@ -2,28 +2,19 @@
 
 One program per tile of 128 query rows and head, three groups of warps:
 
-- the *loader* (4 warps) fetches tiles with TMA; every 32 blocks it also multiplies Q with their centres (16-bit wgmma), hides
-  the promoted blocks of each query block and leaves the result in shared memory, one number per row and block;
-- two *consumers* (4 warps each) own 64 rows, which is one query block with one list: a loop over tiles of 128 tokens in FP8,
-  then a loop over the promoted blocks of their list in 16 bits.
+- the *loader* (4 warps, `hopper_loader`) fetches tiles with TMA; every 32 blocks it also multiplies Q with their centres
+  (16-bit wgmma), hides the promoted blocks of each query block and leaves one number per row and block in shared memory;
+- two *consumers* (4 warps each) own 64 rows, which is one query block with one list: a loop over tiles of 128 tokens in FP8
+  (`hopper_numbers` says how a tile becomes P), then a loop over the promoted blocks of their list in 16 bits.
 
-Numbers. Logits are in units of log2. Block b of a row has x = s8 * a_b + (q.c_b - m) with a_b = q_scale * k_scale_b * scale *
-log2(e). s8 comes in half precision (sums of D products stay below its range, see `thrift_attn.quant.formats`), two to a register,
-and one packed multiply-add makes 8 * (x + log2(384 * v_scale_b / v_max) + bias of e4m3 + log2 of `EVEN`) of two elements at once.
-Rounded to an integer that *is* the e4m3 code of P: exponent and mantissa of a small float read as one number are a logarithm,
-taken linearly between powers of two. Such a code is up to 6.1% above what it stands for, on average `EVEN`, which is divided
-out: what remains is 1.9% (root mean square) beside the 2.5% of rounding to three bits. No exponential is computed.
-
-The row sum is taken from the codes, by a product with ones, so that weights sum to one whatever the codes are; scales of V that
-went into P are taken out of it again. FP8 products of one tile with V have an accumulator of their own and are added in float32,
-since the hardware keeps about 14 bits inside a chain of FP8 products.
+Row sums are a product of P with ones, so that weights sum to one whatever P was rounded to. FP8 products of one tile with V
+have an accumulator of their own, added in float32, since the hardware keeps about 14 bits inside a chain of FP8 products.
 """
 
 from __future__ import annotations
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language import _core
 from triton.experimental.gluon.language.nvidia.hopper import (
     fence_async_shared,
     mbarrier,
@@ -32,234 +23,27 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from thrift_attn.attend.hopper_loader import CHUNK, HIDDEN, LOG2E, STAGES, TILES, load_tiles, uses
+from thrift_attn.attend.hopper_loader import CHUNK, LOG2E, STAGES, TILES, load_tiles, uses
+from thrift_attn.attend.hopper_numbers import (
+    as_operand,
+    as_words,
+    code_probabilities,
+    in_flight,
+    load_facts,
+    over_rows,
+    update_maximum,
+    visible_columns,
+)
 
 FLOOR = gl.constexpr(-1e20)  # where the running maximum starts: above HIDDEN, below any logit
-TINY = gl.constexpr(
-    2e-8
-)  # smallest factor of a logit, nothing beside it in half precision: 0 * -inf of a masked one is NaN
-LARGE = gl.constexpr(8000.0)  # bound of half precision factors and terms: products and sums of them stay finite
-PEAK = gl.constexpr(
-    8.528766
-)  # log2(384 / EVEN), EVEN = 1.5 * ln 2: the largest p has the code of 384, on average 384 * p
-EVEN = gl.constexpr(1.0397208)
-CODE = gl.constexpr(7.0)  # bias of the exponent of e4m3
-_HALVES = gl.constexpr("{ .reg .b16 a, b; mov.b32 {a, b}, $2; cvt.f32.f16 $0, a; cvt.f32.f16 $1, b; }")
-_LARGER = gl.constexpr("max.f16x2 $0, $1, $2;")
-_LARGEST = gl.constexpr("""{
-    .reg .b16 low, high;
-    mov.b32 {low, high}, $1;
-    max.f16 low, low, high;
-    cvt.f32.f16 $0, low;
-}""")
-_TWICE = gl.constexpr("cvt.rn.f16x2.f32 $0, $1, $1;")
-_WIDE = gl.constexpr("{ .reg .b16 low, high; mov.b32 {low, high}, $1; cvt.f32.f16 $0, low; }")
-# Four codes: t = max(s * $3 + $4, 0), then 1024 + t, whose last bits are t rounded to an integer.
-_CODES = gl.constexpr("""{
-    .reg .b32 a, b, k;
-    mov.b32 k, 0x64006400;
-    fma.rn.relu.f16x2 a, $1, $3, $4;
-    fma.rn.relu.f16x2 b, $2, $3, $4;
-    add.rn.f16x2 a, a, k;
-    add.rn.f16x2 b, b, k;
-    prmt.b32 $0, a, b, 0x6420;
-}""")
-_PACK = gl.constexpr("""{
-    .reg .b16 low, high;
-    cvt.rn.satfinite.e4m3x2.f32 low, $2, $1;
-    cvt.rn.satfinite.e4m3x2.f32 high, $4, $3;
-    mov.b32 $0, {low, high};
-}""")
-
-
-@gluon.jit
-def _over_blocks(v, FULL: gl.constexpr):
-    """[64, 2] to [64, 2, 1, 1] of layout FULL."""
-    v = gl.convert_layout(v, gl.SliceLayout(2, gl.SliceLayout(3, FULL)))
-    return gl.expand_dims(gl.expand_dims(v, 2), 3)
-
-
-@gluon.jit
-def _over_rows(v, MMA: gl.constexpr):
-    """[64] to [64, 1] of layout MMA."""
-    return gl.expand_dims(gl.convert_layout(v, gl.SliceLayout(1, MMA)), 1)
-
-
-@_core.builtin
-def _in_flight(token, _semantic=None):
-    """The registers of a product that has been started, as a tensor."""
-    return _core.tensor(token.handle, token.type.tensor_type)
-
-
-@gluon.jit
-def _words(s):
-    """Half precision [64, 128] as int32 [64, 2, 8, 4] (row, block, eight columns, lane): two neighbours to a word.
-
-    Nothing but another name for the same registers: the compiler sees through it, so that it may come before the wait.
-    """
-    even, odd = s.reshape([64, 2, 8, 4, 2]).split()
-    return (even.to(gl.int16, bitcast=True).to(gl.int32) & 0xFFFF) | (odd.to(gl.int16, bitcast=True).to(gl.int32) << 16)
-
-
-@gluon.jit
-def _masked(words, limits):
-    """Words with minus infinity where a column is not in [first, end) of its row ``[64]``."""
-    FULL: gl.constexpr = words.type.layout
-    end = _over_blocks(
-        gl.expand_dims(gl.convert_layout(limits[0], gl.SliceLayout(1, gl.SliceLayout(2, gl.SliceLayout(3, FULL)))), 1),
-        FULL,
-    )
-    first = _over_blocks(
-        gl.expand_dims(gl.convert_layout(limits[1], gl.SliceLayout(1, gl.SliceLayout(2, gl.SliceLayout(3, FULL)))), 1),
-        FULL,
-    )
-    block = gl.arange(0, 2, layout=gl.SliceLayout(0, gl.SliceLayout(2, gl.SliceLayout(3, FULL))))[None, :]
-    eight = gl.arange(0, 8, layout=gl.SliceLayout(0, gl.SliceLayout(1, gl.SliceLayout(3, FULL))))
-    lane = gl.arange(0, 4, layout=gl.SliceLayout(0, gl.SliceLayout(1, gl.SliceLayout(2, FULL))))
-    eight = gl.expand_dims(gl.expand_dims(eight, 0), 1)
-    lane = gl.expand_dims(gl.expand_dims(lane, 0), 1)
-    col = _over_blocks(block, FULL) * 64 + gl.expand_dims(eight, 3) * 8 + gl.expand_dims(lane, 2) * 2
-    low = gl.where((col < end) & (col >= first), words & 0xFFFF, 0xFC00)
-    high = gl.where((col + 1 < end) & (col + 1 >= first), words & -0x10000, -0x4000000)
-    return low | high
-
-
-@gluon.jit
-def _halves(w, AT: gl.constexpr):
-    """Even and odd entries of dimension 2 of a tensor of four dimensions."""
-    N: gl.constexpr = w.shape[2] // 2
-    if AT == "neighbours":
-        return w.reshape([w.shape[0], w.shape[1], N, 2, w.shape[3]]).permute((0, 1, 2, 4, 3)).split()
-    else:
-        return w.reshape([w.shape[0], w.shape[1], 2, N, w.shape[3]]).permute((0, 1, 3, 4, 2)).split()
-
-
-@gluon.jit
-def _larger(w):
-    a, b = _halves(w, "ends")
-    return gl.inline_asm_elementwise(_LARGER, "=r,r,r", [a, b], dtype=gl.int32, is_pure=True, pack=1)
-
-
-@gluon.jit
-def _twice(x):
-    """float32 as two equal numbers in half precision, bounded by LARGE."""
-    x = gl.minimum(x, LARGE)
-    return gl.inline_asm_elementwise(_TWICE, "=r,f", [x], dtype=gl.int32, is_pure=True, pack=1)
-
-
-@gluon.jit
-def _facts(bias_smem, factor_smem, tile, q_scale, HALF: gl.constexpr, PAIR: gl.constexpr):
-    """What the loader left for one tile: bias [64, 2], and the slope of each block [2].
-
-    The slope comes twice: as a float32 of a value that half precision holds exactly, and times 8 in half precision.
-    """
-    BLOCKS: gl.constexpr = gl.SliceLayout(0, PAIR)
-    side = tile // TILES & 1
-    here = side * TILES + tile % TILES
-    bias = bias_smem.index((side * 2 + HALF) * TILES + tile % TILES).load(PAIR)
-    slope = _twice(8.0 * gl.maximum(factor_smem.index(here).load(BLOCKS) * q_scale, TINY))
-    wide = 0.125 * gl.inline_asm_elementwise(_WIDE, "=f,r", [slope], dtype=gl.float32, is_pure=True, pack=1)
-    return bias, wide, slope
-
-
-@gluon.jit
-def _maximum(x, m, facts, cap, limits, MASK: gl.constexpr, CAP: gl.constexpr, PAIR: gl.constexpr):
-    """Running maximum with one more tile of 128 tokens.
-
-    Args:
-        x: raw FP8 products, as `_words`.
-        m: running maximum ``[64]``, in units of log2.
-        limits: one past the last visible and the first visible column of each row ``[64]``; read if MASK.
-
-    Returns:
-        What it was given, masked, or if CAP the logits ``[64, 2, 8, 4, 2]``; and the new maximum.
-    """
-    bias, slope, _ = facts
-    ROWS: gl.constexpr = gl.SliceLayout(1, PAIR)
-    if MASK:
-        x = _masked(x, limits)
-    if CAP:
-        low, high = gl.inline_asm_elementwise(
-            _HALVES, "=f,=f,r", [x], dtype=(gl.float32, gl.float32), is_pure=True, pack=1
-        )
-        x = gl.join(low, high)  # [64, 2, 8, 4, 2]
-        FULL: gl.constexpr = gl.SliceLayout(4, x.type.layout)
-        x = x * gl.expand_dims(_over_blocks(gl.expand_dims(slope, 0), FULL), 4)
-        x = x + gl.expand_dims(_over_blocks(bias, FULL), 4)
-        e = gl.exp2(x * (2 * LOG2E / cap))  # x is cap * y in units of log2; tanh(y) = 1 - 2 / (exp(2 y) + 1)
-        x = gl.where(x < 0.1 * HIDDEN, float("-inf"), cap * (1 - 2 / (e + 1)))
-        top = gl.max(gl.max(gl.max(x, axis=4), axis=2), axis=1)
-    else:
-        top = _larger(_larger(_larger(x))).reshape([64, 2, 4])
-        top = gl.inline_asm_elementwise(_LARGEST, "=f,r", [top], dtype=gl.float32, is_pure=True, pack=1)
-        LANES: gl.constexpr = top.type.layout
-        wide = gl.expand_dims(gl.convert_layout(bias, gl.SliceLayout(2, LANES)), 2)
-        factor = gl.convert_layout(gl.expand_dims(slope, 0), gl.SliceLayout(2, LANES))
-        top = gl.max(top * gl.expand_dims(factor, 2) + wide, axis=1)
-    m_new = gl.maximum(gl.convert_layout(m, ROWS), gl.convert_layout(gl.max(top, axis=1), ROWS))
-    return x, gl.convert_layout(m_new, m.type.layout)
-
-
-@gluon.jit
-def _probabilities(x, m, facts, CAP: gl.constexpr, PAIR: gl.constexpr):
-    """e4m3 codes of P' from what `_maximum` returned, four to a word: int32 ``[64, 8, 4]``.
-
-    They are already in the order of the next product's operand.
-    """
-    bias, _, slope = facts
-    shift = PEAK - gl.expand_dims(gl.convert_layout(m, gl.SliceLayout(1, PAIR)), 1)
-    if CAP:
-        FULL: gl.constexpr = gl.SliceLayout(4, x.type.layout)
-        p = gl.exp2(x + gl.expand_dims(_over_blocks(shift, FULL), 4)) * EVEN
-        return _pack(p)
-    else:
-        a, b = _halves(x, "neighbours")  # [64, 2, 4, 4]
-        W: gl.constexpr = a.type.layout
-        shift = _over_blocks(_twice(8.0 * (bias + shift + CODE)), W)
-        factor = _over_blocks(gl.expand_dims(slope, 0), W)
-        codes = gl.inline_asm_elementwise(
-            _CODES, "=r,r,r,r,r", [a, b, factor, shift], dtype=gl.int32, is_pure=True, pack=1
-        )
-        return codes.reshape([64, 8, 4])
-
-
-@gluon.jit
-def _pack(p):
-    """float32 P' ``[64, 2, 8, 4, 2]`` as `_probabilities` returns them."""
-    even, odd = p.reshape([64, 8, 2, 4, 2]).permute((0, 1, 3, 2, 4)).split()
-    b0, b2 = even.split()
-    b1, b3 = odd.split()
-    return gl.inline_asm_elementwise(_PACK, "=r,f,f,f,f", [b0, b1, b2, b3], dtype=gl.int32, is_pure=True, pack=1)
-
-
-@gluon.jit
-def _operand(words, OUT: gl.constexpr):
-    """Words of `_pack` as the left operand e4m3 ``[64, 128]``; no element changes its register."""
-    pairs = gl.join(words, words)
-    words = gl.join(pairs, pairs).reshape([64, 128])
-    words = gl.convert_layout(words, gl.DotOperandLayout(0, OUT, 4), assert_trivial=True)
-    codes = gl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r,r,r,r", [words], dtype=gl.int8, is_pure=True, pack=4)
-    return codes.to(gl.float8e4nv, bitcast=True)
-
-
-@gluon.jit
-def _limits(row, tile, key_end, window, CAUSAL: gl.constexpr, WINDOW: gl.constexpr):
-    """Columns [first, end) of a tile that the rows at these positions see."""
-    end = gl.full_like(row, 0) + key_end - tile * 128
-    if CAUSAL:
-        end = gl.minimum(end, row + 1 - tile * 128)
-    first = gl.full_like(row, 0)
-    if WINDOW:
-        first = row + 1 - window - tile * 128
-    return end, first
 
 
 @gluon.jit
 def _scores(q8, k, LAYOUT: gl.constexpr):
-    """Q K of a tile in half precision, started: as `_words`, to be waited for."""
+    """Q K of a tile in half precision, started: as `as_words`, to be waited for."""
     zero = gl.full([64, 128], 0.0, gl.float16, layout=LAYOUT)
     token = warpgroup_mma(q8, k.reshape([128, q8.shape[1]]).permute((1, 0)), zero, use_acc=False, is_async=True)
-    return _words(_in_flight(token))
+    return as_words(in_flight(token))
 
 
 @gluon.jit
@@ -323,45 +107,41 @@ def _low_pass(
     SCORES: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 128, 32])
     ROWS: gl.constexpr = gl.SliceLayout(1, OUT)
     last = first + tiles - 1
-    limits = _limits(row, last, key_end, window, CAUSAL, WINDOW)
+    limits = visible_columns(row, last, key_end, window, CAUSAL, WINDOW)
     mbarrier.wait(full.index(0), 0)
     s_first = warpgroup_mma_wait(0, deps=[_scores(q8, k_smem.index(0), SCORES)])
     mbarrier.arrive(empty.index(0), count=1)
     PAIR: gl.constexpr = gl.SliceLayout(2, gl.SliceLayout(3, s_first.type.layout))
-    facts = _facts(bias_smem, factor_smem, last, q_scale, HALF, PAIR)
+    facts = load_facts(bias_smem, factor_smem, last, q_scale, HALF, PAIR)
     m = gl.full([64], FLOOR, gl.float32, layout=ROWS)
-    x, m = _maximum(s_first, m, facts, cap, limits, True, CAP, PAIR)
-    words = _probabilities(x, m, facts, CAP, PAIR)
+    x, m = update_maximum(s_first, m, facts, cap, limits, True, CAP, PAIR)
+    words = code_probabilities(x, m, facts, CAP, PAIR)
     alpha = gl.full([64], 1.0, gl.float32, layout=ROWS)
     o = gl.full([64, D], 0.0, gl.float32, layout=OUT)
     none = gl.full([64, 8], 0.0, gl.float32, layout=gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 8, 32]))
     mass = _mass(none)
     LANES: gl.constexpr = gl.SliceLayout(1, mass.type.layout)
-    if HALF == 1:
-        if tiles > 1:
-            _pass_turn(HALF)
+    if (HALF == 1) & (tiles > 1):
+        _pass_turn(HALF)
     for step in range(1, tiles):
         at = step % STAGES
         now = last - step
         mbarrier.wait(full.index(at), (step // STAGES) & 1)
         _await_turn(HALF)
         s_token = _scores(q8, k_smem.index(at), SCORES)
-        o_token, n_token = _weighted(_operand(words, OUT), v_smem.index(at), ones, D, OUT)
-        if HALF == 0:
+        o_token, n_token = _weighted(as_operand(words, OUT), v_smem.index(at), ones, D, OUT)
+        if (HALF == 0) | (step + 1 < tiles):
             _pass_turn(HALF)
-        else:
-            if step + 1 < tiles:
-                _pass_turn(HALF)
-        facts = _facts(bias_smem, factor_smem, now, q_scale, HALF, PAIR)
+        facts = load_facts(bias_smem, factor_smem, now, q_scale, HALF, PAIR)
         edge = limits
         if WINDOW:
-            edge = _limits(row, now, key_end, window, CAUSAL, WINDOW)
+            edge = visible_columns(row, now, key_end, window, CAUSAL, WINDOW)
         s, o_part, sums = warpgroup_mma_wait(0, deps=[s_token, o_token, n_token])
         mbarrier.arrive(empty.index(at), count=1)
-        o = gl.fma(o, _over_rows(alpha, OUT).broadcast_to([64, D]), o_part)
+        o = gl.fma(o, over_rows(alpha, OUT).broadcast_to([64, D]), o_part)
         mass = mass * gl.expand_dims(gl.convert_layout(alpha, LANES), 1) + _mass(sums)
-        x, m_new = _maximum(s, m, facts, cap, edge, WINDOW, CAP, PAIR)
-        words = _probabilities(x, m_new, facts, CAP, PAIR)
+        x, m_new = update_maximum(s, m, facts, cap, edge, WINDOW, CAP, PAIR)
+        words = code_probabilities(x, m_new, facts, CAP, PAIR)
         alpha = gl.exp2(m - m_new)
         m = m_new
     if SINK:
@@ -372,7 +152,7 @@ def _low_pass(
         words = gl.where(place + first == 0, words & -0x100, words)
     end = tiles % STAGES
     mbarrier.wait(full.index(end), (tiles // STAGES) & 1)
-    o_token, n_token = _weighted(_operand(words, OUT), v_smem.index(end), ones, D, OUT)
+    o_token, n_token = _weighted(as_operand(words, OUT), v_smem.index(end), ones, D, OUT)
     o_end, sums = warpgroup_mma_wait(0, deps=[o_token, n_token])
     mbarrier.arrive(empty.index(end), count=1)
     mass = mass * gl.expand_dims(gl.convert_layout(alpha, LANES), 1) + _mass(sums)
@@ -398,7 +178,7 @@ def _high_softmax(
         edge = edge | (start <= first_row + 63 - window)
     if edge:
         cols = start + gl.arange(0, 64, layout=gl.SliceLayout(0, SCORES))[None, :]
-        where = _over_rows(row, SCORES)
+        where = over_rows(row, SCORES)
         seen = (cols < key_end).broadcast_to([64, 64])
         if CAUSAL:
             seen = seen & (cols <= where)
@@ -407,7 +187,7 @@ def _high_softmax(
         s = gl.where(seen, s, float("-inf"))
     m_new = gl.maximum(m, gl.convert_layout(gl.max(s, axis=1) * factor, m.type.layout))
     slope = gl.full([64, 64], 1.0, gl.float32, layout=SCORES) * factor
-    p = gl.exp2(gl.fma(s, slope, -_over_rows(m_new, SCORES).broadcast_to([64, 64])))
+    p = gl.exp2(gl.fma(s, slope, -over_rows(m_new, SCORES).broadcast_to([64, 64])))
     return p, m_new, gl.exp2(m - m_new)
 
 
@@ -434,7 +214,7 @@ def _high_pass(
     mbarrier.arrive(empty.index(here), count=2)
     p, m, alpha = _high_softmax(s_first, m, block, row, first_row, key_end, scale, cap, window, CAUSAL, WINDOW, CAP)
     total = total * alpha + gl.convert_layout(gl.sum(p, axis=1), m.type.layout)
-    o = o * _over_rows(alpha, WIDE)
+    o = o * over_rows(alpha, WIDE)
     upcoming = gl.load(line + 1, mask=count > 1, other=0)
     for i in range(1, count):
         block = upcoming
@@ -452,7 +232,7 @@ def _high_pass(
         mbarrier.arrive(empty.index(at), count=2)
         p, m, alpha = _high_softmax(s, m, block, row, first_row, key_end, scale, cap, window, CAUSAL, WINDOW, CAP)
         total = total * alpha + gl.convert_layout(gl.sum(p, axis=1), m.type.layout)
-        o = o * _over_rows(alpha, WIDE)
+        o = o * over_rows(alpha, WIDE)
     end = HALF * 2 + count % 2
     mbarrier.wait(full.index(end), uses(tiles, end, count) & 1)
     p_end = gl.convert_layout(p.to(q16.dtype), LEFT)
@@ -481,14 +261,15 @@ def _sink(
         seen = seen & (row < window)
     p = gl.where(seen, gl.exp2(s - m), 0.0)
     value = gl.load(value_ptr + gl.arange(0, D, layout=gl.SliceLayout(0, OUT))).to(gl.float32)
-    return o + _over_rows(p, OUT) * gl.expand_dims(value, 0), total + p
+    return o + over_rows(p, OUT) * gl.expand_dims(value, 0), total + p
 
 
 @gluon.jit
 def _consumer(
     HALF: gl.constexpr, q8_smem, q_smem, k_smem, v_smem, ones, k16_smem, v16_smem, bias_smem, factor_smem,
     q_bar, full, empty, out_desc, out_ptr, out_strides, q_scale_ptr, v_scale_ptr, sink_ptr, value_ptr, chosen_ptr, counts_ptr,
-    lse_ptr, batch, head, kv_flat, q_flat, tile, first, tiles, queries, key_end, offset, rows, blocks, capacity, scale, cap, window,
+    lse_ptr, batch, head, kv_flat, q_flat, tile, first, tiles, queries, key_end, offset, rows, blocks, capacity,
+    scale, cap, window,
     D: gl.constexpr, CAUSAL: gl.constexpr, WINDOW: gl.constexpr, CAP: gl.constexpr, PROMOTE: gl.constexpr, SINK: gl.constexpr,
 ):  # fmt: skip
     """One half of the rows of a tile."""
@@ -505,7 +286,7 @@ def _consumer(
         D, CAUSAL, WINDOW, CAP, SINK, OUT,
     )  # fmt: skip
     unit = gl.load(v_scale_ptr + kv_flat.to(gl.int64) * blocks) / 384.0
-    o = o * _over_rows(alpha * unit, OUT) + o_end * unit
+    o = o * over_rows(alpha * unit, OUT) + o_end * unit
     q16 = q_smem.reshape([128, D]).slice(HALF * 64, 64, 0)
     count = 0
     line = chosen_ptr + (q_flat.to(gl.int64) * rows + row_block) * capacity
@@ -519,13 +300,12 @@ def _consumer(
         o, total = _sink(
             o, m, total, row, at, inside, sink_ptr, value_ptr, listed, scale, cap, window, D, WINDOW, CAP, OUT
         )
-    if PROMOTE:
-        if count > 0:
-            o, m, total = _high_pass(
-                HALF, o, m, total, q16, k16_smem, v16_smem, full, empty,
-                line, count, row, tile * 128 + HALF * 64, tiles, key_end, scale, cap, window, D, CAUSAL, WINDOW, CAP,
-            )  # fmt: skip
-    o = o / _over_rows(gl.where(total > 0.0, total, 1.0), OUT)
+    if count > 0:
+        o, m, total = _high_pass(
+            HALF, o, m, total, q16, k16_smem, v16_smem, full, empty,
+            line, count, row, tile * 128 + HALF * 64, tiles, key_end, scale, cap, window, D, CAUSAL, WINDOW, CAP,
+        )  # fmt: skip
+    o = o / over_rows(gl.where(total > 0.0, total, 1.0), OUT)
     start = tile * 128 + HALF * 64 - offset
     if start >= 0:
         q16.store(o.to(q16.dtype))  # nobody reads Q any more
@@ -545,14 +325,15 @@ def _consumer(
 
 @gluon.jit(
     do_not_specialize=[
-        "stride_b", "stride_h", "stride_t", "stride_vb", "stride_vh", "window", "queries", "keys", "offset", "rows", "blocks", "capacity", "q_tiles",
-        "kv_heads", "section",
+        "stride_b", "stride_h", "stride_t", "stride_vb", "stride_vh", "window", "queries", "keys", "offset", "rows", "blocks",
+        "capacity", "q_tiles", "kv_heads", "section",
     ]
 )  # fmt: skip
 def attend_fp8_kernel(
     q_desc, k_desc, v_desc, q8_desc, k8_desc, v8_desc, c_desc, out_desc,
     out_ptr, q_scale_ptr, k_scale_ptr, v_scale_ptr, sink_ptr, v_ptr, chosen_ptr, counts_ptr, lse_ptr,
-    stride_b, stride_h, stride_t, stride_vb, stride_vh, scale, cap, window, queries, keys, offset, rows, blocks, capacity, q_tiles, kv_heads, section,
+    stride_b, stride_h, stride_t, stride_vb, stride_vh, scale, cap, window,
+    queries, keys, offset, rows, blocks, capacity, q_tiles, kv_heads, section,
     GROUP: gl.constexpr, D: gl.constexpr, CAUSAL: gl.constexpr, WINDOW: gl.constexpr, CAP: gl.constexpr,
     PROMOTE: gl.constexpr, CENTRED: gl.constexpr, SINK: gl.constexpr,
 ):  # fmt: skip
@@ -612,14 +393,14 @@ def attend_fp8_kernel(
             (_consumer, (
                 0, q8_smem.reshape([128, D]), q_smem, k_smem, v_smem, ones, k16_smem, v16_smem, bias_rows, factors,
                 q_bar, full, empty, out_desc, out_ptr, out_strides, q_scale_ptr, v_scale_ptr, sink_ptr, value_ptr, chosen_ptr,
-                counts_ptr, lse_ptr, batch, head, kv_flat, q_flat, tile, first, tiles, queries, keys, offset, rows, blocks, capacity, scale, cap, window,
-                D, CAUSAL, WINDOW, CAP, PROMOTE, SINK,
+                counts_ptr, lse_ptr, batch, head, kv_flat, q_flat, tile, first, tiles, queries, keys, offset, rows, blocks,
+                capacity, scale, cap, window, D, CAUSAL, WINDOW, CAP, PROMOTE, SINK,
             )),
             (_consumer, (
                 1, q8_smem.reshape([128, D]), q_smem, k_smem, v_smem, ones, k16_smem, v16_smem, bias_rows, factors,
                 q_bar, full, empty, out_desc, out_ptr, out_strides, q_scale_ptr, v_scale_ptr, sink_ptr, value_ptr, chosen_ptr,
-                counts_ptr, lse_ptr, batch, head, kv_flat, q_flat, tile, first, tiles, queries, keys, offset, rows, blocks, capacity, scale, cap, window,
-                D, CAUSAL, WINDOW, CAP, PROMOTE, SINK,
+                counts_ptr, lse_ptr, batch, head, kv_flat, q_flat, tile, first, tiles, queries, keys, offset, rows, blocks,
+                capacity, scale, cap, window, D, CAUSAL, WINDOW, CAP, PROMOTE, SINK,
             )),
             (load_tiles, (
                 q_desc, k_desc, v_desc, q8_desc, k8_desc, v8_desc, c_desc, k_scale_ptr, chosen_ptr, counts_ptr,

@@ -12,8 +12,6 @@ CHUNK = gl.constexpr(32)  # blocks whose centres are multiplied at once
 WIDTH = gl.constexpr(16)  # columns of one such product, few for the sake of registers
 TILES = gl.constexpr(16)  # tiles of two blocks in a chunk
 STAGES = gl.constexpr(4)
-EARLY = gl.constexpr(4)  # after this tile of a chunk, and after that one, a half of the next chunk's bias is worked out
-LATE = gl.constexpr(10)
 
 
 @gluon.jit
@@ -34,36 +32,6 @@ def _promoted_bits(line, upto, first_block):
 
 
 @gluon.jit
-def _bias(
-    HALF: gl.constexpr, chunk, line, upto, q_smem, c_smem, bias_smem, scale,
-    D: gl.constexpr, PROMOTE: gl.constexpr, CENTRED: gl.constexpr,
-):  # fmt: skip
-    """What the blocks of a chunk add to the logits of 64 rows: q.c_b, or `HIDDEN` where a block is on the rows' list.
-
-    Returns:
-        How many entries of the list lie before the chunk.
-    """
-    BIAS: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, WIDTH, 16])
-    side = chunk & 1
-    bits = 0
-    if PROMOTE:
-        bits, found = _promoted_bits(line, upto, chunk * CHUNK)
-        upto -= found
-    for part in gl.static_range(CHUNK // WIDTH):
-        bias = gl.full([64, WIDTH], 0.0, gl.float32, layout=BIAS)
-        if CENTRED:
-            q16 = q_smem.reshape([128, D]).slice(HALF * 64, 64, 0)
-            c16 = c_smem.reshape([CHUNK, D]).slice(part * WIDTH, WIDTH, 0)
-            bias = warpgroup_mma(q16, c16.permute((1, 0)), bias, use_acc=False) * (scale * LOG2E)
-        if PROMOTE:
-            cols = gl.arange(0, WIDTH, layout=gl.SliceLayout(0, BIAS))[None, :]
-            bias = gl.where(((bits >> (cols + part * WIDTH)) & 1) != 0, HIDDEN, bias)
-        place = bias_smem.index(side * 2 + HALF).slice(part * WIDTH // 2, WIDTH // 2, 0)
-        place.store(bias.reshape([64, WIDTH // 2, 2]).permute((1, 0, 2)))
-    return upto
-
-
-@gluon.jit
 def load_tiles(
     q_desc, k_desc, v_desc, q8_desc, k8_desc, v8_desc, c_desc, k_scale_ptr, chosen_ptr, counts_ptr,
     q8_smem, q_smem, k_smem, v_smem, k16_smem, v16_smem, c_smem, bias_smem, factor_smem,
@@ -73,11 +41,9 @@ def load_tiles(
 ):  # fmt: skip
     """Fetch Q, then the tiles of the low pass, last first, then the promoted blocks of both halves, in the order of use.
 
-    A slot of the ring holds K of step i and V of step i - 1; its barrier expects both, one of them empty at the ends. What
-    the blocks of a chunk add is worked out while the tiles of the chunk before it are on their way, one half of the rows at a
-    time, so that the ring does not run empty meanwhile. Its place was last read at the end of the chunk before that one, and
-    all consumers are past it when the fifth tile (`EARLY`) finds a free slot.
+    A slot of the ring holds K of step i and V of step i - 1; its barrier expects both, one of them empty at the ends.
     """
+    BIAS: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, WIDTH, 16])
     LIST: gl.constexpr = gl.BlockedLayout([1], [32], [4], [0])
     BYTES: gl.constexpr = D * 128
     last = first + tiles - 1
@@ -85,7 +51,6 @@ def load_tiles(
     tma.async_copy_global_to_shared(q8_desc, [q_flat, tile * 128 - offset // 64 * 64, 0], q_bar, q8_smem)
     tma.async_copy_global_to_shared(q_desc, [batch, head, tile * 128 - offset, 0], q_bar, q_smem)
     top_chunk = last // TILES
-    low_chunk = first // TILES
     if CENTRED:
         mbarrier.expect(c_bar, CHUNK * D * 2)
         tma.async_copy_global_to_shared(c_desc, [kv_flat, top_chunk * CHUNK, 0], c_bar, c_smem)
@@ -101,43 +66,54 @@ def load_tiles(
     count1 = left1
     mbarrier.wait(q_bar, 0)
     step = 0
-    for turn in range(0, top_chunk - low_chunk + 2):  # the first turn has no tiles
-        chunk = top_chunk + 1 - turn
-        ahead = chunk - 1
-        more = ahead >= low_chunk
-        top = gl.minimum(last, chunk * TILES + TILES - 1)
-        count = gl.maximum(top - gl.maximum(first, chunk * TILES) + 1, 0)
-        rounds = count
-        if more:
-            rounds = gl.maximum(count, LATE + 1)
-        for back in range(0, rounds):
-            if back < count:
-                now = top - back
-                at = step % STAGES
-                mbarrier.wait(empty.index(at), (step // STAGES & 1) ^ 1)
-                mbarrier.expect(full.index(at), BYTES)
-                tma.async_copy_global_to_shared(k8_desc, [kv_flat, now * 128, 0], full.index(at), k_smem.index(at))
-                if step == 0:
-                    mbarrier.expect(full.index(at), 0)
+    for turn in range(0, top_chunk - first // TILES + 1):
+        chunk = top_chunk - turn
+        side = chunk & 1
+        block = chunk * CHUNK + gl.arange(0, 32, layout=LIST)
+        k_scale = gl.load(k_scale_ptr + kv_flat.to(gl.int64) * blocks + block, mask=block < blocks, other=0.0)
+        factor_smem.index(side).store((k_scale * (scale * LOG2E)).reshape([16, 2]))
+        if CENTRED:
+            mbarrier.wait(c_bar, turn & 1)
+        for half in gl.static_range(2):
+            bits = 0
+            if PROMOTE:
+                if half == 0:
+                    bits, found = _promoted_bits(lines, left0, chunk * CHUNK)
+                    left0 -= found
                 else:
-                    mbarrier.expect(full.index(at), BYTES)
-                    tma.async_copy_global_to_shared(
-                        v8_desc, [kv_flat, 0, now * 128 + 128], full.index(at), v_smem.index(at)
-                    )
-                step += 1
-            if more & (back == EARLY):
-                block = ahead * CHUNK + gl.arange(0, 32, layout=LIST)
-                k_scale = gl.load(k_scale_ptr + kv_flat.to(gl.int64) * blocks + block, mask=block < blocks, other=0.0)
-                factor_smem.index(ahead & 1).store((k_scale * (scale * LOG2E)).reshape([16, 2]))
+                    bits, found = _promoted_bits(lines + capacity, left1, chunk * CHUNK)
+                    left1 -= found
+            for part in gl.static_range(CHUNK // WIDTH):
+                bias = gl.full([64, WIDTH], 0.0, gl.float32, layout=BIAS)
                 if CENTRED:
-                    mbarrier.wait(c_bar, turn & 1)
-                left0 = _bias(0, ahead, lines, left0, q_smem, c_smem, bias_smem, scale, D, PROMOTE, CENTRED)
-            if more & (back == LATE):
-                left1 = _bias(1, ahead, lines + capacity, left1, q_smem, c_smem, bias_smem, scale, D, PROMOTE, CENTRED)
-                gl.thread_barrier()
-                if CENTRED and ahead > low_chunk:
-                    mbarrier.expect(c_bar, CHUNK * D * 2)
-                    tma.async_copy_global_to_shared(c_desc, [kv_flat, (ahead - 1) * CHUNK, 0], c_bar, c_smem)
+                    q16 = q_smem.reshape([128, D]).slice(half * 64, 64, 0)
+                    c16 = c_smem.reshape([CHUNK, D]).slice(part * WIDTH, WIDTH, 0)
+                    bias = warpgroup_mma(q16, c16.permute((1, 0)), bias, use_acc=False) * (scale * LOG2E)
+                if PROMOTE:
+                    cols = gl.arange(0, WIDTH, layout=gl.SliceLayout(0, BIAS))[None, :]
+                    bias = gl.where(((bits >> (cols + part * WIDTH)) & 1) != 0, HIDDEN, bias)
+                place = bias_smem.index(side * 2 + half).slice(part * WIDTH // 2, WIDTH // 2, 0)
+                place.store(bias.reshape([64, WIDTH // 2, 2]).permute((1, 0, 2)))
+        gl.thread_barrier()
+        if CENTRED and chunk > first // TILES:
+            mbarrier.expect(c_bar, CHUNK * D * 2)
+            tma.async_copy_global_to_shared(c_desc, [kv_flat, (chunk - 1) * CHUNK, 0], c_bar, c_smem)
+        top = gl.minimum(last, chunk * TILES + TILES - 1)
+        bottom = gl.maximum(first, chunk * TILES)
+        for back in range(0, top - bottom + 1):
+            now = top - back
+            at = step % STAGES
+            mbarrier.wait(empty.index(at), (step // STAGES & 1) ^ 1)
+            mbarrier.expect(full.index(at), BYTES)
+            tma.async_copy_global_to_shared(k8_desc, [kv_flat, now * 128, 0], full.index(at), k_smem.index(at))
+            if step == 0:
+                mbarrier.expect(full.index(at), 0)
+            else:
+                mbarrier.expect(full.index(at), BYTES)
+                tma.async_copy_global_to_shared(
+                    v8_desc, [kv_flat, 0, now * 128 + 128], full.index(at), v_smem.index(at)
+                )
+            step += 1
     at = tiles % STAGES
     mbarrier.wait(empty.index(at), (tiles // STAGES & 1) ^ 1)
     mbarrier.expect(full.index(at), BYTES)
