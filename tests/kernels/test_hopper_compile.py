@@ -50,7 +50,8 @@ text = kernel.asm["ptx"]
 print(json.dumps(dict(
     warnings=re.findall(r"\\(C75\\d\\d\\).*", log.stderr), shared=kernel.metadata.shared, warps=kernel.metadata.num_warps,
     spills=int(re.search(r"(\\d+) bytes spill stores", log.stderr)[1]),
-    fp8=len(re.findall(r"wgmma.mma_async.sync.aligned.m64n\\d+k32.f32.e4m3.e4m3", text)),
+    scores=len(re.findall(r"wgmma.mma_async.sync.aligned.m64n128k32.f16.e4m3.e4m3", text)),
+    weighted=len(re.findall(r"wgmma.mma_async.sync.aligned.m64n\\d+k32.f32.e4m3.e4m3", text)),
     wide=len(re.findall(r"wgmma.mma_async.sync.aligned.m64n\\d+k16.f32.(?:b?f16).(?:b?f16)", text)),
     registers=sorted(map(int, set(re.findall(r"setmaxnreg.\\w+.sync.aligned.u32\\s+(\\d+)", text)))),
     loads=text.count("cp.async.bulk.tensor"), shuffles=text.count("shfl.sync"),
@@ -73,9 +74,9 @@ def test_compiles_for_hopper(options: dict, tmp_path: Path) -> None:
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
     facts = json.loads(done.stdout.splitlines()[-1])
-    steps = options["D"] // 32
-    # Two consumers; Q K and P V before the loop, in it and after it, of the low pass.
-    assert facts["fp8"] == 2 * 2 * (steps + 128 // 32), facts
+    # Two consumers; Q K before the loop of the low pass and in it; P V and the row sums in it and after it.
+    assert facts["scores"] == 2 * 2 * (options["D"] // 32), facts
+    assert facts["weighted"] == 2 * 2 * 2 * (128 // 32), facts
     assert facts["wide"] >= 2 * 3 * (options["D"] // 16), facts  # the promoted blocks
     assert facts["warnings"] == [], facts  # serialised products, or registers that could not be handed over
     assert facts["registers"][0] == 40, facts
