@@ -194,10 +194,10 @@ def _high_softmax(
 @gluon.jit
 def _high_pass(
     HALF: gl.constexpr, o, m, total, q16, k16_smem, v16_smem, full, empty,
-    line, count, row, first_row, tiles, key_end, scale, cap, window,
+    line, count, common, row, first_row, tiles, key_end, scale, cap, window,
     D: gl.constexpr, CAUSAL: gl.constexpr, WINDOW: gl.constexpr, CAP: gl.constexpr,
 ):  # fmt: skip
-    """The promoted blocks of this half's list in 16 bits, at least one.
+    """The promoted blocks of this half's list in 16 bits, at least one; turns for as long as both lists (``common``) last.
 
     Each half has two slots of the ring to itself; step i multiplies Q with K of block i and P with V of block i - 1.
     """
@@ -216,17 +216,23 @@ def _high_pass(
     total = total * alpha + gl.convert_layout(gl.sum(p, axis=1), m.type.layout)
     o = o * over_rows(alpha, WIDE)
     upcoming = gl.load(line + 1, mask=count > 1, other=0)
+    if (HALF == 1) & (common > 1):
+        _pass_turn(HALF)
     for i in range(1, count):
         block = upcoming
         upcoming = gl.load(line + i + 1, mask=i + 1 < count, other=0)
         at = HALF * 2 + i % 2
         mbarrier.wait(full.index(at), uses(tiles, at, i) & 1)
+        if i < common:
+            _await_turn(HALF)
         s_token = warpgroup_mma(
             q16, k16_smem.index(at).reshape([64, D]).permute((1, 0)), gl.full([64, 64], 0.0, gl.float32, layout=SCORES),
             use_acc=False, is_async=True,
         )  # fmt: skip
         p16 = gl.convert_layout(p.to(q16.dtype), LEFT)
         o_token = warpgroup_mma(p16, v16_smem.index(at).reshape([64, D]), o, is_async=True)
+        if i + HALF < common:
+            _pass_turn(HALF)
         s = warpgroup_mma_wait(1, deps=[s_token])
         o = warpgroup_mma_wait(0, deps=[o_token])
         mbarrier.arrive(empty.index(at), count=2)
@@ -289,9 +295,13 @@ def _consumer(
     o = o * over_rows(alpha * unit, OUT) + o_end * unit
     q16 = q_smem.reshape([128, D]).slice(HALF * 64, 64, 0)
     count = 0
+    common = 0
     line = chosen_ptr + (q_flat.to(gl.int64) * rows + row_block) * capacity
     if PROMOTE:
-        count = gl.load(counts_ptr + q_flat.to(gl.int64) * rows + row_block, mask=inside, other=0)
+        counts = counts_ptr + q_flat.to(gl.int64) * rows
+        count = gl.load(counts + row_block, mask=inside, other=0)
+        beside = row_block + 1 - 2 * HALF
+        common = gl.minimum(count, gl.load(counts + beside, mask=(beside >= 0) & (beside < rows), other=0))
     if SINK:
         listed = 0
         if PROMOTE:
@@ -303,7 +313,7 @@ def _consumer(
     if count > 0:
         o, m, total = _high_pass(
             HALF, o, m, total, q16, k16_smem, v16_smem, full, empty,
-            line, count, row, tile * 128 + HALF * 64, tiles, key_end, scale, cap, window, D, CAUSAL, WINDOW, CAP,
+            line, count, common, row, tile * 128 + HALF * 64, tiles, key_end, scale, cap, window, D, CAUSAL, WINDOW, CAP,
         )  # fmt: skip
     o = o / over_rows(gl.where(total > 0.0, total, 1.0), OUT)
     start = tile * 128 + HALF * 64 - offset
