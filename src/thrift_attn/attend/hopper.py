@@ -91,8 +91,8 @@ def _pass_turn(HALF: gl.constexpr):
 
 @gluon.jit
 def _low_pass(
-    HALF: gl.constexpr, q8, k_smem, v_smem, ones, bias_smem, factor_smem, full, empty,
-    q_scale, row, first, tiles, key_end, cap, window,
+    HALF: gl.constexpr, q8, k_smem, v_smem, ones, bias_smem, slope_smem, full, empty,
+    row, first, tiles, key_end, cap, window,
     D: gl.constexpr, CAUSAL: gl.constexpr, WINDOW: gl.constexpr, CAP: gl.constexpr, SINK: gl.constexpr, OUT: gl.constexpr,
 ):  # fmt: skip
     """All tiles in FP8, the last one first; P of the first token is left out if SINK.
@@ -102,7 +102,7 @@ def _low_pass(
     calculates while the tensor cores work for the other. Without turns both wait and both calculate at the same time.
 
     Returns:
-        Two parts of the output ``[64, D]`` and the factor of the first, the maximum and the row sums ``[64]``.
+        Two parts of the output ``[64, D]`` and the factor of the first; maximum in units of log2, and row sums ``[64]``.
     """
     SCORES: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 128, 32])
     ROWS: gl.constexpr = gl.SliceLayout(1, OUT)
@@ -112,7 +112,7 @@ def _low_pass(
     s_first = warpgroup_mma_wait(0, deps=[_scores(q8, k_smem.index(0), SCORES)])
     mbarrier.arrive(empty.index(0), count=1)
     PAIR: gl.constexpr = gl.SliceLayout(2, gl.SliceLayout(3, s_first.type.layout))
-    facts = load_facts(bias_smem, factor_smem, last, q_scale, HALF, PAIR)
+    facts = load_facts(bias_smem, slope_smem, last, HALF, PAIR)
     m = gl.full([64], FLOOR, gl.float32, layout=ROWS)
     x, m = update_maximum(s_first, m, facts, cap, limits, True, CAP, PAIR)
     words = code_probabilities(x, m, facts, CAP, PAIR)
@@ -132,7 +132,7 @@ def _low_pass(
         o_token, n_token = _weighted(as_operand(words, OUT), v_smem.index(at), ones, D, OUT)
         if (HALF == 0) | (step + 1 < tiles):
             _pass_turn(HALF)
-        facts = load_facts(bias_smem, factor_smem, now, q_scale, HALF, PAIR)
+        facts = load_facts(bias_smem, slope_smem, now, HALF, PAIR)
         edge = limits
         if WINDOW:
             edge = visible_columns(row, now, key_end, window, CAUSAL, WINDOW)
@@ -142,7 +142,7 @@ def _low_pass(
         mass = mass * gl.expand_dims(gl.convert_layout(alpha, LANES), 1) + _mass(sums)
         x, m_new = update_maximum(s, m, facts, cap, edge, WINDOW, CAP, PAIR)
         words = code_probabilities(x, m_new, facts, CAP, PAIR)
-        alpha = gl.exp2(m - m_new)
+        alpha = gl.exp2(0.125 * (m - m_new))
         m = m_new
     if SINK:
         W: gl.constexpr = words.type.layout
@@ -156,7 +156,7 @@ def _low_pass(
     o_end, sums = warpgroup_mma_wait(0, deps=[o_token, n_token])
     mbarrier.arrive(empty.index(end), count=1)
     mass = mass * gl.expand_dims(gl.convert_layout(alpha, LANES), 1) + _mass(sums)
-    return o, o_end, alpha, m, gl.convert_layout(gl.max(mass, axis=1), ROWS) * (1 / 384)
+    return o, o_end, alpha, 0.125 * m, gl.convert_layout(gl.max(mass, axis=1), ROWS) * (1 / 384)
 
 
 @gluon.jit
@@ -272,8 +272,8 @@ def _sink(
 
 @gluon.jit
 def _consumer(
-    HALF: gl.constexpr, q8_smem, q_smem, k_smem, v_smem, ones, k16_smem, v16_smem, bias_smem, factor_smem,
-    q_bar, full, empty, out_desc, out_ptr, out_strides, q_scale_ptr, v_scale_ptr, sink_ptr, value_ptr, chosen_ptr, counts_ptr,
+    HALF: gl.constexpr, q8_smem, q_smem, k_smem, v_smem, ones, k16_smem, v16_smem, bias_smem, slope_smem,
+    q_bar, full, empty, out_desc, out_ptr, out_strides, v_scale_ptr, sink_ptr, value_ptr, chosen_ptr, counts_ptr,
     lse_ptr, batch, head, kv_flat, q_flat, tile, first, tiles, queries, key_end, offset, rows, blocks, capacity,
     scale, cap, window,
     D: gl.constexpr, CAUSAL: gl.constexpr, WINDOW: gl.constexpr, CAP: gl.constexpr, PROMOTE: gl.constexpr, SINK: gl.constexpr,
@@ -283,12 +283,11 @@ def _consumer(
     ROWS: gl.constexpr = gl.SliceLayout(1, OUT)
     row_block = 2 * tile + HALF - offset // 64
     inside = (row_block >= 0) & (row_block < rows)
-    q_scale = gl.load(q_scale_ptr + q_flat.to(gl.int64) * rows + row_block, mask=inside, other=0.0)
     row = tile * 128 + HALF * 64 + gl.arange(0, 64, layout=ROWS)  # positions
     mbarrier.wait(q_bar, 0)
     o, o_end, alpha, m, total = _low_pass(
-        HALF, q8_smem.slice(HALF * 64, 64, 0), k_smem, v_smem, ones, bias_smem, factor_smem,
-        full, empty, q_scale, row, first, tiles, key_end, cap, window,
+        HALF, q8_smem.slice(HALF * 64, 64, 0), k_smem, v_smem, ones, bias_smem, slope_smem,
+        full, empty, row, first, tiles, key_end, cap, window,
         D, CAUSAL, WINDOW, CAP, SINK, OUT,
     )  # fmt: skip
     unit = gl.load(v_scale_ptr + kv_flat.to(gl.int64) * blocks) / 384.0
@@ -378,9 +377,9 @@ def attend_fp8_kernel(
     FLAT2: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [1, 0])
     FLAT1: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
     bias_smem = gl.allocate_shared_memory(gl.float32, [4, TILES, 64, 2], FLAT3)
-    factor_smem = gl.allocate_shared_memory(gl.float32, [2, TILES, 2], FLAT2)
+    slope_smem = gl.allocate_shared_memory(gl.float32, [4, TILES, 2], FLAT2)
     bias_rows = bias_smem._reinterpret(gl.float32, [4 * TILES, 64, 2], FLAT2)
-    factors = factor_smem._reinterpret(gl.float32, [2 * TILES, 2], FLAT1)
+    slope_rows = slope_smem._reinterpret(gl.float32, [4 * TILES, 2], FLAT1)
 
     ones = gl.allocate_shared_memory(gl.float8e4nv, [8, 128], gl.NVMMASharedLayout(128, 8, 2))
     ONES: gl.constexpr = gl.BlockedLayout([1, 8], [2, 16], [4, 1], [1, 0])
@@ -401,20 +400,20 @@ def attend_fp8_kernel(
     gl.warp_specialize(
         [
             (_consumer, (
-                0, q8_smem.reshape([128, D]), q_smem, k_smem, v_smem, ones, k16_smem, v16_smem, bias_rows, factors,
-                q_bar, full, empty, out_desc, out_ptr, out_strides, q_scale_ptr, v_scale_ptr, sink_ptr, value_ptr, chosen_ptr,
+                0, q8_smem.reshape([128, D]), q_smem, k_smem, v_smem, ones, k16_smem, v16_smem, bias_rows, slope_rows,
+                q_bar, full, empty, out_desc, out_ptr, out_strides, v_scale_ptr, sink_ptr, value_ptr, chosen_ptr,
                 counts_ptr, lse_ptr, batch, head, kv_flat, q_flat, tile, first, tiles, queries, keys, offset, rows, blocks,
                 capacity, scale, cap, window, D, CAUSAL, WINDOW, CAP, PROMOTE, SINK,
             )),
             (_consumer, (
-                1, q8_smem.reshape([128, D]), q_smem, k_smem, v_smem, ones, k16_smem, v16_smem, bias_rows, factors,
-                q_bar, full, empty, out_desc, out_ptr, out_strides, q_scale_ptr, v_scale_ptr, sink_ptr, value_ptr, chosen_ptr,
+                1, q8_smem.reshape([128, D]), q_smem, k_smem, v_smem, ones, k16_smem, v16_smem, bias_rows, slope_rows,
+                q_bar, full, empty, out_desc, out_ptr, out_strides, v_scale_ptr, sink_ptr, value_ptr, chosen_ptr,
                 counts_ptr, lse_ptr, batch, head, kv_flat, q_flat, tile, first, tiles, queries, keys, offset, rows, blocks,
                 capacity, scale, cap, window, D, CAUSAL, WINDOW, CAP, PROMOTE, SINK,
             )),
             (load_tiles, (
-                q_desc, k_desc, v_desc, q8_desc, k8_desc, v8_desc, c_desc, k_scale_ptr, chosen_ptr, counts_ptr,
-                q8_smem, q_smem, k_smem, v_smem, k16_smem, v16_smem, c_smem, bias_smem, factor_smem,
+                q_desc, k_desc, v_desc, q8_desc, k8_desc, v8_desc, c_desc, q_scale_ptr, k_scale_ptr, chosen_ptr,
+                counts_ptr, q8_smem, q_smem, k_smem, v_smem, k16_smem, v16_smem, c_smem, bias_smem, slope_smem,
                 q_bar, c_bar, full, empty,
                 batch, head, kv_head, kv_flat, q_flat, tile, first, tiles, offset, rows, blocks, capacity, scale,
                 D, PROMOTE, CENTRED,

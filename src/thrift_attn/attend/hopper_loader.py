@@ -5,9 +5,12 @@ from __future__ import annotations
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma, warpgroup_mma
+from triton.language import PropagateNan
 
 HIDDEN = gl.constexpr(-1e30)  # q.c of a promoted block: no probability, yet finite, so that no difference is NaN
 LOG2E = gl.constexpr(1.4426950408889634)
+EIGHTHS = gl.constexpr(8 * 1.4426950408889634)  # logits of the low pass are in eighths of a power of two
+_KEPT = gl.constexpr(PropagateNan.ALL)  # NaN
 CHUNK = gl.constexpr(32)  # blocks whose centres are multiplied at once
 WIDTH = gl.constexpr(16)  # columns of one such product, few for the sake of registers
 TILES = gl.constexpr(16)  # tiles of two blocks in a chunk
@@ -32,9 +35,19 @@ def _promoted_bits(line, upto, first_block):
 
 
 @gluon.jit
+def _slope(x):
+    """Factors of raw products [32] as [16, 2], each a number that half precision holds.
+
+    The smallest is nothing beside a logit, but 0 * -inf of a hidden one would be NaN; a NaN stays.
+    """
+    x = gl.maximum(gl.minimum(x, 8e3, propagate_nan=_KEPT), 2e-7, propagate_nan=_KEPT)
+    return x.to(gl.float16).to(gl.float32).reshape([16, 2])
+
+
+@gluon.jit
 def load_tiles(
-    q_desc, k_desc, v_desc, q8_desc, k8_desc, v8_desc, c_desc, k_scale_ptr, chosen_ptr, counts_ptr,
-    q8_smem, q_smem, k_smem, v_smem, k16_smem, v16_smem, c_smem, bias_smem, factor_smem,
+    q_desc, k_desc, v_desc, q8_desc, k8_desc, v8_desc, c_desc, q_scale_ptr, k_scale_ptr, chosen_ptr, counts_ptr,
+    q8_smem, q_smem, k_smem, v_smem, k16_smem, v16_smem, c_smem, bias_smem, slope_smem,
     q_bar, c_bar, full, empty,
     batch, head, kv_head, kv_flat, q_flat, tile, first, tiles, offset, rows, blocks, capacity, scale,
     D: gl.constexpr, PROMOTE: gl.constexpr, CENTRED: gl.constexpr,
@@ -56,6 +69,9 @@ def load_tiles(
         tma.async_copy_global_to_shared(c_desc, [kv_flat, top_chunk * CHUNK, 0], c_bar, c_smem)
     row_block = 2 * tile - offset // 64
     lines = chosen_ptr + (q_flat.to(gl.int64) * rows + row_block) * capacity
+    scales = q_scale_ptr + q_flat.to(gl.int64) * rows + row_block
+    q_scale0 = gl.load(scales, mask=row_block >= 0, other=0.0)
+    q_scale1 = gl.load(scales + 1, mask=row_block + 1 < rows, other=0.0)
     left0 = 0
     left1 = 0
     if PROMOTE:
@@ -71,7 +87,9 @@ def load_tiles(
         side = chunk & 1
         block = chunk * CHUNK + gl.arange(0, 32, layout=LIST)
         k_scale = gl.load(k_scale_ptr + kv_flat.to(gl.int64) * blocks + block, mask=block < blocks, other=0.0)
-        factor_smem.index(side).store((k_scale * (scale * LOG2E)).reshape([16, 2]))
+        k_scale *= scale * EIGHTHS
+        slope_smem.index(side * 2).store(_slope(k_scale * q_scale0))
+        slope_smem.index(side * 2 + 1).store(_slope(k_scale * q_scale1))
         if CENTRED:
             mbarrier.wait(c_bar, turn & 1)
         for half in gl.static_range(2):
@@ -88,7 +106,7 @@ def load_tiles(
                 if CENTRED:
                     q16 = q_smem.reshape([128, D]).slice(half * 64, 64, 0)
                     c16 = c_smem.reshape([CHUNK, D]).slice(part * WIDTH, WIDTH, 0)
-                    bias = warpgroup_mma(q16, c16.permute((1, 0)), bias, use_acc=False) * (scale * LOG2E)
+                    bias = warpgroup_mma(q16, c16.permute((1, 0)), bias, use_acc=False) * (scale * EIGHTHS)
                 if PROMOTE:
                     cols = gl.arange(0, WIDTH, layout=gl.SliceLayout(0, BIAS))[None, :]
                     bias = gl.where(((bits >> (cols + part * WIDTH)) & 1) != 0, HIDDEN, bias)

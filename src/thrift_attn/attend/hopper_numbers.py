@@ -1,9 +1,9 @@
 """Numbers of `thrift_attn.attend.hopper`: from raw FP8 products of a tile to e4m3 codes of P, without an exponential.
 
-Logits are in units of log2. Block b of a row has x = s8 * a_b + (q.c_b - m) with a_b = q_scale * k_scale_b * scale * log2(e).
-s8 comes in half precision (sums of D products stay within it, see `thrift_attn.quant.formats`), two numbers to a register, and
-one packed multiply-add makes t = 8 * (x + `PEAK` + `EXPONENT_BIAS`) of both, not below 0. Rounded to an integer, t *is* the
-e4m3 code of P: the exponent and mantissa of a small float, read as one number, are its logarithm taken linearly between
+Logits are in eighths of a power of two. Block b of a row has x = s8 * a_b + (q.c_b - m), a_b = q_scale * k_scale_b * scale * 8
+log2(e). s8 comes in half precision (sums of D products stay within it, see `thrift_attn.quant.formats`), two to a register, and
+one packed multiply-add makes t = x + `PEAK` + `EXPONENT_BIAS` of both, not below 0. Rounded to an integer, t *is* the e4m3 code
+of P: the exponent and mantissa of a small float, read as one number, are its logarithm taken linearly between
 powers of two. Such a code stands for up to 6.1% more than P, `EVEN` on average over a binade; that is divided out with the
 row sum, which is taken from the same codes. What remains is 1.9% (root mean square) beside the 2.5% of rounding to 3 bits.
 
@@ -20,11 +20,12 @@ from triton.language import PropagateNan
 from thrift_attn.attend.hopper_loader import HIDDEN, LOG2E, TILES
 
 _KEPT = gl.constexpr(PropagateNan.ALL)  # NaN
-TINY = gl.constexpr(2e-8)  # smallest slope, nothing beside a logit in half precision: 0 * -inf of a masked one is NaN
-LARGE = gl.constexpr(8000.0)  # bound of factors and terms in half precision, so that their sums stay finite
+LARGE = gl.constexpr(8000.0)  # bound of terms in half precision, so that no infinity meets that of a hidden logit
 EVEN = gl.constexpr(1.0397208)  # 1.5 * ln 2: how much larger than P its codes are on average
-PEAK = gl.constexpr(8.528766)  # log2(384 / EVEN): the largest P has the code of 384, and the others 384 * P on average
-EXPONENT_BIAS = gl.constexpr(7.0)  # of e4m3
+PEAK = gl.constexpr(
+    8 * 8.528766
+)  # 8 log2(384 / EVEN): the largest P has the code of 384, the others 384 * P on average
+EXPONENT_BIAS = gl.constexpr(8 * 7.0)  # of e4m3
 _HALVES = gl.constexpr("{ .reg .b16 a, b; mov.b32 {a, b}, $2; cvt.f32.f16 $0, a; cvt.f32.f16 $1, b; }")
 _LARGER = gl.constexpr("max.f16x2 $0, $1, $2;")
 _LARGEST = gl.constexpr("""{
@@ -34,7 +35,6 @@ _LARGEST = gl.constexpr("""{
     cvt.f32.f16 $0, low;
 }""")
 _TWICE = gl.constexpr("cvt.rn.f16x2.f32 $0, $1, $1;")
-_WIDE = gl.constexpr("{ .reg .b16 low, high; mov.b32 {low, high}, $1; cvt.f32.f16 $0, low; }")
 # Four codes: t = max(s * $3 + $4, 0), then 1024 + t, whose last bits are t rounded to an integer.
 _CODES = gl.constexpr("""{
     .reg .b32 a, b, k;
@@ -130,19 +130,10 @@ def _twice(x):
 
 
 @gluon.jit
-def load_facts(bias_smem, factor_smem, tile, q_scale, HALF: gl.constexpr, PAIR: gl.constexpr):
-    """What the loader left for one tile: bias [64, 2], and the slope of each block [2].
-
-    The slope comes twice: as a float32 of a value that half precision holds exactly, and times 8 in half precision.
-    """
-    BLOCKS: gl.constexpr = gl.SliceLayout(0, PAIR)
-    side = tile // TILES & 1
-    here = side * TILES + tile % TILES
-    bias = bias_smem.index((side * 2 + HALF) * TILES + tile % TILES).load(PAIR)
-    slope = gl.maximum(factor_smem.index(here).load(BLOCKS) * q_scale, TINY, propagate_nan=_KEPT)
-    slope = _twice(8.0 * slope)
-    wide = 0.125 * gl.inline_asm_elementwise(_WIDE, "=f,r", [slope], dtype=gl.float32, is_pure=True, pack=1)
-    return bias, wide, slope
+def load_facts(bias_smem, slope_smem, tile, HALF: gl.constexpr, PAIR: gl.constexpr):
+    """What the loader left for one tile: bias [64, 2], and the slope of each block [2]."""
+    place = ((tile // TILES & 1) * 2 + HALF) * TILES + tile % TILES
+    return bias_smem.index(place).load(PAIR), slope_smem.index(place).load(gl.SliceLayout(0, PAIR))
 
 
 @gluon.jit
@@ -151,13 +142,13 @@ def update_maximum(x, m, facts, cap, limits, MASK: gl.constexpr, CAP: gl.constex
 
     Args:
         x: raw FP8 products, as `as_words`.
-        m: running maximum ``[64]``, in units of log2.
+        m: running maximum ``[64]``.
         limits: one past the last visible and the first visible column of each row ``[64]``; read if MASK.
 
     Returns:
-        What it was given, masked, or if CAP the logits ``[64, 2, 8, 4, 2]``; and the new maximum.
+        What it was given, masked, or if CAP the logits ``[64, 2, 8, 4, 2]`` themselves; and the new maximum.
     """
-    bias, slope, _ = facts
+    bias, slope = facts
     ROWS: gl.constexpr = gl.SliceLayout(1, PAIR)
     if MASK:
         x = _masked(x, limits)
@@ -169,8 +160,10 @@ def update_maximum(x, m, facts, cap, limits, MASK: gl.constexpr, CAP: gl.constex
         FULL: gl.constexpr = gl.SliceLayout(4, x.type.layout)
         x = x * gl.expand_dims(_over_blocks(gl.expand_dims(slope, 0), FULL), 4)
         x = x + gl.expand_dims(_over_blocks(bias, FULL), 4)
-        e = gl.exp2(x * (2 * LOG2E / cap))  # x is cap * y in units of log2; tanh(y) = 1 - 2 / (exp(2 y) + 1)
-        x = gl.where(x < 0.1 * HIDDEN, float("-inf"), cap * (1 - 2 / (e + 1)))
+        e = gl.exp2(
+            x * (0.25 * LOG2E / cap)
+        )  # x is 8 * cap * y, cap in units of log2; tanh(y) = 1 - 2 / (exp(2 y) + 1)
+        x = gl.where(x < 0.1 * HIDDEN, float("-inf"), 8 * cap * (1 - 2 / (e + 1)))
         top = gl.max(gl.max(gl.max(x, axis=4), axis=2), axis=1)
     else:
         top = _larger(_larger(_larger(x))).reshape([64, 2, 4])
@@ -189,17 +182,17 @@ def code_probabilities(x, m, facts, CAP: gl.constexpr, PAIR: gl.constexpr):
 
     They are already in the order of the next product's operand.
     """
-    bias, _, slope = facts
+    bias, slope = facts
     shift = PEAK - gl.expand_dims(gl.convert_layout(m, gl.SliceLayout(1, PAIR)), 1)
     if CAP:
         FULL: gl.constexpr = gl.SliceLayout(4, x.type.layout)
-        p = gl.exp2(x + gl.expand_dims(_over_blocks(shift, FULL), 4)) * EVEN
+        p = gl.exp2(0.125 * (x + gl.expand_dims(_over_blocks(shift, FULL), 4))) * EVEN
         return _pack(p)
     else:
         a, b = _halves(x, "neighbours")  # [64, 2, 4, 4]
         W: gl.constexpr = a.type.layout
-        shift = _over_blocks(_twice(8.0 * (bias + shift + EXPONENT_BIAS)), W)
-        factor = _over_blocks(gl.expand_dims(slope, 0), W)
+        shift = _over_blocks(_twice(bias + (shift + EXPONENT_BIAS)), W)
+        factor = _over_blocks(gl.expand_dims(_twice(slope), 0), W)
         codes = gl.inline_asm_elementwise(
             _CODES, "=r,r,r,r,r", [a, b, factor, shift], dtype=gl.int32, is_pure=True, pack=1
         )
