@@ -398,8 +398,8 @@ def attend_prefill_kernel(
         )
         if SINK:  # the first token, unless a promoted block holds it
             at_sink = (head * rows + row_start + r) * 64 + tl.arange(0, BM)
-            s = tl.load(sink_ptr + at_sink, mask=r * 64 + tl.arange(0, BM) < own * 64, other=0.0)
-            s = _capped(s * scale, CAP)
+            first = tl.load(sink_ptr + at_sink, mask=r * 64 + tl.arange(0, BM) < own * 64, other=0.0)
+            first = _capped(first * scale, CAP)
             alone = inside & (position >= 0) & (keys > 0)
             if WINDOW:
                 alone = alone & (position < window)
@@ -410,14 +410,14 @@ def attend_prefill_kernel(
                     alone = alone & ~((upper & begun) | (~upper & begun2))
                 else:
                     alone = alone & ~begun
-            s = tl.where(alone, s, float("-inf"))
-            p, peak, total, factor = _online(s[:, None], peak, total)
+            first = tl.where(alone, first, float("-inf"))
+            p_first, peak, total, factor = _online(first[:, None], peak, total)
             if MASS:
                 low_total = low_total * factor
             if ROUNDED:
-                excess = excess * factor
-            first_v = tl.load(v_head + d, mask=d < D, other=0.0).to(tl.float32)
-            acc = acc * factor[:, None] + p * first_v[None, :]
+                weight = weight * factor + tl.sum(p_first, 1)
+            first_v = tl.load(v_head + e, mask=e < D, other=0.0).to(tl.float32)
+            acc = acc * factor[:, None] + p_first * first_v[None, :]
         for side in tl.static_range(HALVES):
             if side == 1:
                 count = count2

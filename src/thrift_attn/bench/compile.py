@@ -166,9 +166,9 @@ def _launch(target: Target) -> tuple[Any, dict[str, str], dict[str, Any], dict[s
     constants = {
         **shape, **heads, "CAUSAL": True, "WINDOW": False, "CAP": 0.0, "LOW": target.low, "QUANT": target.math == "fp4",
         "NATIVE": native, "CENTRED": True, "KEY_BIAS": tuned.bias if four else "none",
-        "LEVELLED": native and target.low == "nvfp4", "ROUNDED": four, "REST": False, "MASS": False, "SINK": True, "BM": tuned.rows,
-        "BN": tuned.tokens, "CENTRES": tuned.centres, "COLUMNS": min(width, tuned.columns), "STAGES": tuned.stages,
-        "BRANCH": tuned.branch, "CAST": cast, "PORTABLE": False,
+        "LEVELLED": native and target.low == "nvfp4", "ROUNDED": four, "REST": False, "MASS": False, "SINK": True,
+        "BM": tuned.rows, "BN": tuned.tokens, "CENTRES": tuned.centres, "COLUMNS": min(width, tuned.columns),
+        "STAGES": tuned.stages, "BRANCH": tuned.branch, "CAST": cast, "PORTABLE": False,
     }  # fmt: skip
     return attend.attend_prefill_kernel, packed, constants, {"num_warps": tuned.warps, "num_stages": tuned.stages}
 
