@@ -39,11 +39,9 @@ def _dot(a, b, PORTABLE: tl.constexpr, acc=None):
 @triton.jit
 def _capped(s, CAP: tl.constexpr):
     """softcap * tanh(s / softcap) of logits that carry log2(e)."""
-    if CAP > 0.0:
-        BOUND: tl.constexpr = CAP * 1.4426950408889634
-        e = tl.exp2(s * (2.0 / CAP))  # exp(2 x / softcap), x the logit
-        s = BOUND - 2.0 * BOUND / (e + 1.0)
-    return s
+    BOUND: tl.constexpr = CAP * 1.4426950408889634
+    e = tl.exp2(s * (2.0 / CAP))  # exp(2 x / softcap), x the logit
+    return BOUND - 2.0 * BOUND / (e + 1.0)
 
 
 @triton.jit
@@ -62,12 +60,16 @@ def _visible(s, key, keys, position, window, CAUSAL: tl.constexpr, WINDOW: tl.co
 
 
 @triton.jit
-def _online(s, peak, total):
-    """One step of the online softmax in base 2: P, the new whole-number peak, the new sum, the factor of what is there."""
-    new = tl.maximum(peak, tl.ceil(tl.max(s, 1)))
+def _online(s, unit, shift, peak, total):
+    """One step of the online softmax in base 2: P, the new whole-number peak, the new sum, the factor of what is there.
+
+    The logits are s * unit + shift with unit > 0 and shift [BM], which may be -inf: one multiply-add per element, with the peak
+    taken off in the same.
+    """
+    new = tl.maximum(peak, tl.ceil(tl.max(s, 1) * unit + shift))
     base = tl.where(new == float("-inf"), 0.0, new)
     factor = tl.exp2(peak - base)
-    p = tl.exp2(s - base[:, None])
+    p = tl.exp2(s * unit[:, None] + (shift - base)[:, None])
     return p, new, total * factor + tl.sum(p, 1), factor
 
 
@@ -240,6 +242,7 @@ def attend_prefill_kernel(
         if WINDOW:
             masked_to = (tl.maximum((base + r) * 64 + BM - window, 0) + 63) // 64
 
+        one, zero = tl.full([BM], 1.0, tl.float32), tl.zeros([BM], tl.float32)
         peak = tl.full([BM], float("-inf"), tl.float32)
         total = tl.zeros([BM], tl.float32)
         weight = tl.zeros([BM], tl.float32)  # sum of P as it is multiplied with V
@@ -268,7 +271,7 @@ def attend_prefill_kernel(
                     qs = qs.to(tl.float8e4nv, bitcast=True)
             else:
                 ql = tl.load(qp_ptr + row[:, None] * D + d[None, :], mask=row_there & (d < D)[None, :], other=0.0)
-            factor_q = tl.full([BM], 1.0, tl.float32) * scale
+            factor_q = one * scale
             if QUANT and LOW == "fp8":
                 of_row = tl.load(qs_ptr + row // 64, mask=r * 64 + tl.arange(0, BM) < own * 64, other=0.0)
                 factor_q = of_row * scale
@@ -298,14 +301,14 @@ def attend_prefill_kernel(
                         hidden = (upper & hidden) | (~upper & (n == upcoming2))
                         listed2 += (n == upcoming2).to(tl.int32)
                         upcoming2 = tl.load(at_list + most + listed2, mask=listed2 < count2, other=-1)
-                    bias = tl.zeros([BM], tl.float32)
+                    bias = zero
                     if CENTRED:
                         bias = tl.sum(tl.where(tl.arange(0, CENTRES)[None, :] == n - c0, qc, 0.0), 1)
-                    bias = tl.where(hidden, float("-inf"), bias)
                     at = first_block + n
-                    factor_k = factor_q
+                    unit = factor_q
                     if LOW == "fp8":
-                        factor_k = factor_q * tl.load(ks_ptr + at)
+                        unit = factor_q * tl.load(ks_ptr + at)
+                        unit = tl.where(unit < 1e-30, 1e-30, unit)  # of zeros; -inf times 0 would be no number
                     for i in range(PARTS):
                         t = i * BN + token  # columns in the order of V
                         s_row = at * 64 + i * BN + order
@@ -330,10 +333,10 @@ def attend_prefill_kernel(
                                 s = _dot(ql, tl.trans(kc), PORTABLE)
                         if KEY_BIAS == "last":
                             s = _dot(ones, parts, PORTABLE, s)
-                        s = s * factor_k[:, None] + bias[:, None]
-                        s = _capped(s, CAP)
+                        shift = bias
                         if CAP > 0.0:
-                            s = tl.where(hidden[:, None], float("-inf"), s)
+                            s, shift = _capped(s * unit[:, None] + bias[:, None], CAP), zero
+                        shift = tl.where(hidden, float("-inf"), shift)
                         key = n * 64 + i * BN + order
                         if BRANCH:
                             edge = (n >= masked_from) | (n < masked_to)
@@ -343,7 +346,7 @@ def attend_prefill_kernel(
                                 s = _visible(s, key, keys, position, window, CAUSAL, WINDOW, SINK)
                         else:
                             s = _visible(s, key, keys, position, window, CAUSAL, WINDOW, SINK)
-                        p, peak, total, factor = _online(s, peak, total)
+                        p, peak, total, factor = _online(s, one if CAP > 0.0 else unit, shift, peak, total)
                         if NATIVE:
                             UNIT: tl.constexpr = 64 if LOW == "fp8" else 32
                             at_v = (kv_head * D + e) * blocks + block_start + n  # [COLUMNS], in blocks
@@ -368,14 +371,14 @@ def attend_prefill_kernel(
                             at_v = vp_ptr + (at * 64 + t)[:, None] * D + e[None, :]
                             vc = tl.load(at_v, mask=(e < D)[None, :], other=0.0)
                             if LOW == "fp8":
-                                unit = tl.load(vs_ptr + at)
+                                unit_v = tl.load(vs_ptr + at)
                                 if QUANT:
-                                    unit *= 1.0 / 448.0
+                                    unit_v *= 1.0 / 448.0
                                     if CAST:
                                         p = (p * 448.0).to(tl.float8e4nv).to(tl.float32)
                                     else:
                                         p = round_e4m3(p * 448.0)
-                                acc = acc * factor[:, None] + _dot(p.to(DTYPE), vc, PORTABLE) * unit
+                                acc = acc * factor[:, None] + _dot(p.to(DTYPE), vc, PORTABLE) * unit_v
                             else:
                                 if QUANT:
                                     p = _p_wide(p, LOW, CAST)
@@ -390,6 +393,7 @@ def attend_prefill_kernel(
 
         # -- high precision --
         low_total = total
+        unit_high = one if CAP > 0.0 else one * scale
         k_head = (
             k_ptr + part * stride_kb + (h // (HQ // HKV)).to(tl.int64) * stride_kh + k_start.to(tl.int64) * stride_kt
         )
@@ -399,7 +403,8 @@ def attend_prefill_kernel(
         if SINK:  # the first token, unless a promoted block holds it
             at_sink = (head * rows + row_start + r) * 64 + tl.arange(0, BM)
             first = tl.load(sink_ptr + at_sink, mask=r * 64 + tl.arange(0, BM) < own * 64, other=0.0)
-            first = _capped(first * scale, CAP)
+            if CAP > 0.0:
+                first = _capped(first * scale, CAP)
             alone = inside & (position >= 0) & (keys > 0)
             if WINDOW:
                 alone = alone & (position < window)
@@ -411,7 +416,7 @@ def attend_prefill_kernel(
                 else:
                     alone = alone & ~begun
             first = tl.where(alone, first, float("-inf"))
-            p_first, peak, total, factor = _online(first[:, None], peak, total)
+            p_first, peak, total, factor = _online(first[:, None], unit_high, zero, peak, total)
             if MASS:
                 low_total = low_total * factor
             if ROUNDED:
@@ -439,11 +444,12 @@ def attend_prefill_kernel(
                         at_k = k_head + key.to(tl.int64)[:, None] * stride_kt + d[None, :]
                         kc = tl.load(at_k, mask=(key < keys)[:, None] & (d < D)[None, :], other=0.0)
                         s = _dot(q, tl.trans(kc), PORTABLE)
-                    s = _capped(s * scale, CAP)
+                    if CAP > 0.0:
+                        s = _capped(s * scale, CAP)
                     s = _visible(s, key, keys, position, window, CAUSAL, WINDOW, SINK and REST)
                     if HALVES == 2:
                         s = tl.where((upper if side == 0 else ~upper)[:, None], s, float("-inf"))
-                    p, peak, total, factor = _online(s, peak, total)
+                    p, peak, total, factor = _online(s, unit_high, zero, peak, total)
                     if MASS:
                         low_total = low_total * factor
                     if ROUNDED:

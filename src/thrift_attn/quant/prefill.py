@@ -511,8 +511,8 @@ def peaks_kernel(
             there = (token >= SINK) & (token < length) & (d < D)
             x = tl.load(at + row * stride_t + d, mask=there, other=0.0).to(tl.float32)
             peak = tl.maximum(peak, tl.abs(x) + x * 0.0, propagate_nan=tl.PropagateNan.ALL)  # NaN for infinities too
-        # The bits of a float that is not negative are in its order, those of NaN above all others.
-        top = tl.max(tl.max(bits(peak), 1), 0)
+        # The bits of a float that is not negative are in its order, those of NaN above all others; a NaN may have a sign.
+        top = tl.max(tl.max(bits(peak) & 0x7FFFFFFF, 1), 0)
         tl.atomic_max(peaks_ptr.to(tl.pointer_type(tl.int32), bitcast=True) + b * HKV + h, top)
 
 
