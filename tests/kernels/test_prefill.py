@@ -205,7 +205,7 @@ def test_the_ends_of_the_budget(share: float) -> None:
 
 def test_two_rows_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
     """Programs of 128 queries with two lists, half blocks, and half of the output."""
-    monkeypatch.setattr(kernels, "tuning", lambda *_: kernels.Tuning(128, 32, 4, 1, 16, columns=32))
+    monkeypatch.setattr(kernels, "tuning", lambda *_: kernels.Tuning(128, 32, 4, 1, columns=32))
     torch.manual_seed(9)
     check(*draw(1, (2, 1), 130, 160, 64), ThriftConfig(budget=fraction(0.4)))
 
@@ -217,7 +217,7 @@ def test_native_products_equal_emulated_ones(low: str, dim: int, monkeypatch: py
     if low == "fp8" and torch.cuda.get_device_capability() < (8, 9):
         pytest.skip("no FP8 units")
     if low == "mxfp4" and torch.cuda.get_device_capability()[0] == 9:  # with eight warps Triton 3.6 emulates it wrongly
-        monkeypatch.setattr(kernels, "tuning", lambda *_: kernels.Tuning(64, 64, 4, 1, 16))
+        monkeypatch.setattr(kernels, "tuning", lambda *_: kernels.Tuning(64, 64, 4, 1))
     torch.manual_seed(10)
     q, k, v = draw(2, (4, 2), 300, 1000, dim)
     sequences, config = dense(2, 300, 1000, True, q.device), ThriftConfig(low=low)

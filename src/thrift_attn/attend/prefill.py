@@ -1,8 +1,8 @@
 """Prefill attention: low-precision blocks, then promoted blocks, in one online softmax; one source for every GPU.
 
 A program serves BM query rows of one head: one list of promoted blocks per 64 rows. It walks all visible blocks in low
-precision, with those on a row's list hidden from it, then the lists in high precision. c_b enters 32 blocks at a time as one
-16-bit product; a block takes its column from it.
+precision, with those on a row's list hidden from it, then the lists in high precision. c_b enters some blocks at a time as one
+16-bit product, inside the one loop over blocks so that loads ahead go on; a block takes its column from it.
 
 The running maximum is kept in base 2 and rounded up to a whole number. Rescaling then multiplies by powers of two, so P is
 rounded on the same grid whichever block comes first: rounding online equals rounding once the whole row is known, with
@@ -178,7 +178,7 @@ def attend_prefill_kernel(
     QUANT: tl.constexpr,  # Q and P are quantised
     NATIVE: tl.constexpr,
     CENTRED: tl.constexpr,
-    KEY_BIAS: tl.constexpr,  # packed Q lacks the mean query: "none", or when its numbers are added, "first" or "last"
+    KEY_BIAS: tl.constexpr,  # packed Q lacks the mean query
     LEVELLED: tl.constexpr,  # native V hold powers of two
     ROUNDED: tl.constexpr,  # the output is divided by the sum of P after rounding
     REST: tl.constexpr,  # promoted blocks are low data plus a residual, not K and V
@@ -189,7 +189,6 @@ def attend_prefill_kernel(
     COLUMNS: tl.constexpr,  # of the output that a program works out
     CENTRES: tl.constexpr,  # blocks whose q.c_b is worked out at a time
     STAGES: tl.constexpr,
-    BRANCH: tl.constexpr,  # masks only in blocks that need them
     CAST: tl.constexpr,
     PORTABLE: tl.constexpr,
 ):
@@ -278,7 +277,7 @@ def attend_prefill_kernel(
             order = token
             if NATIVE and LOW == "fp8":  # tokens in the order of V's positions
                 order = (token & 0x31) | ((token & 2) << 2) | ((token & 12) >> 1)
-            if KEY_BIAS != "none":  # the sum of three parts as a product with 1
+            if KEY_BIAS:  # the sum of three parts as a product with 1
                 third = tl.arange(0, 16)[:, None]
                 ones = tl.full([BM, 16], 1.0, tl.float32).to(tl.bfloat16)
             listed = 0
@@ -287,104 +286,98 @@ def attend_prefill_kernel(
                 listed2 = 0
                 upcoming2 = tl.load(at_list + most, mask=count2 > 0, other=-1)
             first_block = kv_head * blocks + block_start
-            for c0 in range(low // CENTRES * CENTRES, high, CENTRES):
+            qc = tl.zeros([BM, CENTRES], tl.float32)  # q.c_b of the blocks from the last multiple of CENTRES on
+            for n in tl.range(low, high, num_stages=STAGES):
                 if CENTRED:
-                    c = c0 + tl.arange(0, CENTRES)
-                    at_c = centre_ptr + (first_block + c)[None, :] * D + d[:, None]
-                    centre = tl.load(at_c, mask=(c < high)[None, :] & (d < D)[:, None], other=0.0)
-                    qc = _dot(q, centre, PORTABLE) * scale  # [BM, CENTRES]
-                for n in tl.range(tl.maximum(c0, low), tl.minimum(c0 + CENTRES, high), num_stages=STAGES):
-                    hidden = tl.zeros([BM], tl.int1) | (n == upcoming)
-                    listed += (n == upcoming).to(tl.int32)
-                    upcoming = tl.load(at_list + listed, mask=listed < count, other=-1)
-                    if HALVES == 2:
-                        hidden = (upper & hidden) | (~upper & (n == upcoming2))
-                        listed2 += (n == upcoming2).to(tl.int32)
-                        upcoming2 = tl.load(at_list + most + listed2, mask=listed2 < count2, other=-1)
-                    bias = zero
-                    if CENTRED:
-                        bias = tl.sum(tl.where(tl.arange(0, CENTRES)[None, :] == n - c0, qc, 0.0), 1)
-                    at = first_block + n
-                    unit = factor_q
-                    if LOW == "fp8":
-                        unit = factor_q * tl.load(ks_ptr + at)
-                        unit = tl.where(unit < 1e-30, 1e-30, unit)  # of zeros; -inf times 0 would be no number
-                    for i in range(PARTS):
-                        t = i * BN + token  # columns in the order of V
-                        s_row = at * 64 + i * BN + order
-                        if KEY_BIAS != "none":
-                            at_bias = ((head * blocks + block_start + n) * 3 + third) * 64 + i * BN + order[None, :]
-                            parts = tl.load(key_bias_ptr + at_bias, mask=third < 3, other=0.0)
-                        if KEY_BIAS == "first":
-                            s = _dot(ones, parts, PORTABLE)
-                        else:  # a runtime zero: Triton 3.6 cannot compile a scaled product for sm_100 without an accumulator
-                            s = tl.zeros([BM, BN], tl.float32) + scale * 0.0
-                        if NATIVE and LOW != "fp8":
-                            kc = tl.load(kp_ptr + s_row[:, None] * (D // 2) + half, mask=half < D // 2, other=0)
-                            ks = tl.load(ks_ptr + s_row[:, None] * (D // G) + group, mask=group < D // G, other=0)
+                    column = n % CENTRES
+                    if (column == 0) | (n == low):
+                        c = n - column + tl.arange(0, CENTRES)
+                        at_c = centre_ptr + (first_block + c)[None, :] * D + d[:, None]
+                        centre = tl.load(at_c, mask=(c < high)[None, :] & (d < D)[:, None], other=0.0)
+                        qc = _dot(q, centre, PORTABLE)
+                hidden = tl.zeros([BM], tl.int1) | (n == upcoming)
+                listed += (n == upcoming).to(tl.int32)
+                upcoming = tl.load(at_list + listed, mask=listed < count, other=-1)
+                if HALVES == 2:
+                    hidden = (upper & hidden) | (~upper & (n == upcoming2))
+                    listed2 += (n == upcoming2).to(tl.int32)
+                    upcoming2 = tl.load(at_list + most + listed2, mask=listed2 < count2, other=-1)
+                bias = zero
+                if CENTRED:
+                    bias = tl.sum(tl.where(tl.arange(0, CENTRES)[None, :] == column, qc, 0.0), 1) * scale
+                at = first_block + n
+                unit = factor_q
+                if LOW == "fp8":
+                    unit = factor_q * tl.load(ks_ptr + at)
+                    unit = tl.where(unit < 1e-30, 1e-30, unit)  # of zeros; -inf times 0 would be no number
+                for i in range(PARTS):
+                    t = i * BN + token  # columns in the order of V
+                    s_row = at * 64 + i * BN + order
+                    if KEY_BIAS:
+                        at_bias = ((head * blocks + block_start + n) * 3 + third) * 64 + i * BN + order[None, :]
+                        s = _dot(ones, tl.load(key_bias_ptr + at_bias, mask=third < 3, other=0.0), PORTABLE)
+                    elif (
+                        NATIVE and LOW != "fp8"
+                    ):  # Triton 3.6 compiles no scaled product for sm_100 without an accumulator
+                        s = tl.zeros([BM, BN], tl.float32) + scale * 0.0  # zero at run time
+                    else:
+                        s = None
+                    if NATIVE and LOW != "fp8":
+                        kc = tl.load(kp_ptr + s_row[:, None] * (D // 2) + half, mask=half < D // 2, other=0)
+                        ks = tl.load(ks_ptr + s_row[:, None] * (D // G) + group, mask=group < D // G, other=0)
+                        if LOW == "nvfp4":
+                            ks = ks.to(tl.float8e4nv, bitcast=True)
+                        s = tl.dot_scaled(ql, qs, "e2m1", tl.trans(kc), ks, "e2m1", s)
+                    else:
+                        kc = tl.load(kp_ptr + s_row[:, None] * D + d[None, :], mask=(d < D)[None, :], other=0.0)
+                        s = _dot(ql, tl.trans(kc), PORTABLE, s)
+                    shift = bias
+                    if CAP > 0.0:
+                        s, shift = _capped(s * unit[:, None] + bias[:, None], CAP), zero
+                    shift = tl.where(hidden, float("-inf"), shift)
+                    key = n * 64 + i * BN + order
+                    edge = (n >= masked_from) | (n < masked_to)
+                    if SINK:
+                        edge = edge | (n == 0)
+                    if edge:
+                        s = _visible(s, key, keys, position, window, CAUSAL, WINDOW, SINK)
+                    p, peak, total, factor = _online(s, one if CAP > 0.0 else unit, shift, peak, total)
+                    if NATIVE:
+                        UNIT: tl.constexpr = 64 if LOW == "fp8" else 32
+                        at_v = (kv_head * D + e) * blocks + block_start + n  # [COLUMNS], in blocks
+                        if LOW == "fp8":
+                            vt = tl.load(vp_ptr + at_v[:, None] * UNIT + t[None, :], mask=(e < D)[:, None], other=0.0)
+                            new = tl.dot((p * 448.0).to(tl.float8e4nv), tl.trans(vt))
+                            acc = acc * factor[:, None] + new * (tl.load(vs_ptr + at) * (1.0 / 448.0))
+                        else:
+                            pair = tl.arange(0, 32)[None, :]
+                            vt = tl.load(vp_ptr + at_v[:, None] * UNIT + pair, mask=(e < D)[:, None], other=0)
+                            g = tl.arange(0, 64 // G)[None, :]
+                            vs = tl.load(vs_ptr + at_v[:, None] * (64 // G) + g, mask=(e < D)[:, None], other=0)
                             if LOW == "nvfp4":
-                                ks = ks.to(tl.float8e4nv, bitcast=True)
-                            s = tl.dot_scaled(ql, qs, "e2m1", tl.trans(kc), ks, "e2m1", s)
+                                vs = vs.to(tl.float8e4nv, bitcast=True)
+                            pc, ps, more = _p_native(p, LOW, CAST)
+                            if ROUNDED:
+                                weight = weight * factor + more
+                            acc = tl.dot_scaled(pc, ps, "e2m1", tl.trans(vt), vs, "e2m1", acc * factor[:, None])
+                    else:
+                        at_v = vp_ptr + (at * 64 + t)[:, None] * D + e[None, :]
+                        vc = tl.load(at_v, mask=(e < D)[None, :], other=0.0)
+                        if LOW == "fp8":
+                            unit_v = tl.load(vs_ptr + at)
+                            if QUANT:
+                                unit_v *= 1.0 / 448.0
+                                if CAST:
+                                    p = (p * 448.0).to(tl.float8e4nv).to(tl.float32)
+                                else:
+                                    p = round_e4m3(p * 448.0)
+                            acc = acc * factor[:, None] + _dot(p.to(DTYPE), vc, PORTABLE) * unit_v
                         else:
-                            kc = tl.load(kp_ptr + s_row[:, None] * D + d[None, :], mask=(d < D)[None, :], other=0.0)
-                            if KEY_BIAS == "first":
-                                s = _dot(ql, tl.trans(kc), PORTABLE, s)
-                            else:
-                                s = _dot(ql, tl.trans(kc), PORTABLE)
-                        if KEY_BIAS == "last":
-                            s = _dot(ones, parts, PORTABLE, s)
-                        shift = bias
-                        if CAP > 0.0:
-                            s, shift = _capped(s * unit[:, None] + bias[:, None], CAP), zero
-                        shift = tl.where(hidden, float("-inf"), shift)
-                        key = n * 64 + i * BN + order
-                        if BRANCH:
-                            edge = (n >= masked_from) | (n < masked_to)
-                            if SINK:
-                                edge = edge | (n == 0)
-                            if edge:
-                                s = _visible(s, key, keys, position, window, CAUSAL, WINDOW, SINK)
-                        else:
-                            s = _visible(s, key, keys, position, window, CAUSAL, WINDOW, SINK)
-                        p, peak, total, factor = _online(s, one if CAP > 0.0 else unit, shift, peak, total)
-                        if NATIVE:
-                            UNIT: tl.constexpr = 64 if LOW == "fp8" else 32
-                            at_v = (kv_head * D + e) * blocks + block_start + n  # [COLUMNS], in blocks
-                            if LOW == "fp8":
-                                vt = tl.load(
-                                    vp_ptr + at_v[:, None] * UNIT + t[None, :], mask=(e < D)[:, None], other=0.0
-                                )
-                                new = tl.dot((p * 448.0).to(tl.float8e4nv), tl.trans(vt))
-                                acc = acc * factor[:, None] + new * (tl.load(vs_ptr + at) * (1.0 / 448.0))
-                            else:
-                                pair = tl.arange(0, 32)[None, :]
-                                vt = tl.load(vp_ptr + at_v[:, None] * UNIT + pair, mask=(e < D)[:, None], other=0)
-                                g = tl.arange(0, 64 // G)[None, :]
-                                vs = tl.load(vs_ptr + at_v[:, None] * (64 // G) + g, mask=(e < D)[:, None], other=0)
-                                if LOW == "nvfp4":
-                                    vs = vs.to(tl.float8e4nv, bitcast=True)
-                                pc, ps, more = _p_native(p, LOW, CAST)
+                            if QUANT:
+                                p = _p_wide(p, LOW, CAST)
                                 if ROUNDED:
-                                    weight = weight * factor + more
-                                acc = tl.dot_scaled(pc, ps, "e2m1", tl.trans(vt), vs, "e2m1", acc * factor[:, None])
-                        else:
-                            at_v = vp_ptr + (at * 64 + t)[:, None] * D + e[None, :]
-                            vc = tl.load(at_v, mask=(e < D)[None, :], other=0.0)
-                            if LOW == "fp8":
-                                unit_v = tl.load(vs_ptr + at)
-                                if QUANT:
-                                    unit_v *= 1.0 / 448.0
-                                    if CAST:
-                                        p = (p * 448.0).to(tl.float8e4nv).to(tl.float32)
-                                    else:
-                                        p = round_e4m3(p * 448.0)
-                                acc = acc * factor[:, None] + _dot(p.to(DTYPE), vc, PORTABLE) * unit_v
-                            else:
-                                if QUANT:
-                                    p = _p_wide(p, LOW, CAST)
-                                    if ROUNDED:
-                                        weight = weight * factor + tl.sum(p, 1)
-                                acc = acc * factor[:, None] + _dot(p.to(DTYPE), vc, PORTABLE)
+                                    weight = weight * factor + tl.sum(p, 1)
+                            acc = acc * factor[:, None] + _dot(p.to(DTYPE), vc, PORTABLE)
             if QUANT and LOW != "fp8":
                 acc = acc * (1.0 / 2688.0)
                 weight = weight * (1.0 / 2688.0)
@@ -490,10 +483,8 @@ class Tuning(NamedTuple):
     tokens: int
     warps: int
     stages: int
-    centres: int
+    centres: int = 16
     columns: int = 256
-    bias: str = "first"
-    branch: bool = True
 
 
 def tuning(dim: int, low: str, form: Form, capability: tuple[int, int]) -> Tuning:
@@ -506,13 +497,14 @@ def tuning(dim: int, low: str, form: Form, capability: tuple[int, int]) -> Tunin
     fp4 = form == "native" and low != "fp8"
     if capability[0] == 10 and (fp4 or dim <= 128):
         stages = 2 if dim == 64 or (dim == 128 and not fp4) else 1
-        return Tuning(128, 64, 8, stages, 16, 128, branch=not (fp4 and dim == 128))
+        return Tuning(128, 64, 8, stages, columns=128)
     if fp4:
         warps, stages = 4 if dim <= 64 and low == "nvfp4" else 8, 1 if dim > 128 else 2
-        return Tuning(64, 64, warps, stages, 16, 128, branch=dim != 96)
+        return Tuning(64, 64, warps, stages, 16 if dim == 64 else 8, 128)
     if dim > 128:
-        return Tuning(64, 32, 8, 1 if small else 2, 16)
-    return Tuning(64, 64, 8 if capability[0] == 12 else 4, 2, 32)
+        return Tuning(64, 32, 8, 1 if small else 2)
+    # On 9.0 the product of 8 centres is no `wgmma`: one in a branch made ptxas wait after each of the others at head dim 64.
+    return Tuning(64, 64, 8 if capability[0] == 12 else 4, 2, 8 if dim == 64 else 16)
 
 
 def attend_prefill(
@@ -617,7 +609,7 @@ def attend_prefill(
         QUANT=quantised,
         NATIVE=form == "native",
         CENTRED=centred,
-        KEY_BIAS="none" if key_bias is None else tuned.bias,
+        KEY_BIAS=key_bias is not None,
         LEVELLED=values is not None and form == "native",
         ROUNDED=rounded,
         REST=rest,
@@ -628,7 +620,6 @@ def attend_prefill(
         COLUMNS=columns,
         CENTRES=tuned.centres,
         STAGES=tuned.stages,
-        BRANCH=tuned.branch,
         CAST=not portable and capability >= (8, 9),
         PORTABLE=portable,
         num_warps=tuned.warps,
