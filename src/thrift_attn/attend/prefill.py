@@ -18,10 +18,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from thrift_attn.attend.softmax import capped, online, p_native, p_wide, visible
 from thrift_attn.capability import Form, interpreted
 from thrift_attn.config import BLOCK
 from thrift_attn.quant.prefill import PackedKV, PackedQ
-from thrift_attn.quant.rounding import bits, e2m1_code, from_bits, round_e2m1, round_e4m3
+from thrift_attn.quant.rounding import round_e4m3
 from thrift_attn.sequences import Sequences
 
 LOG2E = 1.4426950408889634
@@ -34,93 +35,6 @@ def _dot(a, b, PORTABLE: tl.constexpr, acc=None):
         return tl.dot(a.to(tl.float32), b.to(tl.float32), acc, input_precision="ieee")
     else:
         return tl.dot(a, b, acc)
-
-
-@triton.jit
-def _capped(s, CAP: tl.constexpr):
-    """softcap * tanh(s / softcap) of logits that carry log2(e)."""
-    BOUND: tl.constexpr = CAP * 1.4426950408889634
-    e = tl.exp2(s * (2.0 / CAP))  # exp(2 x / softcap), x the logit
-    return BOUND - 2.0 * BOUND / (e + 1.0)
-
-
-@triton.jit
-def _visible(s, key, keys, position, window, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, SINK: tl.constexpr):
-    """Logits [BM, BN], -inf where the query at ``position`` [BM] does not see ``key`` [BN]; with SINK nor key 0."""
-    if SINK:  # one comparison without a sign, in which -1 is the largest; a position before 0 is like one that sees key 0 alone
-        last = tl.maximum(position, 0) if CAUSAL else tl.maximum(keys - 1, 0) + tl.zeros_like(position)
-        s = tl.where((key - 1).to(tl.uint32)[None, :] < last.to(tl.uint32)[:, None], s, float("-inf"))
-    elif CAUSAL:
-        s = tl.where(key[None, :] <= position[:, None], s, float("-inf"))
-    else:
-        s = tl.where((key < keys)[None, :], s, float("-inf"))
-    if WINDOW:
-        s = tl.where(key[None, :] > position[:, None] - window, s, float("-inf"))
-    return s
-
-
-@triton.jit
-def _online(s, unit, shift, peak, total):
-    """One step of the online softmax in base 2: P, the new whole-number peak, the new sum, the factor of what is there.
-
-    The logits are s * unit + shift with unit > 0 and shift [BM], which may be -inf: one multiply-add per element, with the peak
-    taken off in the same.
-    """
-    new = tl.maximum(peak, tl.ceil(tl.max(s, 1) * unit + shift))
-    base = tl.where(new == float("-inf"), 0.0, new)
-    factor = tl.exp2(peak - base)
-    p = tl.exp2(s * unit[:, None] + (shift - base)[:, None])
-    return p, new, total * factor + tl.sum(p, 1), factor
-
-
-@triton.jit
-def _inverse(x, CAST: tl.constexpr):
-    """1 / x to within an ulp or two, without a care for sizes near the ends of float32."""
-    if CAST:
-        return tl.inline_asm_elementwise("rcp.approx.ftz.f32 $0, $1;", "=r,r", [x], tl.float32, is_pure=True, pack=1)
-    else:
-        return 1.0 / x
-
-
-@triton.jit
-def _p_groups(p, LOW: tl.constexpr, CAST: tl.constexpr):
-    """P times 448 * 6 in groups along tokens [BM, BN / G, G]: elements in units of their scale, and scales."""
-    G: tl.constexpr = 32 if LOW == "mxfp4" else 16
-    x = tl.reshape(p, [p.shape[0], p.shape[1] // G, G])
-    peak = tl.max(x, 2)
-    if LOW == "mxfp4":
-        exponent = tl.maximum((bits(peak * 2688.0) >> 23) - 2, 16)  # at least 2^-111, for 2688 / scale to be a number
-        scale = from_bits(exponent << 23)
-        inverse = from_bits((254 - exponent) << 23)
-    else:
-        scale = peak * 448.0
-        if CAST:
-            scale = scale.to(tl.float8e4nv).to(tl.float32)
-        else:
-            scale = round_e4m3(scale)
-        inverse = _inverse(tl.maximum(scale, 0.001953125), CAST)  # the least e4m3; of scale 0 elements do not matter
-    return round_e2m1(x * tl.expand_dims(inverse * 2688.0, 2), False), scale
-
-
-@triton.jit
-def _p_wide(p, LOW: tl.constexpr, CAST: tl.constexpr):
-    """P rounded through a 4-bit format, times 448 * 6; float32 [BM, BN]."""
-    value, scale = _p_groups(p, LOW, CAST)
-    return tl.reshape(value * tl.expand_dims(scale, 2), p.shape)
-
-
-@triton.jit
-def _p_native(p, LOW: tl.constexpr, CAST: tl.constexpr):
-    """P times 448 * 6 as packed e2m1 [BM, BN / 2] and encoded scales [BM, BN / G], and what they sum to [BM]."""
-    value, scale = _p_groups(p, LOW, CAST)
-    weight = tl.sum(tl.sum(value, 2) * scale, 1)
-    code = tl.reshape(e2m1_code(value, value), [p.shape[0], p.shape[1] // 2, 2])
-    low, high = tl.split(code)
-    if LOW == "mxfp4":
-        encoded = (bits(scale) >> 23).to(tl.uint8)
-    else:
-        encoded = scale.to(tl.float8e4nv)
-    return (low | (high << 4)).to(tl.uint8), encoded, weight
 
 
 @triton.jit(do_not_specialize=["most_rows", "rows", "blocks", "most", "window"])
@@ -333,15 +247,15 @@ def attend_prefill_kernel(
                         s = _dot(ql, tl.trans(kc), PORTABLE, s)
                     shift = bias
                     if CAP > 0.0:
-                        s, shift = _capped(s * unit[:, None] + bias[:, None], CAP), zero
+                        s, shift = capped(s * unit[:, None] + bias[:, None], CAP), zero
                     shift = tl.where(hidden, float("-inf"), shift)
                     key = n * 64 + i * BN + order
                     edge = (n >= masked_from) | (n < masked_to)
                     if SINK:
                         edge = edge | (n == 0)
                     if edge:
-                        s = _visible(s, key, keys, position, window, CAUSAL, WINDOW, SINK)
-                    p, peak, total, factor = _online(s, one if CAP > 0.0 else unit, shift, peak, total)
+                        s = visible(s, key, keys, position, window, CAUSAL, WINDOW, SINK)
+                    p, peak, total, factor = online(s, one if CAP > 0.0 else unit, shift, peak, total)
                     if NATIVE:
                         UNIT: tl.constexpr = 64 if LOW == "fp8" else 32
                         at_v = (kv_head * D + e) * blocks + block_start + n  # [COLUMNS], in blocks
@@ -356,7 +270,7 @@ def attend_prefill_kernel(
                             vs = tl.load(vs_ptr + at_v[:, None] * (64 // G) + g, mask=(e < D)[:, None], other=0)
                             if LOW == "nvfp4":
                                 vs = vs.to(tl.float8e4nv, bitcast=True)
-                            pc, ps, more = _p_native(p, LOW, CAST)
+                            pc, ps, more = p_native(p, LOW, CAST)
                             if ROUNDED:
                                 weight = weight * factor + more
                             acc = tl.dot_scaled(pc, ps, "e2m1", tl.trans(vt), vs, "e2m1", acc * factor[:, None])
@@ -374,7 +288,7 @@ def attend_prefill_kernel(
                             acc = acc * factor[:, None] + _dot(p.to(DTYPE), vc, PORTABLE) * unit_v
                         else:
                             if QUANT:
-                                p = _p_wide(p, LOW, CAST)
+                                p = p_wide(p, LOW, CAST)
                                 if ROUNDED:
                                     weight = weight * factor + tl.sum(p, 1)
                             acc = acc * factor[:, None] + _dot(p.to(DTYPE), vc, PORTABLE)
@@ -397,7 +311,7 @@ def attend_prefill_kernel(
             at_sink = (head * rows + row_start + r) * 64 + tl.arange(0, BM)
             first = tl.load(sink_ptr + at_sink, mask=r * 64 + tl.arange(0, BM) < own * 64, other=0.0)
             if CAP > 0.0:
-                first = _capped(first * scale, CAP)
+                first = capped(first * scale, CAP)
             alone = inside & (position >= 0) & (keys > 0)
             if WINDOW:
                 alone = alone & (position < window)
@@ -409,7 +323,7 @@ def attend_prefill_kernel(
                 else:
                     alone = alone & ~begun
             first = tl.where(alone, first, float("-inf"))
-            p_first, peak, total, factor = _online(first[:, None], unit_high, zero, peak, total)
+            p_first, peak, total, factor = online(first[:, None], unit_high, zero, peak, total)
             if MASS:
                 low_total = low_total * factor
             if ROUNDED:
@@ -438,11 +352,11 @@ def attend_prefill_kernel(
                         kc = tl.load(at_k, mask=(key < keys)[:, None] & (d < D)[None, :], other=0.0)
                         s = _dot(q, tl.trans(kc), PORTABLE)
                     if CAP > 0.0:
-                        s = _capped(s * scale, CAP)
-                    s = _visible(s, key, keys, position, window, CAUSAL, WINDOW, SINK and REST)
+                        s = capped(s * scale, CAP)
+                    s = visible(s, key, keys, position, window, CAUSAL, WINDOW, SINK and REST)
                     if HALVES == 2:
                         s = tl.where((upper if side == 0 else ~upper)[:, None], s, float("-inf"))
-                    p, peak, total, factor = _online(s, unit_high, zero, peak, total)
+                    p, peak, total, factor = online(s, unit_high, zero, peak, total)
                     if MASS:
                         low_total = low_total * factor
                     if ROUNDED:
