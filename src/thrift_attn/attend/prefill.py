@@ -230,10 +230,9 @@ def attend_prefill_kernel(
                     if KEY_BIAS:
                         at_bias = ((head * blocks + block_start + n) * 3 + third) * 64 + i * BN + order[None, :]
                         s = _dot(ones, tl.load(key_bias_ptr + at_bias, mask=third < 3, other=0.0), PORTABLE)
-                    elif (
-                        NATIVE and LOW != "fp8"
-                    ):  # Triton 3.6 compiles no scaled product for sm_100 without an accumulator
-                        s = tl.zeros([BM, BN], tl.float32) + scale * 0.0  # zero at run time
+                    elif NATIVE and LOW != "fp8":
+                        # Zero at run time: Triton 3.6 cannot compile a scaled product for sm_100 without an accumulator.
+                        s = tl.zeros([BM, BN], tl.float32) + scale * 0.0
                     else:
                         s = None
                     if NATIVE and LOW != "fp8":
@@ -510,7 +509,7 @@ def attend_prefill(
         packed.centres.shape[2],
         chosen.shape[3],
         window or 0,
-        scale * LOG2E,
+        max(scale * LOG2E, 1e-30),  # above 0 in float32: hidden logits are -inf times this
         HQ=heads,
         HKV=k.shape[1],
         D=dim,
