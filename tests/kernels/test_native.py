@@ -47,6 +47,6 @@ def test_native_products_are_the_reference(
 ) -> None:
     monkeypatch.setattr(tl, "dot_scaled", dot_scaled)
     if dim == 80:  # half of the output at a time, as at head dim 256
-        monkeypatch.setattr(kernels, "tuning", lambda *_: kernels.Tuning(64, 64, 4, 1, 16, columns=64))
+        monkeypatch.setattr(kernels, "tuning", lambda *_: kernels.Tuning(64, 64, 4, 1, columns=64))
     torch.manual_seed(7)
     check(*draw(1, (4, 2), queries, keys, dim), ThriftConfig(low=low, budget=fraction(0.3)), form="native")

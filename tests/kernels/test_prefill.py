@@ -205,9 +205,27 @@ def test_the_ends_of_the_budget(share: float) -> None:
 
 def test_two_rows_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
     """Programs of 128 queries with two lists, half blocks, and half of the output."""
-    monkeypatch.setattr(kernels, "tuning", lambda *_: kernels.Tuning(128, 32, 4, 1, 16, columns=32))
+    monkeypatch.setattr(kernels, "tuning", lambda *_: kernels.Tuning(128, 32, 4, 1, columns=32))
     torch.manual_seed(9)
     check(*draw(1, (2, 1), 130, 160, 64), ThriftConfig(budget=fraction(0.4)))
+
+
+@pytest.mark.parametrize("window", [None, 200])
+def test_more_blocks_than_one_product_of_centres(window: int | None) -> None:
+    """At head dim 64 a product of centres is of 8 blocks; with the window it starts within one."""
+    torch.manual_seed(12)
+    check(*draw(1, (2, 1), 70, 650, 64), ThriftConfig(budget=fraction(0.2)), window=window)
+
+
+def test_zeros_in_fp8_have_no_scale() -> None:
+    """Logits of 0 and of what is hidden stay apart where the scale of Q or K is 0."""
+    torch.manual_seed(13)
+    q, k, v = draw(1, (1, 1), 70, 70, 64)
+    config = ThriftConfig(low="fp8", budget=fraction(0.0), center="none", sink="none", force_last=0)
+    for zero_q, zero_k in ((True, False), (False, True)):
+        out = prefill(q * (not zero_q), k * (not zero_k), v, dense(1, 70, 70, True, q.device), config, "wide", scale=0.1)[0]
+        want = v.double().cumsum(2) / torch.arange(1, 71, device=v.device)[:, None]
+        assert error(out, want) < 0.1
 
 
 @pytest.mark.gpu
@@ -217,7 +235,7 @@ def test_native_products_equal_emulated_ones(low: str, dim: int, monkeypatch: py
     if low == "fp8" and torch.cuda.get_device_capability() < (8, 9):
         pytest.skip("no FP8 units")
     if low == "mxfp4" and torch.cuda.get_device_capability()[0] == 9:  # with eight warps Triton 3.6 emulates it wrongly
-        monkeypatch.setattr(kernels, "tuning", lambda *_: kernels.Tuning(64, 64, 4, 1, 16))
+        monkeypatch.setattr(kernels, "tuning", lambda *_: kernels.Tuning(64, 64, 4, 1))
     torch.manual_seed(10)
     q, k, v = draw(2, (4, 2), 300, 1000, dim)
     sequences, config = dense(2, 300, 1000, True, q.device), ThriftConfig(low=low)

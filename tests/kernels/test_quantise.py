@@ -73,7 +73,8 @@ def check_kv(
     of_k = 1 if levels.keys is None else levels.keys[:, :, None]
     of_v = 1 if levels.values is None else levels.values[:, :, None, None]
     delta, v = padded_blocks(k.float() - mean) * of_k, padded_blocks(v.float()) * of_v
-    a, b = quantise(delta, fmt, -1, best=best), quantise_values(v) if fmt.group is None else quantise(v, fmt, -2, best=best)
+    a = quantise(delta, fmt, -1, best=best)
+    b = quantise_values(v) if fmt.group is None else quantise(v, fmt, -2, best=best)
     if form == "wide":
         if fmt.group is None:
             wide = decode_elements(a.codes, fmt), decode_elements(b.codes, fmt)

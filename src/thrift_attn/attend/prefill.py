@@ -1,8 +1,8 @@
 """Prefill attention: low-precision blocks, then promoted blocks, in one online softmax; one source for every GPU.
 
 A program serves BM query rows of one head: one list of promoted blocks per 64 rows. It walks all visible blocks in low
-precision, with those on a row's list hidden from it, then the lists in high precision. c_b enters 32 blocks at a time as one
-16-bit product; a block takes its column from it.
+precision, with those on a row's list hidden from it, then the lists in high precision. c_b enters some blocks at a time as one
+16-bit product, inside the one loop over blocks so that loads ahead go on; a block takes its column from it.
 
 The running maximum is kept in base 2 and rounded up to a whole number. Rescaling then multiplies by powers of two, so P is
 rounded on the same grid whichever block comes first: rounding online equals rounding once the whole row is known, with
@@ -18,10 +18,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from thrift_attn.attend.softmax import capped, online, p_native, p_wide, visible
 from thrift_attn.capability import Form, interpreted
 from thrift_attn.config import BLOCK
 from thrift_attn.quant.prefill import PackedKV, PackedQ
-from thrift_attn.quant.rounding import bits, e2m1_code, from_bits, round_e2m1, round_e4m3
+from thrift_attn.quant.rounding import round_e4m3
 from thrift_attn.sequences import Sequences
 
 LOG2E = 1.4426950408889634
@@ -34,91 +35,6 @@ def _dot(a, b, PORTABLE: tl.constexpr, acc=None):
         return tl.dot(a.to(tl.float32), b.to(tl.float32), acc, input_precision="ieee")
     else:
         return tl.dot(a, b, acc)
-
-
-@triton.jit
-def _capped(s, CAP: tl.constexpr):
-    """softcap * tanh(s / softcap) of logits that carry log2(e)."""
-    if CAP > 0.0:
-        BOUND: tl.constexpr = CAP * 1.4426950408889634
-        e = tl.exp2(s * (2.0 / CAP))  # exp(2 x / softcap), x the logit
-        s = BOUND - 2.0 * BOUND / (e + 1.0)
-    return s
-
-
-@triton.jit
-def _visible(s, key, keys, position, window, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, SINK: tl.constexpr):
-    """Logits [BM, BN], -inf where the query at ``position`` [BM] does not see ``key`` [BN]; with SINK nor key 0."""
-    if SINK:  # one comparison without a sign, in which -1 is the largest; a position before 0 is like one that sees key 0 alone
-        last = tl.maximum(position, 0) if CAUSAL else tl.maximum(keys - 1, 0) + tl.zeros_like(position)
-        s = tl.where((key - 1).to(tl.uint32)[None, :] < last.to(tl.uint32)[:, None], s, float("-inf"))
-    elif CAUSAL:
-        s = tl.where(key[None, :] <= position[:, None], s, float("-inf"))
-    else:
-        s = tl.where((key < keys)[None, :], s, float("-inf"))
-    if WINDOW:
-        s = tl.where(key[None, :] > position[:, None] - window, s, float("-inf"))
-    return s
-
-
-@triton.jit
-def _online(s, peak, total):
-    """One step of the online softmax in base 2: P, the new whole-number peak, the new sum, the factor of what is there."""
-    new = tl.maximum(peak, tl.ceil(tl.max(s, 1)))
-    base = tl.where(new == float("-inf"), 0.0, new)
-    factor = tl.exp2(peak - base)
-    p = tl.exp2(s - base[:, None])
-    return p, new, total * factor + tl.sum(p, 1), factor
-
-
-@triton.jit
-def _inverse(x, CAST: tl.constexpr):
-    """1 / x to within an ulp or two, without a care for sizes near the ends of float32."""
-    if CAST:
-        return tl.inline_asm_elementwise("rcp.approx.ftz.f32 $0, $1;", "=r,r", [x], tl.float32, is_pure=True, pack=1)
-    else:
-        return 1.0 / x
-
-
-@triton.jit
-def _p_groups(p, LOW: tl.constexpr, CAST: tl.constexpr):
-    """P times 448 * 6 in groups along tokens [BM, BN / G, G]: elements in units of their scale, and scales."""
-    G: tl.constexpr = 32 if LOW == "mxfp4" else 16
-    x = tl.reshape(p, [p.shape[0], p.shape[1] // G, G])
-    peak = tl.max(x, 2)
-    if LOW == "mxfp4":
-        exponent = tl.maximum((bits(peak * 2688.0) >> 23) - 2, 16)  # at least 2^-111, for 2688 / scale to be a number
-        scale = from_bits(exponent << 23)
-        inverse = from_bits((254 - exponent) << 23)
-    else:
-        scale = peak * 448.0
-        if CAST:
-            scale = scale.to(tl.float8e4nv).to(tl.float32)
-        else:
-            scale = round_e4m3(scale)
-        inverse = _inverse(tl.maximum(scale, 0.001953125), CAST)  # the least e4m3; of scale 0 elements do not matter
-    return round_e2m1(x * tl.expand_dims(inverse * 2688.0, 2), False), scale
-
-
-@triton.jit
-def _p_wide(p, LOW: tl.constexpr, CAST: tl.constexpr):
-    """P rounded through a 4-bit format, times 448 * 6; float32 [BM, BN]."""
-    value, scale = _p_groups(p, LOW, CAST)
-    return tl.reshape(value * tl.expand_dims(scale, 2), p.shape)
-
-
-@triton.jit
-def _p_native(p, LOW: tl.constexpr, CAST: tl.constexpr):
-    """P times 448 * 6 as packed e2m1 [BM, BN / 2] and encoded scales [BM, BN / G], and what they sum to [BM]."""
-    value, scale = _p_groups(p, LOW, CAST)
-    weight = tl.sum(tl.sum(value, 2) * scale, 1)
-    code = tl.reshape(e2m1_code(value, value), [p.shape[0], p.shape[1] // 2, 2])
-    low, high = tl.split(code)
-    if LOW == "mxfp4":
-        encoded = (bits(scale) >> 23).to(tl.uint8)
-    else:
-        encoded = scale.to(tl.float8e4nv)
-    return (low | (high << 4)).to(tl.uint8), encoded, weight
 
 
 @triton.jit(do_not_specialize=["most_rows", "rows", "blocks", "most", "window"])
@@ -176,7 +92,7 @@ def attend_prefill_kernel(
     QUANT: tl.constexpr,  # Q and P are quantised
     NATIVE: tl.constexpr,
     CENTRED: tl.constexpr,
-    KEY_BIAS: tl.constexpr,  # packed Q lacks the mean query: "none", or when its numbers are added, "first" or "last"
+    KEY_BIAS: tl.constexpr,  # packed Q lacks the mean query
     LEVELLED: tl.constexpr,  # native V hold powers of two
     ROUNDED: tl.constexpr,  # the output is divided by the sum of P after rounding
     REST: tl.constexpr,  # promoted blocks are low data plus a residual, not K and V
@@ -187,7 +103,6 @@ def attend_prefill_kernel(
     COLUMNS: tl.constexpr,  # of the output that a program works out
     CENTRES: tl.constexpr,  # blocks whose q.c_b is worked out at a time
     STAGES: tl.constexpr,
-    BRANCH: tl.constexpr,  # masks only in blocks that need them
     CAST: tl.constexpr,
     PORTABLE: tl.constexpr,
 ):
@@ -240,6 +155,7 @@ def attend_prefill_kernel(
         if WINDOW:
             masked_to = (tl.maximum((base + r) * 64 + BM - window, 0) + 63) // 64
 
+        one, zero = tl.full([BM], 1.0, tl.float32), tl.zeros([BM], tl.float32)
         peak = tl.full([BM], float("-inf"), tl.float32)
         total = tl.zeros([BM], tl.float32)
         weight = tl.zeros([BM], tl.float32)  # sum of P as it is multiplied with V
@@ -268,14 +184,14 @@ def attend_prefill_kernel(
                     qs = qs.to(tl.float8e4nv, bitcast=True)
             else:
                 ql = tl.load(qp_ptr + row[:, None] * D + d[None, :], mask=row_there & (d < D)[None, :], other=0.0)
-            factor_q = tl.full([BM], 1.0, tl.float32) * scale
+            factor_q = one * scale
             if QUANT and LOW == "fp8":
                 of_row = tl.load(qs_ptr + row // 64, mask=r * 64 + tl.arange(0, BM) < own * 64, other=0.0)
                 factor_q = of_row * scale
             order = token
             if NATIVE and LOW == "fp8":  # tokens in the order of V's positions
                 order = (token & 0x31) | ((token & 2) << 2) | ((token & 12) >> 1)
-            if KEY_BIAS != "none":  # the sum of three parts as a product with 1
+            if KEY_BIAS:  # the sum of three parts as a product with 1
                 third = tl.arange(0, 16)[:, None]
                 ones = tl.full([BM, 16], 1.0, tl.float32).to(tl.bfloat16)
             listed = 0
@@ -284,104 +200,97 @@ def attend_prefill_kernel(
                 listed2 = 0
                 upcoming2 = tl.load(at_list + most, mask=count2 > 0, other=-1)
             first_block = kv_head * blocks + block_start
-            for c0 in range(low // CENTRES * CENTRES, high, CENTRES):
+            qc = tl.zeros([BM, CENTRES], tl.float32)  # q.c_b of the blocks from the last multiple of CENTRES on
+            for n in tl.range(low, high, num_stages=STAGES):
                 if CENTRED:
-                    c = c0 + tl.arange(0, CENTRES)
-                    at_c = centre_ptr + (first_block + c)[None, :] * D + d[:, None]
-                    centre = tl.load(at_c, mask=(c < high)[None, :] & (d < D)[:, None], other=0.0)
-                    qc = _dot(q, centre, PORTABLE) * scale  # [BM, CENTRES]
-                for n in tl.range(tl.maximum(c0, low), tl.minimum(c0 + CENTRES, high), num_stages=STAGES):
-                    hidden = tl.zeros([BM], tl.int1) | (n == upcoming)
-                    listed += (n == upcoming).to(tl.int32)
-                    upcoming = tl.load(at_list + listed, mask=listed < count, other=-1)
-                    if HALVES == 2:
-                        hidden = (upper & hidden) | (~upper & (n == upcoming2))
-                        listed2 += (n == upcoming2).to(tl.int32)
-                        upcoming2 = tl.load(at_list + most + listed2, mask=listed2 < count2, other=-1)
-                    bias = tl.zeros([BM], tl.float32)
-                    if CENTRED:
-                        bias = tl.sum(tl.where(tl.arange(0, CENTRES)[None, :] == n - c0, qc, 0.0), 1)
-                    bias = tl.where(hidden, float("-inf"), bias)
-                    at = first_block + n
-                    factor_k = factor_q
-                    if LOW == "fp8":
-                        factor_k = factor_q * tl.load(ks_ptr + at)
-                    for i in range(PARTS):
-                        t = i * BN + token  # columns in the order of V
-                        s_row = at * 64 + i * BN + order
-                        if KEY_BIAS != "none":
-                            at_bias = ((head * blocks + block_start + n) * 3 + third) * 64 + i * BN + order[None, :]
-                            parts = tl.load(key_bias_ptr + at_bias, mask=third < 3, other=0.0)
-                        if KEY_BIAS == "first":
-                            s = _dot(ones, parts, PORTABLE)
-                        else:  # a runtime zero: Triton 3.6 cannot compile a scaled product for sm_100 without an accumulator
-                            s = tl.zeros([BM, BN], tl.float32) + scale * 0.0
-                        if NATIVE and LOW != "fp8":
-                            kc = tl.load(kp_ptr + s_row[:, None] * (D // 2) + half, mask=half < D // 2, other=0)
-                            ks = tl.load(ks_ptr + s_row[:, None] * (D // G) + group, mask=group < D // G, other=0)
+                    column = n % CENTRES
+                    if (column == 0) | (n == low):
+                        c = n - column + tl.arange(0, CENTRES)
+                        at_c = centre_ptr + (first_block + c)[None, :] * D + d[:, None]
+                        centre = tl.load(at_c, mask=(c < high)[None, :] & (d < D)[:, None], other=0.0)
+                        qc = _dot(q, centre, PORTABLE)
+                hidden = tl.zeros([BM], tl.int1) | (n == upcoming)
+                listed += (n == upcoming).to(tl.int32)
+                upcoming = tl.load(at_list + listed, mask=listed < count, other=-1)
+                if HALVES == 2:
+                    hidden = (upper & hidden) | (~upper & (n == upcoming2))
+                    listed2 += (n == upcoming2).to(tl.int32)
+                    upcoming2 = tl.load(at_list + most + listed2, mask=listed2 < count2, other=-1)
+                bias = zero
+                if CENTRED:
+                    bias = tl.sum(tl.where(tl.arange(0, CENTRES)[None, :] == column, qc, 0.0), 1) * scale
+                at = first_block + n
+                unit = factor_q
+                if LOW == "fp8":
+                    unit = factor_q * tl.load(ks_ptr + at)
+                    unit = tl.where(unit < 1e-30, 1e-30, unit)  # of zeros; -inf times 0 would be no number
+                for i in range(PARTS):
+                    t = i * BN + token  # columns in the order of V
+                    s_row = at * 64 + i * BN + order
+                    if KEY_BIAS:
+                        at_bias = ((head * blocks + block_start + n) * 3 + third) * 64 + i * BN + order[None, :]
+                        s = _dot(ones, tl.load(key_bias_ptr + at_bias, mask=third < 3, other=0.0), PORTABLE)
+                    elif NATIVE and LOW != "fp8":
+                        # Zero at run time: Triton 3.6 cannot compile a scaled product for sm_100 without an accumulator.
+                        s = tl.zeros([BM, BN], tl.float32) + scale * 0.0
+                    else:
+                        s = None
+                    if NATIVE and LOW != "fp8":
+                        kc = tl.load(kp_ptr + s_row[:, None] * (D // 2) + half, mask=half < D // 2, other=0)
+                        ks = tl.load(ks_ptr + s_row[:, None] * (D // G) + group, mask=group < D // G, other=0)
+                        if LOW == "nvfp4":
+                            ks = ks.to(tl.float8e4nv, bitcast=True)
+                        s = tl.dot_scaled(ql, qs, "e2m1", tl.trans(kc), ks, "e2m1", s)
+                    else:
+                        kc = tl.load(kp_ptr + s_row[:, None] * D + d[None, :], mask=(d < D)[None, :], other=0.0)
+                        s = _dot(ql, tl.trans(kc), PORTABLE, s)
+                    shift = bias
+                    if CAP > 0.0:
+                        s, shift = capped(s * unit[:, None] + bias[:, None], CAP), zero
+                    shift = tl.where(hidden, float("-inf"), shift)
+                    key = n * 64 + i * BN + order
+                    edge = (n >= masked_from) | (n < masked_to)
+                    if SINK:
+                        edge = edge | (n == 0)
+                    if edge:
+                        s = visible(s, key, keys, position, window, CAUSAL, WINDOW, SINK)
+                    p, peak, total, factor = online(s, one if CAP > 0.0 else unit, shift, peak, total)
+                    if NATIVE:
+                        UNIT: tl.constexpr = 64 if LOW == "fp8" else 32
+                        at_v = (kv_head * D + e) * blocks + block_start + n  # [COLUMNS], in blocks
+                        if LOW == "fp8":
+                            vt = tl.load(vp_ptr + at_v[:, None] * UNIT + t[None, :], mask=(e < D)[:, None], other=0.0)
+                            new = tl.dot((p * 448.0).to(tl.float8e4nv), tl.trans(vt))
+                            acc = acc * factor[:, None] + new * (tl.load(vs_ptr + at) * (1.0 / 448.0))
+                        else:
+                            pair = tl.arange(0, 32)[None, :]
+                            vt = tl.load(vp_ptr + at_v[:, None] * UNIT + pair, mask=(e < D)[:, None], other=0)
+                            g = tl.arange(0, 64 // G)[None, :]
+                            vs = tl.load(vs_ptr + at_v[:, None] * (64 // G) + g, mask=(e < D)[:, None], other=0)
                             if LOW == "nvfp4":
-                                ks = ks.to(tl.float8e4nv, bitcast=True)
-                            s = tl.dot_scaled(ql, qs, "e2m1", tl.trans(kc), ks, "e2m1", s)
+                                vs = vs.to(tl.float8e4nv, bitcast=True)
+                            pc, ps, more = p_native(p, LOW, CAST)
+                            if ROUNDED:
+                                weight = weight * factor + more
+                            acc = tl.dot_scaled(pc, ps, "e2m1", tl.trans(vt), vs, "e2m1", acc * factor[:, None])
+                    else:
+                        at_v = vp_ptr + (at * 64 + t)[:, None] * D + e[None, :]
+                        vc = tl.load(at_v, mask=(e < D)[None, :], other=0.0)
+                        if LOW == "fp8":
+                            unit_v = tl.load(vs_ptr + at)
+                            if QUANT:
+                                unit_v *= 1.0 / 448.0
+                                if CAST:
+                                    p = (p * 448.0).to(tl.float8e4nv).to(tl.float32)
+                                else:
+                                    p = round_e4m3(p * 448.0)
+                            acc = acc * factor[:, None] + _dot(p.to(DTYPE), vc, PORTABLE) * unit_v
                         else:
-                            kc = tl.load(kp_ptr + s_row[:, None] * D + d[None, :], mask=(d < D)[None, :], other=0.0)
-                            if KEY_BIAS == "first":
-                                s = _dot(ql, tl.trans(kc), PORTABLE, s)
-                            else:
-                                s = _dot(ql, tl.trans(kc), PORTABLE)
-                        if KEY_BIAS == "last":
-                            s = _dot(ones, parts, PORTABLE, s)
-                        s = s * factor_k[:, None] + bias[:, None]
-                        s = _capped(s, CAP)
-                        if CAP > 0.0:
-                            s = tl.where(hidden[:, None], float("-inf"), s)
-                        key = n * 64 + i * BN + order
-                        if BRANCH:
-                            edge = (n >= masked_from) | (n < masked_to)
-                            if SINK:
-                                edge = edge | (n == 0)
-                            if edge:
-                                s = _visible(s, key, keys, position, window, CAUSAL, WINDOW, SINK)
-                        else:
-                            s = _visible(s, key, keys, position, window, CAUSAL, WINDOW, SINK)
-                        p, peak, total, factor = _online(s, peak, total)
-                        if NATIVE:
-                            UNIT: tl.constexpr = 64 if LOW == "fp8" else 32
-                            at_v = (kv_head * D + e) * blocks + block_start + n  # [COLUMNS], in blocks
-                            if LOW == "fp8":
-                                vt = tl.load(
-                                    vp_ptr + at_v[:, None] * UNIT + t[None, :], mask=(e < D)[:, None], other=0.0
-                                )
-                                new = tl.dot((p * 448.0).to(tl.float8e4nv), tl.trans(vt))
-                                acc = acc * factor[:, None] + new * (tl.load(vs_ptr + at) * (1.0 / 448.0))
-                            else:
-                                pair = tl.arange(0, 32)[None, :]
-                                vt = tl.load(vp_ptr + at_v[:, None] * UNIT + pair, mask=(e < D)[:, None], other=0)
-                                g = tl.arange(0, 64 // G)[None, :]
-                                vs = tl.load(vs_ptr + at_v[:, None] * (64 // G) + g, mask=(e < D)[:, None], other=0)
-                                if LOW == "nvfp4":
-                                    vs = vs.to(tl.float8e4nv, bitcast=True)
-                                pc, ps, more = _p_native(p, LOW, CAST)
+                            if QUANT:
+                                p = p_wide(p, LOW, CAST)
                                 if ROUNDED:
-                                    weight = weight * factor + more
-                                acc = tl.dot_scaled(pc, ps, "e2m1", tl.trans(vt), vs, "e2m1", acc * factor[:, None])
-                        else:
-                            at_v = vp_ptr + (at * 64 + t)[:, None] * D + e[None, :]
-                            vc = tl.load(at_v, mask=(e < D)[None, :], other=0.0)
-                            if LOW == "fp8":
-                                unit = tl.load(vs_ptr + at)
-                                if QUANT:
-                                    unit *= 1.0 / 448.0
-                                    if CAST:
-                                        p = (p * 448.0).to(tl.float8e4nv).to(tl.float32)
-                                    else:
-                                        p = round_e4m3(p * 448.0)
-                                acc = acc * factor[:, None] + _dot(p.to(DTYPE), vc, PORTABLE) * unit
-                            else:
-                                if QUANT:
-                                    p = _p_wide(p, LOW, CAST)
-                                    if ROUNDED:
-                                        weight = weight * factor + tl.sum(p, 1)
-                                acc = acc * factor[:, None] + _dot(p.to(DTYPE), vc, PORTABLE)
+                                    weight = weight * factor + tl.sum(p, 1)
+                            acc = acc * factor[:, None] + _dot(p.to(DTYPE), vc, PORTABLE)
             if QUANT and LOW != "fp8":
                 acc = acc * (1.0 / 2688.0)
                 weight = weight * (1.0 / 2688.0)
@@ -390,6 +299,7 @@ def attend_prefill_kernel(
 
         # -- high precision --
         low_total = total
+        unit_high = one if CAP > 0.0 else one * scale
         k_head = (
             k_ptr + part * stride_kb + (h // (HQ // HKV)).to(tl.int64) * stride_kh + k_start.to(tl.int64) * stride_kt
         )
@@ -398,8 +308,9 @@ def attend_prefill_kernel(
         )
         if SINK:  # the first token, unless a promoted block holds it
             at_sink = (head * rows + row_start + r) * 64 + tl.arange(0, BM)
-            s = tl.load(sink_ptr + at_sink, mask=r * 64 + tl.arange(0, BM) < own * 64, other=0.0)
-            s = _capped(s * scale, CAP)
+            first = tl.load(sink_ptr + at_sink, mask=r * 64 + tl.arange(0, BM) < own * 64, other=0.0)
+            if CAP > 0.0:
+                first = capped(first * scale, CAP)
             alone = inside & (position >= 0) & (keys > 0)
             if WINDOW:
                 alone = alone & (position < window)
@@ -410,14 +321,14 @@ def attend_prefill_kernel(
                     alone = alone & ~((upper & begun) | (~upper & begun2))
                 else:
                     alone = alone & ~begun
-            s = tl.where(alone, s, float("-inf"))
-            p, peak, total, factor = _online(s[:, None], peak, total)
+            first = tl.where(alone, first, float("-inf"))
+            p_first, peak, total, factor = online(first[:, None], unit_high, zero, peak, total)
             if MASS:
                 low_total = low_total * factor
             if ROUNDED:
-                excess = excess * factor
-            first_v = tl.load(v_head + d, mask=d < D, other=0.0).to(tl.float32)
-            acc = acc * factor[:, None] + p * first_v[None, :]
+                weight = weight * factor + tl.sum(p_first, 1)
+            first_v = tl.load(v_head + e, mask=e < D, other=0.0).to(tl.float32)
+            acc = acc * factor[:, None] + p_first * first_v[None, :]
         for side in tl.static_range(HALVES):
             if side == 1:
                 count = count2
@@ -439,11 +350,12 @@ def attend_prefill_kernel(
                         at_k = k_head + key.to(tl.int64)[:, None] * stride_kt + d[None, :]
                         kc = tl.load(at_k, mask=(key < keys)[:, None] & (d < D)[None, :], other=0.0)
                         s = _dot(q, tl.trans(kc), PORTABLE)
-                    s = _capped(s * scale, CAP)
-                    s = _visible(s, key, keys, position, window, CAUSAL, WINDOW, SINK and REST)
+                    if CAP > 0.0:
+                        s = capped(s * scale, CAP)
+                    s = visible(s, key, keys, position, window, CAUSAL, WINDOW, SINK and REST)
                     if HALVES == 2:
                         s = tl.where((upper if side == 0 else ~upper)[:, None], s, float("-inf"))
-                    p, peak, total, factor = _online(s, peak, total)
+                    p, peak, total, factor = online(s, unit_high, zero, peak, total)
                     if MASS:
                         low_total = low_total * factor
                     if ROUNDED:
@@ -484,10 +396,8 @@ class Tuning(NamedTuple):
     tokens: int
     warps: int
     stages: int
-    centres: int
+    centres: int = 16
     columns: int = 256
-    bias: str = "first"
-    branch: bool = True
 
 
 def tuning(dim: int, low: str, form: Form, capability: tuple[int, int]) -> Tuning:
@@ -500,13 +410,14 @@ def tuning(dim: int, low: str, form: Form, capability: tuple[int, int]) -> Tunin
     fp4 = form == "native" and low != "fp8"
     if capability[0] == 10 and (fp4 or dim <= 128):
         stages = 2 if dim == 64 or (dim == 128 and not fp4) else 1
-        return Tuning(128, 64, 8, stages, 16, 128, branch=not (fp4 and dim == 128))
+        return Tuning(128, 64, 8, stages, columns=128)
     if fp4:
         warps, stages = 4 if dim <= 64 and low == "nvfp4" else 8, 1 if dim > 128 else 2
-        return Tuning(64, 64, warps, stages, 16, 128, branch=dim != 96)
+        return Tuning(64, 64, warps, stages, 16 if dim == 64 else 8, 128)
     if dim > 128:
-        return Tuning(64, 32, 8, 1 if small else 2, 16)
-    return Tuning(64, 64, 8 if capability[0] == 12 else 4, 2, 32)
+        return Tuning(64, 32, 8, 1 if small else 2)
+    # On 9.0 the product of 8 centres is no `wgmma`: one in a branch made ptxas wait after each of the others at head dim 64.
+    return Tuning(64, 64, 8 if capability[0] == 12 else 4, 2, 8 if dim == 64 else 16)
 
 
 def attend_prefill(
@@ -598,7 +509,7 @@ def attend_prefill(
         packed.centres.shape[2],
         chosen.shape[3],
         window or 0,
-        scale * LOG2E,
+        max(scale * LOG2E, 1e-30),  # above 0 in float32: hidden logits are -inf times this
         HQ=heads,
         HKV=k.shape[1],
         D=dim,
@@ -611,7 +522,7 @@ def attend_prefill(
         QUANT=quantised,
         NATIVE=form == "native",
         CENTRED=centred,
-        KEY_BIAS="none" if key_bias is None else tuned.bias,
+        KEY_BIAS=key_bias is not None,
         LEVELLED=values is not None and form == "native",
         ROUNDED=rounded,
         REST=rest,
@@ -622,7 +533,6 @@ def attend_prefill(
         COLUMNS=columns,
         CENTRES=tuned.centres,
         STAGES=tuned.stages,
-        BRANCH=tuned.branch,
         CAST=not portable and capability >= (8, 9),
         PORTABLE=portable,
         num_warps=tuned.warps,

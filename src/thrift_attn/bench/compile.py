@@ -130,8 +130,8 @@ def _launch(target: Target) -> tuple[Any, dict[str, str], dict[str, Any], dict[s
     four = target.math == "fp4" and target.low in ("nvfp4", "mxfp4")  # then Q lacks its mean, by default
     levelled = target.low in ("nvfp4", "mxfp4")  # by default
     rounding = {"LOW": target.low, "BEST": True, "NATIVE": native, "CAST": cast}
-    rounding["TOKENS"] = quant._tokens(target.low, width, target.kernel == "quantise_q")
-    warps = quant._warps(target.low, width)
+    rounding["TOKENS"] = quant._tokens(target.low)
+    warps = quant._warps(width)
     if target.kernel == "quantise_kv":
         constants = {**shape, **rounding, "HKV": 8, "GROUP": GROUP * four, "REST": "none", "CENTRED": True}
         constants |= {"SINK": True, "BALANCED": levelled}
@@ -165,10 +165,10 @@ def _launch(target: Target) -> tuple[Any, dict[str, str], dict[str, Any], dict[s
     tuned = attend.tuning(target.dim, target.low, target.form, divmod(target.capability, 10))
     constants = {
         **shape, **heads, "CAUSAL": True, "WINDOW": False, "CAP": 0.0, "LOW": target.low, "QUANT": target.math == "fp4",
-        "NATIVE": native, "CENTRED": True, "KEY_BIAS": tuned.bias if four else "none",
-        "LEVELLED": native and target.low == "nvfp4", "ROUNDED": four, "REST": False, "MASS": False, "SINK": True, "BM": tuned.rows,
-        "BN": tuned.tokens, "CENTRES": tuned.centres, "COLUMNS": min(width, tuned.columns), "STAGES": tuned.stages,
-        "BRANCH": tuned.branch, "CAST": cast, "PORTABLE": False,
+        "NATIVE": native, "CENTRED": True, "KEY_BIAS": four,
+        "LEVELLED": native and target.low == "nvfp4", "ROUNDED": four, "REST": False, "MASS": False, "SINK": True,
+        "BM": tuned.rows, "BN": tuned.tokens, "CENTRES": tuned.centres, "COLUMNS": min(width, tuned.columns),
+        "STAGES": tuned.stages, "CAST": cast, "PORTABLE": False,
     }  # fmt: skip
     return attend.attend_prefill_kernel, packed, constants, {"num_warps": tuned.warps, "num_stages": tuned.stages}
 

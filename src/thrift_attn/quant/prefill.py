@@ -511,8 +511,8 @@ def peaks_kernel(
             there = (token >= SINK) & (token < length) & (d < D)
             x = tl.load(at + row * stride_t + d, mask=there, other=0.0).to(tl.float32)
             peak = tl.maximum(peak, tl.abs(x) + x * 0.0, propagate_nan=tl.PropagateNan.ALL)  # NaN for infinities too
-        # The bits of a float that is not negative are in its order, those of NaN above all others.
-        top = tl.max(tl.max(bits(peak), 1), 0)
+        # The bits of a float that is not negative are in its order, those of NaN above all others; a NaN may have a sign.
+        top = tl.max(tl.max(bits(peak) & 0x7FFFFFFF, 1), 0)
         tl.atomic_max(peaks_ptr.to(tl.pointer_type(tl.int32), bitcast=True) + b * HKV + h, top)
 
 
@@ -527,16 +527,14 @@ def _peaks(v: Tensor, sequences: Sequences, sink: bool) -> Tensor:
     return peaks
 
 
-def _warps(low: str | None, width: int) -> int:
-    """Enough lanes that nothing spills; the 4-bit formats hold two candidates of every element."""
-    return 8 if low in ("nvfp4", "mxfp4") else max(4, width // 32)
+def _warps(width: int) -> int:
+    """Enough lanes that nothing spills."""
+    return max(4, width // 32)
 
 
-def _tokens(low: str | None, width: int, of_queries: bool) -> int:
-    """Tokens of a block that are quantised at a time, for the same reason; fp8 has one scale for all of them."""
-    if low not in ("nvfp4", "mxfp4") or width < 128:
-        return 64
-    return 32 if of_queries or low == "mxfp4" else 16
+def _tokens(low: str | None) -> int:
+    """Tokens of a block that are quantised at a time: a group, of which two candidates are held, or what has one scale."""
+    return (FORMATS[low].group if low in FORMATS else None) or BLOCK
 
 
 def _casts(device: torch.device) -> bool:
@@ -643,9 +641,9 @@ def quantise_kv(
         BALANCED=levels.keys is not None,
         BEST=best,
         NATIVE=form == "native",
-        TOKENS=_tokens(low, width, False),
+        TOKENS=_tokens(low),
         CAST=_casts(k.device),
-        num_warps=_warps(low, width),
+        num_warps=_warps(width),
     )
     return out
 
@@ -710,8 +708,8 @@ def quantise_q(
         BALANCED=levels.keys is not None,
         BEST=best,
         NATIVE=form == "native",
-        TOKENS=_tokens(low, width, True),
+        TOKENS=_tokens(low),
         CAST=_casts(q.device),
-        num_warps=_warps(low, width),
+        num_warps=_warps(width),
     )
     return out
