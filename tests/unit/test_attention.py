@@ -96,7 +96,7 @@ def test_sixteen_bit_inputs_lose_only_the_rounding_of_the_output(dtype):
 
 
 def emulate(q, k, v, *, fmt_name, center, math_, best, less_mean=False, rounded=False, sink=False):
-    """The low path at budget 0, with ``sink`` the exact first token, written out from the definitions head by head, in float64."""
+    """The low path at budget 0, and with ``sink`` the exact first token, from the definitions, head by head in float64."""
     fmt = FORMATS[fmt_name]
     out = torch.zeros_like(q, dtype=torch.float64)
     group, tokens = q.shape[1] // k.shape[1], k.shape[2]

@@ -47,18 +47,24 @@ def _capped(s, CAP: tl.constexpr):
 
 
 @triton.jit
-def _visible(s, key, keys, position, window, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, SINK: tl.constexpr):
-    """Logits [BM, BN], -inf where the query at ``position`` [BM] does not see ``key`` [BN]; with SINK nor key 0."""
-    if SINK:  # one comparison without a sign, in which -1 is the largest; a position before 0 is like one that sees key 0 alone
-        last = tl.maximum(position, 0) if CAUSAL else tl.maximum(keys - 1, 0) + tl.zeros_like(position)
-        s = tl.where((key - 1).to(tl.uint32)[None, :] < last.to(tl.uint32)[:, None], s, float("-inf"))
-    elif CAUSAL:
+def _visible(s, key, keys, position, window, CAUSAL: tl.constexpr, WINDOW: tl.constexpr):
+    """Logits [BM, BN], -inf where the query at ``position`` [BM] does not see ``key`` [BN]."""
+    if CAUSAL:
         s = tl.where(key[None, :] <= position[:, None], s, float("-inf"))
     else:
         s = tl.where((key < keys)[None, :], s, float("-inf"))
     if WINDOW:
         s = tl.where(key[None, :] > position[:, None] - window, s, float("-inf"))
     return s
+
+
+@triton.jit
+def _less_first(s, token, before):
+    """Logits [BM, BN] without that of the first of all tokens: ``token`` [BN] counts within a tile, ``before`` the tiles.
+
+    Two comparisons rather than one of a sum, so that the compiler knows which registers can never hold it.
+    """
+    return tl.where(((token == 0) & (before == 0))[None, :], float("-inf"), s)
 
 
 @triton.jit
@@ -311,7 +317,9 @@ def attend_prefill_kernel(
                         if CAP > 0.0:
                             s = tl.where(hidden[:, None], float("-inf"), s)
                         key = n * 64 + i * BN + order
-                        s = _visible(s, key, keys, position, window, CAUSAL, WINDOW, SINK)
+                        s = _visible(s, key, keys, position, window, CAUSAL, WINDOW)
+                        if SINK:
+                            s = _less_first(s, order, n + i)
                         p, peak, total, factor = _online(s, peak, total)
                         if NATIVE:
                             UNIT: tl.constexpr = 64 if LOW == "fp8" else 32
@@ -367,8 +375,8 @@ def attend_prefill_kernel(
         )
         if SINK:  # the first token, unless a promoted block holds it
             at_sink = (head * rows + row_start + r) * 64 + tl.arange(0, BM)
-            s = tl.load(sink_ptr + at_sink, mask=r * 64 + tl.arange(0, BM) < own * 64, other=0.0)
-            s = _capped(s * scale, CAP)
+            logit = tl.load(sink_ptr + at_sink, mask=r * 64 + tl.arange(0, BM) < own * 64, other=0.0)
+            logit = _capped(logit * scale, CAP)
             alone = inside & (position >= 0) & (keys > 0)
             if WINDOW:
                 alone = alone & (position < window)
@@ -379,14 +387,14 @@ def attend_prefill_kernel(
                     alone = alone & ~((upper & begun) | (~upper & begun2))
                 else:
                     alone = alone & ~begun
-            s = tl.where(alone, s, float("-inf"))
-            p, peak, total, factor = _online(s[:, None], peak, total)
+            logit = tl.where(alone, logit, float("-inf"))
+            weight, peak, total, factor = _online(logit[:, None], peak, total)
             if MASS:
                 low_total = low_total * factor
             if ROUNDED:
                 excess = excess * factor
             first_v = tl.load(v_head + d, mask=d < D, other=0.0).to(tl.float32)
-            acc = acc * factor[:, None] + p * first_v[None, :]
+            acc = acc * factor[:, None] + weight * first_v[None, :]
         for side in tl.static_range(HALVES):
             if side == 1:
                 count = count2
@@ -409,7 +417,9 @@ def attend_prefill_kernel(
                         kc = tl.load(at_k, mask=(key < keys)[:, None] & (d < D)[None, :], other=0.0)
                         s = _dot(q, tl.trans(kc), PORTABLE)
                     s = _capped(s * scale, CAP)
-                    s = _visible(s, key, keys, position, window, CAUSAL, WINDOW, SINK and REST)
+                    s = _visible(s, key, keys, position, window, CAUSAL, WINDOW)
+                    if SINK and REST:
+                        s = _less_first(s, token, n + i)
                     if HALVES == 2:
                         s = tl.where((upper if side == 0 else ~upper)[:, None], s, float("-inf"))
                     p, peak, total, factor = _online(s, peak, total)
