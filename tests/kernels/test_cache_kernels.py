@@ -31,7 +31,9 @@ def tokens(count, *, batch=1, heads=2, dim=64, dtype=torch.float16, seed=0):
     gen = torch.Generator().manual_seed(seed)
     bias = 4 * torch.randn(dim, generator=gen)
     k = torch.randn(batch, heads, count, dim, generator=gen) + bias
-    return k.to(dtype).to(DEVICE), torch.randn(batch, heads, count, dim, generator=gen).to(dtype).to(DEVICE)
+    v = torch.randn(batch, heads, count, dim, generator=gen)
+    v[:, :, 0] *= 30  # which a mistake about the first token shows
+    return k.to(dtype).to(DEVICE), v.to(dtype).to(DEVICE)
 
 
 def query(count=1, *, batch=1, heads=4, dim=64, dtype=torch.float16):
@@ -62,6 +64,48 @@ def test_pages_written_by_kernels_and_by_pytorch_agree(high, scales):
     assert different < 0.02
     for a, b in zip(one.read(0), other.read(0), strict=True):
         assert (a.float() - b.float()).norm() < 4e-3 * b.float().norm()
+
+
+@pytest.mark.parametrize("steps", [[64], [60, 4], [200]])
+@pytest.mark.parametrize(("low", "high"), [("nvfp4", "nested"), ("mxfp4", "nested8"), ("nvfp4", "16bit")])
+def test_the_first_token_lies_beside_the_pages(low, high, steps):
+    """Its key is the centre of its block, its value is 0 in every plane, and both are kept exactly, whoever packs the block."""
+    k, v = tokens(sum(steps), batch=2, heads=1)
+    kernels, plain = both(batch=2, heads=1, config=DECODE.with_(low=low, high=high, balance="none"))
+    for cache in (kernels, plain):
+        start = 0
+        for n in steps:
+            cache.append(k[:, :, start : start + n], v[:, :, start : start + n])
+            start += n
+        assert torch.equal(cache.sinks[1], v[:, :, 0])
+        pages = cache.table.table[:, 0].long()
+        assert torch.equal(cache.pool.centres[pages], k[:, :, 0])
+        for row in range(2):
+            keys, values = cache.read(row)
+            assert torch.equal(keys[:, 0], k[row, :, 0])
+            assert torch.equal(values[:, 0], v[row, :, 0])
+    torch.testing.assert_close(kernels.sinks[0], plain.sinks[0], rtol=2e-3, atol=1e-5)
+    torch.testing.assert_close(kernels.sinks[0].float(), k[:, :, 1:64].float().mean(2), rtol=2e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("tq", [1, 3])
+def test_the_first_block_is_chosen_without_its_first_token(tq):
+    """The first key matters to all queries and its block to none, then the other way round."""
+    k, v = tokens(64 * 6, heads=1)
+    q = query(tq, heads=2)
+    direction = q.float().mean((1, 2))[0]
+    for others, chosen in ((-1.0, 3), (1.0, 0)):
+        k[:, :, 0] = (-3 * others * direction).to(k.dtype)
+        k[:, :, 1:64] = (others * direction).to(k.dtype)
+        k[:, :, 64:] = 0
+        k[:, :, 192:256] = (0.1 * direction).to(k.dtype)
+        cache = make("triton", heads=1, config=DECODE.with_(budget=top_k(1), force_last=0))
+        cache.append(k, v)
+        launches, _, _ = ops.step_kernels(*cache.step_arguments(q, 0.125))
+        for launch in launches.values():
+            launch()
+        found = launches["select"].args[4]
+        assert int(found[0, 0, 0, 0]) == chosen
 
 
 @pytest.mark.parametrize(("high", "queries"), [("nested", 1), ("16bit", 3)])
@@ -130,10 +174,12 @@ def test_options(options, tq):
     check(kernels, plain, query(tq), **options)
 
 
-@pytest.mark.parametrize(("low", "center"), [("nvfp4", "none"), ("mxfp4", "block")])
-def test_formats(low, center):
+@pytest.mark.parametrize(
+    ("low", "center", "sink"), [("nvfp4", "none", "none"), ("mxfp4", "block", "token"), ("nvfp4", "block", "none")]
+)
+def test_formats(low, center, sink):
     k, v = tokens(70, heads=1)
-    kernels, plain = both(config=DECODE.with_(low=low, center=center), heads=1)
+    kernels, plain = both(config=DECODE.with_(low=low, center=center, sink=sink), heads=1)
     for cache in (kernels, plain):
         cache.append(k, v)
     check(kernels, plain, query())
@@ -144,12 +190,12 @@ def test_operators_are_registered_properly():
     cache = make("triton", heads=1)
     cache.append(k, v)
     args = (
-        query(), *cache.pool, cache.tail, cache.table.table, cache.lengths, cache.budget,
-        0.125, None, None, "nested", True, 1, 1,
+        query(), *cache.pool, cache.tail, cache.sinks, cache.table.table, cache.lengths, cache.budget,
+        0.125, None, None, "nested", True, True, 0, 1,
     )  # fmt: skip
     torch.library.opcheck(ops.attend_cache, args)
-    step = (k[:, :, :3], v[:, :, :3], cache.tail, *cache.pool, cache.table.table, cache.lengths)
-    torch.library.opcheck(ops.append_step, (*step, "nvfp4", "nested", True, True), test_utils="test_schema")
+    step = (k[:, :, :3], v[:, :, :3], cache.tail, *cache.pool, cache.sinks, cache.table.table, cache.lengths)
+    torch.library.opcheck(ops.append_step, (*step, "nvfp4", "nested", True, True, True), test_utils="test_schema")
 
 
 def test_a_step_compiles_as_one_graph():

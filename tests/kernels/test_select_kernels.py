@@ -77,7 +77,7 @@ def test_choice_among_many(blocks: int) -> None:
         budget = torch.full((blocks + 2,), k, dtype=torch.int32, device=DEVICE)
         out = torch.full((1, 2, 2, blocks), -5, dtype=torch.int32, device=DEVICE)
         counts = torch.full((1, 2, 2), -5, dtype=torch.int32, device=DEVICE)
-        select_blocks(scores, table, lengths, budget, out, counts, tq=1)
+        select_blocks(scores, table, lengths, budget, out, counts, tq=1, first=1)
         want = promote(scores[0][:, None], visible, torch.tensor([k], device=DEVICE), first=1, last=1)[:, 0]
         for h in range(2):
             assert counts[0, h].tolist() == [k, blocks]

@@ -2,26 +2,56 @@
 
 A split leaves a normalised output and its LSE for every row of a KV head: a row is a query head of the group at one of the new
 tokens, and their number is padded (`padded_rows`).
+
+The V of an exact first token is missing from what the splits found, since no page holds it; its weight is in their sums. It is
+added here.
 """
 
 from __future__ import annotations
+
+from typing import NamedTuple
 
 import triton
 import triton.language as tl
 from torch import Tensor
 
+LOG2E = 1.4426950408889634
 
-@triton.jit(do_not_specialize=["splits"])
+
+class Sink(NamedTuple):
+    """The first token of every sequence, to be added to what the splits found.
+
+    Args:
+        values: its V ``[B, Hkv, D]``, in the units of the pages.
+        bias: float32 ``[B, Hkv, NB, RP]`` of `thrift_attn.select.kernels.score_blocks`: of block 0 it is the token's logit.
+        lengths: int32 ``[B]``; of a sequence of less than 64 tokens it is not needed.
+        window: tokens that a query sees, or None.
+        softcap: bound of the logits, or None.
+    """
+
+    values: Tensor
+    bias: Tensor
+    lengths: Tensor
+    window: int | None
+    softcap: float | None
+
+
+@triton.jit(do_not_specialize=["splits", "window", "blocks"])
 def merge_splits_kernel(
     part_ptr,  # float32 [B, Hkv, SPLITS, RP, D]
     part_lse_ptr,  # float32 [B, Hkv, SPLITS, RP], base 2
     out_ptr,  # [B, Hq, Tq, D]
     lse_ptr,  # float32 [B, Hq, Tq], natural
     of_outputs_ptr,  # 16-bit [Hkv], powers of two that outputs are multiplied by
+    values_ptr,  # 16-bit [B, Hkv, D]: V of the first token
+    bias_ptr,  # float32 [B, Hkv, NB, RP], base 2
+    lengths_ptr,  # int32 [B]
     stride_ob,
     stride_oh,
     stride_ot,
     splits,
+    window,
+    blocks,  # NB
     HKV: tl.constexpr,
     GROUP: tl.constexpr,
     TQ: tl.constexpr,
@@ -30,6 +60,9 @@ def merge_splits_kernel(
     PAD: tl.constexpr,  # splits rounded up to a power of two
     SLICE: tl.constexpr,  # dimensions per program, a power of two
     LEVELLED: tl.constexpr,
+    SINK: tl.constexpr,
+    WINDOW: tl.constexpr,
+    CAP: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):
     row = tl.program_id(0)
@@ -43,6 +76,17 @@ def merge_splits_kernel(
     of_head = 1.0
     if LEVELLED:
         of_head = tl.load(of_outputs_ptr + bh % HKV).to(tl.float32)
+    logit = float("-inf")
+    value = tl.zeros([SLICE], tl.float32)
+    if SINK:  # written before the splits began
+        length = tl.load(lengths_ptr + b)
+        seen = length >= 64
+        if WINDOW:
+            seen = seen & (length - TQ + step < window)
+        logit = tl.load(bias_ptr + bh.to(tl.int64) * blocks * RP + row, mask=seen, other=float("-inf"))
+        if CAP > 0:
+            logit = tl.where(seen, CAP - 2.0 * CAP / (tl.exp2(logit * (2.8853900817779268 / CAP)) + 1.0), logit)
+        value = tl.load(values_ptr + bh.to(tl.int64) * D + d, mask=d < tl.where(seen, D, 0), other=0.0).to(tl.float32)
     if OVERLAP:
         tl.extra.cuda.gdc_wait()
     lse = tl.load(part_lse_ptr + start + split * RP, mask=split < splits, other=float("-inf"))  # [PAD]
@@ -52,9 +96,13 @@ def merge_splits_kernel(
         other=0.0,
     )  # [PAD, SLICE]
     peak = tl.max(lse, 0)
-    weight = tl.exp2(lse - tl.where(peak == float("-inf"), 0.0, peak))
+    base = tl.where(peak == float("-inf"), 0.0, peak)
+    weight = tl.exp2(lse - base)
     mass = tl.sum(weight, 0)
-    out = tl.sum(part * weight[:, None], 0) / tl.where(mass > 0, mass, 1.0) * of_head
+    out = tl.sum(part * weight[:, None], 0)
+    if SINK:
+        out += value * tl.exp2(logit - base)
+    out = out / tl.where(mass > 0, mass, 1.0) * of_head
     at = b.to(tl.int64) * stride_ob + head.to(tl.int64) * stride_oh + step * stride_ot
     tl.store(out_ptr + at + d, out.to(out_ptr.dtype.element_ty), mask=d < D)
     if tl.program_id(2) == 0:
@@ -75,6 +123,7 @@ def merge_splits(
     lse: Tensor,
     *,
     of_outputs: Tensor | None = None,
+    sink: Sink | None = None,
     overlap: bool = False,
 ) -> None:
     """Merge the splits of `attend_pages`.
@@ -85,6 +134,7 @@ def merge_splits(
         out: ``[B, Hq, Tq, D]``, any float dtype, contiguous in D, written; zeros for a row that sees no token.
         lse: float32 ``[B, Hq, Tq]``, contiguous, natural logarithm, written; -inf for a row that sees no token.
         of_outputs: what the output is multiplied by, Hkv numbers (`thrift_attn.cache.levels`), or None.
+        sink: the first token, if the pages lack its V.
         overlap: start while the splits end.
     """
     batch, heads, tq, dim = out.shape
@@ -98,10 +148,13 @@ def merge_splits(
         out,
         lse,
         lse if of_outputs is None else of_outputs,
+        *(sink[:3] if sink else (lse, lse, lse)),
         out.stride(0),
         out.stride(1),
         out.stride(2),
         splits,
+        (sink and sink.window) or 0,
+        sink.bias.shape[2] if sink else 0,
         HKV=kv_heads,
         GROUP=group,
         TQ=tq,
@@ -110,6 +163,9 @@ def merge_splits(
         PAD=triton.next_power_of_2(splits),
         SLICE=lanes,
         LEVELLED=of_outputs is not None,
+        SINK=sink is not None,
+        WINDOW=sink is not None and sink.window is not None,
+        CAP=((sink and sink.softcap) or 0.0) * LOG2E,
         OVERLAP=overlap,
         launch_pdl=overlap,
         num_warps=4,

@@ -17,6 +17,7 @@ def write_tail_kernel(
     page_table_ptr,  # int32 [B, NB]
     lengths_ptr,  # int32 [B]
     pages_ptr,  # int32 [B, 2]: the page of the block that slot s completes, or -1
+    firsts_ptr,  # int32 [B, 2]: the sequence whose first block that is, or -1
     of_k_ptr,  # [Hkv, D], powers of two that K is multiplied by
     of_v_ptr,  # [Hkv]
     stride_kb,
@@ -56,6 +57,8 @@ def write_tail_kernel(
     side = length // 64 % 2
     tl.store(pages_ptr + b * 2 + side, page)
     tl.store(pages_ptr + b * 2 + 1 - side, -1)
+    tl.store(firsts_ptr + b * 2 + side, tl.where(length < 64, b, -1))
+    tl.store(firsts_ptr + b * 2 + 1 - side, -1)
     tl.debug_barrier()  # every warp has read the old length
     tl.store(lengths_ptr + b, length + T)  # no other program reads it
 
@@ -67,6 +70,7 @@ def write_tail(
     page_table: Tensor,
     lengths: Tensor,
     pages: Tensor,
+    firsts: Tensor,
     of_keys: Tensor | None = None,
     of_values: Tensor | None = None,
 ) -> None:
@@ -79,6 +83,7 @@ def write_tail(
         page_table: int32 ``[B, NB]``.
         lengths: int32 ``[B]``, before the new tokens; grows by T.
         pages: int32 ``[B, 2]``, written: for each slot the page its block goes to if it is complete now, else -1.
+        firsts: int32 ``[B, 2]``, written: the number of the sequence if that is its first block, else -1.
         of_keys: what K is multiplied by, Hkv times D numbers (`thrift_attn.cache.levels`), or None for neither K nor V.
         of_values: what V is multiplied by, Hkv numbers.
     """
@@ -92,6 +97,7 @@ def write_tail(
         page_table,
         lengths,
         pages,
+        firsts,
         k if of_keys is None else of_keys,
         v if of_values is None else of_values,
         *k.stride()[:3],

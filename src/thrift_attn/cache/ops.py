@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from thrift_attn.attend.decode import attend_pages, choose_splits, column_tile, tuning
-from thrift_attn.attend.splits import merge_splits, padded_rows
+from thrift_attn.attend.splits import Sink, merge_splits, padded_rows
 from thrift_attn.cache.kernels import write_tail
 from thrift_attn.capability import multiprocessors, overlaps
 from thrift_attn.config import BLOCK
@@ -27,7 +27,7 @@ def _overlap(base: Tensor, page_table: Tensor) -> bool:
 
 
 @torch.library.custom_op(
-    "thrift_attn::append_step", mutates_args=("tail", "base", "centres", "high", "lengths"), device_types=None
+    "thrift_attn::append_step", mutates_args=("tail", "base", "centres", "high", "sinks", "lengths"), device_types=None
 )
 def append_step(
     k: Tensor,
@@ -36,11 +36,13 @@ def append_step(
     base: Tensor,
     centres: Tensor,
     high: Tensor,
+    sinks: Tensor,
     page_table: Tensor,
     lengths: Tensor,
     low: str,
     plane: str,
     centred: bool,
+    sink: bool,
     best: bool,
     of_keys: Tensor | None = None,
     of_values: Tensor | None = None,
@@ -50,17 +52,19 @@ def append_step(
     What is written is K times ``of_keys`` and V times ``of_values`` (`thrift_attn.cache.levels`).
     """
     batch, kv_heads, _, dim = k.shape
-    pages = torch.empty(batch, 2, dtype=torch.int32, device=k.device)
-    write_tail(k, v, tail, page_table, lengths, pages, of_keys, of_values)
+    pages, firsts = torch.empty(2, batch, 2, dtype=torch.int32, device=k.device)
+    write_tail(k, v, tail, page_table, lengths, pages, firsts, of_keys, of_values)
     blocks = tail.view(2, batch * 2, kv_heads, BLOCK, dim)
     pack_blocks(
         blocks[0], blocks[1], pages.view(-1), base, centres, high,
-        low=low, plane=plane, centred=centred, best=best, overlap=_overlap(base, page_table),
+        low=low, plane=plane, centred=centred, best=best, firsts=firsts.view(-1) if sink else None,
+        sinks=sinks if sink else None, overlap=_overlap(base, page_table),
     )  # fmt: skip
 
 
 @append_step.register_fake
-def _(k, v, tail, base, centres, high, page_table, lengths, low, plane, centred, best, of_keys=None, of_values=None):
+def _(k, v, tail, base, centres, high, sinks, page_table, lengths, low, plane, centred, sink, best, of_keys=None,
+      of_values=None):  # fmt: skip
     return None
 
 
@@ -70,6 +74,7 @@ def step_kernels(
     centres: Tensor,
     high: Tensor,
     tail: Tensor,
+    sinks: Tensor,
     page_table: Tensor,
     lengths: Tensor,
     budget: Tensor,
@@ -78,6 +83,7 @@ def step_kernels(
     softcap: float | None,
     plane: str,
     centred: bool,
+    sink: bool,
     first: int,
     last: int,
     of_queries: Tensor | None = None,
@@ -104,7 +110,7 @@ def step_kernels(
     kernels = {
         "scores": partial(
             score_blocks, q, centres, page_table, lengths, bias, scores,
-            scale=scale, of_queries=of_queries, overlap=overlap,
+            scale=scale, of_queries=of_queries, others=sinks[0] if sink else None, overlap=overlap,
         ),
         "select": partial(
             select_blocks, scores, page_table, lengths, budget, chosen, counts,
@@ -115,7 +121,10 @@ def step_kernels(
             scale=scale, of_queries=of_queries, plane=plane, centred=centred, window=window, softcap=softcap,
             tuned=tuned, overlap=overlap,
         ),
-        "merge": partial(merge_splits, parts, part_lse, out, lse, of_outputs=of_outputs, overlap=overlap),
+        "merge": partial(
+            merge_splits, parts, part_lse, out, lse, of_outputs=of_outputs,
+            sink=Sink(sinks[1], bias, lengths, window, softcap) if sink else None, overlap=overlap,
+        ),
     }  # fmt: skip
     return kernels, out, lse
 
@@ -127,6 +136,7 @@ def attend_cache(
     centres: Tensor,
     high: Tensor,
     tail: Tensor,
+    sinks: Tensor,
     page_table: Tensor,
     lengths: Tensor,
     budget: Tensor,
@@ -135,6 +145,7 @@ def attend_cache(
     softcap: float | None,
     plane: str,
     centred: bool,
+    sink: bool,
     first: int,
     last: int,
     of_queries: Tensor | None = None,
@@ -142,8 +153,8 @@ def attend_cache(
 ) -> tuple[Tensor, Tensor]:
     """Scores, selection, attention and merge of the newest tokens over the pages; see `PagedThriftCache.attend`."""
     kernels, out, lse = step_kernels(
-        q, base, centres, high, tail, page_table, lengths, budget,
-        scale, window, softcap, plane, centred, first, last, of_queries, of_outputs,
+        q, base, centres, high, tail, sinks, page_table, lengths, budget,
+        scale, window, softcap, plane, centred, sink, first, last, of_queries, of_outputs,
     )  # fmt: skip
     for launch in kernels.values():
         launch()
@@ -151,6 +162,6 @@ def attend_cache(
 
 
 @attend_cache.register_fake
-def _(q, base, centres, high, tail, page_table, lengths, budget, scale, window, softcap, plane, centred, first, last,
-      of_queries=None, of_outputs=None):  # fmt: skip
+def _(q, base, centres, high, tail, sinks, page_table, lengths, budget, scale, window, softcap, plane, centred, sink, first,
+      last, of_queries=None, of_outputs=None):  # fmt: skip
     return q.new_empty(q.shape), q.new_empty(q.shape[:3], dtype=torch.float32)

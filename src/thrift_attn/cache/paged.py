@@ -2,8 +2,9 @@
 
 A page is one KV block of 64 tokens. The newest, incomplete block of a sequence stays in 16 bits and is always attended in high
 precision; when its 64th token arrives the block is centred, packed and summarised. The 16-bit data of the block before it
-stays as well (two slots, block b in slot b mod 2), so that taking back up to 64 tokens is lossless. With ``balance`` all of it
-is K and V times powers of two (`thrift_attn.cache.levels`), which nobody outside sees.
+stays as well (two slots, block b in slot b mod 2), so that taking back up to 64 tokens is lossless. Where the first token of a
+sequence is exact (``sink="token"``), its key is the centre of its block, and its value lies beside the pages, which hold 0.
+With ``balance`` all of it is K and V times powers of two (`thrift_attn.cache.levels`), which nobody outside sees.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from thrift_attn.cache.levels import CacheLevels
 from thrift_attn.cache.pages import PageTable
 from thrift_attn.capability import check_cache
 from thrift_attn.config import BLOCK, DECODE_ROWS, ThriftConfig, check_logits
-from thrift_attn.quant.pages import Pool, read_blocks, write_blocks
+from thrift_attn.quant.pages import Blocks, Pool, read_blocks, write_blocks
 from thrift_attn.select.budget import decode_budget
 
 DECODE = ThriftConfig(math="16bit", high="nested")
@@ -84,6 +85,8 @@ class PagedThriftCache:
         self.pool = Pool.empty(num_pages, kv_heads, head_dim, config.high, dtype, device)
         # K and V of the two newest blocks, block b in slot b mod 2.
         self.tail = torch.zeros(2, batch, 2, kv_heads, BLOCK, head_dim, dtype=dtype, device=device)
+        # What pages do not hold of the first block: the mean of K without its first token, and V of that token.
+        self.sinks = torch.zeros(2, batch, kv_heads, head_dim, dtype=dtype, device=device)
         self._slots = [[-1, -1] for _ in range(batch)]  # the block whose 16-bit data each slot holds
         # One entry per number of blocks; a full sequence may have an incomplete block on top.
         self.budget = decode_budget(config.budget, sizes["max_pages"] + 1).to(device)
@@ -111,7 +114,7 @@ class PagedThriftCache:
 
     def nbytes(self) -> int:
         """Bytes of everything the cache holds on the device."""
-        held = [*self.pool, self.tail, self.table.table, self.table.lengths, self.budget]
+        held = [*self.pool, self.tail, self.sinks, self.table.table, self.table.lengths, self.budget]
         if self.levels is not None:
             held += self.levels.tensors
         return sum(x.numel() * x.element_size() for x in held)
@@ -173,7 +176,8 @@ class PagedThriftCache:
         from thrift_attn.cache import ops
 
         levels = {} if self.levels is None else {"of_keys": self.levels.keys, "of_values": self.levels.values}
-        ops.append_step(k, v, self.tail, *self.pool, self.table.table, self.lengths, **self._storage(), **levels)
+        storage = {**self._storage(), "sink": self.config.exact_sink}
+        ops.append_step(k, v, self.tail, *self.pool, self.sinks, self.table.table, self.lengths, **storage, **levels)
 
     def _append_row(self, row: int, k: Tensor, v: Tensor) -> None:
         """Append ``[Hkv, T, D]`` to one sequence: top up the incomplete block, pack whole blocks, keep the rest."""
@@ -206,13 +210,17 @@ class PagedThriftCache:
 
     def _pack(self, row: int, first: int, blocks: Tensor) -> None:
         """Pack ``[2, n, Hkv, 64, D]`` (K and V) into the pages of the blocks from ``first`` on."""
-        pages = self.table.table[row, first : first + blocks.shape[1]]
+        pages, options = self.table.table[row, first : first + blocks.shape[1]], self._storage()
+        if self.config.exact_sink:
+            firsts = torch.full_like(pages, -1)
+            firsts[:1] = row if first == 0 else -1
+            options |= {"firsts": firsts, "sinks": self.sinks}
         if self.backend == "triton":
             from thrift_attn.quant.kernels import pack_blocks
 
-            pack_blocks(blocks[0], blocks[1], pages, *self.pool, **self._storage())
+            pack_blocks(blocks[0], blocks[1], pages, *self.pool, **options)
         else:
-            write_blocks(self.pool, pages.long(), blocks[0], blocks[1], **self._storage())
+            write_blocks(self.pool, pages.long(), blocks[0], blocks[1], **options)
 
     # -- shrinking and sharing -----------------------------------------------------------------------------------------
 
@@ -235,7 +243,7 @@ class PagedThriftCache:
             raise ValueError(f"source and target must differ, got {source} twice")
         self.free(target)
         self.table.share(source, target)
-        self.tail[:, target] = self.tail[:, source]
+        self.tail[:, target], self.sinks[:, target] = self.tail[:, source], self.sinks[:, source]
         self._slots[target] = list(self._slots[source])
 
     def truncate(self, row: int, tokens: int) -> None:
@@ -252,7 +260,7 @@ class PagedThriftCache:
             raise ValueError(f"sequence {row} has {self.table.tokens(row)} tokens: it cannot keep {tokens}")
         block = tokens // BLOCK
         if tokens % BLOCK and self._slots[row][block % 2] != block:
-            read = read_blocks(self.pool, self.table.table[row, block : block + 1].long(), **self._reading())
+            read = self._read(row, self.table.table[row, block : block + 1].long(), block)
             self.tail[0, row, block % 2] = read.high_k[0].to(self.dtype)
             self.tail[1, row, block % 2] = read.high_v[0].to(self.dtype)
             self._slots[row][block % 2] = block
@@ -273,11 +281,13 @@ class PagedThriftCache:
             self._check_row(row)
         if not rows:
             raise ValueError("a cache holds at least one sequence, got no rows")
-        tail = self.tail[:, torch.tensor(rows, device=self.device)]
+        index = torch.tensor(rows, device=self.device)
+        tail, sinks = self.tail[:, index], self.sinks[:, index]
         if len(rows) == self.batch:
             self.tail.copy_(tail)
+            self.sinks.copy_(sinks)
         else:
-            self.tail = tail
+            self.tail, self.sinks = tail, sinks
         self._slots = [list(self._slots[row]) for row in rows]
         self.table.select(rows)
 
@@ -287,7 +297,7 @@ class PagedThriftCache:
         The pages it takes go back to the pool when it is freed or no longer used.
         """
         other = copy.copy(self)
-        other.table, other.tail = self.table.branch(), self.tail.clone()
+        other.table, other.tail, other.sinks = self.table.branch(), self.tail.clone(), self.sinks.clone()
         other._slots = [list(slots) for slots in self._slots]
         return other
 
@@ -316,8 +326,10 @@ class PagedThriftCache:
                 self.table.table,
                 self.lengths,
                 None if self.levels is None else (self.levels.of_queries, self.levels.of_outputs),
+                self.sinks[1] if self.config.exact_sink else None,
                 tokens=longest,
-                **self._reading(),
+                plane=self.config.high,
+                centred=self.config.centred,
             )
         else:
             for row in range(self.batch):
@@ -382,8 +394,8 @@ class PagedThriftCache:
     ) -> tuple[Any, ...]:
         """What the kernels of one step take: the queries, the cache as it is, and the options (`cache.ops.step_kernels`)."""
         config = self.config
-        state = (*self.pool, self.tail, self.table.table, self.lengths, self.budget)
-        options = (config.high, config.centred, config.force_first, config.force_last)
+        state = (*self.pool, self.tail, self.sinks, self.table.table, self.lengths, self.budget)
+        options = (config.high, config.centred, config.exact_sink, config.force_first, config.force_last)
         levels = (None, None) if self.levels is None else (self.levels.of_queries, self.levels.of_outputs)
         return (q, *state, scale, window, softcap, *options, *levels)
 
@@ -407,7 +419,7 @@ class PagedThriftCache:
     def _planes(self, row: int) -> reference.Planes:
         """One sequence as the reference sees it: pages, then the incomplete block, exact on both paths."""
         tokens = self.table.tokens(row)
-        read = read_blocks(self.pool, self.table.pages(row), **self._reading())
+        read = self._read(row, self.table.pages(row), 0)
         low_k, low_v, high_k, high_v = (x.transpose(0, 1).flatten(1, 2) for x in read[:4])  # [Hkv, T, D]
         centres = read.centres.transpose(0, 1)  # [Hkv, N, D]
         if tokens % BLOCK:
@@ -416,7 +428,15 @@ class PagedThriftCache:
             low_k, high_k = (torch.cat([x, kept[0]], 1) for x in (low_k, high_k))
             low_v, high_v = (torch.cat([x, kept[1]], 1) for x in (low_v, high_v))
             centres = torch.cat([centres, torch.zeros_like(kept[0, :, :1])], 1)
-        return reference.Planes(low_k, low_v, high_k, high_v, centres)
+        others = self.sinks[0, row].float() if self.config.exact_sink and tokens >= BLOCK else None
+        return reference.Planes(low_k, low_v, high_k, high_v, centres, others=others)
+
+    def _read(self, row: int, pages: Tensor, first: int) -> Blocks:
+        """What pages of a sequence decode to, those of the blocks from ``first`` on."""
+        read = read_blocks(self.pool, pages, plane=self.config.high, centred=self.config.centred)
+        if self.config.exact_sink and first == 0 and len(pages):
+            read.high_v[0, :, 0] = self.sinks[1, row]
+        return read
 
     # -- checks --------------------------------------------------------------------------------------------------------
 
@@ -427,9 +447,6 @@ class PagedThriftCache:
             "centred": self.config.centred,
             "best": self.config.scales == "best",
         }
-
-    def _reading(self) -> dict[str, Any]:
-        return {"plane": self.config.high, "centred": self.config.centred}
 
     def _check_row(self, row: int) -> None:
         if not 0 <= row < self.batch:

@@ -16,8 +16,9 @@ def dump(cache: PagedThriftCache) -> dict[str, Tensor]:
     Returns:
         ``base``, ``centres``, ``high``: the planes ``[n, Hkv, ...]`` of the pages in use; ``blocks``: int64 ``[B, most]``,
         which of them holds each complete block of each sequence, -1 behind the last; ``tokens``: int64 ``[B]``;
-        ``tail``: the 16-bit slots; ``slots``: int64 ``[B, 2]``, the block that each slot holds; ``levels_k`` ``[Hkv, D]`` and
-        ``levels_v`` ``[Hkv]``: the powers of two that all K and V are multiplied by, of a cache with ``balance``.
+        ``tail``: the 16-bit slots; ``sinks``: ``[2, B, Hkv, D]``, what pages do not hold of first blocks; ``slots``: int64
+        ``[B, 2]``, the block that each slot holds; ``levels_k`` ``[Hkv, D]`` and ``levels_v`` ``[Hkv]``: the powers of two
+        that all K and V are multiplied by, of a cache with ``balance``.
     """
     tokens = [cache.tokens(row) for row in range(cache.batch)]
     pages, numbers = torch.cat([cache.table.pages(row) for row in range(cache.batch)]).unique(return_inverse=True)
@@ -26,7 +27,8 @@ def dump(cache: PagedThriftCache) -> dict[str, Tensor]:
         blocks[row, : len(found)] = found
     planes = {name: plane[pages] for name, plane in zip(cache.pool._fields, cache.pool, strict=True)}
     slots = torch.tensor(cache._slots)
-    found = {**planes, "blocks": blocks, "tokens": torch.tensor(tokens), "tail": cache.tail, "slots": slots}
+    found = {**planes, "blocks": blocks, "tokens": torch.tensor(tokens), "tail": cache.tail, "sinks": cache.sinks}
+    found["slots"] = slots
     if cache.levels is not None:
         found |= {"levels_k": cache.levels.keys[:, 0], "levels_v": cache.levels.values[:, 0, 0]}
     return found
@@ -57,6 +59,7 @@ def restore(cache: PagedThriftCache, saved: dict[str, Tensor]) -> None:
     for name, plane in zip(cache.pool._fields, cache.pool, strict=True):
         plane[given] = saved[name].to(cache.device)
     cache.tail.copy_(saved["tail"])
+    cache.sinks.copy_(saved["sinks"])
     if "levels_k" in saved:
         cache.levels = CacheLevels.ones(cache.kv_heads, cache.head_dim, cache.dtype, cache.device)
         cache.levels.set(saved["levels_k"].to(cache.device).float(), saved["levels_v"].to(cache.device).float())

@@ -69,6 +69,7 @@ def widen_kernel(
     high16_ptr,  # the residual plane likewise, or the 16-bit plane
     high32_ptr,
     tail_ptr,  # [2, B, 2, Hkv, 64, D]
+    values_ptr,  # [B, Hkv, D]: V of the first token, which no page holds
     page_table_ptr,  # int32 [B, NB]
     lengths_ptr,  # int32 [B]
     of_k_ptr,  # [Hkv, D], what K of the cache are multiplied by
@@ -80,6 +81,7 @@ def widen_kernel(
     D: tl.constexpr,
     HIGH: tl.constexpr,
     CENTRED: tl.constexpr,
+    SINK: tl.constexpr,
     LEVELLED: tl.constexpr,
 ):
     T: tl.constexpr = D // 16
@@ -128,6 +130,9 @@ def widen_kernel(
                 k += _decoded(high16, high32, t, spot, rows, j, T, EIGHT)
                 v = _decoded(base16 + 2 * HALF, base32 + HALF, t, spot, rows, j, T, False)
                 v += _decoded(high16 + 2 * SIZE, high32 + SIZE, t, spot, rows, j, T, EIGHT)
+            if SINK and j == 0:
+                own = tl.load(values_ptr + (b.to(tl.int64) * HKV + h) * D + t * 16 + row).to(tl.float32)
+                v = tl.where((block == 0) & (turned == 0), own, v)
             tl.store(k_ptr + k_to, (k * of_k).to(k_ptr.dtype.element_ty))
             tl.store(v_ptr + v_to, (v * of_v).to(v_ptr.dtype.element_ty))
     elif block * 64 < length:  # the incomplete block
@@ -155,6 +160,7 @@ def widen_pages(
     page_table: Tensor,
     lengths: Tensor,
     levels: tuple[Tensor, Tensor] | None = None,
+    values: Tensor | None = None,
     *,
     tokens: int,
     plane: str,
@@ -172,6 +178,7 @@ def widen_pages(
         page_table: int32 ``[B, NB]``.
         lengths: int32 ``[B]``.
         levels: what K ``[Hkv, D]`` and V ``[Hkv]`` are multiplied by; None changes nothing.
+        values: V of the first token of every sequence ``[B, Hkv, D]``, in the units of the pages, if they lack it; else None.
         tokens: the longest of ``lengths``, known to the caller.
         plane: ``"nested"``, ``"nested8"`` or ``"16bit"``.
         centred: whether the pages hold K - c_b.
@@ -186,8 +193,10 @@ def widen_pages(
         return
     high16 = high if plane == "16bit" else high.view(torch.int16)
     widen_kernel[(-(-tokens // BLOCK), dim // 16, batch * kv_heads)](
-        k, v, base.view(torch.int16), base, centres, high16, high, tail, page_table, lengths, *(levels or (centres, centres)),
+        k, v, base.view(torch.int16), base, centres, high16, high, tail, tail if values is None else values, page_table,
+        lengths, *(levels or (centres, centres)),
         page_table.shape[1], slots,
-        BATCH=batch, HKV=kv_heads, D=dim, HIGH=HIGH[plane], CENTRED=centred, LEVELLED=levels is not None,
+        BATCH=batch, HKV=kv_heads, D=dim, HIGH=HIGH[plane], CENTRED=centred, SINK=values is not None,
+        LEVELLED=levels is not None,
         num_warps=1,
     )  # fmt: skip

@@ -13,7 +13,7 @@ from thrift_attn.cache import state
 from thrift_attn.integrations.cache import ThriftCache, ThriftLayer
 from thrift_attn.integrations.handles import Padding
 
-FORMAT = 2
+FORMAT = 3
 """Version of the files."""
 
 
@@ -81,7 +81,7 @@ def _check(cache: ThriftCache, path: str | Path, about: dict[str, Any]) -> None:
     if about.get("format") != FORMAT:
         raise ValueError(f"{path} is not a file that ThriftCache.save wrote, format {FORMAT}")
     theirs, ours = (
-        {"low": told["low"], "high": told["high"], "centred": told["center"] != "none"}
+        {"low": told["low"], "high": told["high"], "centred": told["center"] != "none", "sink": told["sink"]}
         for told in (about["decode"], cache.decode.to_dict())
     )
     if theirs != ours:

@@ -156,7 +156,7 @@ def _store_tile8(ptr, scale_ptr, t, e0, e1, e2, e3, y0, y1, y2, y3):
     _store_scales(scale_ptr, t, y0, y1, y2, y3)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["batch"])
 def pack_blocks_kernel(
     k_ptr,  # 16-bit [n, Hkv, 64, D]
     v_ptr,
@@ -166,16 +166,20 @@ def pack_blocks_kernel(
     base32_ptr,
     high16_ptr,  # the residual plane likewise, or the 16-bit plane
     high32_ptr,
+    firsts_ptr,  # int32 [n]: the sequence whose first block it is, or below 0
+    sinks_ptr,  # 16-bit [2, B, Hkv, D]: mean of the block without its first token, and V of that
     stride_kn,
     stride_kh,
     stride_kt,
     stride_vn,
     stride_vh,
     stride_vt,
+    batch,  # B
     HKV: tl.constexpr,
     D: tl.constexpr,
     HIGH: tl.constexpr,
     CENTRED: tl.constexpr,
+    SINK: tl.constexpr,  # the first token of a first block is its centre, and its V is left out
     POWER: tl.constexpr,  # mxfp4: powers of two as scales, shared by 32
     BEST: tl.constexpr,  # the better of the format's two scales
     OVERLAP: tl.constexpr,  # starts while the kernel before it ends
@@ -212,15 +216,26 @@ def pack_blocks_kernel(
             high16 = high16_ptr + where * (128 * D)
             high32 = high32_ptr
 
+        first = page - page - 1
+        if SINK:
+            first = tl.load(firsts_ptr + n)
+
         # -- K: groups along D, the columns of a tile --
         DTYPE: tl.constexpr = centre_ptr.dtype.element_ty
-        x0, x1, x2, x3, centre = _k_quarters(k_start, row, column, stride_kt, t, CENTRED, DTYPE)
-        place = where * D + t * 16 + tl.arange(0, 4)[:, None] * 4 + tl.arange(0, 4)[None, :]
-        tl.store(centre_ptr + place, centre)
+        x0, x1, x2, x3, centre, others = _k_quarters(k_start, row, column, stride_kt, t, first, CENTRED, SINK, DTYPE)
+        four = t * 16 + tl.arange(0, 4)[:, None] * 4 + tl.arange(0, 4)[None, :]
+        tl.store(centre_ptr + where * D + four, centre)
+        if SINK:
+            sunk = (first * HKV + head).to(tl.int64) * D + four
+            tl.store(sinks_ptr + sunk, others, mask=(first + 0 * four) >= 0)
+            value = tl.load(v_start + four)
+            tl.store(sinks_ptr + batch.to(tl.int64) * HKV * D + sunk, value, mask=(first + 0 * four) >= 0)
         m0, m1, m2, m3 = _group_max(x0), _group_max(x1), _group_max(x2), _group_max(x3)
         z0, z1, z2, z3 = x0, x1, x2, x3
         if POWER:
-            z0, z1, z2, z3, _centre = _k_quarters(k_start, row, column, stride_kt, t ^ 1, CENTRED, DTYPE)
+            z0, z1, z2, z3, _centre, _others = _k_quarters(
+                k_start, row, column, stride_kt, t ^ 1, first, CENTRED, SINK, DTYPE
+            )
             m0 = _larger(m0, _group_max(z0))
             m1 = _larger(m1, _group_max(z1))
             m2 = _larger(m2, _group_max(z2))
@@ -241,6 +256,10 @@ def pack_blocks_kernel(
         x1 = tl.load(v_start + at + 16 * stride_vt).to(tl.float32)
         x2 = tl.load(v_start + at + 32 * stride_vt).to(tl.float32)
         x3 = tl.load(v_start + at + 48 * stride_vt).to(tl.float32)
+        hidden = (first + turned) < 0  # no token
+        if SINK:
+            hidden = (turned == 0) & (first >= 0)
+            x0 = tl.where(hidden, 0.0, x0)
         m0, m1, m2, m3 = _group_max(x0), _group_max(x1), _group_max(x2), _group_max(x3)
         if POWER:
             m0 = _larger(m0, m1)
@@ -264,6 +283,8 @@ def pack_blocks_kernel(
                 x = tl.load(k_start + (16 * j + row) * stride_kt + t * 16 + column)
                 tl.store(high16 + (t * 4 + j) * 256 + place, x)
                 x = tl.load(v_start + (16 * j + turned) * stride_vt + t * 16 + row)
+                if SINK and j == 0:
+                    x = tl.where(hidden, 0.0, x)
                 tl.store(high16 + 64 * D + (t * 4 + j) * 256 + place, x)
 
 
@@ -274,21 +295,32 @@ def _larger(x, y):
 
 
 @triton.jit
-def _k_quarters(k_start, row, column, stride_kt, t, CENTRED: tl.constexpr, DTYPE: tl.constexpr):
-    """The four quarters of a K tile, minus the block's mean if CENTRED, and the mean [4, 4] in DTYPE."""
+def _k_quarters(
+    k_start, row, column, stride_kt, t, first, CENTRED: tl.constexpr, SINK: tl.constexpr, DTYPE: tl.constexpr
+):  # fmt: skip
+    """The four quarters of a K tile, minus the block's centre if CENTRED; the centre [4, 4] in DTYPE.
+
+    The centre is the block's mean, or the first token if SINK and ``first`` is not below 0; then comes the mean of the others.
+    """
     at = row * stride_kt + t * 16 + column
     x0 = tl.load(k_start + at).to(tl.float32)
     x1 = tl.load(k_start + at + 16 * stride_kt).to(tl.float32)
     x2 = tl.load(k_start + at + 32 * stride_kt).to(tl.float32)
     x3 = tl.load(k_start + at + 48 * stride_kt).to(tl.float32)
-    centre = (tl.sum(tl.sum((x0 + x1) + (x2 + x3), 2), 0) * 0.015625).to(DTYPE)  # [4, 4] (q c)
+    total = tl.sum(tl.sum((x0 + x1) + (x2 + x3), 2), 0)  # [4, 4] (q c)
+    centre = (total * 0.015625).to(DTYPE)
+    others = centre
+    if SINK:
+        own = tl.load(k_start + t * 16 + tl.arange(0, 4)[:, None] * 4 + tl.arange(0, 4)[None, :])
+        others = tl.div_rn(total - own.to(tl.float32), 63.0 + tl.zeros_like(total)).to(DTYPE)
+        centre = tl.where(first >= 0, own, centre)
     if CENTRED:
         mean = centre.to(tl.float32)[None, :, None, :]
         x0 -= mean
         x1 -= mean
         x2 -= mean
         x3 -= mean
-    return x0, x1, x2, x3, centre
+    return x0, x1, x2, x3, centre, others
 
 
 @triton.jit
@@ -321,6 +353,8 @@ def pack_blocks(
     plane: str | None = "nested",
     centred: bool = True,
     best: bool = True,
+    firsts: Tensor | None = None,
+    sinks: Tensor | None = None,
     overlap: bool = False,
 ) -> None:
     """Pack complete KV blocks into pages: base, block centre and the plane of high precision.
@@ -337,6 +371,10 @@ def pack_blocks(
         plane: ``"nested"``, ``"nested8"``, ``"16bit"`` or None.
         centred: pack K - c_b; else K itself.
         best: choose the better of the format's scales for each group.
+        firsts: int32 ``[n]``, the number of the sequence whose first block it is, else -1: of that block the first token is
+            the centre, and its V counts as zero. None: all blocks are alike.
+        sinks: with ``firsts``, ``[2, B, Hkv, D]`` in the dtype of ``k``, written for them: the mean of the other tokens of the
+            block, and the V that is left out.
         overlap: start while the kernel before it ends (programmatic dependent launch).
 
     Raises:
@@ -364,12 +402,16 @@ def pack_blocks(
         base,
         other.view(torch.int16) if plane != "16bit" else other,
         other,
+        pages if firsts is None else firsts,
+        centres if sinks is None else sinks,
         *k.stride()[:3],
         *v.stride()[:3],
+        1 if sinks is None else sinks.shape[1],
         HKV=kv_heads,
         D=dim,
         HIGH=HIGH[plane],
         CENTRED=centred,
+        SINK=firsts is not None,
         POWER=low == "mxfp4",
         BEST=best,
         OVERLAP=overlap,

@@ -19,7 +19,7 @@ from thrift_attn.quant.layout import (
     unpack_copy,
     unpack_plane,
 )
-from thrift_attn.quant.reference import block_means, decode_elements, dequantise, quantise
+from thrift_attn.quant.reference import block_means, decode_elements, dequantise, mean_of_others, quantise
 
 
 class Pool(NamedTuple):
@@ -27,7 +27,8 @@ class Pool(NamedTuple):
 
     Args:
         base: int32 ``[pages, Hkv, words]``, codes and scales of K (minus c_b if ``centres`` is there) and V.
-        centres: c_b ``[pages, Hkv, D]`` in the activation dtype.
+        centres: c_b ``[pages, Hkv, D]`` in the activation dtype; where the first token of a sequence is exact, its key is that
+            of its block, and its V is 0 in all planes.
         high: int32 residual words ``[pages, Hkv, words]``, or for the ``16bit`` copy ``[pages, Hkv, 128 * D]`` in the
             activation dtype.
     """
@@ -66,8 +67,9 @@ def _encode(k: Tensor, v: Tensor, fmt: Format, best: bool) -> tuple[Tensor, Tens
 
 
 def write_blocks(
-    pool: Pool, pages: Tensor, k: Tensor, v: Tensor, *, low: str, plane: str, centred: bool, best: bool
-) -> None:
+    pool: Pool, pages: Tensor, k: Tensor, v: Tensor, *, low: str, plane: str, centred: bool, best: bool,
+    firsts: Tensor | None = None, sinks: Tensor | None = None,
+) -> None:  # fmt: skip
     """Pack complete KV blocks into pages.
 
     Args:
@@ -79,8 +81,16 @@ def write_blocks(
         plane: how high precision is stored: ``"nested"``, ``"nested8"`` or ``"16bit"``.
         centred: pack K minus its block mean.
         best: choose the better of the format's scales.
+        firsts: see `thrift_attn.quant.kernels.pack_blocks`.
+        sinks: likewise.
     """
     centres = block_means(k)[..., 0, :]  # [n, Hkv, D]
+    if firsts is not None and sinks is not None:
+        first, v = firsts >= 0, v.clone()
+        rows = firsts[first].long()
+        sinks[0, rows], sinks[1, rows] = mean_of_others(k[first]), v[first][:, :, 0]
+        centres[first] = k[first][:, :, 0]
+        v[:, :, 0] = torch.where(first[:, None, None], 0, v[:, :, 0])
     delta = k.float() - centres.float()[..., None, :] if centred else k.float()
     pool.centres[pages] = centres
     pool.base[pages], low_k, low_v = _encode(delta, v.float(), FORMATS[low], best)

@@ -17,6 +17,18 @@ MAX_BLOCKS = 16384
 """Most blocks of one sequence: the choice is made by one program per KV head, which holds all scores."""
 
 
+@triton.jit
+def _score(s, block, others, q, inside, scale, SINK: tl.constexpr):
+    """Scores [BM] of blocks: the largest logit s [BM, N] of the columns that are inside; with SINK that of block 0 is the
+    largest product of ``others`` [DP] with the queries q [DP, N].
+    """
+    best = tl.max(tl.where(inside[None, :], s, float("-inf")), 1)
+    if SINK and tl.program_id(0) == 0:
+        product = tl.sum(others[:, None] * q.to(tl.float32), 0) * scale
+        best = tl.where(block == 0, tl.max(tl.where(inside, product, float("-inf")), 0), best)
+    return best
+
+
 @triton.jit(do_not_specialize=["blocks"])
 def block_scores_kernel(
     q_ptr,  # [B, Hq, Tq, D]
@@ -26,6 +38,7 @@ def block_scores_kernel(
     bias_ptr,  # float32 [B, Hkv, NB, RP]
     score_ptr,  # float32 [B, Hkv, NB]
     of_queries_ptr,  # 16-bit [Hkv, D], powers of two that queries are multiplied by
+    others_ptr,  # 16-bit [B, Hkv, D], what block 0 is scored by in place of its centre
     scale,  # factor of the logits times log2(e)
     stride_qb,
     stride_qh,
@@ -41,6 +54,7 @@ def block_scores_kernel(
     RP: tl.constexpr,
     BM: tl.constexpr,  # blocks per program
     LEVELLED: tl.constexpr,
+    SINK: tl.constexpr,
     PORTABLE: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):
@@ -63,6 +77,9 @@ def block_scores_kernel(
         power = tl.full([DP], 1.0, tl.float32)
         if LEVELLED:
             power = tl.load(of_queries_ptr + h * D + d, mask=d < D, other=1.0).to(tl.float32)
+        others = power
+        if SINK:
+            others = tl.load(others_ptr + bh.to(tl.int64) * D + d, mask=d < D, other=0.0).to(tl.float32)
         q_start = q_ptr + b.to(tl.int64) * stride_qb + (h * GROUP).to(tl.int64) * stride_qh
         for first in tl.static_range(0, RP, N):
             row = first + tl.arange(0, N)
@@ -78,20 +95,20 @@ def block_scores_kernel(
             bias_at = (bh.to(tl.int64) * blocks + block)[:, None] * RP + row[None, :]
             tl.store(bias_ptr + bias_at, s, mask=there[:, None])
             if TQ == 1:
-                best = tl.maximum(best, tl.max(tl.where(inside[None, :], s, float("-inf")), 1))
+                best = tl.maximum(best, _score(s, block, others, q, inside, scale, SINK))
         if TQ > 1:  # of each head the mean of the queries
             head = tl.arange(0, GP)
             mean = tl.zeros([DP, GP], tl.float32)
-            real = (head < GROUP)[None, :]
+            real = head < GROUP
             for i in tl.static_range(TQ):
                 at = q_start + i * stride_qt + head[None, :] * stride_qh + d[:, None]
-                mean += tl.load(at, mask=real & (d < D)[:, None], other=0.0).to(tl.float32)
+                mean += tl.load(at, mask=real[None, :] & (d < D)[:, None], other=0.0).to(tl.float32)
             mean = (mean * (1.0 / TQ) * power[:, None]).to(centre.dtype)
             if PORTABLE:
                 s = tl.dot(centre.to(tl.float32), mean.to(tl.float32), input_precision="ieee") * scale
             else:
                 s = tl.dot(centre, mean) * scale  # [BM, GP]
-            best = tl.max(tl.where(real, s, float("-inf")), 1)
+            best = _score(s, block, others, mean, real, scale, SINK)
         tl.store(score_ptr + bh.to(tl.int64) * blocks + block, best, mask=there)
 
 
@@ -222,6 +239,7 @@ def score_blocks(
     *,
     scale: float,
     of_queries: Tensor | None = None,
+    others: Tensor | None = None,
     overlap: bool = False,
 ) -> None:
     """q.c_b of every complete block, for the logits and for the choice of blocks.
@@ -236,6 +254,7 @@ def score_blocks(
             head the mean over the queries.
         scale: factor of the logits.
         of_queries: what queries are multiplied by, in their dtype, Hkv times D numbers (`thrift_attn.cache.levels`), or None.
+        others: 16-bit ``[B, Hkv, D]``, what block 0 is scored by in place of c_0, or None.
         overlap: start while the kernel before it ends; the next one waits for this one itself (programmatic dependent launch).
     """
     batch, heads, tq, dim = q.shape
@@ -249,6 +268,7 @@ def score_blocks(
         bias,
         scores,
         q if of_queries is None else of_queries,
+        q if others is None else others,
         scale * LOG2E,
         q.stride(0),
         q.stride(1),
@@ -264,6 +284,7 @@ def score_blocks(
         RP=rows,
         BM=per_program,
         LEVELLED=of_queries is not None,
+        SINK=others is not None,
         PORTABLE=PORTABLE,
         OVERLAP=overlap,
         launch_pdl=overlap,
@@ -280,7 +301,7 @@ def select_blocks(
     counts: Tensor,
     *,
     tq: int,
-    first: int = 1,
+    first: int = 0,
     last: int = 1,
     window: int | None = None,
     overlap: bool = False,
