@@ -210,6 +210,25 @@ def test_two_rows_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
     check(*draw(1, (2, 1), 130, 160, 64), ThriftConfig(budget=fraction(0.4)))
 
 
+@pytest.mark.parametrize("window", [None, 200])
+def test_more_blocks_than_one_product_of_centres(window: int | None) -> None:
+    """At head dim 64 a product of centres is of 8 blocks; with the window it starts within one."""
+    torch.manual_seed(12)
+    check(*draw(1, (2, 1), 70, 650, 64), ThriftConfig(budget=fraction(0.2)), window=window)
+
+
+def test_zeros_in_fp8_have_no_scale() -> None:
+    """Logits of 0 and of what is hidden stay apart where the scale of Q or K is 0."""
+    torch.manual_seed(13)
+    q, k, v = draw(1, (1, 1), 70, 70, 64)
+    config = ThriftConfig(low="fp8", budget=fraction(0.0), center="none", sink="none", force_last=0)
+    sequences = dense(1, 70, 70, True, q.device)
+    for x, y in ((q * 0, k), (q, k * 0)):
+        out = prefill(x, y, v, sequences, config, "wide", scale=0.1)[0]
+        want = v.double().cumsum(2) / torch.arange(1, 71, device=v.device)[:, None]
+        assert error(out, want) < 0.1
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize(("low", "dim"), [("fp8", 96), ("mxfp4", 64), ("mxfp4", 128)])
 def test_native_products_equal_emulated_ones(low: str, dim: int, monkeypatch: pytest.MonkeyPatch) -> None:
