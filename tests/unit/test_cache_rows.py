@@ -7,6 +7,7 @@ import torch
 from test_cache import make, tokens
 
 from thrift_attn.cache import state
+from thrift_attn.cache.paged import DECODE
 
 
 def same(one, row, other, at):
@@ -128,3 +129,37 @@ def test_widened_rows_are_what_read_gives(lengths):
             assert x.shape == (2, 2, max(lengths) + 5, 64)
             assert torch.equal(x[row, :, :length], want)
             assert not x[row, :, length:].any()
+
+
+@pytest.mark.parametrize("high", ["nested", "nested8", "16bit"])
+def test_the_first_token_stays_exact_through_all_of_it(high):
+    """Forked, exchanged, branched off, written out, and taken back to less than its block; then the block fills up again."""
+    k, v = tokens(200, batch=3)
+    v[:, :, 0] *= 100
+    config = DECODE.with_(high=high, balance="none")
+
+    def check(cache, *sources):
+        for row, source in enumerate(sources):
+            for got, given in zip(cache.read(row), (k, v), strict=True):
+                assert torch.equal(got[:, 0], given[source, :, 0])
+
+    cache = make(batch=3, config=config)
+    cache.append(k, v, lengths=[200, 64, 10])
+    check(cache, 0, 1, 2)
+    cache.fork(0, 2)
+    cache.select([1, 0, 2])
+    check(cache, 1, 0, 0)
+    branch, restored = cache.branch(), make(batch=3, config=config)
+    state.restore(restored, state.dump(cache))
+    cache.free(0)
+    cache.append(k[2:].expand(3, -1, -1, -1), v[2:].expand(3, -1, -1, -1), lengths=[100, 0, 0])
+    check(cache, 2, 0, 0)
+    check(branch, 1, 0, 0)
+    check(restored, 1, 0, 0)
+    cache.truncate(1, 40)  # its block is in no 16-bit slot any more
+    check(cache, 2, 0, 0)
+    cache.append(k[2:].expand(3, -1, -1, -1), v[2:].expand(3, -1, -1, -1), lengths=[0, 50, 0])
+    check(cache, 2, 0, 0)
+    cache.truncate(0, 0)
+    cache.append(k[1:2].expand(3, -1, -1, -1), v[1:2].expand(3, -1, -1, -1), lengths=[70, 0, 0])
+    check(cache, 1, 0, 0)
