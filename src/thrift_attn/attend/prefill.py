@@ -243,6 +243,33 @@ def attend_prefill_kernel(
             upper = tl.arange(0, BM) < 64
             count2 = tl.load(at_count + 1, mask=r + 1 < own, other=0)
 
+        v_head = (
+            v_ptr + part * stride_vb + (h // (HQ // HKV)).to(tl.int64) * stride_vh + k_start.to(tl.int64) * stride_vt
+        )
+        if SINK:  # the online softmax begins with the first token, unless a promoted block holds it
+            at_sink = (head * rows + row_start + r) * 64 + tl.arange(0, BM)
+            logit = tl.load(sink_ptr + at_sink, mask=r * 64 + tl.arange(0, BM) < own * 64, other=0.0)
+            logit = _capped(logit * scale, CAP)
+            alone = inside & (position >= 0) & (keys > 0)
+            if WINDOW:
+                alone = alone & (position < window)
+            if not REST:
+                begun = tl.load(at_list, mask=count > 0, other=-1) == 0
+                if HALVES == 2:
+                    begun2 = tl.load(at_list + most, mask=count2 > 0, other=-1) == 0
+                    alone = alone & ~((upper & begun) | (~upper & begun2))
+                else:
+                    alone = alone & ~begun
+            logit = tl.where(alone, logit, float("-inf"))
+            peak = tl.ceil(logit)
+            total = tl.exp2(logit - tl.where(alone, peak, 0.0))
+            first_v = tl.load(v_head + d, mask=d < D, other=0.0).to(tl.float32)
+            if QUANT and LOW != "fp8":  # in the units of P and V of the low path
+                first_v *= 2688.0
+                if LEVELLED:
+                    first_v *= tl.load(values_ptr + b * HKV + h // (HQ // HKV))
+            acc = total[:, None] * first_v[None, :]
+
         # -- low precision --
         if LOW != "drop":
             G: tl.constexpr = 32 if LOW == "mxfp4" else 16
@@ -367,34 +394,11 @@ def attend_prefill_kernel(
 
         # -- high precision --
         low_total = total
+        if SINK and MASS:
+            low_total -= tl.exp2(logit - tl.where(peak == float("-inf"), 0.0, peak))
         k_head = (
             k_ptr + part * stride_kb + (h // (HQ // HKV)).to(tl.int64) * stride_kh + k_start.to(tl.int64) * stride_kt
         )
-        v_head = (
-            v_ptr + part * stride_vb + (h // (HQ // HKV)).to(tl.int64) * stride_vh + k_start.to(tl.int64) * stride_vt
-        )
-        if SINK:  # the first token, unless a promoted block holds it
-            at_sink = (head * rows + row_start + r) * 64 + tl.arange(0, BM)
-            logit = tl.load(sink_ptr + at_sink, mask=r * 64 + tl.arange(0, BM) < own * 64, other=0.0)
-            logit = _capped(logit * scale, CAP)
-            alone = inside & (position >= 0) & (keys > 0)
-            if WINDOW:
-                alone = alone & (position < window)
-            if not REST:
-                begun = tl.load(at_list, mask=count > 0, other=-1) == 0
-                if HALVES == 2:
-                    begun2 = tl.load(at_list + most, mask=count2 > 0, other=-1) == 0
-                    alone = alone & ~((upper & begun) | (~upper & begun2))
-                else:
-                    alone = alone & ~begun
-            logit = tl.where(alone, logit, float("-inf"))
-            weight, peak, total, factor = _online(logit[:, None], peak, total)
-            if MASS:
-                low_total = low_total * factor
-            if ROUNDED:
-                excess = excess * factor
-            first_v = tl.load(v_head + d, mask=d < D, other=0.0).to(tl.float32)
-            acc = acc * factor[:, None] + weight * first_v[None, :]
         for side in tl.static_range(HALVES):
             if side == 1:
                 count = count2
