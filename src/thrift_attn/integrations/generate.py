@@ -247,7 +247,7 @@ def generate(
         stopping_criteria: of ``generate``.
         generation_config: of ``generate``; ``prefill_chunk_size`` cuts the prompt.
         token_streamer: what ``streamer`` is elsewhere (``generate`` keeps that one from functions like this).
-        **model_kwargs: ``past_key_values``, a `ThriftCache`, and ``attention_mask``.
+        **model_kwargs: ``past_key_values`` (``cache`` since transformers 5.24), a `ThriftCache`, and ``attention_mask``.
 
     Returns:
         int64 ``[B, S + new]``.
@@ -256,7 +256,7 @@ def generate(
         TypeError: another cache.
         NotImplementedError: beams, or dictionaries as results.
     """
-    cache = model_kwargs.get("past_key_values")
+    cache = model_kwargs.get("past_key_values", model_kwargs.get("cache"))
     if not isinstance(cache, ThriftCache):
         raise TypeError(f"past_key_values must be a ThriftCache, got {type(cache).__name__}")
     if generation_config.num_beams > 1 or generation_config.return_dict_in_generate:
