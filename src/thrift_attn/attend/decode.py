@@ -22,23 +22,30 @@ import triton.language as tl
 from torch import Tensor
 
 from thrift_attn.attend.splits import padded_rows
+from thrift_attn.attend.steps import (
+    add_k,
+    add_v,
+    cap,
+    cap_block,
+    dot16,
+    hide,
+    hide_block,
+    load_chunk,
+    load_queries,
+    nth_other,
+    operands,
+    scaled,
+    softmax_step,
+)
 from thrift_attn.attend.tiles import (
     again,
     k_copy_operand,
-    k_operand,
-    load_codes,
     load_copy,
-    load_scales,
-    next_operand,
     over_rows,
-    query_index,
     query_operand,
     split_order,
     split_query_operand,
     v_copy_operand,
-    v_operand,
-    widen4,
-    widen8,
 )
 from thrift_attn.capability import interpreted
 from thrift_attn.config import BLOCK
@@ -53,162 +60,6 @@ _NESTED: tl.constexpr = tl.constexpr(HIGH["nested"])
 _NESTED8: tl.constexpr = tl.constexpr(HIGH["nested8"])
 _COPY: tl.constexpr = tl.constexpr(HIGH["16bit"])
 _LOWEST: tl.constexpr = tl.constexpr(-1.0e30)  # below every logit, and still finite so that differences are defined
-
-
-@triton.jit
-def _dot16(a, b, acc, PORTABLE: tl.constexpr):
-    """Product of 16-bit operands (the interpreter is wrong on bf16)."""
-    if PORTABLE:
-        return tl.dot(a.to(tl.float32), b.to(tl.float32), acc, input_precision="ieee")
-    else:
-        return tl.dot(a, b, acc)
-
-
-@triton.jit
-def _cap(s, factor, CAP: tl.constexpr):
-    """Logits from accumulators under the soft cap CAP, all in base 2."""
-    t = tl.exp2(s * factor * (2.8853900817779268 / CAP))  # exp(2 x / cap)
-    return CAP - 2.0 * CAP / (t + 1.0)
-
-
-@triton.jit
-def _cap_block(s0, s1, s2, s3, factor, CAP: tl.constexpr):
-    """What turns accumulators into logits, and the factor that is left to apply."""
-    if CAP > 0:
-        return _cap(s0, factor, CAP), _cap(s1, factor, CAP), _cap(s2, factor, CAP), _cap(s3, factor, CAP), 1.0
-    else:
-        return s0, s1, s2, s3, factor
-
-
-@triton.jit
-def _hide(s, token, position, first):
-    return tl.where((token[:, None] <= position[None, :]) & (token[:, None] >= first[None, :]), s, float("-inf"))
-
-
-@triton.jit
-def _hide_block(s0, s1, s2, s3, token, position, first):
-    """`_hide` for the four quarters of a block; ``token`` are the 16 tokens of the first."""
-    s0 = _hide(s0, token, position, first)
-    s1 = _hide(s1, token + 16, position, first)
-    s2 = _hide(s2, token + 32, position, first)
-    s3 = _hide(s3, token + 48, position, first)
-    return s0, s1, s2, s3
-
-
-@triton.jit
-def _operands(p0, p1, p2, p3, N: tl.constexpr, DTYPE: tl.constexpr, ORDER: tl.constexpr, PORTABLE: tl.constexpr):
-    """`next_operand` for the four quarters of a block."""
-    b0 = next_operand(p0, N, DTYPE, ORDER, PORTABLE)
-    b1 = next_operand(p1, N, DTYPE, ORDER, PORTABLE)
-    b2 = next_operand(p2, N, DTYPE, ORDER, PORTABLE)
-    b3 = next_operand(p3, N, DTYPE, ORDER, PORTABLE)
-    return b0, b1, b2, b3
-
-
-@triton.jit
-def _softmax_step(s0, s1, s2, s3, factor, m, total):
-    """Running maximum and sum with four quarters of a block; weights p0..p3 and the factor for earlier results."""
-    peak = tl.max(tl.maximum(tl.maximum(s0, s1), tl.maximum(s2, s3)), 0)
-    new = tl.maximum(m, peak * factor)
-    decay = tl.exp2(m - new)
-    p0 = tl.exp2(s0 * factor - new[None, :])
-    p1 = tl.exp2(s1 * factor - new[None, :])
-    p2 = tl.exp2(s2 * factor - new[None, :])
-    p3 = tl.exp2(s3 * factor - new[None, :])
-    total = total * decay[None, :] + ((p0 + p1) + (p2 + p3))
-    return p0, p1, p2, p3, new, total, decay
-
-
-@triton.jit
-def _load_queries(
-    q_ptr, of_head_ptr, rows, stride_qh, stride_qt,
-    GROUP: tl.constexpr, TQ: tl.constexpr, N: tl.constexpr, CHUNKS: tl.constexpr, LEVELLED: tl.constexpr,
-):  # fmt: skip
-    """Queries of N columns as given, or times powers of two, per chunk, in the order of `query_index`."""
-    given = ()
-    for i in tl.static_range(len(CHUNKS)):
-        row, dim = query_index(CHUNKS[i][1], N)
-        row += rows
-        at = row // GROUP * stride_qt + row % GROUP * stride_qh + CHUNKS[i][0] * 16 + dim
-        q = tl.load(q_ptr + at, mask=row < GROUP * TQ, other=0.0)
-        if LEVELLED:
-            power = tl.load(of_head_ptr + CHUNKS[i][0] * 16 + dim)
-            q = (q.to(tl.float32) * power.to(tl.float32)).to(q.dtype)
-        given = given + (q,)
-    return given
-
-
-@triton.jit
-def _load_chunk(ptr, SCALES: tl.constexpr, WIDE: tl.constexpr, AT: tl.constexpr, C: tl.constexpr):
-    """Codes and scales of the tiles AT to AT + C of one plane's K or V; ``SCALES`` is the place of the scales."""
-    return load_codes(ptr + AT * WIDE * 128, C * WIDE), load_scales(ptr + SCALES + AT * 16, C)
-
-
-@triton.jit
-def _widen(codes, WIDE: tl.constexpr, C: tl.constexpr, PORTABLE: tl.constexpr):
-    if WIDE == 1:
-        return widen4(codes[0], codes[1], C, PORTABLE)
-    else:
-        return widen8(codes[0], codes[1], C, PORTABLE)
-
-
-@triton.jit
-def _add_k(
-    s0, s1, s2, s3, codes, queries, next_ptr,
-    WIDE: tl.constexpr, NEXT_SCALES: tl.constexpr, NEXT_WIDE: tl.constexpr, CHUNKS: tl.constexpr, PORTABLE: tl.constexpr,
-):  # fmt: skip
-    """Four quarters [16, N] plus K Q^T.
-
-    As soon as the registers of a chunk are free, the same chunk of what comes next is loaded into them.
-    """
-    loaded = ()
-    for i in tl.static_range(len(CHUNKS)):
-        a, b, c, d = _widen(codes[i], WIDE, CHUNKS[i][1], PORTABLE)
-        s0 = tl.dot(k_operand(a, CHUNKS[i][1]), queries[i], s0)
-        s1 = tl.dot(k_operand(b, CHUNKS[i][1]), queries[i], s1)
-        s2 = tl.dot(k_operand(c, CHUNKS[i][1]), queries[i], s2)
-        s3 = tl.dot(k_operand(d, CHUNKS[i][1]), queries[i], s3)
-        loaded = loaded + (_load_chunk(next_ptr, NEXT_SCALES, NEXT_WIDE, CHUNKS[i][0], CHUNKS[i][1]),)
-    return s0, s1, s2, s3, loaded
-
-
-@triton.jit
-def _add_v(
-    out, codes, decay, b0, b1, b2, b3, next_ptr,
-    WIDE: tl.constexpr, NEXT_SCALES: tl.constexpr, NEXT_WIDE: tl.constexpr, CHUNKS: tl.constexpr, PORTABLE: tl.constexpr,
-):  # fmt: skip
-    """Output chunks [16 * C, N] times ``decay`` plus V^T P^T; loads what comes next like `_add_k`."""
-    grown = ()
-    loaded = ()
-    for i in tl.static_range(len(CHUNKS)):
-        a, b, c, d = _widen(codes[i], WIDE, CHUNKS[i][1], PORTABLE)
-        o = tl.dot(v_operand(a, CHUNKS[i][1]), b0, out[i] * decay[None, :])
-        o = tl.dot(v_operand(b, CHUNKS[i][1]), b1, o)
-        o = tl.dot(v_operand(c, CHUNKS[i][1]), b2, o)
-        o = tl.dot(v_operand(d, CHUNKS[i][1]), b3, o)
-        grown = grown + (o,)
-        loaded = loaded + (_load_chunk(next_ptr, NEXT_SCALES, NEXT_WIDE, CHUNKS[i][0], CHUNKS[i][1]),)
-    return grown, loaded
-
-
-@triton.jit
-def _scaled(out, factor, CHUNKS: tl.constexpr):
-    """Output chunks times one number per query."""
-    new = ()
-    for i in tl.static_range(len(CHUNKS)):
-        new = new + (out[i] * factor[None, :],)
-    return new
-
-
-@triton.jit
-def _listed(i, even_rounds, even, short, split, splits):
-    """Place of the i-th block of a split among the blocks that are not promoted.
-
-    The first ``even`` are dealt to all splits in turn, ``even_rounds`` of them to this one, and the rest to
-    those from ``short`` on.
-    """
-    last = even - even_rounds * (splits - short) + split - short
-    return tl.where(i < even_rounds, split + i * splits, last + i * (splits - short))
 
 
 @triton.jit(do_not_specialize=["window", "blocks"])
@@ -266,7 +117,7 @@ def attend_split_kernel(
     # -- queries, scaled by a power of two such that the largest uses the range of fp16 --
     q_start = q_ptr + b.to(tl.int64) * stride_qb + (h * GROUP).to(tl.int64) * stride_qh
     of_head = of_queries_ptr + h * D
-    given = _load_queries(q_start, of_head, rows, stride_qh, stride_qt, GROUP, TQ, N, CHUNKS, LEVELLED)
+    given = load_queries(q_start, of_head, rows, stride_qh, stride_qt, GROUP, TQ, N, CHUNKS, LEVELLED)
     largest = 0.0
     for i in tl.static_range(PARTS):
         largest = tl.maximum(largest, tl.max(tl.abs(given[i].to(tl.float32)), 0))
@@ -314,7 +165,7 @@ def attend_split_kernel(
     # -- the first block of the others, then the promoted ones from base and residual: whatever comes next is loaded while this
     # is worked on, numbers one block earlier; past the end that is block 0 and page 0, whatever they hold --
     rest_ptr = blocks_ptr + promoted
-    at = rest_ptr + _listed(0, even_rounds, even, short, split, splits)
+    at = rest_ptr + nth_other(0, even_rounds, even, short, split, splits)
     block = tl.load(at, mask=count > 0, other=0)
     page = tl.load(at + blocks, mask=count > 0, other=0)
     page_ptr = base_ptr + (page * HKV + h).to(tl.int64) * (2 * HALF)
@@ -325,7 +176,7 @@ def attend_split_kernel(
         ones = tl.full([N], 1.0, tl.float32)
         place = (tl.load(pages_ptr + split, mask=split < promoted, other=page) * HKV + h).to(tl.int64)
         for j in tl.static_range(PARTS):
-            codes = codes + (_load_chunk(base_ptr + place * (2 * HALF), T * 128, 1, CHUNKS[j][0], CHUNKS[j][1]),)
+            codes = codes + (load_chunk(base_ptr + place * (2 * HALF), T * 128, 1, CHUNKS[j][0], CHUNKS[j][1]),)
         for i in range(split, promoted, splits):
             number = tl.load(blocks_ptr + i)
             b_ptr = base_ptr + place * (2 * HALF)
@@ -334,60 +185,60 @@ def attend_split_kernel(
             s0 = tl.zeros([16, N], tl.float32)
             if CENTRED:
                 s0 = over_rows(bias_start + number.to(tl.int64) * RP, N) * unfactor
-            s0, s1, s2, s3, rk_codes = _add_k(s0, s0, s0, s0, codes, queries, r_ptr, 1, SCALES, WIDE, CHUNKS, PORTABLE)
-            s0, s1, s2, s3, bv_codes = _add_k(
+            s0, s1, s2, s3, rk_codes = add_k(s0, s0, s0, s0, codes, queries, r_ptr, 1, SCALES, WIDE, CHUNKS, PORTABLE)
+            s0, s1, s2, s3, bv_codes = add_k(
                 s0, s1, s2, s3, rk_codes, queries, b_ptr + HALF, WIDE, T * 128, 1, CHUNKS, PORTABLE
             )
-            s0, s1, s2, s3, left = _cap_block(s0, s1, s2, s3, factor, CAP)
+            s0, s1, s2, s3, left = cap_block(s0, s1, s2, s3, factor, CAP)
             if MASKED:
                 start = number * 64
-                s0, s1, s2, s3 = _hide_block(s0, s1, s2, s3, start + token, position, first)
-            p0, p1, p2, p3, m, total, decay = _softmax_step(s0, s1, s2, s3, left, m, total)
-            b0, b1, b2, b3 = _operands(p0, p1, p2, p3, N, tl.float16, 4, PORTABLE)
-            out, rv_codes = _add_v(
+                s0, s1, s2, s3 = hide_block(s0, s1, s2, s3, start + token, position, first)
+            p0, p1, p2, p3, m, total, decay = softmax_step(s0, s1, s2, s3, left, m, total)
+            b0, b1, b2, b3 = operands(p0, p1, p2, p3, N, tl.float16, 4, PORTABLE)
+            out, rv_codes = add_v(
                 out, bv_codes, decay, b0, b1, b2, b3, r_ptr + HALF_R, 1, SCALES, WIDE, CHUNKS, PORTABLE
             )
-            out, codes = _add_v(
+            out, codes = add_v(
                 out, rv_codes, ones, b0, b1, b2, b3, base_ptr + place * (2 * HALF), WIDE, T * 128, 1, CHUNKS, PORTABLE
             )
     else:
         for j in tl.static_range(PARTS):
-            codes = codes + (_load_chunk(page_ptr, T * 128, 1, CHUNKS[j][0], CHUNKS[j][1]),)
+            codes = codes + (load_chunk(page_ptr, T * 128, 1, CHUNKS[j][0], CHUNKS[j][1]),)
 
     # -- blocks in low precision --
     bias = tl.zeros([16, N], tl.float32)
     if CENTRED:
         bias = over_rows(bias_start + block.to(tl.int64) * RP, N) * unfactor
-    at = rest_ptr + _listed(1, even_rounds, even, short, split, splits)
+    at = rest_ptr + nth_other(1, even_rounds, even, short, split, splits)
     block_after = tl.load(at, mask=count > 1, other=0)
     page_after = tl.load(at + blocks, mask=count > 1, other=0)
     for i in range(count):
-        s0, s1, s2, s3, v_codes = _add_k(
+        s0, s1, s2, s3, v_codes = add_k(
             bias, bias, bias, bias, codes, queries, page_ptr + HALF, 1, T * 128, 1, CHUNKS, PORTABLE
         )
         page_ptr = base_ptr + (page_after * HKV + h).to(tl.int64) * (2 * HALF)
         if CENTRED:
             bias = over_rows(bias_start + block_after.to(tl.int64) * RP, N) * unfactor
-        s0, s1, s2, s3, left = _cap_block(s0, s1, s2, s3, factor, CAP)
+        s0, s1, s2, s3, left = cap_block(s0, s1, s2, s3, factor, CAP)
         if MASKED:
             start = block * 64
             if (start + 64 > length - TQ + 1) | (start < length - window):
-                s0, s1, s2, s3 = _hide_block(s0, s1, s2, s3, start + token, position, first)
-        p0, p1, p2, p3, m, total, decay = _softmax_step(s0, s1, s2, s3, left, m, total)
-        b0, b1, b2, b3 = _operands(p0, p1, p2, p3, N, tl.float16, 4, PORTABLE)
-        out, codes = _add_v(out, v_codes, decay, b0, b1, b2, b3, page_ptr, 1, T * 128, 1, CHUNKS, PORTABLE)
+                s0, s1, s2, s3 = hide_block(s0, s1, s2, s3, start + token, position, first)
+        p0, p1, p2, p3, m, total, decay = softmax_step(s0, s1, s2, s3, left, m, total)
+        b0, b1, b2, b3 = operands(p0, p1, p2, p3, N, tl.float16, 4, PORTABLE)
+        out, codes = add_v(out, v_codes, decay, b0, b1, b2, b3, page_ptr, 1, T * 128, 1, CHUNKS, PORTABLE)
         block = block_after
-        at = rest_ptr + _listed(i + 2, even_rounds, even, short, split, splits)
+        at = rest_ptr + nth_other(i + 2, even_rounds, even, short, split, splits)
         block_after = tl.load(at, mask=i + 2 < count, other=0)
         page_after = tl.load(at + blocks, mask=i + 2 < count, other=0)
 
     # -- 16-bit data: V has its own unit from here on, and the queries are read again rather than kept --
     rows = again(rows, PORTABLE)
-    given = _load_queries(q_start, of_head, rows, stride_qh, stride_qt, GROUP, TQ, N, CHUNKS, LEVELLED)
+    given = load_queries(q_start, of_head, rows, stride_qh, stride_qt, GROUP, TQ, N, CHUNKS, LEVELLED)
     raw = ()
     for i in tl.static_range(PARTS):
         raw = raw + (split_query_operand(given[i], CHUNKS[i][1], N),)
-    out = _scaled(out, tl.full([N], 128.0, tl.float32), CHUNKS)
+    out = scaled(out, tl.full([N], 128.0, tl.float32), CHUNKS)
     if HIGH == _COPY:
         for i in range(split, promoted, splits):
             number = tl.load(blocks_ptr + i)
@@ -398,24 +249,24 @@ def attend_split_kernel(
             s3 = tl.zeros([16, N], tl.float32)
             for j in tl.static_range(PARTS):
                 k_ptr = c_ptr + CHUNKS[j][0] * 1024
-                s0 = _dot16(k_copy_operand(load_copy(k_ptr, 0, CHUNKS[j][1]), CHUNKS[j][1]), raw[j], s0, PORTABLE)
-                s1 = _dot16(k_copy_operand(load_copy(k_ptr, 1, CHUNKS[j][1]), CHUNKS[j][1]), raw[j], s1, PORTABLE)
-                s2 = _dot16(k_copy_operand(load_copy(k_ptr, 2, CHUNKS[j][1]), CHUNKS[j][1]), raw[j], s2, PORTABLE)
-                s3 = _dot16(k_copy_operand(load_copy(k_ptr, 3, CHUNKS[j][1]), CHUNKS[j][1]), raw[j], s3, PORTABLE)
-            s0, s1, s2, s3, left = _cap_block(s0, s1, s2, s3, scale, CAP)
+                s0 = dot16(k_copy_operand(load_copy(k_ptr, 0, CHUNKS[j][1]), CHUNKS[j][1]), raw[j], s0, PORTABLE)
+                s1 = dot16(k_copy_operand(load_copy(k_ptr, 1, CHUNKS[j][1]), CHUNKS[j][1]), raw[j], s1, PORTABLE)
+                s2 = dot16(k_copy_operand(load_copy(k_ptr, 2, CHUNKS[j][1]), CHUNKS[j][1]), raw[j], s2, PORTABLE)
+                s3 = dot16(k_copy_operand(load_copy(k_ptr, 3, CHUNKS[j][1]), CHUNKS[j][1]), raw[j], s3, PORTABLE)
+            s0, s1, s2, s3, left = cap_block(s0, s1, s2, s3, scale, CAP)
             if MASKED:
                 start = number * 64
-                s0, s1, s2, s3 = _hide_block(s0, s1, s2, s3, start + token, position, first)
-            p0, p1, p2, p3, m, total, decay = _softmax_step(s0, s1, s2, s3, left, m, total)
-            b0, b1, b2, b3 = _operands(p0, p1, p2, p3, N, DTYPE, 2, PORTABLE)
+                s0, s1, s2, s3 = hide_block(s0, s1, s2, s3, start + token, position, first)
+            p0, p1, p2, p3, m, total, decay = softmax_step(s0, s1, s2, s3, left, m, total)
+            b0, b1, b2, b3 = operands(p0, p1, p2, p3, N, DTYPE, 2, PORTABLE)
             grown = ()
             for j in tl.static_range(PARTS):
                 v_ptr = c_ptr + 64 * D + CHUNKS[j][0] * 1024
                 o = out[j] * decay[None, :]
-                o = _dot16(v_copy_operand(load_copy(v_ptr, 0, CHUNKS[j][1]), CHUNKS[j][1]), b0, o, PORTABLE)
-                o = _dot16(v_copy_operand(load_copy(v_ptr, 1, CHUNKS[j][1]), CHUNKS[j][1]), b1, o, PORTABLE)
-                o = _dot16(v_copy_operand(load_copy(v_ptr, 2, CHUNKS[j][1]), CHUNKS[j][1]), b2, o, PORTABLE)
-                o = _dot16(v_copy_operand(load_copy(v_ptr, 3, CHUNKS[j][1]), CHUNKS[j][1]), b3, o, PORTABLE)
+                o = dot16(v_copy_operand(load_copy(v_ptr, 0, CHUNKS[j][1]), CHUNKS[j][1]), b0, o, PORTABLE)
+                o = dot16(v_copy_operand(load_copy(v_ptr, 1, CHUNKS[j][1]), CHUNKS[j][1]), b1, o, PORTABLE)
+                o = dot16(v_copy_operand(load_copy(v_ptr, 2, CHUNKS[j][1]), CHUNKS[j][1]), b2, o, PORTABLE)
+                o = dot16(v_copy_operand(load_copy(v_ptr, 3, CHUNKS[j][1]), CHUNKS[j][1]), b3, o, PORTABLE)
                 grown = grown + (o,)
             out = grown
 
@@ -431,12 +282,12 @@ def attend_split_kernel(
         for j in tl.static_range(PARTS):
             d = CHUNKS[j][0] * 16 + tl.arange(0, 16 * CHUNKS[j][1])
             k_tile = tl.load(tail_ptr + tail_at[:, None] + d[None, :], mask=there[:, None], other=0.0)
-            s0 = _dot16(split_order(k_tile, CHUNKS[j][1]), raw[j], s0, PORTABLE)
+            s0 = dot16(split_order(k_tile, CHUNKS[j][1]), raw[j], s0, PORTABLE)
         if CAP > 0:
-            s0 = _cap(s0, scale, CAP)
+            s0 = cap(s0, scale, CAP)
         else:
             s0 = s0 * scale
-        s0 = _hide(s0, length - tail + tokens, position, first)
+        s0 = hide(s0, length - tail + tokens, position, first)
         peak = tl.maximum(m, tl.max(s0, 0))
         decay = tl.exp2(m - peak)
         p0 = tl.exp2(s0 - peak[None, :])
@@ -446,7 +297,7 @@ def attend_split_kernel(
         for j in tl.static_range(PARTS):
             d = CHUNKS[j][0] * 16 + tl.arange(0, 16 * CHUNKS[j][1])
             v_tile = tl.load(v_tail_ptr + tail_at[None, :] + d[:, None], mask=there[None, :], other=0.0)
-            grown = grown + (_dot16(v_tile, p0.to(DTYPE), out[j] * decay[None, :], PORTABLE),)
+            grown = grown + (dot16(v_tile, p0.to(DTYPE), out[j] * decay[None, :], PORTABLE),)
         out = grown
 
     # -- this split's result --
