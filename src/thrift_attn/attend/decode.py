@@ -50,8 +50,7 @@ from thrift_attn.attend.tiles import (
 from thrift_attn.capability import interpreted
 from thrift_attn.config import BLOCK
 from thrift_attn.quant.layout import HIGH, TILE, plane_size
-
-LOG2E = 1.4426950408889634
+from thrift_attn.select.kernels import LOG2E
 
 PORTABLE = interpreted()
 """Plain operations instead of inline assembly, and float32 products of 16-bit data, for the interpreter."""

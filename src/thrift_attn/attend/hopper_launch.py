@@ -11,13 +11,11 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from thrift_attn.attend.hopper import attend_fp8_kernel
+from thrift_attn.attend.hopper_loader import CHUNK
 from thrift_attn.config import BLOCK
 
 TILE = 128
 """Query rows and tokens of a tile: two blocks."""
-
-CHUNK = 32
-"""Blocks whose centres are fetched at a time."""
 
 HEAD_DIMS = (64, 128)
 """Head dims the kernel serves."""
@@ -166,7 +164,7 @@ def attend_fp8(
         _describe(q, TILE, dim), _describe(k, BLOCK, dim), _describe(v, BLOCK, dim),
         _describe(q8.flatten(0, 1), TILE, dim), _describe(k8.flatten(0, 1), TILE, dim),
         _describe(v8.flatten(0, 1), dim, TILE),
-        _describe((k[:, :, :1] if centres is None else centres).flatten(0, 1), CHUNK, dim), _describe(out, BLOCK, dim),
+        _describe((k[:, :, :1] if centres is None else centres).flatten(0, 1), CHUNK.value, dim), _describe(out, BLOCK, dim),
         out, q_scale, k_scale, v_scale, lse if sink is None else sink, v, chosen if promote else spare, spare, lse,
         *out.stride()[:3], *v.stride()[:2],
         float(scale), float(softcap or 0) * math.log2(math.e), int(window or 0), queries, keys, offset, rows, blocks,

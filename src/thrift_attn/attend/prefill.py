@@ -23,9 +23,9 @@ from thrift_attn.capability import Form, interpreted
 from thrift_attn.config import BLOCK
 from thrift_attn.quant.prefill import PackedKV, PackedQ
 from thrift_attn.quant.rounding import round_e4m3
+from thrift_attn.select.kernels import LOG2E
 from thrift_attn.sequences import Sequences
 
-LOG2E = 1.4426950408889634
 _LN2 = tl.constexpr(0.6931471805599453)
 
 

@@ -15,7 +15,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-LOG2E = 1.4426950408889634
+from thrift_attn.attend.steps import cap
+from thrift_attn.select.kernels import LOG2E
 
 
 class Sink(NamedTuple):
@@ -85,7 +86,7 @@ def merge_splits_kernel(
             seen = seen & (length - TQ + step < window)
         logit = tl.load(bias_ptr + bh.to(tl.int64) * blocks * RP + row, mask=seen, other=float("-inf"))
         if CAP > 0:
-            logit = tl.where(seen, CAP - 2.0 * CAP / (tl.exp2(logit * (2.8853900817779268 / CAP)) + 1.0), logit)
+            logit = tl.where(seen, cap(logit, 1.0, CAP), logit)
         value = tl.load(values_ptr + bh.to(tl.int64) * D + d, mask=d < tl.where(seen, D, 0), other=0.0).to(tl.float32)
     if OVERLAP:
         tl.extra.cuda.gdc_wait()

@@ -113,6 +113,13 @@ def _by_token(x, G: tl.constexpr):
 
 
 @triton.jit
+def _store_wide(x, ptr, row, D: tl.constexpr):
+    """Numbers [T, DP] as they are, at rows [T, 1] of D."""
+    d = tl.arange(0, x.shape[1])[None, :]
+    tl.store(ptr + row * D + d, x.to(ptr.dtype.element_ty), mask=d < D)
+
+
+@triton.jit
 def store_rows(
     x, ptr, scale_ptr, first, back, D: tl.constexpr, DP: tl.constexpr, LOW: tl.constexpr, BEST: tl.constexpr,
     NATIVE: tl.constexpr, CAST: tl.constexpr,
@@ -132,7 +139,7 @@ def store_rows(
         if NATIVE:
             tl.store(ptr + row * D + d, _as_e4m3(element, ptr.dtype.element_ty, CAST), mask=d < D)
         else:
-            tl.store(ptr + row * D + d, wide.to(ptr.dtype.element_ty), mask=d < D)
+            _store_wide(wide, ptr, row, D)
         return wide
     else:
         G: tl.constexpr = 32 if LOW == "mxfp4" else 16
@@ -146,7 +153,7 @@ def store_rows(
             g = tl.arange(0, DP // G)[None, :]
             tl.store(scale_ptr + row * (D // G) + g, _scale_code(scale, LOW == "mxfp4"), mask=g < D // G)
         else:
-            tl.store(ptr + row * D + d, (wide * back).to(ptr.dtype.element_ty), mask=d < D)
+            _store_wide(wide * back, ptr, row, D)
         return wide
 
 
@@ -161,7 +168,6 @@ def store_columns(
     first token in the block.
     """
     T: tl.constexpr = x.shape[0]
-    d = tl.arange(0, DP)[None, :]
     at = head * blocks + block
     row = at * 64 + i + tl.arange(0, T)[:, None]
     column = (head * D + tl.arange(0, DP)[:, None]) * blocks + block  # [DP, 1], in blocks
@@ -175,7 +181,7 @@ def store_columns(
             p = tl.arange(0, 64)[None, :]
             tl.store(ptr + column * 64 + p, turned, mask=inside)
         else:
-            tl.store(ptr + row * D + d, wide.to(ptr.dtype.element_ty), mask=d < D)
+            _store_wide(wide, ptr, row, D)
         return wide
     else:
         G: tl.constexpr = 32 if LOW == "mxfp4" else 16
@@ -190,14 +196,12 @@ def store_columns(
             place = scale_ptr + column * (64 // G) + g
             tl.store(place, tl.trans(_scale_code(scale, LOW == "mxfp4")), mask=inside)
         else:
-            tl.store(ptr + row * D + d, (wide * back).to(ptr.dtype.element_ty), mask=d < D)
+            _store_wide(wide * back, ptr, row, D)
         return wide
 
 
 @triton.jit
-def store_rest(
-    x, ptr, first, back, AXIS: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, REST: tl.constexpr, BEST: tl.constexpr
-):
+def store_rest(x, ptr, first, back, AXIS: tl.constexpr, D: tl.constexpr, REST: tl.constexpr, BEST: tl.constexpr):
     """Round a residual [T, DP] in groups of 16 along AXIS and store it wide, times ``back``, from row ``first`` on."""
     if AXIS == 1:
         value, _signed, scale = _round_groups(_by_column(x, 16), 2, REST, BEST)
@@ -205,6 +209,5 @@ def store_rest(
     else:
         value, _signed, scale = _round_groups(_by_token(x, 16), 1, REST, BEST)
         wide = value * tl.expand_dims(scale, 1)
-    d = tl.arange(0, DP)[None, :]
     row = first + tl.arange(0, x.shape[0])[:, None]
-    tl.store(ptr + row * D + d, (tl.reshape(wide, x.shape) * back).to(ptr.dtype.element_ty), mask=d < D)
+    _store_wide(tl.reshape(wide, x.shape) * back, ptr, row, D)

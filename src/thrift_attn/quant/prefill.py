@@ -185,7 +185,7 @@ def quantise_kv_kernel(
                     x *= stretch[None, :]
                 wide = store_rows(x, kp_ptr, ks_ptr, row, back, D, DP, LOW, BEST, NATIVE, CAST)
                 if REST != "none":
-                    store_rest(x - wide, k_rest_ptr, row, back, 1, D, DP, REST, BEST)
+                    store_rest(x - wide, k_rest_ptr, row, back, 1, D, REST, BEST)
                 if NATIVE and LOW == "fp8":  # rows in the order of positions
                     token = (token & 0x31) | ((token & 2) << 2) | ((token & 12) >> 1)
                     present = (n * 64 + token < length) & (d < D)
@@ -196,7 +196,7 @@ def quantise_kv_kernel(
                     x *= lift
                 wide = store_columns(x, vp_ptr, vs_ptr, head, block, blocks, i, of_v, D, DP, LOW, BEST, NATIVE, CAST)
                 if REST != "none":
-                    store_rest(x - wide, v_rest_ptr, row, of_v, 0, D, DP, REST, BEST)
+                    store_rest(x - wide, v_rest_ptr, row, of_v, 0, D, REST, BEST)
 
 
 @triton.jit(do_not_specialize=["rows", "blocks"])
