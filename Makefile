@@ -11,9 +11,9 @@ demo: $(VENV)/.eval
 	$(BIN)/thrift demo
 
 test: $(VENV)/.dev $(VENV)/.gluon lint
-	$(BIN)/pytest -n 2 tests/unit tests/integration tests/architecture
-	TRITON_INTERPRET=1 $(BIN)/pytest -n 2 tests/kernels
-	TRITON_INTERPRET=1 PYTHONPATH=$(GLUON) $(BIN)/pytest -n 2 tests/kernels/test_hopper_compile.py
+	$(BIN)/pytest -n 2 tests/architecture tests/reference tests/cache tests/transformers tests/lab
+	TRITON_INTERPRET=1 $(BIN)/pytest -n 2 tests/prefill tests/decode
+	TRITON_INTERPRET=1 PYTHONPATH=$(GLUON) $(BIN)/pytest -n 2 tests/prefill/test_sm90_fp8_compile.py
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .

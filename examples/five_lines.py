@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import sys
 
+from thrift_attn.transformers.attention_function import ThriftCache, enable
 from transformers import AutoModelForCausalLM, AutoTokenizer
-
-from thrift_attn.integrations.transformers import ThriftCache, enable
 
 
 def main(name: str, prompt: str, max_new_tokens: int = 100) -> str:

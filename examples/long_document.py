@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 
-from thrift_attn.integrations.generate import prefill, stream
-from thrift_attn.integrations.transformers import ThriftCache, enable
+from thrift_attn.transformers.attention_function import ThriftCache, enable
+from thrift_attn.transformers.generate import prefill, stream
 
 
 def read(model: Any, ids: torch.Tensor, file: Path, room: int, chunk: int = 8192) -> ThriftCache:

@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 
-from thrift_attn.integrations.generate import generate, prefill
-from thrift_attn.integrations.transformers import ThriftCache, enable
+from thrift_attn.transformers.attention_function import ThriftCache, enable
+from thrift_attn.transformers.generate import generate, prefill
 
 
 def answers(

@@ -4,7 +4,7 @@ A page is one KV block of 64 tokens. The newest, incomplete block of a sequence 
 precision; when its 64th token arrives the block is centred, packed and summarised. The 16-bit data of the block before it
 stays as well (two slots, block b in slot b mod 2), so that taking back up to 64 tokens is lossless. Where the first token of a
 sequence is exact (``sink="token"``), its key is the centre of its block, and its value lies beside the pages, which hold 0.
-With ``balance`` all of it is K and V times powers of two (`thrift_attn.cache.levels`), which nobody outside sees.
+With ``balance`` all of it is K and V times powers of two (`thrift_attn.cache.cache_scales`), which nobody outside sees.
 """
 
 from __future__ import annotations
@@ -16,13 +16,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from thrift_attn.attend import reference
-from thrift_attn.cache.levels import CacheLevels
-from thrift_attn.cache.pages import PageTable
-from thrift_attn.capability import check_cache
+from thrift_attn.cache.cache_scales import CacheLevels
+from thrift_attn.cache.page_table import PageTable
 from thrift_attn.config import BLOCK, DECODE_ROWS, ThriftConfig, check_logits
-from thrift_attn.quant.pages import Blocks, Pool, read_blocks, write_blocks
-from thrift_attn.select.budget import decode_budget
+from thrift_attn.dispatch import check_cache
+from thrift_attn.reference import attention as reference
+from thrift_attn.reference.budget import decode_budget
+from thrift_attn.reference.pages import Blocks, Pool, read_blocks, write_blocks
 
 DECODE = ThriftConfig(math="16bit", high="nested")
 """The default of the cache: reading it is what takes time in decode, so Q and P stay in 16 bits."""
@@ -173,7 +173,7 @@ class PagedThriftCache:
                 self._slots[row][block % 2] = block
 
     def _append_step(self, k: Tensor, v: Tensor) -> None:
-        from thrift_attn.cache import ops
+        from thrift_attn.decode import ops
 
         levels = {} if self.levels is None else {"of_keys": self.levels.keys, "of_values": self.levels.values}
         storage = {**self._storage(), "sink": self.config.exact_sink}
@@ -216,7 +216,7 @@ class PagedThriftCache:
             firsts[:1] = row if first == 0 else -1
             options |= {"firsts": firsts, "sinks": self.sinks}
         if self.backend == "triton":
-            from thrift_attn.quant.kernels import pack_blocks
+            from thrift_attn.decode.pack import pack_blocks
 
             pack_blocks(blocks[0], blocks[1], pages, *self.pool, **options)
         else:
@@ -316,7 +316,7 @@ class PagedThriftCache:
         shape = (2, self.batch, self.kv_heads, longest + room, self.head_dim)
         out = torch.zeros(shape, dtype=self.dtype, device=self.device)
         if self.backend == "triton":
-            from thrift_attn.cache.widen import widen_pages
+            from thrift_attn.decode.gather import widen_pages
 
             widen_pages(
                 out[0],
@@ -382,7 +382,7 @@ class PagedThriftCache:
         check_logits(scale, window, softcap)
         scale = 1 / math.sqrt(self.head_dim) if scale is None else scale
         if self.backend == "triton":
-            from thrift_attn.cache import ops
+            from thrift_attn.decode import ops
 
             out, lse = ops.attend_cache(*self.step_arguments(q, scale, window, softcap))
         else:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from thrift_attn.cache.levels import CacheLevels
+from thrift_attn.cache.cache_scales import CacheLevels
 from thrift_attn.cache.paged import PagedThriftCache
 from thrift_attn.config import BLOCK
 

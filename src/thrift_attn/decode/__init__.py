@@ -1,0 +1,1 @@
+"""Decode on a GPU: the newest tokens over the pages of a cache."""

@@ -1,1 +1,0 @@
-"""Tasks with an answer: what is asked, what is right, how it is scored. `thrift_attn.eval.tasks.table` lists them."""

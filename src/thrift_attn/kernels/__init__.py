@@ -1,0 +1,1 @@
+"""Device functions that prefill and decode share, one copy each."""

@@ -1,0 +1,1 @@
+"""FP8 prefill on sm_90, written in Gluon."""

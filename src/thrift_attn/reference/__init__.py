@@ -1,0 +1,1 @@
+"""The method in plain PyTorch, exact to the definitions: what every kernel is checked against."""

@@ -1,0 +1,359 @@
+"""``thrift bench``: the commands."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+if TYPE_CHECKING:
+    from thrift_lab.bench.bench_records import Record
+    from thrift_lab.bench.e2e import Case
+    from thrift_lab.bench.run_bench import Plan
+
+app = typer.Typer(
+    no_args_is_help=True, add_completion=False, help="Time kernels against the baselines, correctness first."
+)
+
+RESTARTS = 4
+"""Times a run is taken up again after a method broke the device."""
+
+
+@app.callback()
+def _group() -> None:
+    """Keep ``decode`` a subcommand however many there are."""
+
+
+def _run(plan: Plan, console: Console, *, resume: bool, plot: bool) -> None:
+    """Run a plan, print its table and draw its pictures beside the record."""
+    from thrift_lab.bench.run_bench import run
+    from thrift_lab.bench.timing import DeviceLost
+
+    try:
+        record = run(plan, resume=resume, say=lambda line: console.print(line, highlight=False, markup=False))
+    except DeviceLost as error:
+        _take_up_again(console, error)
+        raise typer.Exit(3) from error
+    console.print()
+    console.print(summary(record))
+    if plot:
+        from thrift_lab.bench.plots import draw
+
+        draw(record, plan.out.parent)
+    console.print(f"wrote {plan.out}", style="dim", highlight=False, markup=False)
+
+
+@app.command()
+def decode(
+    preset: Annotated[
+        str, typer.Option(help="smoke, target, quick or full; not used when --batch and --kv are given.")
+    ] = ("quick"),
+    out: Annotated[Path, typer.Option("--out", "-o", help="Folder for the record and the pictures.")] = Path("bench"),
+    batch: Annotated[str, typer.Option(help="Own grid: batch sizes such as 1,8.")] = "",
+    kv: Annotated[str, typer.Option(help="Own grid: cache lengths such as 32768,131072.")] = "",
+    heads: Annotated[str, typer.Option(help="Own grid: Hq/Hkv such as 32/8,28/4.")] = "32/8",
+    head_dim: Annotated[str, typer.Option(help="Own grid: D, several after commas.")] = "128",
+    tq: Annotated[str, typer.Option(help="Own grid: new tokens of each sequence, several after commas.")] = "1",
+    high: Annotated[str, typer.Option(help="Own grid: nested, nested8, 16bit; several after commas.")] = "nested",
+    budget: Annotated[str, typer.Option(help="Own grid: budgets such as 0.05,0.1.")] = "0.05",
+    recipe: Annotated[str, typer.Option(help="Own grid: default, paper; several after commas.")] = "default",
+    only: Annotated[str, typer.Option(help="Only methods whose names begin so, such as thrift,cudnn.")] = "",
+    skip: Annotated[str, typer.Option(help="No methods whose names begin so.")] = "",
+    replays: Annotated[int, typer.Option(min=5, help="Timed graph replays of the fastest setting.")] = 50,
+    minutes: Annotated[float, typer.Option(help="Begin no new shape after this.")] = 60.0,
+    compile_seconds: Annotated[float, typer.Option(help="What FlashInfer's compiler may take.")] = 400.0,
+    profile: Annotated[bool, typer.Option(help="Also list the kernels of our step as the profiler sees them.")] = True,
+    seed: Annotated[int, typer.Option(help="Of the inputs.")] = 0,
+    resume: Annotated[bool, typer.Option(help="Keep the rows that the record in --out has already.")] = False,
+    plot: Annotated[bool, typer.Option(help="Draw the pictures.")] = True,
+) -> None:
+    """Decode: our whole step and each kernel against the BF16 and FP8 kernels people use, in one run."""
+    console = Console(soft_wrap=True, width=None if sys.stdout.isatty() else 150)
+    with _errors():
+        from thrift_lab.bench.timing import Settings, require_cuda
+
+        require_cuda()
+        from thrift_lab.bench.cases import PRESETS, grid
+        from thrift_lab.bench.run_bench import Plan
+
+        if bool(batch) != bool(kv):
+            raise ValueError("an own grid needs both --batch and --kv")
+        if batch:
+            cases = tuple(
+                case
+                for dim in map(int, _words(head_dim))
+                for new in map(int, _words(tq))
+                for one in _words(high)
+                for share in _words(budget)
+                for what in _words(recipe)
+                for case in grid(
+                    batches=map(int, _words(batch)),
+                    lengths=map(int, _words(kv)),
+                    heads=[_heads(pair) for pair in _words(heads)],
+                    head_dim=dim,
+                    tq=new,
+                    high=one,
+                    budget=share,
+                    recipe=what,
+                )
+            )
+        elif preset in PRESETS:
+            cases = PRESETS[preset]
+        else:
+            raise ValueError(f"--preset must be one of {', '.join(PRESETS)}, got {preset!r}")
+        plan = Plan(
+            cases=cases,
+            out=out / "decode.json",
+            only=tuple(_words(only)),
+            skip=tuple(_words(skip)),
+            settings=Settings(replays=replays),
+            minutes=minutes,
+            compile_seconds=compile_seconds,
+            profile=profile,
+            seed=seed,
+        )
+        _run(plan, console, resume=resume, plot=plot)
+
+
+@app.command()
+def e2e(
+    model: Annotated[
+        str, typer.Option(help="llama-3.1-8b or qwen3-8b (random weights), or a folder or hub id.")
+    ] = "llama-3.1-8b",
+    cases: Annotated[
+        str,
+        typer.Option(help="CONTEXTxBATCH after commas; with :fill the cache is filled instead of read from a prompt."),
+    ] = "131072x1,131072x3:fill",
+    out: Annotated[Path, typer.Option("--out", "-o", help="Folder for the record and the picture.")] = Path("bench"),
+    new: Annotated[int, typer.Option(min=2, help="Timed decode steps.")] = 32,
+    budget: Annotated[float, typer.Option(help="Share of blocks in high precision.")] = 0.05,
+    fused: Annotated[bool, typer.Option(help="Fuse norms, rotary embeddings and gates, on all sides.")] = True,
+    largest: Annotated[bool, typer.Option(help="Also look for the largest context that fits.")] = True,
+    as_is: Annotated[bool, typer.Option(help="Also time the step of transformers as it is.")] = True,
+    device: Annotated[str, typer.Option(help="cuda; cpu runs, but its times mean nothing.")] = "cuda",
+    seed: Annotated[int, typer.Option(help="Of weights, prompts and fillings.")] = 0,
+) -> None:
+    """A whole model: prefill, first token, decode and memory, ours against BF16, CUDA graphs on both sides."""
+    console = Console(soft_wrap=True, width=None if sys.stdout.isatty() else 150)
+    with _errors():
+        if device != "cpu":
+            from thrift_lab.bench.timing import require_cuda
+
+            require_cuda()
+        from thrift_lab.bench import e2e as whole
+        from thrift_lab.bench.e2e_plot import draw, table
+
+        path = out / f"{Path(model).name}.json"
+        plan = whole.Plan(
+            model, tuple(map(_case, _words(cases))), path, new, budget, fused, largest, device, seed, as_is
+        )
+        record = whole.run(plan, say=lambda line: console.print(line, highlight=False, markup=False))
+        console.print()
+        console.print(table(record))
+        draw(record, path.with_suffix(".png"))
+        console.print(f"wrote {path}", style="dim", highlight=False, markup=False)
+
+
+def _case(text: str) -> Case:
+    """``131072x3:fill`` as a case."""
+    from thrift_lab.bench.e2e import Case
+
+    sizes, _, how = text.partition(":")
+    parts = sizes.split("x")
+    if len(parts) != 2 or not all(part.isdigit() and int(part) for part in parts) or how not in ("", "fill"):
+        raise ValueError(f"a case must look like 131072x1 or 131072x3:fill, got {text!r}")
+    return Case(int(parts[0]), int(parts[1]), not how)
+
+
+@app.command()
+def prefill(
+    preset: Annotated[str, typer.Option(help="smoke, target or full; not used when --kv is given.")] = "target",
+    out: Annotated[Path, typer.Option("--out", "-o", help="Folder for the record and the picture.")] = Path("bench"),
+    kv: Annotated[str, typer.Option(help="Own grid: prompt lengths such as 32768,131072.")] = "",
+    low: Annotated[str, typer.Option(help="Own grid: formats such as fp8,nvfp4.")] = "fp8",
+    math: Annotated[str, typer.Option(help="Own grid: fp4 or 16bit.")] = "fp4",
+    heads: Annotated[str, typer.Option(help="Own grid: Hq/Hkv such as 32/8.")] = "32/8",
+    head_dim: Annotated[int, typer.Option(help="Own grid: D.")] = 128,
+    budget: Annotated[str, typer.Option(help="Own grid: budgets such as 0.05,0.1.")] = "0.05",
+    recipe: Annotated[str, typer.Option(help="Own grid: default, paper; several after commas.")] = "default",
+    only: Annotated[str, typer.Option(help="Only methods whose names begin so, such as thrift,cudnn.")] = "",
+    skip: Annotated[str, typer.Option(help="No methods whose names begin so; NAME@131072 at one length.")] = "",
+    replays: Annotated[int, typer.Option(min=5, help="Timed graph replays.")] = 9,
+    minutes: Annotated[float, typer.Option(help="Begin no new shape after this.")] = 60.0,
+    seed: Annotated[int, typer.Option(help="Of the inputs.")] = 0,
+    resume: Annotated[bool, typer.Option(help="Keep the rows that the record in --out has already.")] = False,
+    plot: Annotated[bool, typer.Option(help="Draw the picture.")] = True,
+) -> None:
+    """Prefill: our whole call and each stage against the BF16 and 8-bit kernels people use, in one run."""
+    console = Console(soft_wrap=True, width=None if sys.stdout.isatty() else 150)
+    with _errors():
+        from thrift_lab.bench.timing import Settings, require_cuda
+
+        require_cuda()
+        from thrift_lab.bench.cases import PREFILL_PRESETS, prefill_grid
+        from thrift_lab.bench.run_bench import Plan
+
+        if kv:
+            cases = prefill_grid(
+                map(int, _words(kv)),
+                lows=_words(low),
+                maths=_words(math),
+                heads=[_heads(pair) for pair in _words(heads)],
+                budgets=_words(budget),
+                recipes=_words(recipe),
+                head_dim=head_dim,
+            )
+        elif preset in PREFILL_PRESETS:
+            cases = PREFILL_PRESETS[preset]
+        else:
+            raise ValueError(f"--preset must be one of {', '.join(PREFILL_PRESETS)}, got {preset!r}")
+        plan = Plan(
+            cases=cases,
+            out=out / "prefill.json",
+            only=tuple(_words(only)),
+            skip=tuple(_words(skip)),
+            settings=Settings(replays=replays, warmup=1, trial_replays=5),
+            minutes=minutes,
+            profile=False,
+            seed=seed,
+        )
+        _run(plan, console, resume=resume, plot=plot)
+
+
+@app.command(name="compile")
+def compile_kernels(
+    out: Annotated[Path, typer.Option("--out", "-o", help="Folder for the record.")] = Path("bench"),
+    dims: Annotated[str, typer.Option(help="Head dims, several after commas; all by default.")] = "",
+    capabilities: Annotated[str, typer.Option(help="Compute capabilities times ten, such as 90,120.")] = "",
+    kernels: Annotated[str, typer.Option(help="attend, select, ..., as the table names them.")] = "",
+    workers: Annotated[int, typer.Option(min=1, help="Processes.")] = 2,
+) -> None:
+    """Compile the prefill kernels for every GPU they are meant for, no GPU needed: instructions, registers, spills."""
+    with _errors():
+        from thrift_attn.dispatch import HEAD_DIMS
+        from thrift_lab.bench.compile import CAPABILITIES, KERNELS, compile_all, save, targets
+
+        found = targets(
+            tuple(map(int, _words(dims))) or HEAD_DIMS, tuple(map(int, _words(capabilities))) or CAPABILITIES
+        )
+        wanted = _words(kernels) or list(KERNELS)
+        listed = sorted((one for one in found if one.kernel in wanted), key=lambda one: wanted.index(one.kernel))
+        rows = []
+        for row in compile_all(listed, workers):
+            rows.append(row)
+            save(rows, out / "prefill.json")  # what a run that is cut off has done, it keeps
+            one = row.target
+            typer.echo(
+                f"sm_{one.capability:<4} {one.kernel:<12} D {one.dim:<4} {one.low:<6} {one.math:<6} {one.form:<7} "
+                f"{row.registers:3} registers, {row.shared:6} bytes shared, {'; '.join(row.problems) or 'green'}"
+            )
+        typer.echo(f"{sum(not row.problems for row in rows)} of {len(rows)} green; wrote {out / 'prefill.json'}")
+
+
+@app.command(name="plot")
+def plot_record(
+    record: Annotated[Path, typer.Argument(help="A record of this command.")],
+    out: Annotated[
+        Path | None, typer.Option("--out", "-o", help="Folder for the pictures; by default the record's.")
+    ] = None,
+) -> None:
+    """Draw the pictures of a record again."""
+    with _errors():
+        import json
+
+        if json.loads(record.read_text()).get("kind") == "e2e":
+            from thrift_lab.bench import e2e_plot
+            from thrift_lab.bench.e2e import E2ERecord
+
+            typer.echo(f"wrote {e2e_plot.draw(E2ERecord.load(record), (out or record.parent) / f'{record.stem}.png')}")
+            return
+        from thrift_lab.bench.bench_records import Record
+        from thrift_lab.bench.plots import draw
+
+        for path in draw(Record.load(record), out or record.parent):
+            typer.echo(f"wrote {path}")
+
+
+def summary(record: Record) -> Table:
+    """The rows of a run as a table, and how far ahead of the fastest baselines we are."""
+    prefill = record.kind == "prefill"
+    table = Table(
+        title=f"{record.kind.title()} on {record.context['machine']['gpu']}",
+        box=None,
+        padding=(0, 1),
+        header_style="bold",
+    )
+    table.add_column("case")
+    table.add_column("method")
+    speed = ("TFLOP/s", "of matmul") if prefill else ("of copy", "bytes/token")
+    for header in ("p50 us", *speed, "error", "over BF16", "over FP8"):
+        table.add_column(header, justify="right")
+    over = {id(one.ours): one for one in record.speedups()}
+    for row in record.rows:
+        if row.status != "timed":
+            table.add_row(row.case.name, row.method, f"[yellow]{row.status}[/yellow]", *[""] * 5)
+            continue
+        ahead = over.get(id(row))
+        ratios = ["" if not ahead or (x := ahead.over(kind)) is None else f"{x:.2f}x" for kind in ("bf16", "fp8")]
+        rate = row.case.flops / row.p50_us * 1e6
+        if prefill:
+            shown = (f"{rate / 1e12:.0f}", f"{rate / record.matmul:.0%}")
+        else:
+            shown = (f"{row.bytes / row.p50_us * 1e6 / record.copy:.0%}", f"{row.bytes_per_token:,.0f}")
+        table.add_row(
+            row.case.name,
+            f"[bold]{row.method}[/bold]" if row.kind == "thrift" else row.method,
+            f"{row.p50_us:,.1f}",
+            *shown,
+            f"{max(check.error or 0.0 for check in row.checks):.1e}",
+            *ratios,
+        )
+    return table
+
+
+def _words(text: str) -> list[str]:
+    return [word.strip() for word in text.split(",") if word.strip()]
+
+
+def _heads(text: str) -> tuple[int, int]:
+    """``32/8`` as numbers."""
+    parts = text.split("/")
+    if len(parts) != 2 or not all(part.isdigit() for part in parts):
+        raise ValueError(f"heads must look like 32/8, got {text!r}")
+    return int(parts[0]), int(parts[1])
+
+
+def _take_up_again(console: Console, error: Exception) -> None:
+    """Start this command anew in place of this process: a broken CUDA context cannot be mended from within."""
+    count = int(os.environ.get("THRIFT_BENCH_RESTARTS", "0"))
+    console.print(f"{error}", style="red", highlight=False, markup=False)
+    if count >= RESTARTS:
+        return
+    os.environ["THRIFT_BENCH_RESTARTS"] = str(count + 1)
+    arguments = [word for word in sys.argv[1:] if word not in ("--resume", "--no-resume")]
+    sys.stdout.flush()
+    os.execv(sys.executable, [sys.executable, "-m", _entry(), *arguments, "--resume"])
+
+
+def _entry() -> str:
+    """The module that this process was started as."""
+    spec = getattr(sys.modules["__main__"], "__spec__", None)
+    name = getattr(spec, "name", None) or "thrift_attn"
+    return name.removesuffix(".__main__")
+
+
+@contextmanager
+def _errors() -> Iterator[None]:
+    """Known errors become one line on stderr and exit code 2; others keep their traceback."""
+    try:
+        yield
+    except (ValueError, NotImplementedError, OSError, ImportError) as error:
+        Console(stderr=True).print(f"error: {error}", style="red", highlight=False, markup=False, soft_wrap=True)
+        raise typer.Exit(2) from error

@@ -1,0 +1,473 @@
+"""``thrift bench e2e``: prefill, first token, decode and memory of a whole model, ours against BF16, in one run."""
+
+from __future__ import annotations
+
+import gc
+import json
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field, replace
+from itertools import pairwise
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from thrift_attn.cache.paged import DECODE
+from thrift_attn.config import BLOCK, ThriftConfig, fraction
+from thrift_attn.interface import attention
+from thrift_attn.transformers.attention_function import ThriftCache, disable, enable
+from thrift_attn.transformers.generate import DecodeGraph, prefill
+from thrift_lab.bench import e2e_model
+from thrift_lab.bench.bench_records import make_context
+from thrift_lab.bench.inputs import BIAS, NOISE, TOPIC
+from thrift_lab.bench.timing import percentile
+from thrift_lab.provenance import write_json
+
+SCHEMA = 1
+Side = Literal["transformers", "bf16", "thrift"]
+SIDES: dict[Side, str] = {
+    "transformers": "SDPA and StaticCache as transformers has them",
+    "bf16": "StaticCache, cuDNN attention over all slots, no mask",
+    "thrift": "ThriftCache",
+}
+FILL = 8192
+"""Tokens written at a time where a cache is filled with random K and V."""
+
+WARM = 4096
+"""Tokens of a prompt before the timed one."""
+
+SPARE = 1.25 * 2**30
+"""Bytes left free beside the weights and the largest cache, for one step."""
+
+BOUNDS = {"bf16": 0.3, "all": 0.3, "chunks": 0.3, "launched": 1e-3, "thrift": float("inf")}
+"""Largest relative distance of logits. A random network of 32 layers amplifies rounding: in emulation BF16 is 0.16 off float32,
+and every block from the nested plane 0.08; unrelated logits are 1.4 apart. At 5% the distance is recorded, not judged: the
+quality of a random network says nothing."""
+
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Case:
+    """What is run.
+
+    Args:
+        context: slots of the cache when the last new token has been appended.
+        batch: sequences.
+        prompt: whether the model reads a prompt; else the cache is filled with random K and V and only decode is timed.
+    """
+
+    context: int
+    batch: int
+    prompt: bool
+
+    @property
+    def name(self) -> str:
+        """For tables."""
+        return f"B{self.batch} x {self.context:,}{'' if self.prompt else ', filled'}"
+
+
+@dataclass(frozen=True)
+class Row:
+    """One side of one case.
+
+    Args:
+        case: the case.
+        side: whose cache and attention.
+        status: ``"timed"``, ``"skipped"`` or ``"failed"``.
+        reason: why there are no times.
+        prefill_s: seconds for the prompt.
+        first_token_s: until the first new token is on the host.
+        decode_ms: milliseconds of every timed step.
+        kv_bytes: bytes of K and V and what belongs to them, allocated for this context.
+        peak_prefill: most bytes allocated on the device while the prompt was read, weights included.
+        peak_decode: likewise while decoding.
+        weights: bytes of the weights.
+    """
+
+    case: Case
+    side: Side
+    status: Literal["timed", "skipped", "failed"]
+    reason: str = ""
+    prefill_s: float | None = None
+    first_token_s: float | None = None
+    decode_ms: list[float] = field(default_factory=list)
+    kv_bytes: int = 0
+    peak_prefill: int | None = None
+    peak_decode: int | None = None
+    weights: int = 0
+
+    @property
+    def p50_ms(self) -> float:
+        """Median milliseconds of a step."""
+        return percentile(self.decode_ms, 0.5)
+
+
+@dataclass
+class E2ERecord:
+    """A run.
+
+    Args:
+        context: machine, versions, commit, settings.
+        model: its name.
+        gate: relative distance of logits, see `check`.
+        rows: results.
+        largest: for each side the longest context that was held and decoded, with bytes and milliseconds.
+    """
+
+    context: dict[str, Any]
+    model: str
+    gate: dict[str, float] = field(default_factory=dict)
+    rows: list[Row] = field(default_factory=list)
+    largest: dict[str, dict[str, float]] = field(default_factory=dict)
+
+    def save(self, path: Path) -> None:
+        """Write the JSON file whole or not at all."""
+        write_json(path, {"kind": "e2e", "schema": SCHEMA, **asdict(self)})
+
+    @classmethod
+    def load(cls, path: Path) -> E2ERecord:
+        """Read what `save` wrote.
+
+        Raises:
+            ValueError: another kind of file.
+        """
+        found = json.loads(path.read_text())
+        if not isinstance(found, dict) or (found.pop("kind", None), found.pop("schema", None)) != ("e2e", SCHEMA):
+            raise ValueError(f"{path} is not an e2e record of schema {SCHEMA}")
+        found["rows"] = [Row(**{**row, "case": Case(**row["case"])}) for row in found["rows"]]
+        return cls(**found)
+
+    def row(self, case: Case, side: Side) -> Row | None:
+        """The timed row of a side."""
+        return next((r for r in self.rows if (r.case, r.side, r.status) == (case, side, "timed")), None)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What to run.
+
+    Args:
+        model: a name of `e2e_model.SHAPES`, or a folder or hub id of transformers.
+        cases: in order.
+        out: the record's file.
+        new: timed decode steps.
+        budget: share of promoted blocks.
+        fused: whether norms, rotary embeddings and gates are fused, on all sides.
+        largest: whether to look for the largest context.
+        device: where; times are only meaningful on a CUDA device.
+        seed: of weights, prompts and fillings.
+        as_is: whether transformers' own step is timed too, on the cases with a prompt.
+        gate: tokens of the prompt that `check` compares logits after; above 1,024 it is attended as the timed one is.
+    """
+
+    model: str
+    cases: tuple[Case, ...]
+    out: Path
+    new: int = 32
+    budget: float = 0.05
+    fused: bool = True
+    largest: bool = True
+    device: str = "cuda"
+    seed: int = 0
+    as_is: bool = True
+    gate: int = 1500
+
+    @property
+    def config(self) -> ThriftConfig:
+        """Of the cache."""
+        return DECODE.with_(budget=fraction(self.budget))
+
+
+class Bench:
+    """A model, ready to be switched between the sides."""
+
+    def __init__(self, plan: Plan):
+        self.plan, self.device = plan, torch.device(plan.device)
+        self.cuda = self.device.type == "cuda"
+        dtype = torch.bfloat16 if self.cuda else torch.float32
+        self.model = e2e_model.build(plan.model, self.device, dtype, seed=plan.seed)
+        self.fused = e2e_model.fuse(self.model) if plan.fused else []
+        e2e_model.register_bf16()
+        self.weights = sum(p.numel() * p.element_size() for p in self.model.parameters())
+        text = self.model.config.get_text_config(decoder=True)
+        self.layers, self.vocab = text.num_hidden_layers, text.vocab_size
+        self.kv_heads = text.num_key_value_heads
+        self.head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+
+    def use(self, side: Side) -> None:
+        """Switch the attention."""
+        if getattr(self.model.config, "_attn_implementation", None) == "thrift":
+            disable(self.model)
+        if side == "thrift":
+            enable(self.model, self.plan.config)
+        else:
+            self.model.set_attn_implementation("sdpa" if side == "transformers" else e2e_model.BF16)
+
+    def cache(self, side: Side, slots: int, **options: Any) -> Any:
+        """An empty cache for this many slots."""
+        if side == "thrift":
+            return ThriftCache(self.model.config, slots, **{"decode": self.plan.config, **options})
+        from transformers import StaticCache
+
+        return StaticCache(config=self.model.config, max_cache_len=slots)
+
+    def prompt(self, batch: int, length: int) -> Tensor:
+        """Random tokens."""
+        generator = torch.Generator().manual_seed(self.plan.seed + length)
+        return torch.randint(0, self.vocab, (batch, length), generator=generator).to(self.device)
+
+    def fill(self, cache: Any, batch: int, tokens: int) -> None:
+        """Random K and V for so many tokens: blocks with a topic, channels with a bias, as the decode benchmark has."""
+        dtype = next(self.model.parameters()).dtype
+        generator = torch.Generator(self.device).manual_seed(self.plan.seed)
+
+        def normal(*shape: int) -> Tensor:
+            return torch.randn(shape, generator=generator, device=self.device, dtype=dtype)
+
+        bias = BIAS * normal(self.kv_heads, 1, self.head_dim)
+        empty = normal(batch, self.kv_heads, 0, self.head_dim)
+        for layer in cache.layers:
+            layer.lazy_initialization(empty, empty)
+        for at in range(0, tokens, FILL):
+            count = min(FILL, tokens - at)
+            topics = TOPIC * normal(batch, self.kv_heads, -(-count // BLOCK), self.head_dim)
+            k = NOISE * normal(batch, self.kv_heads, count, self.head_dim) + bias
+            k += topics.repeat_interleave(BLOCK, 2)[:, :, :count]
+            v = normal(batch, self.kv_heads, count, self.head_dim)
+            for layer in cache.layers:
+                if isinstance(cache, ThriftCache):
+                    layer.append(k, v, None)
+                else:
+                    layer.keys[:, :, at : at + count], layer.values[:, :, at : at + count] = k, v
+                    layer.cumulative_length += count
+
+    def kv_bytes(self, cache: Any) -> int:
+        """Bytes that a cache holds."""
+        if isinstance(cache, ThriftCache):
+            return cache.nbytes()
+        return sum(x.numel() * x.element_size() for layer in cache.layers for x in (layer.keys, layer.values))
+
+    def warm(self, side: Side, prompt: Tensor) -> None:
+        """What a first prompt compiles and looks up: the model at `WARM` tokens, attention at full length.
+
+        Some kernels are compiled anew for another power of two of blocks.
+        """
+        prefill(self.model, prompt[:, :WARM], self.cache(side, WARM))
+        text = self.model.config.get_text_config(decoder=True)
+        heads, dtype = text.num_attention_heads, next(self.model.parameters()).dtype
+        shape = (prompt.shape[0], prompt.shape[1], self.head_dim)
+        q, k, v = (
+            torch.randn(shape[0], count, *shape[1:], device=self.device, dtype=dtype)
+            for count in (heads, self.kv_heads, self.kv_heads)
+        )
+        if side == "thrift":
+            cache = ThriftCache(self.model.config, shape[1], decode=self.plan.config)
+            attention(q, k, v, config=cache.prefill_on(self.device, shape[1]))
+        else:
+            e2e_model.bf16_attention(self.model, q, k, v, None)
+
+    def decode(self, cache: Any, position: int, ids: Tensor, steps: int) -> list[float]:
+        """Milliseconds of each of ``steps`` steps, each with the most likely token of the one before."""
+        step = DecodeGraph(self.model, cache, position=position)
+        warm = 3 if self.cuda else 1
+        marks: list[Any] = []
+        for at in range(warm + steps):
+            if at >= warm:
+                marks.append(self._mark())
+            ids = step(ids).argmax(-1, keepdim=True)
+        marks.append(self._mark())
+        if not self.cuda:
+            return [1e3 * (b - a) for a, b in pairwise(marks)]
+        torch.cuda.synchronize()
+        if not step.captured:
+            raise RuntimeError("the timed steps were not replayed")
+        return [a.elapsed_time(b) for a, b in pairwise(marks)]
+
+    def _mark(self) -> Any:
+        if not self.cuda:
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    def sync(self) -> None:
+        """Wait for the device."""
+        if self.cuda:
+            torch.cuda.synchronize()
+
+    def fresh(self) -> None:
+        """Give memory back and count the peak anew."""
+        gc.collect()
+        if self.cuda:
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats()
+
+    def peak(self) -> int | None:
+        """Most bytes allocated since `fresh`."""
+        return torch.cuda.max_memory_allocated() if self.cuda else None
+
+
+def check(bench: Bench, length: int, steps: int = 8) -> dict[str, float]:
+    """Logits of the sides after a prompt and some steps, as relative distance from transformers' own.
+
+    Returns:
+        ``bf16``: the BF16 baseline's. ``all``: ours with every block promoted, by the same kernels; ``chunks``: likewise,
+        with the prompt in chunks; ``launched``: the distance of steps launched one by one from replayed ones. ``thrift``:
+        as timed.
+
+    Raises:
+        ValueError: a side that computes something else: above `BOUNDS`, or no finite logits.
+    """
+    ids = bench.prompt(1, length + steps)
+    every = bench.plan.config.with_(budget=fraction(1.0))
+
+    def logits(side: Side, chunk: int | None = None, warmup: int = 1, **options: Any) -> Tensor:
+        bench.use(side)
+        cache = bench.cache(side, length + steps, **options)
+        prefill(bench.model, ids[:, :length], cache, chunk=chunk)
+        step = DecodeGraph(bench.model, cache, position=length, warmup=warmup)
+        found = [step(ids[:, at : at + 1]).float().clone() for at in range(length, length + steps)]
+        return torch.cat(found[-1:])  # its cache is full by then, so that every slot is written
+
+    want = logits("transformers", warmup=steps)
+    found = {
+        "bf16": logits("bf16"),
+        "all": logits("thrift", decode=every),
+        "chunks": logits("thrift", chunk=length // 2 + 30, decode=every),
+        "thrift": logits("thrift"),
+    }
+    errors = {name: float((got - want).norm() / want.norm()) for name, got in found.items()}
+    launched = logits("thrift", warmup=steps)
+    errors["launched"] = float((launched - found["thrift"]).norm() / want.norm())
+    for name, error in errors.items():
+        if not error < BOUNDS[name]:
+            raise ValueError(f"{name}: logits are {error:.3f} from those of transformers; nothing is timed")
+    return errors
+
+
+def run(plan: Plan, say: Say = print) -> E2ERecord:
+    """Build the model, check, time all cases, and write the record as it grows."""
+    began = time.perf_counter()
+    bench = Bench(plan)
+    settings = {
+        "model": plan.model,
+        "new": plan.new,
+        "config": plan.config.to_dict(),
+        "prefill": ThriftCache(bench.model.config, BLOCK, decode=plan.config).prefill_on(bench.device).to_dict(),
+        "fused": bench.fused,
+        "sides": SIDES,
+        "seed": plan.seed,
+        "timing": "CUDA graph replays between events" if bench.cuda else "wall clock, no graph",
+    }
+    record = E2ERecord(make_context(settings), plan.model)
+    say(f"{plan.model}: {bench.weights / 2**30:.1f} GiB of weights after {time.perf_counter() - began:.0f} s")
+    record.gate = check(bench, plan.gate)
+    say("logits off transformers': " + ", ".join(f"{name} {error:.4f}" for name, error in record.gate.items()))
+    record.save(plan.out)
+    work: list[tuple[Case, Side]] = [(case, side) for case in plan.cases for side in ("bf16", "thrift")]
+    for case, side in work:
+        _add(bench, record, case, side, say)
+    if plan.largest:
+        for side in ("bf16", "thrift"):
+            record.largest[side] = largest(bench, side, say)
+            record.save(plan.out)
+    for case in plan.cases:
+        if plan.as_is and case.prompt:
+            _add(bench, record, case, "transformers", say)
+    record.context["seconds"] = round(time.perf_counter() - began, 1)
+    record.save(plan.out)
+    return record
+
+
+def _add(bench: Bench, record: E2ERecord, case: Case, side: Side, say: Say) -> None:
+    """Time one side of one case and note it in the record."""
+    row = Row(case, side, "failed", weights=bench.weights)
+    bench.fresh()
+    try:
+        with torch.no_grad():
+            row = _timed(bench, case, side, row)
+    except torch.OutOfMemoryError as error:
+        row = replace(row, status="skipped", reason=f"no memory: {str(error).splitlines()[0][:200]}")
+    except (RuntimeError, NotImplementedError) as error:
+        row = replace(row, reason=f"{type(error).__name__}: {str(error)[:400]}")
+    bench.fresh()
+    record.rows.append(row)
+    record.save(bench.plan.out)
+    say(describe(row))
+
+
+def _timed(bench: Bench, case: Case, side: Side, row: Row) -> Row:
+    """The steps of transformers' own side start from a filled cache: it would read a prompt as the BF16 side does."""
+    steps = bench.plan.new if side != "transformers" else max(4, bench.plan.new // 4)
+    held = case.context - steps - 4  # and some for warming up
+    bench.use(side)
+    cache = bench.cache(side, case.context)
+    if case.prompt and side != "transformers":
+        prompt = bench.prompt(case.batch, held)
+        bench.warm(side, prompt)
+        bench.fresh()
+        bench.sync()
+        began = time.perf_counter()
+        logits = prefill(bench.model, prompt, cache)
+        bench.sync()
+        row = replace(row, prefill_s=time.perf_counter() - began)
+        ids = logits.argmax(-1, keepdim=True)
+        ids.cpu()
+        row = replace(row, first_token_s=time.perf_counter() - began, peak_prefill=bench.peak())
+        del logits, prompt
+    else:
+        bench.fill(cache, case.batch, held)
+        ids = bench.prompt(case.batch, 1)
+    bench.fresh()
+    runs = bench.decode(cache, held, ids, steps)
+    return replace(row, status="timed", decode_ms=runs, kv_bytes=bench.kv_bytes(cache), peak_decode=bench.peak())
+
+
+def largest(bench: Bench, side: Side, say: Say) -> dict[str, float]:
+    """The longest context of one sequence that fits: the cache is filled with random K and V and decoded from."""
+    bench.use(side)
+    bench.fresh()
+    free = torch.cuda.mem_get_info()[0] if bench.cuda else 64 << 20
+    small = bench.cache(side, BLOCK)
+    bench.fill(small, 1, BLOCK)
+    per_token = small.bytes_per_token() if isinstance(small, ThriftCache) else bench.kv_bytes(small) / BLOCK
+    del small
+    bench.fresh()
+    tokens = int((free - SPARE) / per_token) // BLOCK * BLOCK if bench.cuda else 4 * BLOCK
+    for _ in range(6):
+        found = _held(bench, side, tokens)
+        bench.fresh()
+        if found is not None:
+            say(f"largest context, {side}: {tokens:,} tokens, {found['decode_ms']:.2f} ms a token")
+            return {"tokens": tokens, "bytes_per_token": per_token, **found}
+        tokens = int(0.985 * tokens) // BLOCK * BLOCK
+    raise RuntimeError(f"{side}: no context near {tokens:,} tokens fits")
+
+
+@torch.no_grad()
+def _held(bench: Bench, side: Side, tokens: int) -> dict[str, float] | None:
+    """Bytes of a cache that holds so many tokens, and milliseconds of a step; None without memory for it."""
+    try:
+        cache = bench.cache(side, tokens)
+        bench.fill(cache, 1, tokens - 16)
+        runs = bench.decode(cache, tokens - 16, bench.prompt(1, 1), 8)
+    except torch.OutOfMemoryError:
+        return None
+    return {"kv_bytes": bench.kv_bytes(cache), "decode_ms": percentile(runs, 0.5)}
+
+
+def describe(row: Row) -> str:
+    """A row as a line of text."""
+    head = f"{row.case.name:<22} {row.side:<13}"
+    if row.status != "timed":
+        return f"{head} {row.status}: {row.reason}"
+    first = "" if row.prefill_s is None else f"prefill {row.prefill_s:.2f} s, first token {row.first_token_s:.2f} s, "
+    low, high = (percentile(row.decode_ms, share) for share in (0.2, 0.8))
+    peaks = [f"{x / 2**30:.1f}" for x in (row.peak_prefill, row.peak_decode) if x]
+    return (
+        f"{head} {first}decode {row.p50_ms:.2f} ms ({low:.2f} to {high:.2f}), KV {row.kv_bytes / 2**30:.2f} GiB, "
+        f"peak {' and '.join(peaks)} GiB"
+    )

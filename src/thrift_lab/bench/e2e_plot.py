@@ -1,0 +1,111 @@
+"""Pictures and tables of an e2e record. Drawn from records only."""
+
+from __future__ import annotations
+
+import importlib
+from pathlib import Path
+from typing import Any
+
+from rich.table import Table
+
+from thrift_lab.bench.e2e import Case, E2ERecord, Row, Side
+from thrift_lab.bench.plots import BF16, GREY, OURS
+
+COLOURS: dict[Side, str] = {"transformers": GREY, "bf16": BF16, "thrift": OURS}
+WORDS: dict[Side, str] = {
+    "transformers": "SDPA, static cache (transformers)",
+    "bf16": "BF16, cuDNN over the static cache",
+    "thrift": "thrift",
+}
+
+
+def cases(record: E2ERecord) -> list[Case]:
+    """Cases in order."""
+    return list(dict.fromkeys(row.case for row in record.rows))
+
+
+def baseline(record: E2ERecord, case: Case) -> Row | None:
+    """The fastest timed baseline of a case."""
+    rows = [row for side in ("bf16", "transformers") if (row := record.row(case, side))]
+    return min(rows, key=lambda row: row.p50_ms, default=None)
+
+
+def table(record: E2ERecord) -> Table:
+    """All rows, and how far ahead of the fastest baseline we are."""
+    machine = record.context["machine"]["gpu"] or record.context["machine"]["cpu"]
+    out = Table(title=f"{record.model} on {machine}", box=None, padding=(0, 1), header_style="bold")
+    out.add_column("case")
+    out.add_column("side")
+    for header in ("prefill s", "first token s", "ms/token", "KV GiB", "peak GiB", "prefill", "decode"):
+        out.add_column(header, justify="right")
+    for row in record.rows:
+        if row.status != "timed":
+            out.add_row(row.case.name, row.side, f"[yellow]{row.status}[/yellow]", *[""] * 6)
+            continue
+        base = baseline(record, row.case) if row.side == "thrift" else None
+        plain = record.row(row.case, "bf16")
+        peak = max(row.peak_prefill or 0, row.peak_decode or 0)
+        out.add_row(
+            row.case.name,
+            row.side,
+            "" if row.prefill_s is None else f"{row.prefill_s:.2f}",
+            "" if row.first_token_s is None else f"{row.first_token_s:.2f}",
+            f"{row.p50_ms:.2f}",
+            f"{row.kv_bytes / 2**30:.2f}",
+            f"{peak / 2**30:.1f}",
+            f"{plain.prefill_s / row.prefill_s:.2f}x" if base and plain and plain.prefill_s and row.prefill_s else "",
+            f"{base.p50_ms / row.p50_ms:.2f}x" if base else "",
+        )
+    return out
+
+
+def draw(record: E2ERecord, path: Path) -> Path:
+    """Milliseconds per token, seconds of prefill and bytes of the cache, side by side.
+
+    Raises:
+        ImportError: matplotlib is not installed.
+    """
+    try:
+        importlib.import_module("matplotlib")
+    except ModuleNotFoundError as error:
+        raise ImportError("matplotlib is not installed: pip install 'thrift-attn[plot]'") from error
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(11, 3.6), dpi=160, layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots(1, 3)
+    wanted: list[tuple[str, Any]] = [
+        ("decode, ms per token", lambda row: row.p50_ms),
+        ("prompt, s", lambda row: row.prefill_s),
+        ("KV cache, GiB", lambda row: row.kv_bytes / 2**30 if row.side != "transformers" else None),
+    ]
+    for axis, (title, value) in zip(axes, wanted, strict=True):
+        _bars(axis, record, value)
+        axis.set_title(title, fontsize=10, loc="left")
+        axis.spines[["top", "right"]].set_visible(False)
+    figure.legend(*axes[0].get_legend_handles_labels(), frameon=False, fontsize=8, loc="outside lower center", ncols=3)
+    machine = record.context["machine"]
+    figure.suptitle(f"{record.model}, {machine['gpu'] or machine['cpu']}, random weights", fontsize=11)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path)
+    return path
+
+
+def _bars(axis: Any, record: E2ERecord, value: Any) -> None:
+    """A group of bars for every case that has the value, one for each side; transformers' own is cut where it dwarfs them."""
+    shown: list[tuple[Case, list[tuple[Side, float]]]] = [
+        (case, [(side, x) for side in WORDS if (row := record.row(case, side)) and (x := value(row)) is not None])
+        for case in cases(record)
+    ]
+    shown = [(case, bars) for case, bars in shown if bars]
+    top = 1.2 * max((x for _, bars in shown for side, x in bars if side != "transformers"), default=float("inf"))
+    for at, (_, bars) in enumerate(shown):
+        for place, (side, x) in enumerate(bars):
+            where = at + (place - (len(bars) - 1) / 2) * 0.28
+            first = at == 0 or all(side not in dict(other) for _, other in shown[:at])
+            axis.bar(where, min(x, top), 0.26, color=COLOURS[side], label=WORDS[side] if first else None)
+            words = f"{x:.3g}" if x <= top else f"{x:.3g}, cut"
+            axis.text(where, min(x, top), words, ha="center", va="bottom", fontsize=7)
+    axis.set_xticks(range(len(shown)), [case.name for case, _ in shown], fontsize=8)
+    axis.margins(y=0.18)

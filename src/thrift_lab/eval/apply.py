@@ -1,0 +1,48 @@
+"""A method inside a model, for as long as a block of code runs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from thrift_attn.stats import Stats
+from thrift_lab.eval.eviction import watching
+from thrift_lab.eval.methods import Method
+
+
+@contextmanager
+def applied(model: Any, method: Method) -> Iterator[None]:
+    """The model with a method's attention inside the block, its own outside."""
+    if method.evict is not None:
+        with watching(model):
+            yield
+        return
+    if method.config is None:
+        yield
+        return
+    from thrift_attn.transformers import attention_function as integration
+
+    integration.enable(model, method.config, stats=True)
+    try:
+        yield
+    finally:
+        integration.disable(model)
+
+
+def served(model: Any, method: Method) -> tuple[Stats | None, tuple[str, ...]]:
+    """What was promoted since the block began, and one line for every layer that was left to the model's own attention.
+
+    Raises:
+        NotImplementedError: the method served no layer at all.
+    """
+    if method.config is None:
+        return None, ()
+    from thrift_attn.transformers.attention_function import report
+
+    rows = report(model)
+    if not any(row.served_by == "thrift" for row in rows):
+        reasons = ", ".join(sorted({row.reason for row in rows})) or "no attention layer found"
+        raise NotImplementedError(f"method {method.name!r} serves no layer of {type(model).__name__}: {reasons}")
+    left = [row for row in rows if row.served_by not in ("thrift", None)]
+    return rows.stats, tuple(f"layer {row.layer}: {row.served_by}, {row.reason}" for row in left)

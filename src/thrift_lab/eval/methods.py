@@ -1,0 +1,183 @@
+"""Method specs: ``fp16``, ``fp4``, ``paper``, ``thrift:budget=0.1,high=nested``, ``quest:budget=5%``, ``snapkv:keep=0.3``."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable
+from dataclasses import Field, dataclass, fields, replace
+from typing import Any
+
+from thrift_attn.config import Budget, ThriftConfig, fraction
+from thrift_lab.eval.eviction import Eviction
+
+
+def _parser(option: Field[Any]) -> Callable[[str], Any]:
+    """From text to the value of an option of `ThriftConfig`."""
+    if option.name == "budget":
+        return Budget.parse
+    return int if isinstance(option.default, int) else str
+
+
+_PARSERS: dict[str, Callable[[str], Any]] = {option.name: _parser(option) for option in fields(ThriftConfig)}
+_PARSERS["keep"] = float
+_OPTIONS = tuple(option.name for option in fields(ThriftConfig))
+_PROMOTION = ("budget", "score", "force_first", "force_last", "high")
+_SPARSE = ("budget", "force_first", "force_last")
+
+
+@dataclass(frozen=True)
+class _Kind:
+    make: Callable[..., ThriftConfig | Eviction | None]
+    options: tuple[str, ...]
+    about: str
+
+
+KINDS: dict[str, _Kind] = {
+    "fp16": _Kind(lambda: None, (), "the model's own attention in its own dtype"),
+    "fp4": _Kind(
+        lambda **options: ThriftConfig.paper(**{"budget": fraction(0), **options}),
+        tuple(option for option in _OPTIONS if option not in _PROMOTION),
+        "every block in 4 bits",
+    ),
+    "paper": _Kind(ThriftConfig.paper, _OPTIONS, "4 bits and the paper's promotion, 5% of the blocks"),
+    "thrift": _Kind(ThriftConfig, _OPTIONS, "the default configuration of this package, or any other"),
+    "quest": _Kind(lambda **o: ThriftConfig.sparse("quest", **o), _SPARSE, "drops blocks by min/max bounds"),
+    "topk": _Kind(
+        lambda **o: ThriftConfig.sparse("oracle", **o), _SPARSE, "drops blocks by their true mass (an oracle)"
+    ),
+    "local": _Kind(lambda **o: ThriftConfig.sparse("local", **o), _SPARSE, "drops all but the nearest blocks"),
+    "snapkv": _Kind(
+        Eviction, ("keep",), "forgets the tokens of the prompt that its end did not look at (for answers only)"
+    ),
+}
+
+
+@dataclass(frozen=True)
+class Method:
+    """One row of an evaluation: a name and what it computes.
+
+    Args:
+        name: as it was asked for.
+        config: of thrift attention; None for the model's own.
+        evict: what becomes of the cache between prompt and answer.
+    """
+
+    name: str
+    config: ThriftConfig | None
+    evict: Eviction | None = None
+
+    @property
+    def plain(self) -> bool:
+        """Whether this is the model as it is, which the others are compared with."""
+        return self.config is None and self.evict is None
+
+    @property
+    def family(self) -> str:
+        """The name without its budget: methods of one family make one line in the plot."""
+        kind, _, options = self.name.partition(":")
+        kept = [option for option in options.split(",") if option and not option.startswith(("budget=", "keep="))]
+        return ":".join(filter(None, (kind, ",".join(kept))))
+
+
+def described(method: Method) -> dict[str, Any] | None:
+    """What a method computes as plain JSON values; None for the model as it is. Defaults change, records do not."""
+    if method.evict is not None:
+        return {"keep": method.evict.keep}
+    return method.config.to_dict() if method.config else None
+
+
+def from_description(name: str, found: dict[str, Any] | None) -> Method:
+    """The inverse of `described`."""
+    if found is not None and "keep" in found:
+        return Method(name, None, Eviction(found["keep"]))
+    return Method(name, config_of(found) if found else None)
+
+
+def config_of(found: dict[str, Any]) -> ThriftConfig:
+    """A configuration from `ThriftConfig.to_dict`; options that an old record does not know are off."""
+    off = {"sink": "none", "balance": "none", "total": "exact"}
+    return ThriftConfig(**{**off, **found, "budget": Budget.parse(found["budget"])})
+
+
+def parse_method(spec: str) -> Method:
+    """A method from ``kind`` or ``kind:option=value,option=value``.
+
+    Raises:
+        ValueError: an unknown kind or option, or a value that the configuration refuses.
+    """
+    kind, colon, rest = (piece.strip() for piece in spec.strip().partition(":"))
+    if kind not in KINDS:
+        raise ValueError(f"unknown method {kind!r}: there are {', '.join(KINDS)}")
+    allowed = KINDS[kind].options
+    options: dict[str, Any] = {}
+    pieces = [piece.strip() for piece in rest.split(",")] if colon else []
+    for piece in pieces:
+        key, equals, value = (side.strip() for side in piece.partition("="))
+        if key not in allowed:
+            there = f"it takes {', '.join(allowed)}" if allowed else "it takes none"
+            raise ValueError(f"method {kind!r} has no option {key!r}: {there}")
+        if not equals or not value:
+            raise ValueError(f"option {key!r} of method {kind!r} needs a value, as in {key}=...")
+        if key in options:
+            raise ValueError(f"option {key!r} of method {kind!r} is given twice")
+        try:
+            options[key] = _PARSERS[key](value)
+        except ValueError as error:
+            raise ValueError(f"method {spec!r}: option {key}: {error}") from error
+    try:
+        made = KINDS[kind].make(**options)
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"method {spec!r}: {error}") from error
+    name = kind + (":" + ",".join(f"{key}={value}" for key, value in options.items()) if options else "")
+    return Method(name, None, made) if isinstance(made, Eviction) else Method(name, made)
+
+
+def parse_methods(text: str) -> list[Method]:
+    """Methods from a comma-separated list; ``key=value`` pieces belong to the method before them.
+
+    Raises:
+        ValueError: nothing in the list, a method that `parse_method` refuses, or two that compute the same.
+    """
+    specs: list[str] = []
+    for piece in filter(None, (piece.strip() for piece in text.split(","))):
+        if specs and re.match(r"\w+\s*=", piece):
+            specs[-1] += ("," if ":" in specs[-1] else ":") + piece
+        else:
+            specs.append(piece)
+    if not specs:
+        raise ValueError(f"no method given: there are {', '.join(KINDS)}")
+    methods = [parse_method(spec) for spec in specs]
+    check_distinct(methods)
+    return methods
+
+
+def check_distinct(methods: Iterable[Method]) -> None:
+    """Raise ValueError when two methods compute the same thing."""
+    seen: dict[Any, str] = {}
+    for method in methods:
+        computed = (method.config, method.evict)
+        if computed in seen:
+            raise ValueError(f"methods {seen[computed]!r} and {method.name!r} are the same computation; give one")
+        seen[computed] = method.name
+
+
+def sweep(methods: list[Method], budgets: list[Budget]) -> list[Method]:
+    """The methods, and each that has a budget and does not name one, again at each of the budgets.
+
+    Budgets that repeat what is already in the list are left out.
+    """
+    rows = list(methods)
+    seen = {method.config for method in methods}
+    for method in methods:
+        kind = method.name.partition(":")[0]
+        if method.config is None or "budget" not in KINDS[kind].options or "budget=" in method.name:
+            continue
+        for budget in budgets:
+            if method.config.low == "drop" and budget.value == 0 and budget.kind != "paper":
+                continue  # dropping every block leaves nothing to attend to
+            config = method.config.with_(budget=budget)
+            if config not in seen:
+                seen.add(config)
+                mark = "," if ":" in method.name else ":"
+                rows.append(replace(method, name=f"{method.name}{mark}budget={budget}", config=config))
+    return rows

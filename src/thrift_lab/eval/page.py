@@ -1,0 +1,378 @@
+"""The report of one or more runs: a self-contained HTML page, and the same tables in Markdown."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from html import escape
+from pathlib import Path
+from typing import Any
+
+from thrift_lab.eval import figures
+from thrift_lab.eval.runs import Run
+from thrift_lab.eval.style import CSS
+from thrift_lab.eval.suite import STANDIN
+
+_PAIRED = (
+    "Differences are paired: every method reads the same samples. Intervals are 95%, from a bootstrap over blocks of 64 tokens "
+    "(NLL) or over samples (tasks). Recovered is the share of the loss of uniform FP4 attention that a method brings back."
+)
+_COSTS = (
+    "Cost: prefill in tensor-core operations weighted by their rate on Blackwell (16-bit 1, FP8 1/2, FP4 1/4), decode in bytes "
+    "of KV cache read, both relative to dense 16-bit attention (docs/evaluation.md)."
+)
+
+
+def _signed(value: float | None, bounds: list[float] | None, form: str = "{:+.4f}") -> str:
+    if value is None:
+        return "-"
+    if bounds is None:
+        return form.format(value)
+    return f"{form.format(value)} [{form.format(bounds[0])}, {form.format(bounds[1])}]"
+
+
+def _percent(value: float | None, bounds: list[float] | None = None) -> str:
+    if value is None:
+        return "-"
+    return f"{value:.1%}" + (f" [{bounds[0] * 100:.0f}, {bounds[1] * 100:.0f}]" if bounds else "")
+
+
+def _number(value: float | None, form: str = "{:.3f}") -> str:
+    return "-" if value is None else form.format(value)
+
+
+Table = tuple[list[str], list[list[str]]]
+
+
+def nll_table(run: Run) -> Table:
+    """Method by method at the longest length."""
+    facts = run.methods()
+    head = ["method", "NLL", "vs fp16 [95%]", "recovered [95%]", "blocks", "prefill cost", "decode cost"]
+    body = []
+    for row in run.nll():
+        about = facts[row["method"]]
+        body.append(
+            [
+                row["method"],
+                f"{row['nll']:.4f}",
+                _signed(row["loss"], row["loss_interval"]),
+                "0%" if about["fp4"] else _percent(row["recovered"], row["recovered_interval"]),
+                _percent(about["share"]),
+                _number(about["prefill_cost"]),
+                _number(about["decode_cost"]),
+            ]
+        )
+    return head, body
+
+
+def text_table(run: Run) -> Table:
+    """Loss against fp16 for every text and length."""
+    rows = run.metrics["nll"]
+    columns = list(dict.fromkeys((row["text"], row["length"]) for row in rows))
+    cells = {(row["method"], row["text"], row["length"]): row["loss"] for row in rows}
+    names = list(dict.fromkeys(row["method"] for row in [*run.nll(), *rows] if row["loss"] is not None))
+    head = ["method", *(f"{Path(text).name} {length:,}" for text, length in columns)]
+    return head, [[name, *(_number(cells.get((name, *at)), "{:+.4f}") for at in columns)] for name in names]
+
+
+def task_table(run: Run) -> Table:
+    """Score of every task and method at the longest length, in per cent."""
+    rows = run.tasks()
+    methods = list(dict.fromkeys(row["method"] for row in rows))
+    tasks = list(dict.fromkeys(row["task"] for row in rows))
+    cells = {(row["task"], row["method"]): row for row in rows}
+    head = ["task", "score", "samples", *methods]
+    body = []
+    for task in tasks:
+        first = cells[task, methods[0]]
+        scores = [f"{100 * cells[task, m]['score']:.1f}" if (task, m) in cells else "-" for m in methods]
+        body.append([_task_name(task, run), first["metric"], str(first["samples"]), *scores])
+    return head, body
+
+
+def gold_table(run: Run) -> Table:
+    """NLL of the right answer over all tasks."""
+    head = ["method", "score", "vs fp16 [95%]", "NLL of right answer", "vs fp16 [95%]", "recovered [95%]"]
+    body = [
+        [
+            row["method"],
+            f"{100 * row['score']:.1f}",
+            _signed(row["difference"], row["difference_interval"], "{:+.3f}"),
+            f"{row['gold_nll']:.4f}",
+            _signed(row["gold_loss"], row["gold_loss_interval"]),
+            _percent(row["gold_recovered"], row["gold_recovered_interval"]),
+        ]
+        for row in run.tasks()
+        if row["task"] == "all"
+    ]
+    return head, body
+
+
+def concentration_table(run: Run) -> Table:
+    """Share of the error in the first blocks by mass."""
+    found = run.metrics["concentration"]
+    if not found:
+        return [], []
+    head = ["blocks, by attention mass", "share of the error", "10% to 90% of heads", "share of the mass"]
+    body = [
+        [f"{share:.1%}", f"{error:.1%}", f"{low:.0%} to {high:.0%}", f"{mass:.1%}"]
+        for share, error, low, high, mass in zip(
+            found[0]["shares"],
+            found[0]["error_share"],
+            found[0]["error_share_low"],
+            found[0]["error_share_high"],
+            found[0]["mass_share"],
+            strict=True,
+        )
+    ]
+    return head, body
+
+
+def _task_name(task: str, run: Run) -> str:
+    """The name, with a star for stand-ins."""
+    made = run.plan["data"] == STANDIN and (
+        task.startswith(("longbench_", "ruler_qa")) or (task.startswith("helmet_") and task != "helmet_json_kv")
+    )
+    return task + ("*" if made else "")
+
+
+def _close(cost: float | None, other: float | None) -> bool:
+    """Whether two costs are equal within what rounding to whole blocks can do."""
+    return cost is not None and other is not None and abs(cost - other) <= 0.05 * other
+
+
+def _at_equal_cost(run: Run) -> list[str]:
+    """How methods that drop blocks compare with thrift at the same prefill cost, at the longest length that tells."""
+    facts = run.methods()
+    for length in sorted({row["length"] for row in run.metrics["nll"]}, reverse=True):
+        rows = {row["method"]: row for row in run.nll(length) if row["loss"] is not None}
+        for ours in (name for name in rows if facts[name]["family"] == "thrift"):
+            cost = facts[ours]["prefill_cost"]
+            dropping = [name for name in rows if facts[name]["sparse"] and _close(facts[name]["prefill_cost"], cost)]
+            if dropping:
+                others = ", ".join(f"{name} {rows[name]['loss']:+.4f}" for name in dropping)
+                return [
+                    f"Methods that drop blocks, at the prefill cost of {ours} ({_number(cost)} of dense 16-bit attention), in "
+                    f"nats from fp16 at {length:,} tokens: {others}; {ours} itself: {rows[ours]['loss']:+.4f}."
+                ]
+    return []
+
+
+def findings(run: Run) -> list[str]:
+    """What the figures say, in plain sentences, about one method of each kind."""
+    found: list[str] = []
+    facts, rows = run.methods(), {row["method"]: row for row in run.nll()}
+    fp4 = next((row for name, row in rows.items() if facts[name]["fp4"]), None)
+    if fp4 is not None and fp4["loss"] is not None:
+        windows = f"{fp4['windows']} windows of {fp4['length']:,} tokens"
+        found.append(
+            f"Uniform 4-bit attention costs {_signed(fp4['loss'], fp4['loss_interval'])} nats per token over {windows}."
+        )
+    shown = [name for name in figures.selected(run.metrics) if rows.get(name, {}).get("loss") is not None]
+    for name in shown:
+        row = rows[name]
+        if row["recovered"] is not None and not facts[name]["sparse"]:
+            found.append(
+                f"{name} ({_percent(facts[name]['share'])} of the blocks promoted) is {row['loss']:+.4f} nats from fp16 and "
+                f"brings back {_percent(row['recovered'], row['recovered_interval'])} of that loss."
+            )
+    found += _at_equal_cost(run)
+    overall = {row["method"]: row for row in run.tasks() if row["task"] == "all"}
+    if overall:
+        scores = ", ".join(f"{name} {100 * overall[name]['score']:.1f}" for name in list(overall)[:10])
+        samples = next(iter(overall.values()))["samples"]
+        found.append(f"Mean score over {samples} samples of all tasks, in per cent: {scores}.")
+    return found
+
+
+def losses(run: Run) -> list[str]:
+    """Where thrift loses, as far as these samples can tell."""
+    found: list[str] = []
+    facts, rows = run.methods(), {row["method"]: row for row in run.nll()}
+    chosen = figures.selected(run.metrics)
+    ours = [n for n, about in facts.items() if about["family"] == "thrift" or (n in chosen and n.startswith("thrift"))]
+    worse = [
+        f"{name} {_signed(rows[name]['loss'], rows[name]['loss_interval'])}"
+        for name in ours
+        if name in rows and rows[name]["loss_interval"] and rows[name]["loss_interval"][0] > 0
+    ]
+    if worse:
+        found.append(f"Above fp16 beyond noise, in nats per token: {'; '.join(worse)}.")
+    for name, row in rows.items():
+        if not facts[name]["sparse"] and facts[name]["family"] != "paper":
+            continue
+        for mine in ours:
+            other = rows.get(mine)
+            sure = (row["loss_interval"], other["loss_interval"]) if other else (None, None)
+            if other is None or sure[0] is None or sure[1] is None or sure[0][1] >= sure[1][0]:
+                continue  # intervals that overlap say nothing
+            cheap = [facts[at]["prefill_cost"] for at in (name, mine)]
+            if None not in cheap and cheap[0] <= cheap[1] * 1.01:
+                losing = f"({row['loss']:+.4f}, {other['loss']:+.4f})"
+                found.append(f"{name} is nearer to fp16 than {mine} at no higher prefill cost {losing}.")
+    main = next((name for name in figures.in_tasks(run.metrics) if facts[name]["family"] == "thrift"), None)
+    mine = [row for row in run.tasks() if row["method"] == main and not row["group"]]
+    unlikely = [row for row in mine if row["gold_loss_interval"] and row["gold_loss_interval"][0] > 0]
+    if unlikely:
+        named = ", ".join(f"{_task_name(row['task'], run)} {row['gold_loss']:+.3f}" for row in unlikely)
+        found.append(
+            f"With {main} the right answer is less likely than with fp16 beyond noise on {len(unlikely)} of {len(mine)} tasks "
+            f"(nats per token): {named}."
+        )
+    lower = [row for row in mine if row["difference_interval"] and row["difference_interval"][1] < 0]
+    if lower:
+        named = ", ".join(f"{_task_name(row['task'], run)} {100 * row['difference']:+.0f}" for row in lower)
+        found.append(
+            f"With {main} the score is below fp16 beyond noise on {len(lower)} of {len(mine)} tasks (points): {named}."
+        )
+    if not found and (rows or mine):
+        found.append("No difference to fp16 is above noise at the 95% level on these samples.")
+    return found
+
+
+def _other_options(run: Run) -> list[tuple[str, str]]:
+    """Methods of one family that do not only differ in budget, because a default changed between their runs."""
+    first: dict[str, dict[str, Any]] = {}
+    found: list[tuple[str, str]] = []
+    for about in run.metrics["methods"]:
+        if about["config"] is None:
+            continue
+        usual = first.setdefault(about["family"], about["config"])
+        other = {key: value for key, value in about["config"].items() if key != "budget" and usual[key] != value}
+        if other:
+            options = ", ".join(f"{key}={value} (elsewhere {usual[key]})" for key, value in other.items())
+            found.append((f"options of {about['name']}", options))
+    return found
+
+
+def _listed(numbers: Sequence[int]) -> str:
+    """Numbers with their thousands apart."""
+    return ", ".join(f"{number:,}" for number in numbers) or "no"
+
+
+def circumstances(run: Run) -> list[tuple[str, str]]:
+    """How it was run."""
+    last = run.environments[-1] if run.environments else {}
+    plan = run.plan
+    starts = dict.fromkeys(
+        f"{entry['started']} on {entry['device']}, {entry['dtype']}, commit {str(entry['commit'])[:12]}"
+        for entry in run.environments
+    )
+    versions = dict.fromkeys(
+        ", ".join(f"{key} {value}" for key, value in entry["versions"].items() if value) for entry in run.environments
+    )
+    windows = sorted({row["length"] for row in run.metrics["nll"]})
+    measured = sorted({row["length"] for row in run.metrics["concentration"]})
+    facts = [
+        ("model", f"{plan['model']}, {last.get('model', {}).get('class', '')}"),
+        ("runs", "; ".join(starts)),
+        ("versions", "; ".join(versions)),
+        (
+            "texts",
+            f"{', '.join(plan['texts'])}; NLL over windows of {_listed(windows)} tokens, at most {plan['windows']} each",
+        ),
+        ("error concentration", f"over {_listed(measured)} tokens"),
+    ]
+    if run.metrics["tasks"]:
+        facts += [
+            ("tasks", f"{plan['tasks']}; {plan['samples']} samples each of {_listed(plan['lengths'])} tokens"),
+            ("answers", f"at most {plan['max_new']} tokens" if plan["max_new"] else "as long as published"),
+            ("chat template", "yes" if plan["chat"] else "no"),
+            ("seed", str(plan["seed"])),
+        ]
+    facts += _other_options(run)
+    left = {line for row in run.metrics["methods"] for line in row["unserved"]}
+    if lacking := last.get("left_out"):
+        facts.append(("tasks left out for want of data", ", ".join(lacking)))
+    return facts + ([("left to the model's own attention", "; ".join(sorted(left)))] if left else [])
+
+
+def _html_table(table: Table, caption: str) -> str:
+    head, body = table
+    if not body:
+        return ""
+    top = "".join(f"<th{' class=text' if i == 0 else ''}>{escape(cell)}</th>" for i, cell in enumerate(head))
+    rows = "".join(
+        "<tr>"
+        + "".join(f"<td{' class=text' if i == 0 else ''}>{escape(cell)}</td>" for i, cell in enumerate(row))
+        + "</tr>"
+        for row in body
+    )
+    return (
+        f'<div class="scroll" tabindex="0"><table><thead><tr>{top}</tr></thead><tbody>{rows}</tbody></table></div>'
+        f'<p class="caption">{escape(caption)}</p>'
+    )
+
+
+def _list(sentences: list[str]) -> str:
+    return "<ul>" + "".join(f"<li>{escape(sentence)}</li>" for sentence in sentences) + "</ul>" if sentences else ""
+
+
+def _section(run: Run) -> str:
+    parts = [f"<section><h2>{escape(run.plan['model'])} <small>{escape(run.name)}</small></h2>"]
+    if said := findings(run):
+        parts += ["<h3>In short</h3>", _list(said)]
+    charts = [
+        f"<figure><figcaption>{escape(title)}</figcaption>{drawing}<p>{escape(words)}</p></figure>"
+        for title, drawing, words in figures.of_run(run.metrics)
+    ]
+    parts.append(f'<div class="grid">{"".join(charts)}</div>')
+    if losing := losses(run):
+        parts += ["<h3>Where it loses</h3>", _list(losing)]
+    if run.metrics["nll"]:
+        parts += ["<h3>NLL</h3>", _html_table(nll_table(run), f"{run.longest:,} tokens. {_COSTS}")]
+        parts.append(_html_table(text_table(run), "Loss against fp16 in nats per token, by text and length."))
+    if run.metrics["tasks"]:
+        length = run.tasks()[0]["length"]
+        star = " * stand-in made from the text, not the published set." if run.plan["data"] == STANDIN else ""
+        parts += ["<h3>Tasks</h3>", _html_table(task_table(run), f"Scores in per cent, {length:,} tokens.{star}")]
+        parts.append(_html_table(gold_table(run), "All tasks together, every sample alike."))
+    if run.metrics["concentration"]:
+        words = (
+            "All heads and layers, pairs of a query block and a KV block ordered by attention mass within their head."
+        )
+        parts += ["<h3>Error concentration</h3>", _html_table(concentration_table(run), words)]
+    rows = "".join(f"<dt>{escape(k)}</dt><dd>{escape(v)}</dd>" for k, v in circumstances(run))
+    parts.append(f"<h3>How it was run</h3><dl>{rows}</dl></section>")
+    return "".join(parts)
+
+
+def html(runs: list[Run]) -> str:
+    """The whole page."""
+    nav = "".join(f"<span>{escape(run.plan['model'])}</span>" for run in runs)
+    return (
+        '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">'
+        '<meta name="viewport" content="width=device-width, initial-scale=1"><meta name="color-scheme" content="light dark">'
+        f"<title>thrift-attn: evaluation</title><style>{CSS}</style></head><body><header><h1>thrift-attn: evaluation</h1>"
+        f'<p class="models">{nav}</p><p>{escape(_PAIRED)}</p></header><main>'
+        f"{''.join(map(_section, runs))}</main></body></html>\n"
+    )
+
+
+def _md_table(table: Table) -> str:
+    head, body = table
+    lines = [f"| {' | '.join(head)} |", f"|{'---|' * len(head)}"]
+    lines += [f"| `{row[0]}` | {' | '.join(row[1:])} |" for row in body]
+    return "\n".join(lines)
+
+
+def markdown(runs: list[Run]) -> str:
+    """The tables and sentences of the page."""
+    top, sub = "##", "###"
+    parts = ["# Evaluation report", _PAIRED]
+    for run in runs:
+        parts.append(f"{top} {run.plan['model']}")
+        parts.append("\n".join(f"- {sentence}" for sentence in findings(run)))
+        if losing := losses(run):
+            parts += [f"{sub} Where it loses", "\n".join(f"- {sentence}" for sentence in losing)]
+        if run.metrics["nll"]:
+            parts += [f"{sub} NLL, {run.longest:,} tokens", _md_table(nll_table(run)), _COSTS]
+            parts += ["Loss against fp16 in nats per token, by text and length:", _md_table(text_table(run))]
+        if run.metrics["tasks"]:
+            parts += [f"{sub} Tasks, {run.tasks()[0]['length']:,} tokens", _md_table(task_table(run))]
+            if run.plan["data"] == STANDIN:
+                parts.append("\\* stand-in made from the text, not the published set.")
+            parts += ["All tasks together:", _md_table(gold_table(run))]
+        if run.metrics["concentration"]:
+            parts += [f"{sub} Error concentration", _md_table(concentration_table(run))]
+        parts += [f"{sub} How it was run", "\n".join(f"- {key}: {value}" for key, value in circumstances(run))]
+    return "\n\n".join(part for part in parts if part) + "\n"

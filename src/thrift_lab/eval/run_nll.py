@@ -1,0 +1,298 @@
+"""Run methods over windows and put everything that was seen into one record."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from thrift_attn.config import ThriftConfig, fraction
+from thrift_attn.stats import Stats
+from thrift_lab.eval.bootstrap import BOOTSTRAP_BLOCK, LEVEL, RESAMPLES, Bootstrap, Interval, interval, recovery
+from thrift_lab.eval.fetch import Notify
+from thrift_lab.eval.methods import Method, check_distinct, config_of
+from thrift_lab.eval.models import Loaded, load_model
+from thrift_lab.eval.nll import (
+    Window,
+    chars_needed,
+    check_head,
+    check_length,
+    check_reads_text,
+    layers_of,
+    leading_bos,
+    run_window,
+    windows_of,
+)
+from thrift_lab.eval.texts import Text, load_text
+from thrift_lab.provenance import commit, device_name, now, versions
+
+Progress = Callable[[str, int, int], None]
+"""Called with what runs now, steps done and steps in all."""
+
+SCHEMA = 1
+
+PACKAGES = ("torch", "triton", "transformers", "tokenizers", "numpy", "gguf")
+
+
+class Spent(NamedTuple):
+    """Blocks in high precision: share promoted, share the budget asked for, and their share of the softmax mass."""
+
+    share: float
+    asked: float
+    high_mass: float
+
+    @classmethod
+    def of(cls, windows: list[Window]) -> Spent | None:
+        """Over all windows; None for the model's own attention."""
+        stats = [window.stats for window in windows if window.stats is not None]
+        total = sum(stats, Stats())
+        return cls(total.share, total.asked_share, total.high_mass) if stats else None
+
+
+@dataclass(frozen=True)
+class Row:
+    """One method's line of the result; None where a figure does not exist.
+
+    Args:
+        method: what was computed.
+        nll: nats per token.
+        loss: NLL minus that of fp16.
+        loss_interval: 95% interval of ``loss``.
+        recovered: share of the fp4-to-fp16 gap that the method brings back.
+        recovered_interval: 95% interval of ``recovered``.
+        spent: what was promoted; None for fp16.
+        seconds: of all windows, the output head left out.
+        unserved: layers left to the model's own attention.
+    """
+
+    method: Method
+    nll: float
+    loss: float | None
+    loss_interval: Interval | None
+    recovered: float | None
+    recovered_interval: Interval | None
+    spent: Spent | None
+    seconds: float
+    unserved: tuple[str, ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        """The row as plain JSON values."""
+        spent = self.spent
+        return {
+            "name": self.method.name,
+            "config": self.method.config.to_dict() if self.method.config else None,
+            "nll": self.nll,
+            "loss": self.loss,
+            "loss_interval": self.loss_interval,
+            "recovered": self.recovered,
+            "recovered_interval": self.recovered_interval,
+            "share_promoted": spent.share if spent else None,
+            "share_asked": spent.asked if spent else None,
+            "high_mass": spent.high_mass if spent else None,
+            "seconds": self.seconds,
+            "unserved": list(self.unserved),
+        }
+
+    @classmethod
+    def from_dict(cls, row: dict[str, Any]) -> Row:
+        """The inverse of `to_dict`."""
+
+        def interval(name: str) -> Interval | None:
+            return None if row[name] is None else (row[name][0], row[name][1])
+
+        config = config_of(row["config"]) if row["config"] else None
+        spent = None
+        if row["share_promoted"] is not None:
+            spent = Spent(row["share_promoted"], row["share_asked"], row["high_mass"])
+        return cls(
+            method=Method(row["name"], config),
+            nll=row["nll"],
+            loss=row["loss"],
+            loss_interval=interval("loss_interval"),
+            recovered=row["recovered"],
+            recovered_interval=interval("recovered_interval"),
+            spent=spent,
+            seconds=row["seconds"],
+            unserved=tuple(row["unserved"]),
+        )
+
+
+@dataclass(frozen=True)
+class Result:
+    """All rows of a run, the NLL of every token, and the circumstances as plain JSON values."""
+
+    rows: list[Row]
+    tokens: NDArray[np.int64]
+    nll: dict[str, NDArray[np.float32]]
+    context: dict[str, Any]
+
+    def save(self, path: Path) -> Path:
+        """Write the record and, beside it, the NLL of every token.
+
+        Args:
+            path: of the JSON record; its folder is made.
+
+        Returns:
+            Path of the ``.npz`` file: ``tokens`` `[windows, length]` and one array `[windows, length - 1]` per method.
+        """
+        path.parent.mkdir(parents=True, exist_ok=True)
+        beside = path.with_suffix(".npz")
+        arrays: dict[str, Any] = {"tokens": self.tokens, **self.nll}
+        np.savez_compressed(beside, **arrays)
+        record = {**self.context, "per_token": beside.name, "methods": [row.to_dict() for row in self.rows]}
+        path.write_text(json.dumps(record, indent=2, allow_nan=False) + "\n", encoding="utf-8")
+        return beside
+
+    @classmethod
+    def load(cls, path: Path) -> Result:
+        """A result from its record and the NLL of every token beside it.
+
+        Raises:
+            FileNotFoundError: no such record.
+            ValueError: not a record of this kind.
+        """
+        record = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(record, dict) or record.get("kind") != "nll" or record.get("schema") != SCHEMA:
+            raise ValueError(f"{path} is not an NLL record of schema {SCHEMA}")
+        with np.load(path.with_name(record.pop("per_token"))) as arrays:
+            nll = {name: arrays[name] for name in arrays.files if name != "tokens"}
+            tokens = arrays["tokens"]
+        return cls([Row.from_dict(row) for row in record.pop("methods")], tokens, nll, record)
+
+
+def is_fp4(method: Method) -> bool:
+    """Whether a method is uniform fp4: the paper's form without promotion, the far end of the gap."""
+    return method.config == ThriftConfig.paper(budget=fraction(0))
+
+
+def evaluate(
+    model: str,
+    text: str,
+    methods: list[Method],
+    *,
+    length: int,
+    windows: int = 1,
+    device: str = "auto",
+    dtype: str = "auto",
+    notify: Notify = lambda message: None,
+    progress: Progress = lambda what, done, total: None,
+) -> Result:
+    """NLL of every method on the same windows of a text.
+
+    Args:
+        model: see `thrift_lab.eval.models.load_model`.
+        text: see `thrift_lab.eval.texts.load_text`.
+        methods: what to compare; ``fp16`` and ``fp4`` among them give losses and recovered shares.
+        length: tokens of a window.
+        windows: number of windows.
+        device: see `load_model`.
+        dtype: see `load_model`.
+        notify: called with a line of text when something slow starts.
+        progress: called after every layer.
+
+    Raises:
+        ValueError, FileNotFoundError, NotImplementedError, FetchError, MissingExtra: each says what was expected.
+    """
+    check_distinct(methods)
+    for method in methods:
+        check_reads_text(method)
+    if length < 2 or windows < 1:
+        raise ValueError(f"expected a length of at least 2 and at least 1 window, got {length} and {windows}")
+    source = load_text(text, chars_needed(length, windows), notify)
+    loaded = load_model(model, device=device, dtype=dtype, notify=notify)
+    check_length(loaded.model, length)
+    notify("tokenising")
+    tokens = windows_of(loaded.tokenizer, source.content, length, windows)
+    check_head(loaded.model, tokens)
+    notify("")
+    runs = _run(loaded, methods, tokens, progress)
+    nll = {name: torch.stack([window.nll for window in row]).numpy() for name, row in runs.items()}
+    return Result(_rows(methods, runs, nll), tokens.numpy(), nll, _context(loaded, source, tokens))
+
+
+def _run(loaded: Loaded, methods: list[Method], tokens: torch.Tensor, progress: Progress) -> dict[str, list[Window]]:
+    """Every method on every window; methods side by side, so that a slow drift of the machine hits all alike."""
+    runs: dict[str, list[Window]] = {method.name: [] for method in methods}
+    steps = max(1, len(layers_of(loaded.model)))
+    total = len(tokens) * len(methods) * steps
+    done = 0
+    for at, window in enumerate(tokens):
+        for method in methods:
+            what = f"window {at + 1} of {len(tokens)}: {method.name}"
+            start = done
+
+            def on_layer(what: str = what) -> None:
+                nonlocal done
+                done += 1
+                progress(what, done, total)
+
+            progress(what, done, total)
+            runs[method.name].append(run_window(loaded.model, method, window, on_layer))
+            done = start + steps
+    progress("done", total, total)
+    return runs
+
+
+def _rows(methods: list[Method], runs: dict[str, list[Window]], nll: dict[str, NDArray[np.float32]]) -> list[Row]:
+    """Figures and intervals of every method."""
+    values = {name: array.astype(np.float64) for name, array in nll.items()}
+    base = next((values[method.name] for method in methods if method.plain), None)
+    fp4 = next((values[method.name] for method in methods if is_fp4(method)), None)
+    boot = Bootstrap.over(*next(iter(values.values())).shape)
+    rows: list[Row] = []
+    for method in methods:
+        mine, run = values[method.name], runs[method.name]
+        loss = None if base is None or method.plain else mine - base
+        back = None
+        if loss is not None and base is not None and fp4 is not None and not is_fp4(method):
+            back = recovery(boot, loss, fp4 - base)
+        rows.append(
+            Row(
+                method=method,
+                nll=float(mine.mean()),
+                loss=None if loss is None else float(loss.mean()),
+                loss_interval=None if loss is None else interval(boot.means(loss)),
+                recovered=back.share if back else None,
+                recovered_interval=back.interval if back else None,
+                spent=Spent.of(run),
+                seconds=sum(window.seconds for window in run),
+                unserved=run[0].unserved,
+            )
+        )
+    return rows
+
+
+def _context(loaded: Loaded, text: Text, tokens: torch.Tensor) -> dict[str, Any]:
+    """Everything needed to know what was measured, and to measure it again."""
+    model = loaded.model
+    config = model.config.get_text_config()
+    keys = ("num_hidden_layers", "num_attention_heads", "num_key_value_heads", "hidden_size", "head_dim")
+    keys += ("max_position_embeddings", "vocab_size")
+    return {
+        "kind": "nll",
+        "schema": SCHEMA,
+        "created": now(),
+        "model": {
+            "spec": loaded.spec,
+            "gguf_sha256": loaded.sha256,
+            "class": type(model).__name__,
+            "dtype": str(model.dtype).removeprefix("torch."),
+            **{key: getattr(config, key, None) for key in keys},
+        },
+        "text": {"spec": text.name, "sha256": text.sha256, "characters": len(text.content)},
+        "windows": tokens.shape[0],
+        "length": tokens.shape[1],
+        "scored_tokens": tokens.shape[0] * (tokens.shape[1] - 1),
+        "bos": leading_bos(loaded.tokenizer),
+        "bootstrap": {"block": BOOTSTRAP_BLOCK, "resamples": RESAMPLES, "level": LEVEL, "seed": 0},
+        "device": device_name(model.device),
+        "threads": torch.get_num_threads(),
+        "versions": versions(PACKAGES),
+        "commit": commit(),
+    }

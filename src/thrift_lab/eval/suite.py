@@ -1,0 +1,423 @@
+"""A whole evaluation: many tasks, many methods, one folder, and a run that can be killed and started again.
+
+A folder holds
+
+    config.json         what is run, with every option of every method; a second start must ask for the same
+    environment.jsonl   one line per start: time, commit, versions, machine
+    predictions.jsonl   one line per sample and method, appended when it is done
+    metrics.json        means and intervals, see `thrift_lab.eval.summary`
+
+A line is written in one piece and synced before the next sample begins; half a line, left by a kill, is cut off at the next
+start. What has a line is never run again.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from thrift_lab.eval.answer import answer, stop_tokens
+from thrift_lab.eval.bootstrap import BOOTSTRAP_BLOCK
+from thrift_lab.eval.concentration import SHARES, of_model
+from thrift_lab.eval.fetch import Notify
+from thrift_lab.eval.methods import Method, described, parse_methods
+from thrift_lab.eval.models import Loaded, load_model
+from thrift_lab.eval.nll import chars_needed, check_head, check_length, run_window, windows_of
+from thrift_lab.eval.run_nll import PACKAGES, Progress
+from thrift_lab.eval.summary import summarise
+from thrift_lab.eval.tasks import standin
+from thrift_lab.eval.tasks.base import Encoder, Sample, Task
+from thrift_lab.eval.tasks.table import table
+from thrift_lab.eval.texts import load_text
+from thrift_lab.provenance import commit, device_name, machine, now, versions, write_json
+
+SCHEMA = 1
+STANDIN = "standin"
+"""As ``data``: make stand-ins for the published files from the first text."""
+
+Key = tuple[str, str, int, int, str]
+"""Kind, task or text, length, index, method."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a suite runs.
+
+    Args:
+        model: see `thrift_lab.eval.models.load_model`.
+        methods: comma-separated specs; ``fp16`` and ``fp4`` among them give losses and recovered shares.
+        texts: for NLL, see `thrift_lab.eval.texts.load_text`; the first is also RULER's haystack.
+        nll_lengths: tokens of a window.
+        windows: of each text and length.
+        tasks: names or families, see `thrift_lab.eval.tasks.table`; empty for none.
+        lengths: most tokens of a sample, the answer included.
+        samples: of each task and length.
+        max_new: most tokens of an answer; None for what each task says.
+        chat: use the tokenizer's chat template.
+        data: folder with the published files, ``"standin"``, or None.
+        hub: read LongBench from the hub.
+        concentration: tokens for the measurement of error concentration; 0 for none.
+        seed: of the generated tasks.
+
+    Raises:
+        ValueError: nothing to run, or a number out of range.
+    """
+
+    model: str
+    methods: str
+    texts: tuple[str, ...] = ("shakespeare",)
+    nll_lengths: tuple[int, ...] = ()
+    windows: int = 1
+    tasks: str = ""
+    lengths: tuple[int, ...] = ()
+    samples: int = 1
+    max_new: int | None = None
+    chat: bool = False
+    data: str | None = None
+    hub: bool = False
+    concentration: int = 0
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if not self.texts:
+            raise ValueError("a plan needs at least one text")
+        if not self.nll_lengths and not (self.tasks and self.lengths) and not self.concentration:
+            raise ValueError(
+                "nothing to run: give NLL lengths, tasks with lengths, or a length for error concentration"
+            )
+        for name in ("windows", "samples", "max_new"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name} must be at least 1, got {value}")
+        if min((*self.nll_lengths, *self.lengths, 2)) < 2 or self.concentration < 0:
+            raise ValueError("lengths must be at least 2 tokens, the one of error concentration 0 or more")
+
+    def to_dict(self) -> dict[str, Any]:
+        """As plain JSON values."""
+        return json.loads(json.dumps(asdict(self)))
+
+
+@dataclass(frozen=True)
+class _Item:
+    """One sample or window, for every method."""
+
+    kind: str  # nll, task, concentration
+    name: str
+    length: int
+    index: int
+
+    def keys(self, methods: list[Method]) -> list[tuple[Key, Method]]:
+        """What has to be run."""
+        if self.kind == "concentration":
+            methods = [method for method in methods if method.plain][:1]
+        elif self.kind == "nll":
+            methods = [method for method in methods if method.evict is None]
+        return [((self.kind, self.name, self.length, self.index, method.name), method) for method in methods]
+
+
+class Folder:
+    """The files of a run."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        self.lines = path / "predictions.jsonl"
+
+    def begin(self, plan: Plan) -> None:
+        """Make the folder, or check that it belongs to this plan.
+
+        Raises:
+            ValueError: it holds a run of another plan.
+        """
+        self.path.mkdir(parents=True, exist_ok=True)
+        config = self.path / "config.json"
+        computed = {method.name: described(method) for method in parse_methods(plan.methods)}
+        asked = {"schema": SCHEMA, **plan.to_dict(), "computed": computed}
+        if config.exists():
+            there = json.loads(config.read_text(encoding="utf-8"))
+            different = [key for key in {**there, **asked} if there.get(key) != asked.get(key)]
+            if different:
+                what = "; ".join(f"{key}: there {there.get(key)!r}, asked {asked.get(key)!r}" for key in different)
+                raise ValueError(f"{self.path} holds a run of another plan ({what}): give another folder")
+        else:
+            write_json(config, asked, allow_nan=False)
+        if self.lines.exists():  # a kill can leave half a line
+            content = self.lines.read_bytes()
+            whole = content.rfind(b"\n") + 1
+            if whole < len(content):
+                with self.lines.open("r+b") as file:
+                    file.truncate(whole)
+
+    def records(self) -> list[dict[str, Any]]:
+        """All lines.
+
+        Raises:
+            ValueError: two lines about the same sample and method: two runs wrote at once.
+        """
+        if not self.lines.exists():
+            return []
+        text = self.lines.read_text(encoding="utf-8")
+        found = [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines()]
+        if len({key_of(record) for record in found}) < len(found):
+            raise ValueError(f"{self.lines} has two lines about one sample and method: did two runs write at once?")
+        return found
+
+    def append(self, record: dict[str, Any]) -> None:
+        """Add a line; it is on disk when this returns."""
+        with self.lines.open("ab") as file:
+            file.write(json.dumps(record, allow_nan=False).encode() + b"\n")
+            file.flush()
+            os.fsync(file.fileno())
+
+    def note(self, environment: dict[str, Any]) -> None:
+        """Add a line to the environment file."""
+        with (self.path / "environment.jsonl").open("a", encoding="utf-8") as file:
+            file.write(json.dumps(environment) + "\n")
+
+    def load(self) -> tuple[dict[str, Any], list[dict[str, Any]], list[dict[str, Any]]]:
+        """Plan, environments and records.
+
+        Raises:
+            FileNotFoundError: no run there.
+            ValueError: a run of another schema.
+        """
+        config = self.path / "config.json"
+        if not config.is_file():
+            raise FileNotFoundError(f"{self.path} holds no run of `thrift eval suite`: no config.json")
+        plan = json.loads(config.read_text(encoding="utf-8"))
+        if plan.get("schema") != SCHEMA:
+            raise ValueError(f"{self.path} holds a run of schema {plan.get('schema')}, expected {SCHEMA}")
+        notes = self.path / "environment.jsonl"
+        environments = notes.read_text(encoding="utf-8").splitlines() if notes.exists() else []
+        return plan, [json.loads(line) for line in environments], self.records()
+
+
+def key_of(record: dict[str, Any]) -> Key:
+    """What a line is about."""
+    return record["kind"], record["task"], record["length"], record["index"], record["method"]
+
+
+@dataclass(frozen=True)
+class _Bench:
+    """Everything that is loaded once."""
+
+    loaded: Loaded
+    encoder: Encoder
+    methods: list[Method]
+    tasks: dict[str, Task]
+    windows: dict[tuple[str, int], torch.Tensor]
+    stops: set[int]
+    left_out: dict[str, str]
+
+
+def run(
+    plan: Plan,
+    folder: Path,
+    *,
+    device: str = "auto",
+    dtype: str = "auto",
+    notify: Notify = lambda message: None,
+    progress: Progress = lambda what, done, total: None,
+) -> dict[str, Any]:
+    """Run what is not yet in the folder, then summarise.
+
+    Args:
+        plan: what to run.
+        folder: of the run; made if need be.
+        device: see `load_model`.
+        dtype: see `load_model`.
+        notify: called with a line of text when something slow starts.
+        progress: called before and after every sample and method.
+
+    Returns:
+        The metrics, as in ``metrics.json``.
+
+    Raises:
+        ValueError, FileNotFoundError, NotImplementedError, FetchError, MissingExtra: each says what was expected.
+    """
+    methods = parse_methods(plan.methods)
+    files = Folder(folder)
+    files.begin(plan)
+    done = {key_of(record) for record in files.records()}
+    bench, items = _prepare(plan, folder, methods, device, dtype, notify)
+    files.note({**_environment(bench.loaded, plan), "left_out": bench.left_out})
+    todo = [(item, [(key, m) for key, m in item.keys(methods) if key not in done]) for item in items]
+    total = sum(len(item.keys(methods)) for item in items)
+    finished = total - sum(len(left) for _, left in todo)
+    notify("")
+    for item, left in todo:
+        sample = bench.tasks[item.name].sample(item.index, item.length, bench.encoder) if item.kind == "task" else None
+        for key, method in left:
+            progress(f"{item.name} {item.length} #{item.index}: {method.name}", finished, total)
+            head = dict(zip(("kind", "task", "length", "index", "method"), key, strict=True))
+            files.append({**head, **_measure(bench, item, sample, method)})
+            finished += 1
+    progress("done", total, total)
+    metrics = summarise(methods, files.records(), head_dim_of(bench.loaded.model))
+    write_json(folder / "metrics.json", metrics, allow_nan=False)
+    return metrics
+
+
+def _prepare(
+    plan: Plan, folder: Path, methods: list[Method], device: str, dtype: str, notify: Notify
+) -> tuple[_Bench, list[_Item]]:
+    """Load everything and list the work; what cannot run fails here, before the first sample."""
+    longest = max((*plan.nll_lengths, plan.concentration, 2))
+    texts = {spec: load_text(spec, chars_needed(longest, plan.windows), notify).content for spec in plan.texts}
+    tasks: list[Task] = []
+    left_out: dict[str, str] = {}
+    if plan.tasks:
+        essay = texts[plan.texts[0]]
+        data = None if plan.data is None else Path(plan.data)
+        if plan.data == STANDIN:
+            data = standin.write(folder / STANDIN, essay, rows=max(8, plan.samples), seed=plan.seed)
+        known = table(essay, data, hub=plan.hub, seed=plan.seed)
+        tasks, left_out = known.choose(plan.tasks), known.left_out(plan.tasks)
+        for name, files in left_out.items():
+            notify(f"left out for want of data: {name} needs {files}")
+    if plan.max_new is not None:
+        cap = plan.max_new
+        tasks = [_Capped(task, cap) for task in tasks]
+    loaded = load_model(plan.model, device=device, dtype=dtype, notify=notify)
+    encoder = Encoder(loaded.tokenizer, plan.chat)
+    for length in (longest, *plan.lengths):
+        check_length(loaded.model, length)
+    notify("making samples")
+    items = [_Item("concentration", plan.texts[0], plan.concentration, 0)] if plan.concentration else []
+    windows: dict[tuple[str, int], torch.Tensor] = {}
+    for spec, content in texts.items():
+        for length in plan.nll_lengths:
+            windows[spec, length] = windows_of(loaded.tokenizer, content, length, plan.windows)
+            items += [_Item("nll", spec, length, index) for index in range(plan.windows)]
+    if plan.concentration:
+        spec = plan.texts[0]
+        windows["concentration", plan.concentration] = windows_of(loaded.tokenizer, texts[spec], plan.concentration, 1)
+    if windows:
+        check_head(loaded.model, next(iter(windows.values())))
+    for length in plan.lengths:
+        for task in tasks:
+            for index in {0, plan.samples - 1}:
+                task.sample(index, length, encoder)
+        # Samples outside, tasks inside: a run that was cut short has seen all tasks.
+        items += [_Item("task", task.name, length, index) for index in range(plan.samples) for task in tasks]
+    stops = stop_tokens(loaded.model, loaded.tokenizer)
+    return _Bench(loaded, encoder, methods, {t.name: t for t in tasks}, windows, stops, left_out), items
+
+
+@dataclass(frozen=True)
+class _Capped:
+    """A task with shorter answers."""
+
+    task: Task
+    cap: int
+
+    @property
+    def name(self) -> str:
+        return self.task.name
+
+    @property
+    def family(self) -> str:
+        return self.task.family
+
+    @property
+    def metric(self) -> str:
+        return self.task.metric
+
+    def sample(self, index: int, length: int, encoder: Encoder) -> Sample:
+        sample = self.task.sample(index, length, encoder)
+        return replace(sample, max_new=min(sample.max_new, self.cap))
+
+    def score(self, prediction: str, sample: Sample) -> float:
+        return self.task.score(prediction, sample)
+
+
+def _measure(bench: _Bench, item: _Item, sample: Sample | None, method: Method) -> dict[str, Any]:
+    """One sample and method, as the rest of its line."""
+    model = bench.loaded.model
+    if item.kind == "concentration":
+        heads = of_model(model, bench.windows["concentration", item.length][0])
+        return {"shares": SHARES, "heads": [_rounded(asdict(head)) for head in heads]}
+    if sample is None:
+        window = run_window(model, method, bench.windows[item.name, item.length][item.index])
+        nll = window.nll.double().numpy()
+        starts = np.arange(0, len(nll), BOOTSTRAP_BLOCK)
+        return {
+            "nll": float(nll.mean()),
+            "sums": [round(float(x), 5) for x in np.add.reduceat(nll, starts)],
+            "tokens": len(nll),
+            "seconds": round(window.seconds, 4),
+            **_spent(window.stats),
+            "unserved": list(window.unserved),
+        }
+    task = bench.tasks[item.name]
+    prompt, gold = bench.encoder.ids(sample), bench.encoder.gold_ids(sample)
+    given = answer(model, method, prompt, gold, sample.max_new, bench.stops)
+    prediction = bench.loaded.tokenizer.decode(given.tokens, skip_special_tokens=True)
+    return {
+        "family": task.family,
+        "metric": task.metric,
+        "score": task.score(prediction, sample),
+        "gold_nll": given.gold_nll,
+        "prediction": prediction,
+        "references": list(sample.references),
+        "prompt_tokens": len(prompt),
+        "gold_tokens": len(gold),
+        "prompt_sha256": hashlib.sha256((sample.prompt + sample.prefix).encode()).hexdigest()[:16],
+        "seconds": round(given.seconds, 4),
+        **_spent(given.stats),
+        "unserved": list(given.unserved),
+    }
+
+
+def head_dim_of(model: Any) -> int:
+    """Head dim of a model, from its configuration."""
+    config = model.config.get_text_config()
+    return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+
+
+def _spent(stats: Any) -> dict[str, float | None]:
+    """What was promoted; nothing for the model's own attention."""
+    if stats is None:
+        return {"share": None, "high_mass": None}
+    return {"share": round(stats.share, 6), "high_mass": round(stats.high_mass, 6)}
+
+
+def _rounded(head: dict[str, Any]) -> dict[str, Any]:
+    """Fewer digits."""
+
+    def short(x: Any) -> Any:
+        return float(f"{x:.5g}") if isinstance(x, float) else x
+
+    return {
+        key: [short(x) for x in value] if isinstance(value, (list, tuple)) else short(value)
+        for key, value in head.items()
+    }
+
+
+def _environment(loaded: Loaded, plan: Plan) -> dict[str, Any]:
+    """Where and with what a run was started."""
+    model = loaded.model
+    config = model.config.get_text_config()
+    keys = ("num_hidden_layers", "num_attention_heads", "num_key_value_heads", "hidden_size", "vocab_size")
+    return {
+        "started": now(),
+        "commit": commit(),
+        "device": device_name(model.device),
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "threads": torch.get_num_threads(),
+        "model": {
+            "spec": plan.model,
+            "gguf_sha256": loaded.sha256,
+            "class": type(model).__name__,
+            **{key: getattr(config, key, None) for key in keys},
+            "head_dim": head_dim_of(model),
+        },
+        "machine": machine(),
+        "versions": versions((*PACKAGES, "rouge", "wonderwords")),
+    }

@@ -1,0 +1,165 @@
+"""Sequences of a paged cache exchanged, repeated, branched off and written out, in plain PyTorch."""
+
+import gc
+
+import pytest
+import torch
+
+from support.caches import make, tokens
+from thrift_attn.cache import state
+from thrift_attn.cache.paged import DECODE
+
+
+def same(one, row, other, at):
+    return all(torch.equal(a, b) for a, b in zip(one.read(row), other.read(at), strict=True))
+
+
+def filled(lengths, **options):
+    cache = make(batch=len(lengths), **options)
+    cache.append(*tokens(max(lengths), batch=len(lengths)), lengths=lengths)
+    return cache
+
+
+@pytest.mark.parametrize("rows", [[1, 0, 1], [2, 2, 2], [0, 1, 2], [2], [0, 0, 1, 1, 2, 2]])
+def test_select_makes_each_row_what_the_chosen_one_was(rows):
+    cache, before = filled([130, 63, 64]), filled([130, 63, 64])
+    table = cache.table.table
+    cache.select(rows)
+    assert cache.batch == len(rows)
+    assert [cache.tokens(row) for row in range(len(rows))] == [before.tokens(row) for row in rows]
+    assert cache.lengths.tolist() == [before.tokens(row) for row in rows]
+    assert all(same(cache, row, before, source) for row, source in enumerate(rows))
+    assert (cache.table.table is table) == (len(rows) == 3)  # a graph holds on to the tensors
+    assert cache.table.free_pages == 32 - len({(row, b) for row in rows for b in range(before.tokens(row) // 64)})
+
+
+def test_copies_grow_apart():
+    cache = filled([100])
+    cache.select([0, 0])
+    k, v = tokens(90, batch=2, seed=1)
+    cache.append(k, v)
+    want = filled([100])
+    want.append(k[1:], v[1:])
+    assert same(cache, 1, want, 0)
+    for row in range(2):
+        cache.free(row)
+    assert cache.table.free_pages == 32
+
+
+def test_a_reserved_page_is_not_shared():
+    cache = filled([100])
+    cache.reserve(100)
+    cache.select([0, 0])
+    cache.append(*tokens(100, batch=2, seed=1))
+    pages = [cache.table.pages(row).tolist() for row in range(2)]
+    assert pages[0][0] == pages[1][0]
+    assert not set(pages[0][1:]) & set(pages[1][1:])
+
+
+def test_select_checks_its_rows():
+    cache = filled([10])
+    with pytest.raises(ValueError, match="at least one"):
+        cache.select([])
+    with pytest.raises(ValueError, match="row must be"):
+        cache.select([1])
+
+
+def test_branches_share_pages_and_give_their_own_back():
+    cache, want = filled([130, 64]), filled([130, 64])
+    free = cache.table.free_pages
+    branch = cache.branch()
+    assert cache.table.free_pages == free
+    k, v = tokens(70, batch=2, seed=1)
+    branch.append(k, v)
+    want.append(k, v)
+    assert all(same(branch, row, want, row) for row in range(2))
+    assert [cache.tokens(row) for row in range(2)] == [130, 64]
+    assert cache.table.free_pages == branch.table.free_pages < free
+    del branch
+    gc.collect()
+    assert cache.table.free_pages == free
+
+
+def test_pages_outlive_the_cache_they_came_from():
+    cache = filled([130])
+    branch = cache.branch()
+    del cache
+    gc.collect()
+    want = filled([130])
+    branch.append(*tokens(500, seed=3))  # would overwrite pages given back too early
+    k, _ = branch.read(0)
+    assert torch.equal(k[:, :128], want.read(0)[0][:, :128])
+    assert branch.table.free_pages == 32 - 630 // 64
+
+
+def test_state_goes_out_and_comes_back_with_its_sharing():
+    cache = filled([130, 63, 64])
+    cache.select([0, 0, 1, 2])
+    saved = state.dump(cache)
+    other = make(batch=4)
+    state.restore(other, saved)
+    assert other.table.free_pages == cache.table.free_pages
+    assert all(same(other, row, cache, row) for row in range(4))
+    other.truncate(0, 127)  # the 16-bit slots came along
+    cache.truncate(0, 127)
+    assert same(other, 0, cache, 0)
+
+
+def test_state_that_does_not_fit_is_refused_and_leaves_the_cache_as_it_was():
+    saved = state.dump(filled([130, 63]))
+    for other, problem in (
+        (make(batch=1), "batch"),
+        (make(batch=2, pages=1), "pages"),
+        (make(batch=2, dim=32), "shape"),
+    ):
+        with pytest.raises((ValueError, RuntimeError), match=problem):
+            state.restore(other, saved)
+        assert other.table.free_pages == other.pool.base.shape[0]
+    used = filled([10, 10])
+    with pytest.raises(ValueError, match="empty"):
+        state.restore(used, saved)
+
+
+@pytest.mark.parametrize("lengths", [[1, 63], [64, 0], [130, 65]])
+def test_widened_rows_are_what_read_gives(lengths):
+    cache = filled(lengths)
+    out = cache.widen(room=5)
+    for row, length in enumerate(lengths):
+        for x, want in zip(out, cache.read(row), strict=True):
+            assert x.shape == (2, 2, max(lengths) + 5, 64)
+            assert torch.equal(x[row, :, :length], want)
+            assert not x[row, :, length:].any()
+
+
+@pytest.mark.parametrize("high", ["nested", "nested8", "16bit"])
+def test_the_first_token_stays_exact_through_all_of_it(high):
+    """Forked, exchanged, branched off, written out, and taken back to less than its block; then the block fills up again."""
+    k, v = tokens(200, batch=3)
+    v[:, :, 0] *= 100
+    config = DECODE.with_(high=high, balance="none")
+
+    def check(cache, *sources):
+        for row, source in enumerate(sources):
+            for got, given in zip(cache.read(row), (k, v), strict=True):
+                assert torch.equal(got[:, 0], given[source, :, 0])
+
+    cache = make(batch=3, config=config)
+    cache.append(k, v, lengths=[200, 64, 10])
+    check(cache, 0, 1, 2)
+    cache.fork(0, 2)
+    cache.select([1, 0, 2])
+    check(cache, 1, 0, 0)
+    branch, restored = cache.branch(), make(batch=3, config=config)
+    state.restore(restored, state.dump(cache))
+    cache.free(0)
+    cache.append(k[2:].expand(3, -1, -1, -1), v[2:].expand(3, -1, -1, -1), lengths=[100, 0, 0])
+    check(cache, 2, 0, 0)
+    check(branch, 1, 0, 0)
+    check(restored, 1, 0, 0)
+    cache.truncate(1, 40)  # its block is in no 16-bit slot any more
+    check(cache, 2, 0, 0)
+    cache.append(k[2:].expand(3, -1, -1, -1), v[2:].expand(3, -1, -1, -1), lengths=[0, 50, 0])
+    check(cache, 2, 0, 0)
+    cache.truncate(0, 0)
+    cache.append(k[1:2].expand(3, -1, -1, -1), v[1:2].expand(3, -1, -1, -1), lengths=[70, 0, 0])
+    check(cache, 1, 0, 0)

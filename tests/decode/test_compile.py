@@ -1,0 +1,110 @@
+"""The decode kernel compiles, without spilling, for GPUs that are not there, to the instructions it was written for."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+# Kernels that were imported for the interpreter cannot be compiled, so this runs in a process of its own.
+_PROGRAM = """
+import json, re, subprocess, sys
+from pathlib import Path
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from thrift_attn.decode import attend as decode, combine_splits as splits
+
+plane, dim, group, capability = json.loads(sys.argv[1])
+fn = decode.attend_split_kernel
+tile = decode.column_tile(group, 1, dim)
+tuned = decode.tuning(dim, tile, False, plane)
+high = "*bf16" if plane == "16bit" else "*i32"
+pointers = dict(zip(fn.arg_names, ["*bf16", "*i32", high, "*bf16", "*fp32", "*i32", "*i32", "*i32", "*fp32", "*fp32", "*bf16"]))
+numbers = dict(scale="fp32", stride_qb="i32", stride_qh="i32", stride_qt="i32", window="i32", blocks="i32")
+constants = dict(
+    HKV=8, GROUP=group, TQ=1, D=dim, CHUNKS=decode.chunks(dim, tuned.chunk), N=tile,
+    RP=splits.padded_rows(group, 1), HIGH=decode.HIGH[plane], CENTRED=True, WINDOW=False, CAP=0.0, LEVELLED=True,
+    PORTABLE=False, OVERLAP=capability >= 90,
+)
+signature = {n: {**pointers, **numbers}.get(n, "constexpr") for n in fn.arg_names}
+aligned = [*pointers, "stride_qb", "stride_qh", "stride_qt"]
+attrs = {(fn.arg_names.index(n),): [["tt.divisibility", 16]] for n in aligned}
+kernel = triton.compile(
+    ASTSource(fn, signature, constexprs=constants, attrs=attrs),
+    target=GPUTarget("cuda", capability, 32),
+    options=dict(num_warps=1, num_stages=1, maxnreg=tuned.maxnreg),
+)
+cubin = Path(sys.argv[2])
+cubin.write_bytes(kernel.asm["cubin"])
+tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+usage = subprocess.run([tool, "-res-usage", cubin], capture_output=True, text=True, check=True).stdout
+ptx = kernel.asm["ptx"]
+print(json.dumps(dict(
+    registers=int(re.search(r"REG:(\\d+)", usage)[1]), stack=int(re.search(r"STACK:(\\d+)", usage)[1]),
+    products=ptx.count("mma.sync.aligned.m16n8k16"), transposes=ptx.count("movmatrix"), wide=ptx.count("ld.global.v4"),
+)))
+"""
+
+
+@pytest.mark.parametrize(
+    ("plane", "dim", "group", "capability"),
+    [("nested", 64, 4, 80), ("nested", 128, 4, 90), ("16bit", 64, 12, 100), ("nested8", 80, 4, 120)],
+)
+def test_compiles_without_spills(plane: str, dim: int, group: int, capability: int, tmp_path: Path) -> None:
+    environment = {**os.environ, "TRITON_INTERPRET": "0"}
+    command = [
+        sys.executable,
+        "-c",
+        _PROGRAM,
+        json.dumps([plane, dim, group, capability]),
+        str(tmp_path / "kernel.cubin"),
+    ]
+    # The compiler reads kernels from files, which `-c` has none of; the kernel itself is imported.
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    facts = json.loads(done.stdout.splitlines()[-1])
+    assert facts["stack"] == 0, facts
+    tiles, columns = dim // 16, 2 if group > 8 else 1
+    assert facts["products"] >= 8 * tiles * columns  # K and V of one block in low precision
+    assert facts["transposes"] >= 8 * columns
+    assert facts["wide"] >= 2 * tiles
+
+
+_SELECTION = """
+import json, sys
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from thrift_attn.decode import select as kernels
+
+pad, warps, capability = json.loads(sys.argv[1])
+fn, keys = kernels.select_blocks_kernel, pad // 32 // warps
+constants = dict(
+    FIRST=1, LAST=1, HKV=8, TQ=1, WINDOW=False, PAD=pad, KEYS=keys, SEARCH=kernels._search_asm(keys),
+    REGISTERS=",".join(["=r"] * keys + ["r"] * 2 * keys), PORTABLE=False, OVERLAP=capability >= 90,
+)
+types = {n: "*fp32" if n == "score_ptr" else "*i32" if n.endswith("_ptr") else "i32" for n in fn.arg_names}
+signature = {n: "constexpr" if n in constants else t for n, t in types.items()}
+attrs = {(i,): [["tt.divisibility", 16]] for i, n in enumerate(fn.arg_names) if n.endswith("_ptr")}
+kernel = triton.compile(
+    ASTSource(fn, signature, constexprs=constants, attrs=attrs),
+    target=GPUTarget("cuda", capability, 32),
+    options=dict(num_warps=warps),
+)
+print(kernel.asm["ptx"].count("bar.red.popc"))
+"""
+
+
+@pytest.mark.parametrize(("pad", "warps", "capability"), [(64, 1, 80), (2048, 16, 90), (1024, 16, 120)])
+def test_the_search_of_the_selection_is_one_loop(pad: int, warps: int, capability: int) -> None:
+    """Every thread must hold its keys in one statement: two copies of the search would each count a part of the keys."""
+    environment = {**os.environ, "TRITON_INTERPRET": "0"}
+    command = [sys.executable, "-c", _SELECTION, json.dumps([pad, warps, capability])]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert int(done.stdout) == (pad // 32 // warps).bit_length()

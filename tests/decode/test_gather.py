@@ -1,0 +1,90 @@
+"""Pages back to 16 bits: the kernel writes what the pages decode to in plain PyTorch, bit for bit."""
+
+from __future__ import annotations
+
+import copy
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from support.kernel_caches import make, tokens
+from thrift_attn.cache.paged import DECODE
+from thrift_attn.decode.gather import widen_pages
+
+
+def filled(lengths, **options):
+    """A cache that reads with the kernels and one that reads in PyTorch, over the same pages, written in PyTorch."""
+    plain = make("reference", batch=len(lengths), heads=1, **options)
+    plain.append(*tokens(max(lengths), batch=len(lengths), heads=1, dim=plain.head_dim), lengths=lengths)
+    kernels = copy.copy(plain)
+    kernels.backend = "triton"
+    return kernels, plain
+
+
+CASES = [
+    (DECODE, 64, 1),
+    (DECODE.with_(high="nested8", center="none", sink="none"), 80, 63),
+    (DECODE.with_(high="16bit"), 64, 64),
+    (DECODE.with_(low="mxfp4"), 96, 65),
+]
+
+
+@pytest.mark.parametrize(("config", "dim", "length"), CASES)
+def test_kernel_equals_pytorch(config, dim, length):
+    lengths = [length, 66]
+    kernels, plain = filled(lengths, config=config, dim=dim)
+    for got, want in zip(kernels.widen(room=3), plain.widen(room=3), strict=True):
+        assert got.shape == (2, 1, 69, dim)
+        assert torch.equal(got, want)
+        assert not got[0, :, length:].any()
+
+
+def test_poisoned_pages_of_others_are_not_read():
+    kernels, plain = filled([65, 66])
+    want = [x[1, :, :66].clone() for x in plain.widen()]
+    for page in kernels.table.pages(0).tolist():
+        kernels.pool.base[page] = kernels.pool.high[page] = -1
+        kernels.pool.centres[page] = torch.nan
+    kernels.tail[:, 0] = torch.nan
+    for got, expected in zip(kernels.widen(), want, strict=True):
+        assert torch.equal(got[1, :, :66], expected)
+
+
+def test_too_little_room_is_an_error():
+    kernels, _ = filled([70])
+    out = torch.zeros(1, 1, 69, 64, dtype=torch.float16, device=kernels.device)
+    with pytest.raises(ValueError, match="room for 70"):
+        widen_pages(
+            out, out, *kernels.pool, kernels.tail, kernels.table.table, kernels.lengths,
+            tokens=70, plane="nested", centred=True,
+        )  # fmt: skip
+
+
+# Kernels that were imported for the interpreter cannot be compiled, so this runs in a process of its own.
+_PROGRAM = """
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from thrift_attn.decode.gather import widen_kernel as fn
+from thrift_attn.reference.page_layout import HIGH
+
+for plane, dim, capability in (("nested", 128, 90), ("nested8", 80, 80), ("16bit", 64, 120)):
+    high = ("*bf16", "*bf16") if plane == "16bit" else ("*i16", "*i32")
+    kinds = ["*bf16", "*bf16", "*i16", "*i32", "*bf16", *high, "*bf16", "*bf16", "*i32", "*i32", "*bf16", "*bf16", "i32", "i32"]
+    signature = dict(zip(fn.arg_names, kinds + ["constexpr"] * 7))
+    constants = dict(BATCH=2, HKV=8, D=dim, HIGH=HIGH[plane], CENTRED=True, SINK=True, LEVELLED=True)
+    source = ASTSource(fn, signature, constexprs=constants)
+    kernel = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=dict(num_warps=1))
+    assert len(kernel.asm["cubin"]) > 1000
+    print("compiled", plane)
+"""
+
+
+def test_compiles_for_gpus_that_are_not_there():
+    environment = {**os.environ, "TRITON_INTERPRET": "0"}
+    done = subprocess.run([sys.executable, "-c", _PROGRAM], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stdout.count("compiled") == 3

@@ -1,0 +1,78 @@
+"""Decoding through the cache against the plain model: exact where it must be, counted right, on a tiny model."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import pytest
+import torch
+
+from support.letters import EXACT, Letters
+from support.tiny_models import build
+from thrift_attn import fraction
+from thrift_attn.cache.paged import DECODE
+
+pytest.importorskip("transformers", minversion="5.0")
+from thrift_lab.eval import decode_quality as decode
+from thrift_lab.eval.models import Loaded
+
+TEXT = "".join(chr(33 + int(i)) for i in torch.randint(0, 90, (1200,), generator=torch.Generator().manual_seed(0)))
+SIZES = {"prompts": 3, "shortest": 100, "longest": 300, "new": 9, "needles": 3}
+
+
+def loaded() -> Loaded:
+    return Loaded("tiny", build("llama", attn="sdpa"), Letters())
+
+
+@torch.no_grad()
+def test_exact_cache_has_no_divergence(tmp_path: Path) -> None:
+    said: list[str] = []
+    record = decode.evaluate(loaded(), TEXT, config=EXACT, say=said.append, text_name="noise", **SIZES)
+    assert [one.prompt for one in record.continuations] == [100, 200, 300]
+    assert [one.start for one in record.continuations] == [0, 109, 318]
+    assert all(len(one.kl) == len(one.same_top) == 9 for one in record.continuations)
+    assert abs(record.kl) < 1e-6
+    assert record.same_top == 1.0
+    assert [needle.depth for needle in record.needles] == [0, 0.5, 1]
+    assert all(needle.plain == needle.cached for needle in record.needles)
+    assert len(said) == 6
+    record.save(tmp_path / "x" / "record.json")
+    assert decode.DecodeRecord.load(tmp_path / "x" / "record.json") == record
+    (tmp_path / "y.json").write_text("[]")
+    with pytest.raises(ValueError, match="not a decode-quality record"):
+        decode.DecodeRecord.load(tmp_path / "y.json")
+
+
+@torch.no_grad()
+def test_divergence_is_that_of_the_distributions() -> None:
+    sizes = {**SIZES, "needles": 0}
+    record = decode.evaluate(loaded(), TEXT, config=DECODE.with_(budget=fraction(0)), **sizes)
+    assert all(x > 0 for one in record.continuations for x in one.kl)
+    assert 1e-5 < record.kl < 1
+    assert math.isclose(record.kl, sum(sum(one.kl) for one in record.continuations) / 27)
+    assert record.needles == []
+
+
+def test_needles_are_counted() -> None:
+    one = decode.Needle(0.5, 100, "1234", "is 1234.", "is 12.")
+    record = decode.DecodeRecord({}, [], [one, decode.Needle(0, 9, "7", "8", "7"), decode.Needle(0, 9, "7", "7", "7")])
+    assert (record.found, record.lost) == (2, 1)
+    assert "loses 1" in record.sentence()
+
+
+def test_hidden_where_it_was_asked_for() -> None:
+    for depth, where in ((0.0, 0), (1.0, 300)):
+        ids = decode.hide(loaded(), TEXT, 400, depth, "4321")[0]
+        text = Letters().decode(ids.tolist())
+        assert len(ids) == 400
+        assert abs(text.index("4321") - where) < 60
+        assert text.endswith("harbour is")
+
+
+def test_sizes_are_checked() -> None:
+    with pytest.raises(ValueError, match="tokens"):
+        decode.evaluate(loaded(), TEXT[:200], config=EXACT, **SIZES)
+    with pytest.raises(ValueError, match="shortest"):
+        decode.lengths(3, 10, 9)
+    assert decode.lengths(1, 10, 20) == [10]

@@ -1,0 +1,106 @@
+"""Budgets and selection against brute force."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from thrift_attn import Budget, fraction, paper, top_k
+from thrift_attn.reference.budget import asked_share, blocks_per_row, decode_budget, promote
+from thrift_attn.reference.scores import block_extremes, mean_score, quest_score
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.integers(1, 300), st.floats(0, 1))
+def test_a_fraction_promotes_that_share_of_the_causal_pairs(rows, share):
+    visible = torch.arange(1, rows + 1)
+    counts = blocks_per_row(fraction(share), visible, rows)
+    assert (counts >= 0).all()
+    assert (counts <= visible).all()
+    assert abs(int(counts.sum()) - share * int(visible.sum())) <= 0.5 + 1e-6
+    # One number of blocks for every row that sees so many, up to rounding.
+    full = counts[visible > counts.max()]
+    assert len(full) == 0 or int(full.max() - full.min()) <= 1
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.lists(st.integers(1, 40), min_size=1, max_size=60), st.floats(0, 1))
+def test_a_fraction_of_any_visible_counts(visible, share):
+    counts = blocks_per_row(fraction(share), torch.tensor(visible), 40)
+    assert abs(int(counts.sum()) - share * sum(visible)) <= 0.5 + 1e-6
+
+
+def test_the_ends_of_the_range():
+    visible = torch.arange(1, 17)
+    assert not blocks_per_row(fraction(0), visible, 16).any()
+    assert torch.equal(blocks_per_row(fraction(1), visible, 16), visible)
+    assert blocks_per_row(top_k(3), visible, 16).tolist() == [1, 2] + [3] * 14
+    assert blocks_per_row(top_k(0), visible, 16).sum() == 0
+
+
+@pytest.mark.parametrize(("blocks", "want"), [(1, 1), (63, 1), (64, 1), (127, 1), (128, 2), (2048, 32)])
+def test_the_papers_rule(blocks, want):
+    assert blocks_per_row(paper(), torch.tensor([blocks]), blocks).tolist() == [want]
+
+
+@pytest.mark.parametrize("budget", [fraction(0), fraction(0.05), fraction(1), top_k(3), paper()], ids=str)
+def test_the_decode_table_is_the_budget_of_one_row(budget):
+    table = decode_budget(budget, 400)
+    assert table.tolist() == [0] + [int(blocks_per_row(budget, torch.tensor([n]), n)) for n in range(1, 401)]
+
+
+def test_asked_share():
+    visible = torch.arange(1, 5)
+    assert asked_share(fraction(0.3), visible, 4) == 0.3
+    assert asked_share(top_k(1), visible, 4) == pytest.approx(0.4)
+
+
+def test_promote_takes_forced_blocks_then_the_best():
+    scores = torch.tensor([[[0.0, 5.0, 1.0, 4.0, 3.0, 9.0]]])
+    visible = torch.tensor([[True, True, True, True, True, False]])
+
+    def chosen(k, **forced):
+        return promote(scores, visible, torch.tensor([k]), **forced)[0, 0].nonzero().flatten().tolist()
+
+    assert chosen(2) == [1, 3]
+    assert chosen(1, first=1, last=1) == [0]  # the sink comes before the diagonal
+    assert chosen(2, first=1, last=1) == [0, 4]
+    assert chosen(3, first=1, last=1) == [0, 1, 4]
+    assert chosen(5) == [0, 1, 2, 3, 4]
+    assert chosen(0, first=1, last=1) == []
+
+
+def test_ties_go_to_the_lower_index():
+    visible = torch.ones(1, 100, dtype=torch.bool)
+    chosen = promote(torch.zeros(2, 1, 100), visible, torch.tensor([7]))
+    assert chosen.nonzero()[:, 2].tolist() == list(range(7)) * 2
+
+
+def test_mean_score_is_the_logit_of_the_means_per_kv_head():
+    queries, centres = torch.randn(6, 5, 16), torch.randn(2, 9, 16)
+    got = mean_score(queries, centres, 0.3)
+    want = torch.einsum("hrd,hnd->hrn", queries, centres.repeat_interleave(3, 0)) * 0.3
+    torch.testing.assert_close(got, want)
+
+
+@pytest.mark.parametrize("tokens", [1, 64, 65, 200])
+def test_quest_bounds_every_logit_of_the_block(tokens):
+    k, queries = torch.randn(2, tokens, 16), torch.randn(4, 3, 16)
+    bound = quest_score(queries, *block_extremes(k), 1.0)
+    logits = torch.einsum("hrd,htd->hrt", queries, k.repeat_interleave(2, 0))
+    for t in range(tokens):
+        assert (logits[..., t] <= bound[..., t // 64] + 1e-5).all()
+
+
+@pytest.mark.parametrize("text", ["0.05", "5%", "top_k(8)", "paper"])
+def test_budgets_are_read_from_text_and_back(text):
+    budget = Budget.parse(text)
+    assert Budget.parse(str(budget)) == budget
+
+
+@pytest.mark.parametrize(
+    "text", ["", "nan", "-0.1", "1.5", "120%", "top_k(-1)", "top_k(x)", "lots", "top_k(1.5)", "inf"]
+)
+def test_bad_budget_text(text):
+    with pytest.raises(ValueError, match="budget"):
+        Budget.parse(text)

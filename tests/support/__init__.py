@@ -1,0 +1,1 @@
+"""Helpers that tests share: they import from here, never from one another."""

@@ -1,0 +1,140 @@
+"""Inputs of the prefill kernels, what they should give, and the check against it."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor
+
+from support.device import DEVICE
+from thrift_attn.config import ThriftConfig
+from thrift_attn.prefill.ops import prefill
+from thrift_attn.prefill.pack import quantise_kv
+from thrift_attn.prefill.statistics import measure
+from thrift_attn.reference import attention as reference
+from thrift_attn.reference.attention import Mask
+from thrift_attn.reference.formats import FORMATS
+from thrift_attn.seq_layout import Sequences, dense
+
+DTYPE = torch.float16
+EPS = 2.0**-11
+"""Largest relative rounding error of DTYPE."""
+
+
+def draw(batch: int, heads: tuple[int, int], queries: int, keys: int, dim: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Q, K with a bias per head and a topic per block, V."""
+    q = 1.5 * torch.randn(batch, heads[0], queries, dim)
+    k = torch.randn(batch, heads[1], keys, dim) + 2 * torch.randn(heads[1], 1, dim)
+    k += torch.randn(batch, heads[1], -(-keys // 64), dim).repeat_interleave(64, 2)[:, :, :keys]
+    v = torch.randn(batch, heads[1], keys, dim)
+    return q.to(DEVICE, DTYPE), k.to(DEVICE, DTYPE), v.to(DEVICE, DTYPE)
+
+
+def written(k: Tensor, v: Tensor, sequences: Sequences, config: ThriftConfig) -> dict[str, Tensor]:
+    """Planes of 4-bit formats [B, ...] as the kernels write them, decoded, on the CPU.
+
+    test_quantise.py and test_levels.py check them. Where two scales are equally good, or a power of two lies halfway, the order
+    of a sum decides, which differs on a GPU.
+    """
+    rest = None if config.high == "16bit" else config.high
+    levels = measure(
+        k, k, v, sequences, centred=config.centred, less_mean=False, balanced=config.balanced,
+        of_values=config.low == "nvfp4",
+    )  # fmt: skip
+    best = config.scales == "best"
+    packed = quantise_kv(
+        k, v, sequences, low=config.low, form="wide", rest=rest, centred=config.centred, sink=config.exact_sink, best=best,
+        levels=levels,
+    )  # fmt: skip
+    found = {"low_k": packed.k, "low_v": packed.v, "centres": packed.centres, "stretch": levels.keys}
+    if rest is not None:
+        mean = packed.centres.float().repeat_interleave(64, 2) if config.centred else 0
+        found |= {"high_k": mean + packed.k.float() + packed.k_rest.float()}
+        found |= {"high_v": packed.v.float() + packed.v_rest.float()}
+        if config.exact_sink:
+            found["high_v"][:, :, 0] = v[:, :, 0]
+    return {name: x.float().cpu() for name, x in found.items() if x is not None}
+
+
+def expected(
+    q, k, v, config: ThriftConfig, own: dict[str, Tensor], *, causal=True, window=None, softcap=None
+) -> tuple[Tensor, Tensor, Tensor, float]:
+    """Output, LSE [H, Tq], promoted blocks [H, R, N] and mass of one sequence by the reference's parts, the kernel's peak.
+
+    Where P is rounded, the reference takes exp(S - max) and the kernel exp2(S' - ceil(max)), S' = S log2(e).
+    """
+    mask = Mask(q.shape[1], k.shape[1], causal, window)
+    planes = replace(reference.build_planes(k, v, config, q[:, max(0, -mask.offset) :]), **own)
+    one = reference._Sequence(q, planes, config, mask, q.shape[-1] ** -0.5, softcap)
+    promoted, _ = one.select()
+    chunk = reference._Chunk(slice(0, promoted.shape[1]), 0, one.q.shape[1], 0, promoted.shape[2])
+    exact = one._logits(planes.high_k, chunk)
+    high = promoted[:, one.row_of].repeat_interleave(64, -1)
+    low = exact if planes.low_k is None else one._low_logits(planes.low_k, chunk)
+    if planes.low_k is None:
+        low = low.masked_fill(~high, -torch.inf)
+    logits = one._masked(torch.where(high, exact, low), chunk).double()
+    peak = (logits.amax(-1, keepdim=True) / math.log(2)).ceil() * math.log(2)
+    p = (logits - torch.where(peak == -torch.inf, 0, peak)).exp()
+    total = p.sum(-1, keepdim=True)
+    group = len(q) // len(k)
+    sink = torch.zeros_like(p)
+    if planes.others is not None:
+        sink[..., 0] = p[..., 0].masked_fill(high[..., 0], 0)
+    high_p, p = torch.where(high, p, 0) + sink, torch.where(high, 0, p) - sink
+    rounded = p.float()
+    if planes.low_v is not None and config.math == "fp4":
+        rounded = reference._round_probabilities(p.float(), FORMATS[config.low])
+    low_v = planes.high_v if planes.low_v is None else planes.low_v
+    out = rounded.double() @ low_v.double().repeat_interleave(group, 0)
+    out += high_p @ planes.high_v.double().repeat_interleave(group, 0)
+    norm = torch.where(total == 0, 1, total)
+    if config.total == "rounded" and config.four_bit_queries:
+        norm = norm + (rounded.double() - p).sum(-1, keepdim=True)
+    pad = (0, 0, one.skipped, 0)
+    out = torch.nn.functional.pad(out / norm, pad)
+    lse = torch.nn.functional.pad((peak + total.log())[..., 0], (one.skipped, 0), value=-torch.inf)
+    mass = float((high_p.sum(-1, keepdim=True) / torch.where(total == 0, 1, total)).sum())
+    return out, lse, promoted, mass
+
+
+def error(got: Tensor, want: Tensor) -> float:
+    return float((got.double() - want).norm() / want.norm())
+
+
+def budget_of(config: ThriftConfig) -> float:
+    """Relative error that rounding explains.
+
+    Output, P and products of 16-bit data: a few EPS. Where P is rounded to 1 mantissa bit, an exponential that is off by
+    1e-6 takes another code near a boundary: about 1e-5 of them, each off by a quarter, and each scale moves a group.
+    """
+    return 2 * EPS + (5e-3 if config.math == "fp4" and config.low != "drop" else 0)
+
+
+def check(q, k, v, config: ThriftConfig, form="wide", *, causal=True, window=None, softcap=None) -> None:
+    """A batch through the operator, against every sequence by itself."""
+    sequences = dense(len(q), q.shape[2], k.shape[2], causal, q.device)
+    out, lse, counts, share = prefill(
+        q, k, v, sequences, config, form, scale=q.shape[-1] ** -0.5, window=window, softcap=softcap, mass=True
+    )
+    assert out.dtype == q.dtype
+    assert not out.isnan().any()
+    planes = written(k, v, sequences, config) if config.low in ("nvfp4", "mxfp4") else {}
+    out, lse, counts, share = (x.cpu() for x in (out, lse, counts, share))
+    # On a GPU PyTorch divides another way, and codes at the middle of a step differ.
+    q, k, v = (x.cpu() for x in (q, k, v))
+    mass = 0.0
+    for b in range(len(q)):
+        own = {name: x[b] for name, x in planes.items()}
+        want, want_lse, promoted, part = expected(
+            q[b], k[b], v[b], config, own, causal=causal, window=window, softcap=softcap
+        )
+        mass += part
+        assert error(out[b], want) < budget_of(config)
+        torch.testing.assert_close(lse[b].double(), want_lse, rtol=1e-5, atol=1e-4)
+        rows = counts[b, :, counts.shape[2] - promoted.shape[1] :]
+        assert torch.equal(rows.long(), promoted.sum(-1))
+    assert float(share.sum()) == pytest.approx(mass, rel=1e-4, abs=1e-4)
