@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-import math as _math
+import functools
+import math
+import warnings
 from dataclasses import asdict, dataclass, field, replace
-from typing import Any, Literal, get_args
+from typing import Any, Literal, TypeVar, get_args
 
 BLOCK = 64
 """Tokens in a KV block, the unit of selection, centring and paging (paper section 3)."""
@@ -12,15 +14,17 @@ BLOCK = 64
 DECODE_ROWS = 16
 """Largest number of new tokens that is treated as decode: one list of promoted blocks per KV head."""
 
-Low = Literal["nvfp4", "mxfp4", "fp8", "drop"]
-Math = Literal["fp4", "16bit"]
+BaseFormat = Literal["nvfp4", "mxfp4", "fp8", "drop"]
+Compute = Literal["fp4", "16bit"]
 Center = Literal["none", "block", "all"]
-Sink = Literal["none", "token"]
-Balance = Literal["none", "channel"]
-Total = Literal["exact", "rounded"]
+SinkToken = Literal["none", "exact"]
+Smooth = Literal["none", "channel"]
+Normalize = Literal["exact", "rounded"]
 Scales = Literal["max", "best"]
 Score = Literal["mean", "quest", "local", "oracle"]
-High = Literal["16bit", "nested", "nested8"]
+PromotedStorage = Literal["16bit", "nested", "nested8"]
+_Config = TypeVar("_Config")
+
 BudgetKind = Literal["fraction", "top_k", "paper"]
 
 
@@ -63,7 +67,14 @@ class Budget:
             raise ValueError(f"the paper's budget rule takes no value, got {self.value!r}")
 
     def __str__(self) -> str:
-        return {"fraction": f"{self.value:g}", "top_k": f"top_k({self.value:g})", "paper": "paper"}[self.kind]
+        if self.kind == "paper":
+            return "paper"
+        return repr(float(self.value)) if self.kind == "fraction" else f"top_k({int(self.value)})"
+
+    @classmethod
+    def paper_rule(cls) -> Budget:
+        """The paper's rule: clamp(floor(N / 64), 1, N) blocks per query row, N the number of KV blocks."""
+        return cls("paper")
 
     @classmethod
     def parse(cls, text: str) -> Budget:
@@ -74,7 +85,7 @@ class Budget:
         """
         text = text.strip()
         if text == "paper":
-            return paper()
+            return cls.paper_rule()
         try:
             if text.startswith("top_k(") and text.endswith(")"):
                 return top_k(int(text[6:-1]))
@@ -98,19 +109,73 @@ def paper() -> Budget:
     return Budget("paper")
 
 
+OLD_NAMES = {
+    "low": "base_format",
+    "math": "compute",
+    "high": "promoted_storage",
+    "total": "normalize",
+    "balance": "smooth",
+    "sink": "sink_token",
+}
+"""Names of options up to version 0.1, accepted for one version with a DeprecationWarning, and in records for ever."""
+
+
+def current_names(options: dict[str, Any], *, warn: bool = True) -> dict[str, Any]:
+    """Return options of a ThriftConfig under their current names.
+
+    Args:
+        options: by current or old name (`OLD_NAMES`); ``sink="token"`` becomes ``sink_token="exact"``.
+        warn: whether an old name gives a DeprecationWarning; False for records, which stay readable.
+
+    Raises:
+        TypeError: an option that is given under both of its names.
+    """
+    current = {}
+    for name, value in options.items():
+        new = OLD_NAMES.get(name, name)
+        if new in current or (new != name and new in options):
+            raise TypeError(f"{new} is given twice: its old name is {name}")
+        if new != name and warn:
+            warnings.warn(f"ThriftConfig: {name}= is now {new}=", DeprecationWarning, stacklevel=3)
+        current[new] = "exact" if (name, value) == ("sink", "token") else value
+    return current
+
+
+def _accept_old_names(cls: type[_Config]) -> type[_Config]:
+    """Let a configuration be made, and read, by the old names of its options."""
+    init = cls.__init__
+
+    @functools.wraps(init)
+    def __init__(self: Any, **options: Any) -> None:
+        init(self, **current_names(options))
+
+    def reader(old: str, new: str) -> property:
+        def read(self: Any) -> Any:
+            warnings.warn(f"ThriftConfig.{old} is now {new}", DeprecationWarning, stacklevel=2)
+            return getattr(self, new)
+
+        return property(read, doc=f"The old name of ``{new}``.")
+
+    cls.__init__ = __init__
+    for old, new in OLD_NAMES.items():
+        setattr(cls, old, reader(old, new))
+    return cls
+
+
 _CHOICES = {
-    "low": Low,
-    "math": Math,
+    "base_format": BaseFormat,
+    "compute": Compute,
     "center": Center,
-    "sink": Sink,
-    "balance": Balance,
+    "sink_token": SinkToken,
+    "smooth": Smooth,
     "scales": Scales,
-    "total": Total,
+    "normalize": Normalize,
     "score": Score,
-    "high": High,
+    "promoted_storage": PromotedStorage,
 }
 
 
+@_accept_old_names
 @dataclass(frozen=True, kw_only=True)
 class ThriftConfig:
     """What is computed: formats, arithmetic, centring, selection, storage of the high-precision plane.
@@ -118,16 +183,16 @@ class ThriftConfig:
     Args:
         low: format of the low-precision path, ``"nvfp4"``, ``"mxfp4"`` or ``"fp8"``; ``"drop"`` leaves the blocks out
             that are not promoted, which turns the method into the sparse baselines.
-        math: ``"fp4"`` quantises Q and P in the low format as well (what low-precision tensor cores do);
+        compute: ``"fp4"`` quantises Q and P in the low format as well (what low-precision tensor cores do);
             ``"16bit"`` widens K and V and multiplies with the given Q and P.
         center: ``"block"`` quantises K minus the mean of its KV block and adds q.c_b in high precision; ``"all"`` also
             quantises Q minus its mean over the call and adds what that mean makes of each key, where more than 16 queries
             are quantised to 4 bits (elsewhere it is ``"block"``); ``"none"`` does neither.
-        sink: ``"token"`` attends to the first token of a sequence, the attention sink, exactly and outside of the budget,
+        sink_token: ``"exact"`` attends to the first token of a sequence, the attention sink, exactly and outside of the budget,
             whether its block is promoted or not: its key is the centre of its block, so that the others are quantised less
             of it, its value is in no group, and its block is scored by the mean of its other tokens. Needs centred K.
             ``"none"`` makes it a token like the others.
-        balance: ``"channel"`` multiplies what is quantised to 4 bits by powers of two, taken from a sample of the call or from
+        smooth: ``"channel"`` multiplies what is quantised to 4 bits by powers of two, taken from a sample of the call or from
             the first tokens of a cache: outlier channels of K come near the others (Q is divided by the same), K and V to a
             size that the scales hold; ``"none"`` does not.
         scales: ``"max"`` derives every group scale from the group maximum as the format defines it; ``"best"`` also tries
@@ -151,18 +216,18 @@ class ThriftConfig:
     Source: arXiv 2605.23081; centring and nested planes: docs/method.md.
     """
 
-    low: Low = "nvfp4"
-    math: Math = "fp4"
+    base_format: BaseFormat = "nvfp4"
+    compute: Compute = "fp4"
     center: Center = "all"
-    sink: Sink = "token"
-    balance: Balance = "channel"
+    sink_token: SinkToken = "exact"
+    smooth: Smooth = "channel"
     scales: Scales = "best"
-    total: Total = "rounded"
+    normalize: Normalize = "rounded"
     budget: Budget = field(default_factory=lambda: fraction(0.05))
     score: Score = "mean"
     force_first: int = 0
     force_last: int = 1
-    high: High = "16bit"
+    promoted_storage: PromotedStorage = "16bit"
 
     def __post_init__(self) -> None:
         for name, choices in _CHOICES.items():
@@ -175,13 +240,17 @@ class ThriftConfig:
                 raise TypeError(f"{name} must be an int, got {type(value).__name__}")
             if value < 0:
                 raise ValueError(f"{name} must be >= 0, got {value}")
-        if self.low == "drop" and (self.center, self.scales, self.high) != ("none", "max", "16bit"):
-            raise ValueError("low='drop' quantises nothing: it needs center='none', scales='max' and high='16bit'")
-        if self.low == "drop" and (self.balance, self.total, self.sink) != ("none", "exact", "none"):
-            raise ValueError("low='drop' quantises nothing: it needs balance='none', total='exact' and sink='none'")
-        if self.sink == "token" and not self.centred:
+        if self.base_format == "drop" and (self.center, self.scales, self.promoted_storage) != ("none", "max", "16bit"):
             raise ValueError(
-                "sink='token' is the centre of its block: it needs center='block' or 'all', got center='none'"
+                "base_format='drop' quantises nothing: it needs center='none', scales='max' and promoted_storage='16bit'"
+            )
+        if self.base_format == "drop" and (self.smooth, self.normalize, self.sink_token) != ("none", "exact", "none"):
+            raise ValueError(
+                "base_format='drop' quantises nothing: it needs smooth='none', normalize='exact' and sink_token='none'"
+            )
+        if self.sink_token == "exact" and not self.centred:
+            raise ValueError(
+                "sink_token='exact' is the centre of its block: it needs center='block' or 'all', got center='none'"
             )
 
     @property
@@ -192,33 +261,39 @@ class ThriftConfig:
     @property
     def exact_sink(self) -> bool:
         """Whether the first token of a sequence is attended exactly wherever its block is."""
-        return self.sink == "token"
+        return self.sink_token == "exact"
 
     @property
     def four_bit_queries(self) -> bool:
         """Whether Q is quantised to 4 bits: only then do ``center="all"`` and the sums of a call matter."""
-        return self.math == "fp4" and self.low in ("nvfp4", "mxfp4")
+        return self.compute == "fp4" and self.base_format in ("nvfp4", "mxfp4")
 
     @property
     def balanced(self) -> bool:
         """Whether K, V and, where it is quantised, Q are levelled by powers of two: 4-bit formats only."""
-        return self.balance == "channel" and self.low in ("nvfp4", "mxfp4")
+        return self.smooth == "channel" and self.base_format in ("nvfp4", "mxfp4")
 
     @classmethod
     def paper(cls, **changes: Any) -> ThriftConfig:
         """The paper's form: nvfp4, scales from maxima, no centring, block-mean score, nothing forced, 5%, 16-bit copy."""
-        plain = {"center": "none", "sink": "none", "balance": "none", "scales": "max", "total": "exact"}
-        return cls(**{**plain, "force_first": 0, "force_last": 0, **changes})
+        plain = {"center": "none", "sink_token": "none", "smooth": "none", "scales": "max", "normalize": "exact"}
+        return cls(**{**plain, "force_first": 0, "force_last": 0, **current_names(changes)})
+
+    @classmethod
+    def for_cache(cls, **changes: Any) -> ThriftConfig:
+        """The form of a KV cache: a 4-bit base and a nested residual; Q and P stay in 16 bits, since reading is what
+        takes time."""
+        return cls(**{"compute": "16bit", "promoted_storage": "nested", **current_names(changes)})
 
     @classmethod
     def sparse(cls, score: Score, **changes: Any) -> ThriftConfig:
         """A baseline that drops the blocks that are not chosen: ``quest``, ``oracle`` (sparse top-k) or ``local``."""
-        form = {"low": "drop", "center": "none", "sink": "none", "balance": "none", "scales": "max", "total": "exact"}
-        return cls(**{**form, "force_first": 1, "score": score, **changes})
+        form = {"base_format": "drop", "center": "none", "sink_token": "none", "smooth": "none", "scales": "max"}
+        return cls(**{**form, "normalize": "exact", "force_first": 1, "score": score, **current_names(changes)})
 
     def with_(self, **changes: Any) -> ThriftConfig:
         """A copy with some options changed, checked again."""
-        return replace(self, **changes)
+        return replace(self, **current_names(changes))
 
     def to_dict(self) -> dict[str, Any]:
         """All options as plain JSON values; the budget as the text that `Budget.parse` reads."""
@@ -235,7 +310,7 @@ def check_logits(scale: float | None, window: int | None, softcap: float | None,
         ValueError: a value out of range.
     """
     for name, value in (("scale", scale), ("softcap", softcap)):
-        if value is not None and not (_math.isfinite(value) and value > 0):
+        if value is not None and not (math.isfinite(value) and value > 0):
             raise ValueError(f"{name} must be a finite number > 0, got {value!r}")
     if window is not None:
         if isinstance(window, bool) or not isinstance(window, int):

@@ -8,7 +8,7 @@ from typing import Literal, NamedTuple
 
 import torch
 
-from thrift_attn.config import Low, Math, ThriftConfig
+from thrift_attn.config import BaseFormat, Compute, ThriftConfig
 
 Status = Literal["native", "compiled", "emulated", "no"]
 """Compiled: native, but never run or timed on such a GPU."""
@@ -37,14 +37,17 @@ def support(device: torch.device | str | None = None) -> list[Row]:
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     rows = [*_prefill_rows(device)]
     try:
-        backend = check_cache(ThriftConfig(math="16bit", high="nested"), 128, torch.bfloat16, device)
+        backend = check_cache(ThriftConfig(compute="16bit", promoted_storage="nested"), 128, torch.bfloat16, device)
     except NotImplementedError as error:
         return [*rows, Row("PagedThriftCache", "no", str(error))]
     if backend == "reference":
         return [*rows, Row("PagedThriftCache", "emulated", "pages are written and read in plain PyTorch")]
     dims = ", ".join(map(str, HEAD_DIMS))
     timed = "timed" if torch.cuda.get_device_capability(device) == (9, 0) else "compiled for this GPU, not timed on one"
-    return [*rows, Row("PagedThriftCache, low='nvfp4' | 'mxfp4'", "native", f"kernels for head_dim {dims}; {timed}")]
+    return [
+        *rows,
+        Row("PagedThriftCache, base_format='nvfp4' | 'mxfp4'", "native", f"kernels for head_dim {dims}; {timed}"),
+    ]
 
 
 def _prefill_rows(device: torch.device) -> list[Row]:
@@ -53,11 +56,16 @@ def _prefill_rows(device: torch.device) -> list[Row]:
     plain = f"plain PyTorch on {where}: every value exact to the format's definition, no speed gained"
     rows = [Row("attention(), any option, backend='reference'", "emulated", plain)]
     dims = ", ".join(map(str, HEAD_DIMS))
-    kinds: tuple[tuple[Low, Math], ...] = (("nvfp4", "fp4"), ("mxfp4", "fp4"), ("fp8", "fp4"), ("nvfp4", "16bit"))
+    kinds: tuple[tuple[BaseFormat, Compute], ...] = (
+        ("nvfp4", "fp4"),
+        ("mxfp4", "fp4"),
+        ("fp8", "fp4"),
+        ("nvfp4", "16bit"),
+    )
     for low, math in kinds:
-        feature = f"attention(), low={low!r}, math={math!r}, backend='triton'"
+        feature = f"attention(), base_format={low!r}, compute={math!r}, backend='triton'"
         try:
-            form = check_prefill(ThriftConfig(low=low, math=math), 128, torch.bfloat16, device)
+            form = check_prefill(ThriftConfig(base_format=low, compute=math), 128, torch.bfloat16, device)
         except NotImplementedError as error:
             rows.append(Row(feature, "no", str(error)))
             continue
@@ -111,14 +119,16 @@ def check_cache(
         raise TypeError(f"a cache on {device.type} holds float16 or bfloat16, got {dtype}")
     if head_dim < 16 or head_dim % 16:
         raise ValueError(f"head_dim must be a multiple of 16, got {head_dim}")
-    if config.math != "16bit":
+    if config.compute != "16bit":
         raise NotImplementedError(
-            f"the cache computes math='16bit' (Q and P are not quantised), got math={config.math!r}"
+            f"the cache computes compute='16bit' (Q and P are not quantised), got compute={config.compute!r}"
         )
-    if config.low not in ("nvfp4", "mxfp4"):
-        raise NotImplementedError(f"the cache stores low='nvfp4' or 'mxfp4', got low={config.low!r}")
-    if config.low == "mxfp4" and head_dim % 32:
-        raise ValueError(f"low='mxfp4' needs a head_dim that is a multiple of 32, got {head_dim}")
+    if config.base_format not in ("nvfp4", "mxfp4"):
+        raise NotImplementedError(
+            f"the cache stores base_format='nvfp4' or 'mxfp4', got base_format={config.base_format!r}"
+        )
+    if config.base_format == "mxfp4" and head_dim % 32:
+        raise ValueError(f"base_format='mxfp4' needs a head_dim that is a multiple of 32, got {head_dim}")
     if config.score != "mean":
         raise NotImplementedError(f"the cache scores blocks by score='mean', got score={config.score!r}")
     if device.type not in ("cpu", "cuda"):
@@ -152,8 +162,11 @@ def check_prefill(config: ThriftConfig, head_dim: int, dtype: torch.dtype, devic
         raise NotImplementedError(f"backend='triton' serves head_dim {', '.join(map(str, HEAD_DIMS))}, got {head_dim}")
     if config.score != "mean":
         raise NotImplementedError(f"backend='triton' scores blocks by score='mean', got score={config.score!r}")
-    if config.low == "fp8" and config.high != "16bit":
-        raise NotImplementedError(f"backend='triton' with low='fp8' promotes to high='16bit', got high={config.high!r}")
+    if config.base_format == "fp8" and config.promoted_storage != "16bit":
+        raise NotImplementedError(
+            "backend='triton' with base_format='fp8' promotes to promoted_storage='16bit', "
+            f"got promoted_storage={config.promoted_storage!r}"
+        )
     if keys > MAX_KEYS:
         raise NotImplementedError(f"backend='triton' serves up to {MAX_KEYS} keys, got {keys}")
     if importlib.util.find_spec("triton") is None:
@@ -163,8 +176,12 @@ def check_prefill(config: ThriftConfig, head_dim: int, dtype: torch.dtype, devic
     capability = torch.cuda.get_device_capability(device)
     if capability < (8, 0):
         raise NotImplementedError("backend='triton' needs a GPU of compute capability 8.0 or newer")
-    units = capability >= (8, 9) if config.low == "fp8" else capability[0] in (10, 12)
-    return "native" if units and config.math == "fp4" and config.high == "16bit" and config.low != "drop" else "wide"
+    units = capability >= (8, 9) if config.base_format == "fp8" else capability[0] in (10, 12)
+    return (
+        "native"
+        if units and config.compute == "fp4" and config.promoted_storage == "16bit" and config.base_format != "drop"
+        else "wide"
+    )
 
 
 def pick_backend(

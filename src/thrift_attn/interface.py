@@ -52,11 +52,15 @@ def _check_tensors(q: Tensor, k: Tensor, v: Tensor, config: ThriftConfig) -> Non
         raise ValueError(f"q and k must agree in batch and head dim, got {list(q.shape)} and {list(k.shape)}")
     if q.shape[1] % k.shape[1]:
         raise ValueError(f"query heads must be a multiple of KV heads, got {q.shape[1]} and {k.shape[1]}")
-    group = FORMATS[config.low].group if config.low != "drop" else None
+    group = FORMATS[config.base_format].group if config.base_format != "drop" else None
     if group is not None and q.shape[3] % group:
-        raise ValueError(f"low={config.low!r} needs a head dim that is a multiple of {group}, got {q.shape[3]}")
-    if config.high in ("nested", "nested8") and q.shape[3] % 16:
-        raise ValueError(f"high={config.high!r} needs a head dim that is a multiple of 16, got {q.shape[3]}")
+        raise ValueError(
+            f"base_format={config.base_format!r} needs a head dim that is a multiple of {group}, got {q.shape[3]}"
+        )
+    if config.promoted_storage in ("nested", "nested8") and q.shape[3] % 16:
+        raise ValueError(
+            f"promoted_storage={config.promoted_storage!r} needs a head dim that is a multiple of 16, got {q.shape[3]}"
+        )
     if torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v)):
         raise NotImplementedError(
             "attention is inference only: call it under torch.no_grad() or torch.inference_mode()"

@@ -71,12 +71,11 @@ def generate(
     with errors():
         import torch
 
-        from thrift_attn.cache.paged import DECODE
-        from thrift_attn.config import Budget
+        from thrift_attn.config import Budget, ThriftConfig
         from thrift_lab import chat
         from thrift_lab.eval.models import load_model
 
-        config = DECODE.with_(budget=Budget.parse(budget), high=high)
+        config = ThriftConfig.for_cache(budget=Budget.parse(budget), promoted_storage=high)
         pick = chat.sampler(temperature, top_p)
         text = sys.stdin.read() if prompt == "-" else prompt
         if file is not None:
@@ -112,13 +111,12 @@ def decode(
 ) -> None:
     """Decoding through the 4-bit cache against the same model without it: teacher-forced KL, and hidden needles."""
     with errors():
-        from thrift_attn.cache.paged import DECODE
-        from thrift_attn.config import Budget
+        from thrift_attn.config import Budget, ThriftConfig
         from thrift_lab.eval.decode_quality import evaluate
         from thrift_lab.eval.models import load_model
         from thrift_lab.eval.texts import load_text
 
-        config, err = DECODE.with_(budget=Budget.parse(budget), high=high), Console(stderr=True)
+        config, err = ThriftConfig.for_cache(budget=Budget.parse(budget), promoted_storage=high), Console(stderr=True)
 
         def say(line: str) -> None:
             err.print(line, style="dim", highlight=False, markup=False)

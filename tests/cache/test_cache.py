@@ -8,7 +8,6 @@ import torch
 from support.caches import HIGH, make, query, same, state, tokens
 from thrift_attn import ThriftConfig, attention, fraction, top_k
 from thrift_attn.cache import PagedThriftCache
-from thrift_attn.cache.paged import DECODE
 from thrift_attn.reference.formats import RESIDUALS
 from thrift_attn.reference.pages import Pool, read_blocks, write_blocks
 from thrift_attn.reference.quantize import block_means, roundtrip
@@ -44,7 +43,10 @@ def test_pages_decode_to_what_the_formats_define(high, low, centred):
 @pytest.mark.parametrize("dim", [64, 80, 96, 128, 256])
 def test_bytes_per_token(dim):
     sixteen = 2 * 2 * dim * 2  # K and V, two heads, two bytes
-    ratio = {high: make(pages=1, dim=dim, config=DECODE.with_(high=high)).bytes_per_token() for high in HIGH}
+    ratio = {
+        high: make(pages=1, dim=dim, config=ThriftConfig.for_cache(promoted_storage=high)).bytes_per_token()
+        for high in HIGH
+    }
     # float32 in these tests doubles the 16-bit parts: c_b always, and the copy.
     centre = 2 * dim * 4 / 64
     assert (ratio["nested"] - centre / 2) / sixteen <= (0.58 if dim % 32 == 0 else 0.61)
@@ -63,7 +65,7 @@ def test_bytes_per_token_of_the_default_at_128():
 def test_split_appends_equal_one(high, steps):
     count = sum(steps)
     k, v = tokens(count)
-    config = DECODE.with_(high=high)
+    config = ThriftConfig.for_cache(promoted_storage=high)
     whole, parts = make(config=config), make(config=config)
     whole.append(k, v)
     start = 0
@@ -82,7 +84,7 @@ def test_split_appends_equal_one(high, steps):
 def test_paged_equals_contiguous(high, length, tq):
     # With whole blocks the pages hold what the reference computes; an incomplete block is exact in the cache.
     k, v = tokens(length)
-    config = DECODE.with_(high=high, budget=top_k(3))
+    config = ThriftConfig.for_cache(promoted_storage=high, budget=top_k(3))
     cache = make(config=config)
     cache.append(k, v)
     q = query(tq)
@@ -98,7 +100,7 @@ def test_paged_equals_contiguous(high, length, tq):
 
 def test_window_and_softcap_reach_the_attention():
     k, v = tokens(640)
-    cache = make(config=DECODE.with_(budget=fraction(1), high="16bit"))
+    cache = make(config=ThriftConfig.for_cache(budget=fraction(1), promoted_storage="16bit"))
     cache.append(k, v)
     for options in ({"window": 100}, {"softcap": 2.0}, {"scale": 0.5}):
         want = attention(query(), k, v, config=ThriftConfig(budget=fraction(1)), **options)
@@ -175,7 +177,7 @@ def test_fork_shares_complete_blocks_and_copies_on_write():
 )
 def test_taking_back_new_tokens_is_lossless(high, length, keep):
     k, v = tokens(300)
-    config = DECODE.with_(high=high)
+    config = ThriftConfig.for_cache(promoted_storage=high)
     cache, want = make(config=config), make(config=config)
     cache.append(k[:, :, :length], v[:, :, :length])
     cache.truncate(0, keep)
@@ -218,9 +220,9 @@ def test_truncating_a_shared_prefix_leaves_the_other_alone():
         ({"pages": 0}, ValueError, "num_pages must be at least 1"),
         ({"dim": 72}, ValueError, "multiple of 16, got 72"),
         ({"config": ThriftConfig()}, NotImplementedError, "math='16bit'"),
-        ({"config": DECODE.with_(score="oracle")}, NotImplementedError, "score='mean'"),
-        ({"config": DECODE.with_(low="fp8")}, NotImplementedError, "low='nvfp4' or 'mxfp4'"),
-        ({"config": DECODE.with_(low="mxfp4"), "dim": 80}, ValueError, "multiple of 32"),
+        ({"config": ThriftConfig.for_cache(score="oracle")}, NotImplementedError, "score='mean'"),
+        ({"config": ThriftConfig.for_cache(base_format="fp8")}, NotImplementedError, "low='nvfp4' or 'mxfp4'"),
+        ({"config": ThriftConfig.for_cache(base_format="mxfp4"), "dim": 80}, ValueError, "multiple of 32"),
     ],
 )
 def test_what_the_cache_does_not_serve(options, error, message):

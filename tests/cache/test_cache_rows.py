@@ -7,7 +7,7 @@ import torch
 
 from support.caches import make, tokens
 from thrift_attn.cache import state
-from thrift_attn.cache.paged import DECODE
+from thrift_attn.config import ThriftConfig
 
 
 def same(one, row, other, at):
@@ -136,7 +136,7 @@ def test_the_first_token_stays_exact_through_all_of_it(high):
     """Forked, exchanged, branched off, written out, and taken back to less than its block; then the block fills up again."""
     k, v = tokens(200, batch=3)
     v[:, :, 0] *= 100
-    config = DECODE.with_(high=high, balance="none")
+    config = ThriftConfig.for_cache(promoted_storage=high, smooth="none")
 
     def check(cache, *sources):
         for row, source in enumerate(sources):

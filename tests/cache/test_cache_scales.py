@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from thrift_attn import attention, top_k
+from thrift_attn import ThriftConfig, attention, top_k
 from thrift_attn.cache.cache_scales import CacheLevels
-from thrift_attn.cache.paged import DECODE, PagedThriftCache
+from thrift_attn.cache.paged import PagedThriftCache
 from thrift_attn.cache.state import dump, restore
 
 HEADS, DIM = 2, 32
@@ -29,7 +29,7 @@ def make(batch: int = 1, dtype: torch.dtype = torch.float16, **changes) -> Paged
         kv_heads=HEADS,
         head_dim=DIM,
         num_pages=16,
-        config=DECODE.with_(**changes),
+        config=ThriftConfig.for_cache(**changes),
         dtype=dtype,
         device="cpu",
     )
@@ -59,7 +59,7 @@ def test_what_is_read_is_what_was_appended(count: int, dtype: torch.dtype) -> No
 
 def test_a_cache_computes_what_attention_computes() -> None:
     """All tokens in one piece: the same powers of two on both sides."""
-    count, config = 256, DECODE.with_(budget=top_k(2))
+    count, config = 256, ThriftConfig.for_cache(budget=top_k(2))
     cache, (k, v) = make(dtype=torch.float32, budget=config.budget), tokens(count, dtype=torch.float32)
     cache.append(k, v)
     q = torch.randn(1, 2 * HEADS, 3, DIM)

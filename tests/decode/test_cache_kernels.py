@@ -9,14 +9,14 @@ import torch
 
 from support.kernel_caches import both, check, make, query, tokens
 from thrift_attn import fraction, top_k
-from thrift_attn.cache.paged import DECODE
+from thrift_attn.config import ThriftConfig
 from thrift_attn.decode import ops
 
 
 @pytest.mark.parametrize(("high", "scales"), [("nested", "best"), ("nested8", "max"), ("16bit", "best")])
 def test_pages_written_by_kernels_and_by_pytorch_agree(high, scales):
     k, v = tokens(64, heads=1)
-    caches = both(config=DECODE.with_(high=high, scales=scales), heads=1)
+    caches = both(config=ThriftConfig.for_cache(promoted_storage=high, scales=scales), heads=1)
     for cache in caches:
         cache.append(k, v)
     one, other = caches
@@ -33,7 +33,9 @@ def test_pages_written_by_kernels_and_by_pytorch_agree(high, scales):
 def test_the_first_token_lies_beside_the_pages(low, high, steps):
     """Its key is the centre of its block, its value is 0 in every plane, and both are kept exactly, whoever packs the block."""
     k, v = tokens(sum(steps), batch=2, heads=1)
-    kernels, plain = both(batch=2, heads=1, config=DECODE.with_(low=low, high=high, balance="none"))
+    kernels, plain = both(
+        batch=2, heads=1, config=ThriftConfig.for_cache(base_format=low, promoted_storage=high, smooth="none")
+    )
     for cache in (kernels, plain):
         start = 0
         for n in steps:
@@ -61,7 +63,7 @@ def test_the_first_block_is_chosen_without_its_first_token(tq):
         k[:, :, 1:64] = (others * direction).to(k.dtype)
         k[:, :, 64:] = 0
         k[:, :, 192:256] = (0.1 * direction).to(k.dtype)
-        cache = make("triton", heads=1, config=DECODE.with_(budget=top_k(1), force_last=0))
+        cache = make("triton", heads=1, config=ThriftConfig.for_cache(budget=top_k(1), force_last=0))
         cache.append(k, v)
         launches, _, _ = ops.step_kernels(*cache.step_arguments(q, 0.125))
         for launch in launches.values():
@@ -77,7 +79,7 @@ def test_levels_of_channels_and_heads(high, queries):
     for head, channel in ((0, 3), (0, 40), (1, 17)):
         k[:, head, :, channel] *= 20
     v[:, 1] *= 1e-3
-    kernels, plain = both(config=DECODE.with_(high=high, budget=top_k(1)))
+    kernels, plain = both(config=ThriftConfig.for_cache(promoted_storage=high, budget=top_k(1)))
     for cache in (kernels, plain):
         cache.append(k[:, :, :130], v[:, :, :130])
         cache.append(k[:, :, 130:], v[:, :, 130:])
@@ -115,7 +117,7 @@ def test_steps_on_the_device_equal_bulk_appends(steps):
 def test_attention_over_ragged_batches(high, budget):
     lengths = [0, 1, 64, 150]
     k, v = tokens(150, batch=4)
-    kernels, plain = both(batch=4, config=DECODE.with_(high=high, budget=budget))
+    kernels, plain = both(batch=4, config=ThriftConfig.for_cache(promoted_storage=high, budget=budget))
     for cache in (kernels, plain):
         cache.append(k, v, lengths=lengths)
     check(kernels, plain, query(batch=4))
@@ -141,7 +143,7 @@ def test_options(options, tq):
 )
 def test_formats(low, center, sink):
     k, v = tokens(70, heads=1)
-    kernels, plain = both(config=DECODE.with_(low=low, center=center, sink=sink), heads=1)
+    kernels, plain = both(config=ThriftConfig.for_cache(base_format=low, center=center, sink_token=sink), heads=1)
     for cache in (kernels, plain):
         cache.append(k, v)
     check(kernels, plain, query())

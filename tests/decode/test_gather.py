@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from support.kernel_caches import make, tokens
-from thrift_attn.cache.paged import DECODE
+from thrift_attn.config import ThriftConfig
 from thrift_attn.decode.gather import widen_pages
 
 
@@ -25,10 +25,10 @@ def filled(lengths, **options):
 
 
 CASES = [
-    (DECODE, 64, 1),
-    (DECODE.with_(high="nested8", center="none", sink="none"), 80, 63),
-    (DECODE.with_(high="16bit"), 64, 64),
-    (DECODE.with_(low="mxfp4"), 96, 65),
+    (ThriftConfig.for_cache(), 64, 1),
+    (ThriftConfig.for_cache(promoted_storage="nested8", center="none", sink_token="none"), 80, 63),
+    (ThriftConfig.for_cache(promoted_storage="16bit"), 64, 64),
+    (ThriftConfig.for_cache(base_format="mxfp4"), 96, 65),
 ]
 
 

@@ -96,8 +96,8 @@ def test_recipe_of_the_paper() -> None:
     """Another configuration of ours, the same case for baselines."""
     decode = DecodeCase(batch=1, kv=4096, recipe="paper", high="16bit")
     prefill = PrefillCase(kv=4096, low="mxfp4", recipe="paper")
-    assert decode.config == ThriftConfig.paper(math="16bit", high="16bit", budget=fraction(0.05))
-    assert prefill.config == ThriftConfig.paper(low="mxfp4")
+    assert decode.config == ThriftConfig.paper(compute="16bit", promoted_storage="16bit", budget=fraction(0.05))
+    assert prefill.config == ThriftConfig.paper(base_format="mxfp4")
     assert decode.shape == DecodeCase(batch=1, kv=4096).shape
     assert prefill.shape == PrefillCase(kv=4096).shape
     with pytest.raises(ValueError, match="recipe must be one of"):

@@ -37,7 +37,7 @@ def test_cases() -> None:
     assert case.flops == 2 * 32 * 65536**2 * 64
     assert case.shape == PrefillCase(kv=65536, head_dim=64, budget="0")
     assert PrefillCase(**case.to_dict()) == case
-    assert (case.config.low, case.config.math) == ("nvfp4", "16bit")
+    assert (case.config.base_format, case.config.compute) == ("nvfp4", "16bit")
     assert [len(group) for group in by_shape(PREFILL_PRESETS["target"]).values()] == [1, 2]
     assert {c.kv for c in PREFILL_PRESETS["full"]} == {2**n for n in range(12, 20)}
     assert memory_needed(case) > 2 * case.plain_elements

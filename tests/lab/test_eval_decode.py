@@ -11,7 +11,7 @@ import torch
 from support.letters import EXACT, Letters
 from support.tiny_models import build
 from thrift_attn import fraction
-from thrift_attn.cache.paged import DECODE
+from thrift_attn.config import ThriftConfig
 
 pytest.importorskip("transformers", minversion="5.0")
 from thrift_lab.eval import decode_quality as decode
@@ -47,7 +47,7 @@ def test_exact_cache_has_no_divergence(tmp_path: Path) -> None:
 @torch.no_grad()
 def test_divergence_is_that_of_the_distributions() -> None:
     sizes = {**SIZES, "needles": 0}
-    record = decode.evaluate(loaded(), TEXT, config=DECODE.with_(budget=fraction(0)), **sizes)
+    record = decode.evaluate(loaded(), TEXT, config=ThriftConfig.for_cache(budget=fraction(0)), **sizes)
     assert all(x > 0 for one in record.continuations for x in one.kl)
     assert 1e-5 < record.kl < 1
     assert math.isclose(record.kl, sum(sum(one.kl) for one in record.continuations) / 27)

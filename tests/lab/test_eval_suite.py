@@ -165,11 +165,11 @@ def test_costs_by_hand() -> None:
     assert prefill_cost(paper, 0.05) == pytest.approx(0.05 + 0.95 / 4 + 1 / 8192)
     assert prefill_cost(thrift, 0.05) == pytest.approx(0.05 + 0.95 * (1 / 4 + 1 / 128) + 1 / 8192)
     assert prefill_cost(thrift, 1.0) == 1
-    assert prefill_cost(thrift.with_(math="16bit"), 0.0) == pytest.approx(1 + 1 / 128)
-    assert prefill_cost(thrift.with_(low="fp8"), 0.0) == pytest.approx(1 / 2 + 1 / 128)
+    assert prefill_cost(thrift.with_(compute="16bit"), 0.0) == pytest.approx(1 + 1 / 128)
+    assert prefill_cost(thrift.with_(base_format="fp8"), 0.0) == pytest.approx(1 / 2 + 1 / 128)
     assert prefill_cost(thrift, 0.05, "hopper") == pytest.approx(0.05 + 0.95 * (1 + 1 / 128) + 1 / 8192)  # no FP4 there
     assert decode_cost(thrift, 0.05) == pytest.approx(4.5 / 16 + 0.05 * (1 - 4.5 / 16) + 1 / 128)
-    assert decode_cost(thrift.with_(high="nested"), 0.05) == pytest.approx(1.05 * 4.5 / 16 + 1 / 128)
+    assert decode_cost(thrift.with_(promoted_storage="nested"), 0.05) == pytest.approx(1.05 * 4.5 / 16 + 1 / 128)
     assert decode_cost(paper, 0.0) == pytest.approx(4.5 / 16)
     assert decode_cost(ThriftConfig.sparse("quest"), 0.3) == pytest.approx(0.3 + 1 / 64)
     assert costs(parse_method("snapkv:keep=0.4"), None) == (1.0, 0.4)
@@ -204,7 +204,7 @@ def test_presets() -> None:
 # -- error concentration ----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("config", [FP4, FP4.with_(low="mxfp4", scales="best"), FP4.with_(center="block")])
+@pytest.mark.parametrize("config", [FP4, FP4.with_(base_format="mxfp4", scales="best"), FP4.with_(center="block")])
 def test_concentration_measures_the_error_of_attention(config: ThriftConfig) -> None:
     torch.manual_seed(0)
     q, k, v = 2 * torch.randn(4, 300, 32), 2 * torch.randn(2, 300, 32), torch.randn(2, 300, 32)
@@ -223,7 +223,12 @@ def test_concentration_measures_the_error_of_attention(config: ThriftConfig) -> 
         assert list(head.mass) == sorted(head.mass)
         assert head.shares[-1] == pytest.approx(1)
         assert head.mass[-1] == pytest.approx(1)
-    for wrong in (FP4.with_(math="16bit"), FP4.with_(low="fp8"), FP4.with_(center="all"), FP4.with_(balance="channel")):
+    for wrong in (
+        FP4.with_(compute="16bit"),
+        FP4.with_(base_format="fp8"),
+        FP4.with_(center="all"),
+        FP4.with_(smooth="channel"),
+    ):
         with pytest.raises(
             ValueError, match="error concentration is that of 4-bit formats with math='fp4', center 'none'"
         ):

@@ -26,9 +26,9 @@ from thrift_attn.seq_layout import Sequences, dense, packed, padded
         ("mxfp4", "16bit", 128, 63, 63, {}),
         ("fp8", "16bit", 64, 100, 60, {}),
         ("nvfp4", "16bit", 256, 17, 80, {}),
-        ("nvfp4", "fp4", 64, 65, 100, {"causal": False, "center": "none", "sink": "none", "total": "exact"}),
-        ("mxfp4", "fp4", 64, 100, 65, {"center": "block", "total": "exact"}),
-        ("nvfp4", "fp4", 64, 65, 130, {"sink": "none", "force_first": 1}),
+        ("nvfp4", "fp4", 64, 65, 100, {"causal": False, "center": "none", "sink_token": "none", "normalize": "exact"}),
+        ("mxfp4", "fp4", 64, 100, 65, {"center": "block", "normalize": "exact"}),
+        ("nvfp4", "fp4", 64, 65, 130, {"sink_token": "none", "force_first": 1}),
         ("nvfp4", "fp4", 64, 1, 1, {}),
         ("fp8", "fp4", 64, 130, 130, {"window": 40}),
     ],
@@ -36,7 +36,7 @@ from thrift_attn.seq_layout import Sequences, dense, packed, padded
 def test_kernel_equals_the_reference(low: str, math_: str, dim: int, queries: int, keys: int, options: dict) -> None:
     torch.manual_seed(keys)
     ours = {name: value for name, value in options.items() if name in ("center", "sink", "total", "force_first")}
-    config = ThriftConfig(low=low, math=math_, budget=fraction(0.4), **ours)
+    config = ThriftConfig(base_format=low, compute=math_, budget=fraction(0.4), **ours)
     rest = {name: value for name, value in options.items() if name not in ours}
     q, k, v = draw(2 if queries == 66 else 1, (4, 2) if queries == 66 else (2, 1), queries, keys, dim)
     check(q, k, v, config, **rest)
@@ -45,11 +45,12 @@ def test_kernel_equals_the_reference(low: str, math_: str, dim: int, queries: in
 @pytest.mark.parametrize("high", ["nested", "nested8"])
 def test_nested_planes(high: str) -> None:
     torch.manual_seed(1)
-    check(*draw(1, (2, 1), 70, 150, 64), ThriftConfig(math="16bit", high=high, budget=fraction(0.5)))
+    check(*draw(1, (2, 1), 70, 150, 64), ThriftConfig(compute="16bit", promoted_storage=high, budget=fraction(0.5)))
 
 
 @pytest.mark.parametrize(
-    ("queries", "options"), [(70, {}), (65, {"math": "16bit", "high": "nested"}), (70, {"low": "mxfp4"}), (3, {})]
+    ("queries", "options"),
+    [(70, {}), (65, {"compute": "16bit", "promoted_storage": "nested"}), (70, {"base_format": "mxfp4"}), (3, {})],
 )
 def test_levelled_data(queries: int, options: dict) -> None:
     """Outlier channels, tiny K and V: both sides take the same powers of two, and little is lost."""
@@ -58,7 +59,7 @@ def test_levelled_data(queries: int, options: dict) -> None:
     size = torch.ones(64, device=DEVICE)
     size[[3, 40]] = 20
     q, k, v = (10 * q / size).to(DTYPE), (0.02 * k * size).to(DTYPE), (1e-3 * v).to(DTYPE)
-    config = ThriftConfig(balance="channel", budget=fraction(0.4), **options)
+    config = ThriftConfig(smooth="channel", budget=fraction(0.4), **options)
     check(q, k, v, config)
 
 
@@ -93,7 +94,7 @@ def test_zeros_in_fp8_have_no_scale() -> None:
     """Logits of 0 and of what is hidden stay apart where the scale of Q or K is 0."""
     torch.manual_seed(13)
     q, k, v = draw(1, (1, 1), 70, 70, 64)
-    config = ThriftConfig(low="fp8", budget=fraction(0.0), center="none", sink="none", force_last=0)
+    config = ThriftConfig(base_format="fp8", budget=fraction(0.0), center="none", sink_token="none", force_last=0)
     sequences = dense(1, 70, 70, True, q.device)
     for x, y in ((q * 0, k), (q, k * 0)):
         out = prefill(x, y, v, sequences, config, "wide", scale=0.1)[0]
@@ -111,7 +112,7 @@ def test_native_products_equal_emulated_ones(low: str, dim: int, monkeypatch: py
         monkeypatch.setattr(kernels, "tuning", lambda *_: kernels.Tuning(64, 64, 4, 1))
     torch.manual_seed(10)
     q, k, v = draw(2, (4, 2), 300, 1000, dim)
-    sequences, config = dense(2, 300, 1000, True, q.device), ThriftConfig(low=low)
+    sequences, config = dense(2, 300, 1000, True, q.device), ThriftConfig(base_format=low)
     native, wide = (prefill(q, k, v, sequences, config, form, scale=0.1) for form in ("native", "wide"))
     # FP8 units keep about 14 bits of a sum, so logits of size 10 move by 1e-3 and with them which way P rounds (1/16).
     assert error(native[0], wide[0].double()) < 2e-2
@@ -127,14 +128,14 @@ def test_sparse_baseline_drops_what_is_not_chosen() -> None:
 def test_few_queries_share_a_list(queries: int) -> None:
     torch.manual_seed(4)
     q, k, v = draw(1, (4, 2), queries, 300, 64)
-    check(q, k, v, ThriftConfig(math="16bit", budget=top_k(2)))
+    check(q, k, v, ThriftConfig(compute="16bit", budget=top_k(2)))
 
 
 def test_chunks_equal_the_whole() -> None:
     """Rows are cut at absolute positions, so a prompt may come in any pieces."""
     torch.manual_seed(5)
     q, k, v = draw(1, (2, 1), 150, 150, 64)
-    config, scale = ThriftConfig(math="16bit", balance="none", budget=top_k(2)), 0.125
+    config, scale = ThriftConfig(compute="16bit", smooth="none", budget=top_k(2)), 0.125
     whole = prefill(q, k, v, dense(1, 150, 150, True, q.device), config, "wide", scale=scale)
     for start, end in ((64, 128), (128, 150)):
         part = dense(1, end - start, end, True, q.device)
@@ -148,7 +149,7 @@ def test_partial_results_merge() -> None:
     """Keys split in two at a block: the parts merge to the whole, where the second part has no first token of its own."""
     torch.manual_seed(6)
     q, k, v = draw(1, (2, 1), 40, 192, 64)
-    config = ThriftConfig(math="16bit", sink="none", balance="none", budget=fraction(0.0))
+    config = ThriftConfig(compute="16bit", sink_token="none", smooth="none", budget=fraction(0.0))
     parts = []
     for keys in (slice(0, 128), slice(128, 192), slice(0, 192)):
         size = keys.stop - keys.start
@@ -163,7 +164,7 @@ def test_ragged_batches() -> None:
     """Sequences end to end, and a padded batch, give what each gives alone; strided inputs, no value is read beyond an end."""
     torch.manual_seed(7)
     lengths = [(65, 130), (1, 64), (40, 30)]
-    config, scale = ThriftConfig(math="16bit", budget=fraction(0.5)), 0.125
+    config, scale = ThriftConfig(compute="16bit", budget=fraction(0.5)), 0.125
     q, k, v = (x.transpose(1, 2).contiguous().transpose(1, 2) for x in draw(1, (2, 1), 106, 224, 64))
     cu = [torch.tensor([0, *x], device=DEVICE, dtype=torch.int32).cumsum(0).int() for x in zip(*lengths, strict=True)]
     every = packed(*cu, queries=106, keys=224, most_queries=65, most_keys=130, causal=True)

@@ -10,7 +10,7 @@ from support.prefill import DTYPE, draw
 from thrift_attn import ThriftConfig, attention, attention_varlen, fraction, top_k
 from thrift_attn.reference.formats import FORMATS
 
-CONFIG = ThriftConfig(math="16bit", budget=fraction(0.4))
+CONFIG = ThriftConfig(compute="16bit", budget=fraction(0.4))
 
 
 def same(got, want) -> None:
@@ -63,7 +63,7 @@ def test_what_the_kernels_do_not_serve() -> None:
     q, k, v = draw(1, (2, 1), 20, 64, 64)
     for config, reason in (
         (ThriftConfig(score="oracle"), "score='mean'"),
-        (ThriftConfig(low="fp8", high="nested"), "high='16bit'"),
+        (ThriftConfig(base_format="fp8", promoted_storage="nested"), "high='16bit'"),
     ):
         with pytest.raises(NotImplementedError, match=reason):
             attention(q, k, v, config=config, backend="triton")
@@ -82,7 +82,7 @@ def test_graphs_replay_and_auto_takes_the_kernels() -> None:
         for low in FORMATS:
             if low == "e4m3g16":
                 continue
-            config = ThriftConfig(low=low, budget=top_k(2))
+            config = ThriftConfig(base_format=low, budget=top_k(2))
             want = attention(q, k, v, config=config, backend="triton", **options)
             assert torch.equal(attention(q, k, v, config=config, **options), want)
             graph = torch.cuda.CUDAGraph()
@@ -102,7 +102,7 @@ def test_a_million_tokens() -> None:
     torch.manual_seed(3)
     keys = 1 << 20
     q, k, v = (torch.randn(1, heads, keys, 128, device=DEVICE, dtype=torch.bfloat16) for heads in (8, 1, 1))
-    config = ThriftConfig(low="fp8", center="block", budget=top_k(16))  # the mean query of a piece is another
+    config = ThriftConfig(base_format="fp8", center="block", budget=top_k(16))  # the mean query of a piece is another
     whole, lse = attention(q, k, v, config=config, return_lse=True)
     assert not whole.isnan().any()
     for start, end in ((keys // 2, keys // 2 + 4096), (keys - 65536, keys)):

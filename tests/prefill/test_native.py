@@ -49,4 +49,4 @@ def test_native_products_are_the_reference(
     if dim == 80:  # half of the output at a time, as at head dim 256
         monkeypatch.setattr(kernels, "tuning", lambda *_: kernels.Tuning(64, 64, 4, 1, columns=64))
     torch.manual_seed(7)
-    check(*draw(1, (4, 2), queries, keys, dim), ThriftConfig(low=low, budget=fraction(0.3)), form="native")
+    check(*draw(1, (4, 2), queries, keys, dim), ThriftConfig(base_format=low, budget=fraction(0.3)), form="native")

@@ -166,7 +166,7 @@ def check(q, k, v, config, **options):
     return out, lse
 
 
-LOW = ThriftConfig(low="fp8", budget=fraction(0.0))
+LOW = ThriftConfig(base_format="fp8", budget=fraction(0.0))
 
 
 @pytest.mark.parametrize("dim", [64, 128])
@@ -177,11 +177,11 @@ def test_causal_without_promotion(dim, tq, tk) -> None:
 
 @pytest.mark.parametrize("dim", [64, 128])
 @pytest.mark.parametrize("config", [
-    ThriftConfig(low="fp8", budget=fraction(0.05)),
-    ThriftConfig(low="fp8", budget=fraction(0.5)),
-    ThriftConfig(low="fp8", budget=fraction(1.0)),
-    ThriftConfig(low="fp8", budget=fraction(0.05), sink="none", force_first=1),
-    ThriftConfig(low="fp8", budget=top_k(3), center="none", sink="none"),
+    ThriftConfig(base_format="fp8", budget=fraction(0.05)),
+    ThriftConfig(base_format="fp8", budget=fraction(0.5)),
+    ThriftConfig(base_format="fp8", budget=fraction(1.0)),
+    ThriftConfig(base_format="fp8", budget=fraction(0.05), sink_token="none", force_first=1),
+    ThriftConfig(base_format="fp8", budget=top_k(3), center="none", sink_token="none"),
 ])  # fmt: skip
 def test_promotion(dim, config) -> None:
     check(*inputs(2, 8, 2, 2500, 2500, dim), config)
@@ -189,17 +189,17 @@ def test_promotion(dim, config) -> None:
 
 @pytest.mark.parametrize(("tq", "tk"), [(100, 1000), (65, 4097), (900, 1000), (17, 64)])
 def test_chunked(tq, tk) -> None:
-    check(*inputs(1, 4, 2, tq, tk, 128, torch.float16), ThriftConfig(low="fp8", budget=fraction(0.1)))
+    check(*inputs(1, 4, 2, tq, tk, 128, torch.float16), ThriftConfig(base_format="fp8", budget=fraction(0.1)))
 
 
 @pytest.mark.parametrize(("tq", "tk"), [(300, 1000), (1000, 300), (64, 4160)])
 def test_not_causal(tq, tk) -> None:
-    check(*inputs(1, 4, 4, tq, tk, 128), ThriftConfig(low="fp8", budget=fraction(0.1)), causal=False)
+    check(*inputs(1, 4, 4, tq, tk, 128), ThriftConfig(base_format="fp8", budget=fraction(0.1)), causal=False)
 
 
 @pytest.mark.parametrize("options", [{"window": 100}, {"window": 700}, {"softcap": 5.0}, {"scale": 0.3}])
 def test_options(options) -> None:
-    check(*inputs(1, 4, 2, 1500, 1500, 64), ThriftConfig(low="fp8", budget=fraction(0.1)), **options)
+    check(*inputs(1, 4, 2, 1500, 1500, 64), ThriftConfig(base_format="fp8", budget=fraction(0.1)), **options)
 
 
 def test_zero_and_outliers() -> None:
@@ -208,7 +208,7 @@ def test_zero_and_outliers() -> None:
     k[:, :, 128:320] = 0
     q[:, :, 512:] = 0
     v[:, :, 320:384] *= 1e-12
-    check(q, k, v, ThriftConfig(low="fp8", budget=fraction(0.1)))
+    check(q, k, v, ThriftConfig(base_format="fp8", budget=fraction(0.1)))
     out, lse = run(q, k, torch.zeros_like(v), torch.zeros(1, 2, 11, 11, dtype=torch.bool, device="cuda"))
     assert (out == 0).all()
     assert lse.isfinite().all()
@@ -229,7 +229,7 @@ def test_a_nan_stays_visible(what) -> None:
 def test_strided_inputs() -> None:
     q, k, v = inputs(1, 4, 2, 500, 500, 128)
     turned = [x.transpose(1, 2).contiguous().transpose(1, 2) for x in (q, k, v)]
-    config = ThriftConfig(low="fp8", budget=fraction(0.1))
+    config = ThriftConfig(base_format="fp8", budget=fraction(0.1))
     assert torch.equal(check(q, k, v, config)[0], check(*turned, config)[0])
 
 
@@ -254,7 +254,7 @@ def test_error_against_plain_fp8(outliers, share) -> None:
         k[..., [3, 40, 77, 100]] += 30
     q, k, v = (x.bfloat16() for x in (q, k, v))
     truth, _, _ = expected(q, k, v, ThriftConfig(budget=fraction(1)))
-    _, _, promoted = expected(q, k, v, ThriftConfig(low="fp8", budget=fraction(0.05)))
+    _, _, promoted = expected(q, k, v, ThriftConfig(base_format="fp8", budget=fraction(0.05)))
     ours, plain = distance(run(q, k, v, promoted)[0], truth), distance(plain_fp8(q, k, v), truth)
     print("error", outliers, ours, plain)
     assert ours <= share * plain, (ours, plain)

@@ -17,12 +17,12 @@ ODD = [1, 63, 64, 65, 1000]
 CONFIGS = {
     "default": ThriftConfig(),
     "paper": ThriftConfig.paper(),
-    "16bit": ThriftConfig(math="16bit"),
-    "no sink": ThriftConfig(sink="none", force_first=1),
-    "nested": ThriftConfig(high="nested"),
-    "nested8": ThriftConfig(high="nested8", math="16bit"),
-    "mxfp4": ThriftConfig(low="mxfp4"),
-    "fp8": ThriftConfig(low="fp8"),
+    "16bit": ThriftConfig(compute="16bit"),
+    "no sink": ThriftConfig(sink_token="none", force_first=1),
+    "nested": ThriftConfig(promoted_storage="nested"),
+    "nested8": ThriftConfig(promoted_storage="nested8", compute="16bit"),
+    "mxfp4": ThriftConfig(base_format="mxfp4"),
+    "fp8": ThriftConfig(base_format="fp8"),
     "quest": ThriftConfig(score="quest"),
     "oracle": ThriftConfig(score="oracle"),
     "sparse": ThriftConfig.sparse("oracle"),
@@ -138,8 +138,15 @@ def emulate(q, k, v, *, fmt_name, center, math_, best, less_mean=False, rounded=
 @pytest.mark.parametrize(("tokens", "scales", "total"), [(65, "best", "rounded"), (200, "max", "exact")])
 def test_budget_zero_is_pure_low_precision(fmt, center, sink, math_, tokens, scales, total):
     q, k, v = qkv(tokens, tokens)
-    form = {"low": fmt, "center": center, "sink": sink, "math": math_, "scales": scales, "total": total}
-    config = ThriftConfig(balance="none", budget=fraction(0), **form)
+    form = {
+        "base_format": fmt,
+        "center": center,
+        "sink_token": sink,
+        "compute": math_,
+        "scales": scales,
+        "normalize": total,
+    }
+    config = ThriftConfig(smooth="none", budget=fraction(0), **form)
     out, stats = attention(q, k, v, config=config, return_stats=True)
     fp4 = math_ == "fp4"
     want = emulate(
@@ -156,7 +163,9 @@ def test_budget_zero_is_pure_low_precision(fmt, center, sink, math_, tokens, sca
 def test_paper_form_does_not_depend_on_what_is_not_in_it():
     q, k, v = qkv(300, 300)
     base = attention(q, k, v, config=ThriftConfig.paper())
-    plainly = ThriftConfig(center="none", sink="none", scales="max", total="exact", force_first=0, force_last=0)
+    plainly = ThriftConfig(
+        center="none", sink_token="none", scales="max", normalize="exact", force_first=0, force_last=0
+    )
     assert torch.equal(base, attention(q, k, v, config=plainly))
     assert not torch.equal(base, attention(q, k, v))
 
@@ -297,7 +306,7 @@ def test_error_budget_of_the_low_path():
     q, k, v = qkv(512, 512, hq=2)
     bound = {"fp4": 0.2, "16bit": 0.14}
     for math_, limit in bound.items():
-        out = attention(q, k, v, config=ThriftConfig(budget=fraction(0), math=math_))
+        out = attention(q, k, v, config=ThriftConfig(budget=fraction(0), compute=math_))
         assert relative(out, plain(q, k, v)[0]) < limit
 
 
@@ -314,7 +323,7 @@ def test_centring_rescues_a_large_channel_bias():
 @pytest.mark.parametrize("tokens", [64, 1000, 4096])
 def test_stats_report_asked_and_achieved_share(share, tokens):
     q, k, v = qkv(tokens, tokens, hq=1, hkv=1, d=16)
-    config = ThriftConfig(budget=fraction(share), math="16bit")
+    config = ThriftConfig(budget=fraction(share), compute="16bit")
     _, stats = attention(q, k, v, config=config, return_stats=True)
     blocks = -(-tokens // 64)
     assert stats.visible == blocks * (blocks + 1) // 2
@@ -343,8 +352,10 @@ def test_a_fault_in_the_input_stays_visible():
 def test_head_dims(d):
     q, k, v = qkv(70, 70, d=d)
     low = "nvfp4" if d % 32 else "mxfp4"
-    assert relative(attention(q, k, v, config=ThriftConfig(low=low, budget=fraction(1))), plain(q, k, v)[0]) < 1e-6
-    assert relative(attention(q, k, v, config=ThriftConfig(low=low)), plain(q, k, v)[0]) < 0.4
+    assert (
+        relative(attention(q, k, v, config=ThriftConfig(base_format=low, budget=fraction(1))), plain(q, k, v)[0]) < 1e-6
+    )
+    assert relative(attention(q, k, v, config=ThriftConfig(base_format=low)), plain(q, k, v)[0]) < 0.4
 
 
 def test_memory_grows_with_the_length_and_not_with_its_square():

@@ -39,8 +39,8 @@ def test_shapes(shapes, message):
 
 
 def test_mx_needs_a_multiple_of_32():
-    with pytest.raises(ValueError, match="low='mxfp4' needs a head dim that is a multiple of 32, got 80"):
-        call({n: (*s[:3], 80) for n, s in GOOD.items()}, config=ThriftConfig(low="mxfp4"))
+    with pytest.raises(ValueError, match="base_format='mxfp4' needs a head dim that is a multiple of 32, got 80"):
+        call({n: (*s[:3], 80) for n, s in GOOD.items()}, config=ThriftConfig(base_format="mxfp4"))
 
 
 @pytest.mark.parametrize(
@@ -118,21 +118,25 @@ def test_other_budgets():
 @pytest.mark.parametrize(
     ("options", "error", "message"),
     [
-        ({"low": "int4"}, ValueError, "low must be one of 'nvfp4', 'mxfp4', 'fp8', 'drop', got 'int4'"),
-        ({"math": "bf16"}, ValueError, "math must be one of"),
+        ({"base_format": "int4"}, ValueError, "base_format must be one of 'nvfp4', 'mxfp4', 'fp8', 'drop', got 'int4'"),
+        ({"compute": "bf16"}, ValueError, "compute must be one of"),
         ({"center": True}, ValueError, "center must be one of"),
         ({"score": "best"}, ValueError, "score must be one of"),
-        ({"high": "32bit"}, ValueError, "high must be one of"),
+        ({"promoted_storage": "32bit"}, ValueError, "promoted_storage must be one of"),
         ({"budget": 0.05}, TypeError, "budget must be a Budget such as fraction"),
         ({"force_first": -1}, ValueError, "force_first must be >= 0"),
         ({"force_last": 1.0}, TypeError, "force_last must be an int"),
-        ({"low": "drop"}, ValueError, "quantises nothing"),
-        ({"sink": "key"}, ValueError, "sink must be one of 'none', 'token', got 'key'"),
-        ({"center": "none"}, ValueError, "sink='token' is the centre of its block: it needs center='block' or 'all'"),
+        ({"base_format": "drop"}, ValueError, "quantises nothing"),
+        ({"sink_token": "key"}, ValueError, "sink_token must be one of 'none', 'exact', got 'key'"),
         (
-            {"low": "drop", "center": "none", "scales": "max", "balance": "none", "total": "exact"},
+            {"center": "none"},
             ValueError,
-            "it needs balance='none', total='exact' and sink='none'",
+            "sink_token='exact' is the centre of its block: it needs center='block' or 'all'",
+        ),
+        (
+            {"base_format": "drop", "center": "none", "scales": "max", "smooth": "none", "normalize": "exact"},
+            ValueError,
+            "it needs smooth='none', normalize='exact' and sink_token='none'",
         ),
     ],
 )
@@ -146,6 +150,6 @@ def test_config_is_frozen_and_goes_to_json():
 
     config = ThriftConfig(budget=top_k(3))
     with pytest.raises(AttributeError):
-        config.low = "fp8"  # type: ignore[misc]
+        config.base_format = "fp8"  # type: ignore[misc]
     plain = json.loads(json.dumps(config.to_dict()))
     assert ThriftConfig(**{**plain, "budget": Budget.parse(plain["budget"])}) == config

@@ -15,11 +15,13 @@ import torch
 from torch import Tensor
 
 from thrift_attn import ThriftConfig, attention
-from thrift_attn.cache.paged import DECODE, PagedThriftCache
+from thrift_attn.cache.paged import PagedThriftCache
 
 KEYS, QUERIES, BLOCKS = 4096, 64, 64
 FAMILY = {
-    f"{math_}-{high}": ThriftConfig(math=math_, high=high) for math_ in ("fp4", "16bit") for high in ("16bit", "nested")
+    f"{compute}-{storage}": ThriftConfig(compute=compute, promoted_storage=storage)
+    for compute in ("fp4", "16bit")
+    for storage in ("16bit", "nested")
 }
 LIMIT = 0.05
 
@@ -153,8 +155,8 @@ def test_the_default_family_loses_little(change: Callable[..., Inputs], dim: int
 @pytest.mark.parametrize("change", [outlier_channels_of_k, rotating_bias, tiny_keys, tiny_values])
 @pytest.mark.parametrize("math_", ["fp4", "16bit"])
 def test_what_balance_is_for(change: Callable[..., Inputs], math_: Literal["fp4", "16bit"]):
-    default = ThriftConfig(math=math_)
-    without, balanced = losses(change(*plain(64)), default.with_(balance="none"), default)
+    default = ThriftConfig(compute=math_)
+    without, balanced = losses(change(*plain(64)), default.with_(smooth="none"), default)
     assert balanced < 0.67 * without
 
 
@@ -166,7 +168,7 @@ def test_a_cache_loses_little(change: Callable[..., Inputs]):
     exact = logits @ v.double()
     lost = []
     for balance in ("channel", "none"):
-        config = DECODE.with_(balance=balance)
+        config = ThriftConfig.for_cache(smooth=balance)
         cache = PagedThriftCache(
             batch=1, kv_heads=1, head_dim=64, num_pages=BLOCKS, config=config, dtype=torch.float32, device="cpu"
         )

@@ -14,10 +14,10 @@ from thrift_attn.reference.attention import Mask, _Sequence, build_planes
 LOW = ThriftConfig(budget=fraction(0))
 FORMS = {
     "fp4": LOW,
-    "16bit": LOW.with_(math="16bit"),
-    "mxfp4": LOW.with_(low="mxfp4"),
-    "fp8": LOW.with_(low="fp8"),
-    "nested": LOW.with_(high="nested", budget=top_k(1)),
+    "16bit": LOW.with_(compute="16bit"),
+    "mxfp4": LOW.with_(base_format="mxfp4"),
+    "fp8": LOW.with_(base_format="fp8"),
+    "nested": LOW.with_(promoted_storage="nested", budget=top_k(1)),
 }
 
 
@@ -48,7 +48,7 @@ def test_it_is_exact_where_it_holds_the_weight(name: str, options: dict) -> None
     config = FORMS[name]
     want = exact(q, k, v, **options)
     with_it, without = (
-        error(attention(q, k, v, config=config.with_(sink=sink), **options), want) for sink in ("token", "none")
+        error(attention(q, k, v, config=config.with_(sink_token=sink), **options), want) for sink in ("token", "none")
     )
     assert with_it < 5e-3
     assert with_it < 0.1 * without
@@ -69,7 +69,7 @@ def test_short_sequences(name: str, keys: int) -> None:
 def test_promoted_it_is_no_other(high, options: dict) -> None:
     """With every block promoted, sink or not, the result is that of the promoted blocks."""
     q, k, v = sunk(130, 130)
-    config = ThriftConfig(high=high, budget=fraction(1))
+    config = ThriftConfig(promoted_storage=high, budget=fraction(1))
     tolerance = 1e-6 if high == "16bit" else 1e-2
     assert error(attention(q, k, v, config=config, **options), exact(q, k, v, **options)) < tolerance
 
@@ -78,7 +78,7 @@ def test_promoted_it_is_no_other(high, options: dict) -> None:
 def test_a_window_hides_it(name: str) -> None:
     """Queries that see it gain; those that do not are blind to its value, and see the rest of its block."""
     q, k, v = sunk(200, 200)
-    config = FORMS[name].with_(balance="none")  # powers of two are of a sample that has the value in it
+    config = FORMS[name].with_(smooth="none")  # powers of two are of a sample that has the value in it
     out = attention(q, k, v, config=config, window=50)
     v[:, :, 0] += 1000
     other = attention(q, k, v, config=config, window=50)
@@ -110,7 +110,7 @@ def test_its_block_is_judged_without_it(score, queries: int) -> None:
         return _Sequence(q[0], planes, config, Mask(queries, 640, True, None), 0.125, None).select()[0]
 
     assert chosen(config)[..., 5].all()
-    assert chosen(config.with_(sink="none"))[..., 0].all() == (score == "oracle")
+    assert chosen(config.with_(sink_token="none"))[..., 0].all() == (score == "oracle")
     k[:, :, 1:64] += 8 * direction
     assert chosen(config)[..., 0].all()
 

@@ -38,12 +38,12 @@ def test_few_queries_keep_their_own_lists() -> None:
     q, k, v, _, cu_k = parts()
     cu_q = torch.tensor([0, 5, 70])
     config = ThriftConfig(
-        low="drop",
+        base_format="drop",
         center="none",
-        sink="none",
-        balance="none",
+        sink_token="none",
+        smooth="none",
         scales="max",
-        total="exact",
+        normalize="exact",
         budget=top_k(1),
         force_first=0,
         force_last=0,
@@ -101,10 +101,10 @@ def test_forms_by_compute_capability(monkeypatch: pytest.MonkeyPatch) -> None:
     for capability in ((8, 0), (8, 9), (9, 0), (10, 0), (12, 0)):
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _device, now=capability: now)
         for low in ("nvfp4", "fp8"):
-            form[capability, low] = check_prefill(ThriftConfig(low=low), 128, torch.float16, device)
+            form[capability, low] = check_prefill(ThriftConfig(base_format=low), 128, torch.float16, device)
         for low in ("nvfp4", "fp8"):
-            assert check_prefill(ThriftConfig(low=low, math="16bit"), 128, torch.float16, device) == "wide"
-        assert check_prefill(ThriftConfig(high="nested"), 128, torch.float16, device) == "wide"
+            assert check_prefill(ThriftConfig(base_format=low, compute="16bit"), 128, torch.float16, device) == "wide"
+        assert check_prefill(ThriftConfig(promoted_storage="nested"), 128, torch.float16, device) == "wide"
     assert [key for key, found in form.items() if found == "native"] == [
         ((8, 9), "fp8"), ((9, 0), "fp8"), ((10, 0), "nvfp4"), ((10, 0), "fp8"), ((12, 0), "nvfp4"), ((12, 0), "fp8"),
     ]  # fmt: skip

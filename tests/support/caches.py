@@ -5,12 +5,12 @@ from __future__ import annotations
 import torch
 
 from thrift_attn.cache import PagedThriftCache
-from thrift_attn.cache.paged import DECODE
+from thrift_attn.cache.paged import DEFAULT
 
 HIGH = ("16bit", "nested", "nested8")
 
 
-def make(batch=1, pages=32, dim=64, heads=2, config=DECODE, **options):
+def make(batch=1, pages=32, dim=64, heads=2, config=DEFAULT, **options):
     return PagedThriftCache(
         batch=batch,
         kv_heads=heads,

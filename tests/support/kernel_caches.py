@@ -6,10 +6,10 @@ import torch
 
 from support.device import DEVICE
 from thrift_attn.cache import PagedThriftCache
-from thrift_attn.cache.paged import DECODE
+from thrift_attn.cache.paged import DEFAULT
 
 
-def make(backend, *, batch=1, pages=24, heads=2, dim=64, config=DECODE, dtype=torch.float16):
+def make(backend, *, batch=1, pages=24, heads=2, dim=64, config=DEFAULT, dtype=torch.float16):
     cache = PagedThriftCache(
         batch=batch, kv_heads=heads, head_dim=dim, num_pages=pages, config=config, dtype=dtype, device=DEVICE
     )

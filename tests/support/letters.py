@@ -7,9 +7,9 @@ from typing import Any
 import torch
 
 from thrift_attn import fraction
-from thrift_attn.cache.paged import DECODE
+from thrift_attn.config import ThriftConfig
 
-EXACT = DECODE.with_(budget=fraction(1.0), high="16bit")
+EXACT = ThriftConfig.for_cache(budget=fraction(1.0), promoted_storage="16bit")
 
 
 class Letters:

@@ -39,14 +39,15 @@ def written(k: Tensor, v: Tensor, sequences: Sequences, config: ThriftConfig) ->
     test_quantise.py and test_levels.py check them. Where two scales are equally good, or a power of two lies halfway, the order
     of a sum decides, which differs on a GPU.
     """
-    rest = None if config.high == "16bit" else config.high
+    rest = None if config.promoted_storage == "16bit" else config.promoted_storage
     levels = measure(
         k, k, v, sequences, centred=config.centred, less_mean=False, balanced=config.balanced,
-        of_values=config.low == "nvfp4",
+        of_values=config.base_format == "nvfp4",
     )  # fmt: skip
     best = config.scales == "best"
     packed = quantise_kv(
-        k, v, sequences, low=config.low, form="wide", rest=rest, centred=config.centred, sink=config.exact_sink, best=best,
+        k, v, sequences, low=config.base_format, form="wide", rest=rest, centred=config.centred,
+        sink=config.exact_sink, best=best,
         levels=levels,
     )  # fmt: skip
     found = {"low_k": packed.k, "low_v": packed.v, "centres": packed.centres, "stretch": levels.keys}
@@ -86,13 +87,13 @@ def expected(
         sink[..., 0] = p[..., 0].masked_fill(high[..., 0], 0)
     high_p, p = torch.where(high, p, 0) + sink, torch.where(high, 0, p) - sink
     rounded = p.float()
-    if planes.low_v is not None and config.math == "fp4":
-        rounded = reference._round_probabilities(p.float(), FORMATS[config.low])
+    if planes.low_v is not None and config.compute == "fp4":
+        rounded = reference._round_probabilities(p.float(), FORMATS[config.base_format])
     low_v = planes.high_v if planes.low_v is None else planes.low_v
     out = rounded.double() @ low_v.double().repeat_interleave(group, 0)
     out += high_p @ planes.high_v.double().repeat_interleave(group, 0)
     norm = torch.where(total == 0, 1, total)
-    if config.total == "rounded" and config.four_bit_queries:
+    if config.normalize == "rounded" and config.four_bit_queries:
         norm = norm + (rounded.double() - p).sum(-1, keepdim=True)
     pad = (0, 0, one.skipped, 0)
     out = torch.nn.functional.pad(out / norm, pad)
@@ -111,7 +112,7 @@ def budget_of(config: ThriftConfig) -> float:
     Output, P and products of 16-bit data: a few EPS. Where P is rounded to 1 mantissa bit, an exponential that is off by
     1e-6 takes another code near a boundary: about 1e-5 of them, each off by a quarter, and each scale moves a group.
     """
-    return 2 * EPS + (5e-3 if config.math == "fp4" and config.low != "drop" else 0)
+    return 2 * EPS + (5e-3 if config.compute == "fp4" and config.base_format != "drop" else 0)
 
 
 def check(q, k, v, config: ThriftConfig, form="wide", *, causal=True, window=None, softcap=None) -> None:
@@ -122,7 +123,7 @@ def check(q, k, v, config: ThriftConfig, form="wide", *, causal=True, window=Non
     )
     assert out.dtype == q.dtype
     assert not out.isnan().any()
-    planes = written(k, v, sequences, config) if config.low in ("nvfp4", "mxfp4") else {}
+    planes = written(k, v, sequences, config) if config.base_format in ("nvfp4", "mxfp4") else {}
     out, lse, counts, share = (x.cpu() for x in (out, lse, counts, share))
     # On a GPU PyTorch divides another way, and codes at the middle of a step differ.
     q, k, v = (x.cpu() for x in (q, k, v))

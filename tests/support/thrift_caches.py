@@ -11,9 +11,9 @@ from torch import Tensor
 import thrift_attn.transformers.attention_function as thrift
 from support.tiny_models import build, close
 from thrift_attn import fraction
-from thrift_attn.cache.paged import DECODE
+from thrift_attn.config import ThriftConfig
 
-EXACT = DECODE.with_(budget=fraction(1.0), high="16bit")
+EXACT = ThriftConfig.for_cache(budget=fraction(1.0), promoted_storage="16bit")
 """Everything from the copy in the dtype of the model: exact attention by the code of the cache."""
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from support.thrift_caches import cache_for, enabled
 from support.tiny_models import build, close, padded, tokens
 from thrift_attn import fraction
-from thrift_attn.cache.paged import DECODE
+from thrift_attn.config import ThriftConfig
 
 transformers = pytest.importorskip("transformers", minversion="5.0")
 thrift = pytest.importorskip("thrift_attn.transformers.attention_function")
@@ -142,7 +142,9 @@ def test_replayed_steps_equal_launched_ones() -> None:
     thrift.enable(model)
     ids, mask, _ = (x.cuda() for x in padded([300, 61], "left"))
     new = tokens(2, 80, seed=3).cuda()
-    caches = [thrift.ThriftCache(model.config, 512, decode=DECODE.with_(budget=fraction(0.3))) for _ in range(2)]
+    caches = [
+        thrift.ThriftCache(model.config, 512, decode=ThriftConfig.for_cache(budget=fraction(0.3))) for _ in range(2)
+    ]
     for cache in caches:
         prefill(model, ids, cache, attention_mask=mask)
     replayed, launched = DecodeGraph(model, caches[0]), DecodeGraph(model, caches[1], warmup=1000)

@@ -24,8 +24,7 @@ from thrift_attn.reference import attention as reference
 from thrift_attn.reference.budget import decode_budget
 from thrift_attn.reference.pages import Blocks, Pool, read_blocks, write_blocks
 
-DECODE = ThriftConfig(math="16bit", high="nested")
-"""The default of the cache: reading it is what takes time in decode, so Q and P stay in 16 bits."""
+DEFAULT = ThriftConfig.for_cache()
 
 
 class PagedThriftCache:
@@ -66,7 +65,7 @@ class PagedThriftCache:
         head_dim: int,
         num_pages: int,
         max_pages: int | None = None,
-        config: ThriftConfig = DECODE,
+        config: ThriftConfig = DEFAULT,
         dtype: torch.dtype = torch.bfloat16,
         device: torch.device | str = "cuda",
     ):
@@ -82,7 +81,7 @@ class PagedThriftCache:
         self.kv_heads, self.head_dim = kv_heads, head_dim
         self.table = PageTable(num_pages, batch, sizes["max_pages"], device)
         self.levels = CacheLevels.ones(kv_heads, head_dim, dtype, device) if config.balanced else None
-        self.pool = Pool.empty(num_pages, kv_heads, head_dim, config.high, dtype, device)
+        self.pool = Pool.empty(num_pages, kv_heads, head_dim, config.promoted_storage, dtype, device)
         # K and V of the two newest blocks, block b in slot b mod 2.
         self.tail = torch.zeros(2, batch, 2, kv_heads, BLOCK, head_dim, dtype=dtype, device=device)
         # What pages do not hold of the first block: the mean of K without its first token, and V of that token.
@@ -328,7 +327,7 @@ class PagedThriftCache:
                 None if self.levels is None else (self.levels.of_queries, self.levels.of_outputs),
                 self.sinks[1] if self.config.exact_sink else None,
                 tokens=longest,
-                plane=self.config.high,
+                plane=self.config.promoted_storage,
                 centred=self.config.centred,
             )
         else:
@@ -395,7 +394,7 @@ class PagedThriftCache:
         """What the kernels of one step take: the queries, the cache as it is, and the options (`cache.ops.step_kernels`)."""
         config = self.config
         state = (*self.pool, self.tail, self.sinks, self.table.table, self.lengths, self.budget)
-        options = (config.high, config.centred, config.exact_sink, config.force_first, config.force_last)
+        options = (config.promoted_storage, config.centred, config.exact_sink, config.force_first, config.force_last)
         levels = (None, None) if self.levels is None else (self.levels.of_queries, self.levels.of_outputs)
         return (q, *state, scale, window, softcap, *options, *levels)
 
@@ -433,7 +432,7 @@ class PagedThriftCache:
 
     def _read(self, row: int, pages: Tensor, first: int) -> Blocks:
         """What pages of a sequence decode to, those of the blocks from ``first`` on."""
-        read = read_blocks(self.pool, pages, plane=self.config.high, centred=self.config.centred)
+        read = read_blocks(self.pool, pages, plane=self.config.promoted_storage, centred=self.config.centred)
         if self.config.exact_sink and first == 0 and len(pages):
             read.high_v[0, :, 0] = self.sinks[1, row]
         return read
@@ -442,8 +441,8 @@ class PagedThriftCache:
 
     def _storage(self) -> dict[str, Any]:
         return {
-            "low": self.config.low,
-            "plane": self.config.high,
+            "low": self.config.base_format,
+            "plane": self.config.promoted_storage,
             "centred": self.config.centred,
             "best": self.config.scales == "best",
         }

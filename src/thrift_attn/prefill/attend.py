@@ -477,7 +477,7 @@ def attend_prefill(
         NotImplementedError: native data without quantised Q.
     """
     if form == "native" and not quantised and low != "drop":
-        raise NotImplementedError("native low-precision products need quantised Q and P, math='fp4'")
+        raise NotImplementedError("native low-precision products need quantised Q and P, compute='fp4'")
     heads, dim = q.shape[1], q.shape[3]
     rest = packed.k_rest is not None
     portable = interpreted()

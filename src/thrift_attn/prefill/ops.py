@@ -219,13 +219,13 @@ def arguments(
     With ``ragged`` sequences lie end to end, and every query head has its own lists however few queries there are.
     """
     decode, four = not ragged and q.shape[2] <= DECODE_ROWS, config.four_bit_queries
-    least = 1 if config.low == "drop" else 0  # a row that attends to nothing has no output
+    least = 1 if config.base_format == "drop" else 0  # a row that attends to nothing has no output
     wanted = wanted_blocks(config.budget, sequences, window=window, least=least, decode=decode)
     most = max(least, capacity(config.budget, sequences.most_blocks))
     return (
-        q, k, v, sequences, wanted, most, decode, config.low, form, config.math == "fp4", config.centred,
-        config.exact_sink, four and config.center == "all", config.balanced, four and config.total == "rounded",
-        config.scales == "best", None if config.high == "16bit" else config.high, config.force_first,
+        q, k, v, sequences, wanted, most, decode, config.base_format, form, config.compute == "fp4", config.centred,
+        config.exact_sink, four and config.center == "all", config.balanced, four and config.normalize == "rounded",
+        config.scales == "best", None if config.promoted_storage == "16bit" else config.promoted_storage, config.force_first,
         config.force_last, scale, window, softcap, mass,
     )  # fmt: skip
 

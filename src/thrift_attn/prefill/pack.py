@@ -413,9 +413,9 @@ def quantise_kv(
     if low != "drop":
         _check(low, form, dim)
         if levels.keys is not None and (low == "nvfp4") != (levels.values is not None):
-            raise ValueError(f"powers of two of V go with nvfp4 alone, got low={low!r}")
+            raise ValueError(f"powers of two of V go with nvfp4 alone, got base_format={low!r}")
         if rest is not None and (form == "native" or low == "fp8"):
-            raise NotImplementedError(f"high={rest!r} is decoded from wide 4-bit data, got {form} {low}")
+            raise NotImplementedError(f"promoted_storage={rest!r} is decoded from wide 4-bit data, got {form} {low}")
         out = PackedKV(
             centres,
             *_planes(low, form, shape, dim, False, k),

@@ -81,9 +81,9 @@ def build_planes(k: Tensor, v: Tensor, config: ThriftConfig, q: Tensor | None = 
     if config.exact_sink:
         centres[:, 0], others = k[:, 0], quant.mean_of_others(k).to(work)
     k, v = (torch.nn.functional.pad(x.to(work), pad) for x in (k, v))
-    if config.low == "drop":
+    if config.base_format == "drop":
         return Planes(None, None, k, v, centres)
-    fmt = FORMATS[config.low]
+    fmt = FORMATS[config.base_format]
     mean = torch.zeros((), dtype=work, device=k.device)
     if config.centred:
         mean = centres[:, :, None].expand(-1, -1, BLOCK, -1).flatten(1, 2).clone()
@@ -104,8 +104,8 @@ def build_planes(k: Tensor, v: Tensor, config: ThriftConfig, q: Tensor | None = 
     low_k = quant.roundtrip(delta * of_k, fmt, best=best)
     low_v = quant.roundtrip_head(base_v) if fmt.group is None else quant.roundtrip(base_v * of_v, fmt, -2, best=best)
     high_k, high_v = k, v
-    if config.high != "16bit":
-        plane = RESIDUALS[config.high]
+    if config.promoted_storage != "16bit":
+        plane = RESIDUALS[config.promoted_storage]
         high_k = mean + (low_k + quant.residual(delta * of_k, low_k, plane, best=best)) / of_k
         high_v = (low_v + quant.residual(base_v * of_v, low_v, plane, -2, best=best)) / of_v
         if config.exact_sink:
@@ -215,7 +215,7 @@ class _Sequence:
         budget = self.config.budget
         asked = asked_share(budget, counts, self.blocks) * counts.sum()
         wanted = blocks_per_row(budget, counts, self.blocks)
-        if self.config.low == "drop":
+        if self.config.base_format == "drop":
             wanted = wanted.clamp(min=1)  # a row that attends to nothing has no output
         if not wanted.any():
             return torch.zeros(len(self.q), *self.visible.shape, dtype=torch.bool, device=self.q.device), asked
@@ -262,8 +262,8 @@ class _Sequence:
     def _low_logits(self, low_k: Tensor, chunk: _Chunk) -> Tensor:
         config, queries = self.config, self.q[:, chunk.q0 : chunk.q1]
         rounded = queries
-        if config.math == "fp4":
-            fmt = FORMATS[config.low]
+        if config.compute == "fp4":
+            fmt = FORMATS[config.base_format]
             # A block-scaled format shares the scale of a query block, which starts at a multiple of 64 positions.
             lead = int(self.positions[chunk.q0]) % BLOCK if fmt.group is None else 0
             planes = self.planes
@@ -326,9 +326,9 @@ class _Sequence:
             out = out + self._weighted(p_sink, planes.high_v[:, :1])
             mass += (p_sink / norm).squeeze(-1)
             p[..., 0] = 0
-        if self.config.math == "fp4":
-            rounded = _round_probabilities(p, FORMATS[self.config.low])
-            if self.config.total == "rounded" and self.config.four_bit_queries:
+        if self.config.compute == "fp4":
+            rounded = _round_probabilities(p, FORMATS[self.config.base_format])
+            if self.config.normalize == "rounded" and self.config.four_bit_queries:
                 norm = norm + (rounded - p).sum(-1, keepdim=True)
             p = rounded
         return (out + self._weighted(p, planes.low_v[:, keys])) / norm, lse, mass

@@ -138,7 +138,7 @@ def fit(q: Tensor | None, k: Tensor, v: Tensor, config: ThriftConfig) -> Fit:
     if not config.balanced:
         return Fit(mean)
     squares = mean_squares(k, v, config.centred)
-    return Fit(mean, level_keys(squares), None if config.low == "mxfp4" else level_values(squares))
+    return Fit(mean, level_keys(squares), None if config.base_format == "mxfp4" else level_values(squares))
 
 
 def key_bias(mean: Tensor, k: Tensor, centres: Tensor) -> Tensor:

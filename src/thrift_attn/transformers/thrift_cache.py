@@ -32,7 +32,7 @@ import torch
 from torch import Tensor
 
 from thrift_attn.cache import PagedThriftCache
-from thrift_attn.cache.paged import DECODE
+from thrift_attn.cache.paged import DEFAULT
 from thrift_attn.config import BLOCK, Budget, ThriftConfig, fraction
 from thrift_attn.reference.budget import decode_budget
 from thrift_attn.stats import Stats
@@ -51,7 +51,7 @@ def default_prefill(device: torch.device, decode: ThriftConfig) -> ThriftConfig:
         if capability >= (10, 0):
             return ThriftConfig(budget=decode.budget)
         if capability >= (8, 9):
-            return ThriftConfig(low="fp8", budget=decode.budget)
+            return ThriftConfig(base_format="fp8", budget=decode.budget)
     return decode
 
 
@@ -285,7 +285,7 @@ class ThriftCache(Cache):
         max_tokens: int,
         *,
         pool_tokens: int | None = None,
-        decode: ThriftConfig = DECODE,
+        decode: ThriftConfig = DEFAULT,
         prefill: ThriftConfig | None = None,
         exact_tokens: int = 1024,
     ):

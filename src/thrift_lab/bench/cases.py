@@ -9,7 +9,16 @@ from typing import Any, Literal, TypeVar, get_args
 
 import torch
 
-from thrift_attn.config import BLOCK, DECODE_ROWS, Budget, High, Low, Math, ThriftConfig, check_choice
+from thrift_attn.config import (
+    BLOCK,
+    DECODE_ROWS,
+    BaseFormat,
+    Budget,
+    Compute,
+    PromotedStorage,
+    ThriftConfig,
+    check_choice,
+)
 from thrift_attn.reference.budget import blocks_per_row
 from thrift_attn.reference.formats import FORMATS, RESIDUALS
 
@@ -131,14 +140,14 @@ class DecodeCase(Case):
     dtype: str = "bfloat16"
     tq: int = 1
     budget: str = "0.05"
-    high: High = "nested"
+    high: PromotedStorage = "nested"
     recipe: Recipe = "default"
 
     def __post_init__(self) -> None:
         self._check()
         if not 1 <= self.tq <= min(DECODE_ROWS, self.kv):
             raise ValueError(f"tq must be in [1, {min(DECODE_ROWS, self.kv)}], got {self.tq}")
-        check_choice("high", self.high, High)
+        check_choice("high", self.high, PromotedStorage)
 
     @property
     def config(self) -> ThriftConfig:
@@ -189,14 +198,14 @@ class PrefillCase(Case):
     head_dim: int = 128
     dtype: str = "bfloat16"
     budget: str = "0.05"
-    low: Low = "fp8"
-    math: Math = "fp4"
+    low: BaseFormat = "fp8"
+    math: Compute = "fp4"
     recipe: Recipe = "default"
 
     def __post_init__(self) -> None:
         self._check()
-        check_choice("low", self.low, Low)
-        check_choice("math", self.math, Math)
+        check_choice("low", self.low, BaseFormat)
+        check_choice("math", self.math, Compute)
 
     @property
     def tq(self) -> int:  # pyright: ignore[reportIncompatibleVariableOverride]
@@ -249,7 +258,7 @@ def thrift_bytes(case: DecodeCase) -> dict[str, int]:
     full, tail = divmod(case.kv, BLOCK)
     promoted = min(case.promoted, full)
     block = 2 * BLOCK * case.head_dim  # elements of K and V in one block
-    base = FORMATS[case.config.low].bits_per_element(case.head_dim) / 8 * block
+    base = FORMATS[case.config.base_format].bits_per_element(case.head_dim) / 8 * block
     if case.high == "16bit":
         stored = (full - promoted) * base + promoted * 2 * block
     else:
@@ -357,10 +366,14 @@ def memory_needed(case: Case) -> int:
     """
     if isinstance(case, PrefillCase):
         return 2 * (2 * case.plain_elements + 3 * case.batch * case.q_heads * case.kv * case.head_dim) + (2 << 30)
-    low = FORMATS[case.config.low].bits_per_element(case.head_dim)
-    high = 16 if case.config.high == "16bit" else RESIDUALS[case.config.high].bits_per_element(case.head_dim)
+    low = FORMATS[case.config.base_format].bits_per_element(case.head_dim)
+    high = (
+        16
+        if case.config.promoted_storage == "16bit"
+        else RESIDUALS[case.config.promoted_storage].bits_per_element(case.head_dim)
+    )
     ours = (low + high + 16 / 2 / BLOCK) / 8
     return int(case.plain_elements * (2 + max(1.0, ours)) * 1.05) + (1 << 30)
 
 
-HIGHS = get_args(High)
+HIGHS = get_args(PromotedStorage)

@@ -27,7 +27,7 @@ def method(case: DecodeCase) -> Method:
         name=f"thrift {case.high} {case.budget}" + (" paper" if case.recipe == "paper" else ""),
         kind="thrift",
         package="thrift-attn",
-        precision=f"16-bit Q, {case.config.low} K, V, {case.high} for {case.budget} of the blocks",
+        precision=f"16-bit Q, {case.config.base_format} K, V, {case.high} for {case.budget} of the blocks",
         computes=case.config,
         bytes=lambda _: thrift_bytes(case)["step"],
         bytes_per_token=lambda _: _bytes_per_token(case),
@@ -38,7 +38,7 @@ def method(case: DecodeCase) -> Method:
 
 def _bytes_per_token(case: DecodeCase) -> float:
     """Cache bytes per token of one layer by the formats: base, high plane and block centres."""
-    low = FORMATS[case.config.low].bits_per_element(case.head_dim)
+    low = FORMATS[case.config.base_format].bits_per_element(case.head_dim)
     high = 16 if case.high == "16bit" else RESIDUALS[case.high].bits_per_element(case.head_dim)
     return case.kv_heads * case.head_dim * (2 * (low + high) + 16 / 64) / 8
 

@@ -14,7 +14,6 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from thrift_attn.cache.paged import DECODE
 from thrift_attn.config import BLOCK, ThriftConfig, fraction
 from thrift_attn.interface import attention
 from thrift_attn.transformers.attention_function import ThriftCache, disable, enable
@@ -178,7 +177,7 @@ class Plan:
     @property
     def config(self) -> ThriftConfig:
         """Of the cache."""
-        return DECODE.with_(budget=fraction(self.budget))
+        return ThriftConfig.for_cache(budget=fraction(self.budget))
 
 
 class Bench:

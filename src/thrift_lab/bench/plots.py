@@ -197,7 +197,8 @@ def _label_ours(axes: Any, rows: list[Row], intensity: Callable[[Row], float], r
     for y, x, row in points:
         to = min(y, last / 1.13)
         last = to
-        axes.annotate(f"{row.case.name} {row.case.config.high}", (x, y), (x * 1.13, to), fontsize=7.2, va="center", color=OURS,
+        axes.annotate(f"{row.case.name} {row.case.config.promoted_storage}", (x, y), (x * 1.13, to), fontsize=7.2,
+        va="center", color=OURS,
                       arrowprops={"arrowstyle": "-", "color": OURS, "linewidth": 0.4, "shrinkB": 2})  # fmt: skip
 
 

@@ -149,13 +149,13 @@ def stage_bytes(config: ThriftConfig, case: Case) -> dict[str, int]:
     Decoded data, where there are no units for the format, take 16 bits an element and more than this.
     """
     queries = case.batch * case.q_heads * case.tq * case.head_dim
-    elements = case.plain_elements + (queries if config.math == "fp4" else 0)
-    packed = int(elements * FORMATS[config.low].bits_per_element(case.head_dim) / 8)
+    elements = case.plain_elements + (queries if config.compute == "fp4" else 0)
+    packed = int(elements * FORMATS[config.base_format].bits_per_element(case.head_dim) / 8)
     means = 4 * queries // BLOCK + case.plain_elements // BLOCK  # float32 of Q, 16-bit of K
     return {
         "quantise": 2 * (case.plain_elements + queries) + packed + means,
         "select": means,
-        "attend": packed + 2 * queries + (0 if config.math == "fp4" else 2 * queries),
+        "attend": packed + 2 * queries + (0 if config.compute == "fp4" else 2 * queries),
     }
 
 

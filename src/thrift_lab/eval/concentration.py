@@ -72,22 +72,22 @@ def measure(
     Raises:
         ValueError: another configuration.
     """
-    plain = config.center in ("none", "block") and (config.sink, config.balance, config.total) == (
+    plain = config.center in ("none", "block") and (config.sink_token, config.smooth, config.normalize) == (
         "none",
         "none",
         "exact",
     )
-    if config.low not in ("nvfp4", "mxfp4") or config.math != "fp4" or not plain:
+    if config.base_format not in ("nvfp4", "mxfp4") or config.compute != "fp4" or not plain:
         raise ValueError(
-            "error concentration is that of 4-bit formats with math='fp4', center 'none' or 'block', sink='none', "
-            f"balance='none' and total='exact', got {config.low}, {config.math}, {config.center}, {config.sink}, "
-            f"{config.balance} and {config.total}"
+            "error concentration is that of 4-bit formats with compute='fp4', center 'none' or 'block', sink_token='none', "
+            "smooth='none' and normalize='exact', got "
+            f"{config.base_format}, {config.compute}, {config.center}, {config.sink_token}, {config.smooth}, {config.normalize}"
         )
     planes = build_planes(k, v, config)
     assert planes.low_k is not None
     assert planes.low_v is not None
     q = q.to(planes.high_k.dtype)
-    rounded = quant.roundtrip(q, FORMATS[config.low], best=config.scales == "best")
+    rounded = quant.roundtrip(q, FORMATS[config.base_format], best=config.scales == "best")
     found = []
     for head in range(len(q)):
         own = head * len(k) // len(q)
@@ -155,7 +155,7 @@ def _softmax(logits: Tensor, hidden: Tensor, config: ThriftConfig | None) -> Ten
     total = p.sum(-1, keepdim=True)
     if config is not None:
         factor = E4M3_MAX * E2M1_MAX
-        p = quant.roundtrip(p * factor, FORMATS[config.low]) / factor
+        p = quant.roundtrip(p * factor, FORMATS[config.base_format]) / factor
     return p / total
 
 

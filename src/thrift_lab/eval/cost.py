@@ -45,9 +45,9 @@ def prefill_cost(config: ThriftConfig | None, share: float, hardware: Hardware =
     if config is None:
         return 1.0
     scores = {"mean": _SCORE, "quest": 2 * _SCORE, "local": 0.0, "oracle": 0.0}[config.score] if 0 < share < 1 else 0.0
-    if config.low == "drop":
+    if config.base_format == "drop":
         return share + scores
-    bits = 16 if config.math == "16bit" else FORMATS[config.low].element_bits
+    bits = 16 if config.compute == "16bit" else FORMATS[config.base_format].element_bits
     low = 1 / RATES[hardware].get(bits, 1.0)
     centre = _CENTRE if config.centred else 0.0
     return share + (1 - share) * (low + centre) + scores
@@ -60,13 +60,13 @@ def decode_cost(config: ThriftConfig | None, share: float, head_dim: int = 128) 
     summaries = {"mean": _SUMMARY, "quest": 2 * _SUMMARY, "local": 0.0, "oracle": 0.0}[config.score]
     if not 0 < share < 1:
         summaries = 0.0  # nothing to choose
-    if config.low == "drop":
+    if config.base_format == "drop":
         return share + summaries
-    base = FORMATS[config.low].bits_per_element(head_dim) / 16
-    if config.high == "16bit":
+    base = FORMATS[config.base_format].bits_per_element(head_dim) / 16
+    if config.promoted_storage == "16bit":
         more = 1 - base
     else:
-        more = RESIDUALS[config.high].bits_per_element(head_dim) / 16
+        more = RESIDUALS[config.promoted_storage].bits_per_element(head_dim) / 16
     if config.centred:
         summaries = max(summaries, _SUMMARY)
     return base + share * more + summaries

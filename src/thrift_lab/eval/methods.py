@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import Field, dataclass, fields, replace
 from typing import Any
 
-from thrift_attn.config import Budget, ThriftConfig, fraction
+from thrift_attn.config import OLD_NAMES, Budget, ThriftConfig, current_names, fraction
 from thrift_lab.eval.eviction import Eviction
 
 
@@ -95,8 +95,8 @@ def from_description(name: str, found: dict[str, Any] | None) -> Method:
 
 def config_of(found: dict[str, Any]) -> ThriftConfig:
     """A configuration from `ThriftConfig.to_dict`; options that an old record does not know are off."""
-    off = {"sink": "none", "balance": "none", "total": "exact"}
-    return ThriftConfig(**{**off, **found, "budget": Budget.parse(found["budget"])})
+    off = {"sink_token": "none", "smooth": "none", "normalize": "exact"}
+    return ThriftConfig(**{**off, **current_names(found, warn=False), "budget": Budget.parse(found["budget"])})
 
 
 def parse_method(spec: str) -> Method:
@@ -113,6 +113,7 @@ def parse_method(spec: str) -> Method:
     pieces = [piece.strip() for piece in rest.split(",")] if colon else []
     for piece in pieces:
         key, equals, value = (side.strip() for side in piece.partition("="))
+        key = OLD_NAMES.get(key, key)
         if key not in allowed:
             there = f"it takes {', '.join(allowed)}" if allowed else "it takes none"
             raise ValueError(f"method {kind!r} has no option {key!r}: {there}")
@@ -173,7 +174,7 @@ def sweep(methods: list[Method], budgets: list[Budget]) -> list[Method]:
         if method.config is None or "budget" not in KINDS[kind].options or "budget=" in method.name:
             continue
         for budget in budgets:
-            if method.config.low == "drop" and budget.value == 0 and budget.kind != "paper":
+            if method.config.base_format == "drop" and budget.value == 0 and budget.kind != "paper":
                 continue  # dropping every block leaves nothing to attend to
             config = method.config.with_(budget=budget)
             if config not in seen:

@@ -99,7 +99,7 @@ def _brings_back(row: Row) -> str:
     if row.recovered_interval:
         low, high = row.recovered_interval
         sure = f" (95% interval {low * 100:.0f} to {high * 100:.0f}%)"
-    if row.method.config is not None and row.method.config.low == "drop":
+    if row.method.config is not None and row.method.config.base_format == "drop":
         how = "dropping the rest"
     else:
         how = "in high precision"

@@ -55,7 +55,7 @@ def _method(method: Method, records: Records, head_dim: int) -> dict[str, Any]:
         "family": method.family,
         "plain": method.plain,
         "fp4": is_fp4(method),
-        "sparse": method.evict is not None or (method.config is not None and method.config.low == "drop"),
+        "sparse": method.evict is not None or (method.config is not None and method.config.base_format == "drop"),
         "config": method.config.to_dict() if method.config else None,
         "share": share,
         "prefill_cost": prefill,
