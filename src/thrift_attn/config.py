@@ -69,7 +69,10 @@ class Budget:
     def __str__(self) -> str:
         if self.kind == "paper":
             return "paper"
-        return repr(float(self.value)) if self.kind == "fraction" else f"top_k({int(self.value)})"
+        if self.kind == "top_k":
+            return f"top_k({int(self.value)})"
+        short = f"{self.value:g}"
+        return short if float(short) == self.value else repr(float(self.value))
 
     @classmethod
     def paper_rule(cls) -> Budget:

@@ -219,9 +219,9 @@ def test_truncating_a_shared_prefix_leaves_the_other_alone():
         ({"batch": 0}, ValueError, "batch must be at least 1"),
         ({"pages": 0}, ValueError, "num_pages must be at least 1"),
         ({"dim": 72}, ValueError, "multiple of 16, got 72"),
-        ({"config": ThriftConfig()}, NotImplementedError, "math='16bit'"),
+        ({"config": ThriftConfig()}, NotImplementedError, "compute='16bit'"),
         ({"config": ThriftConfig.for_cache(score="oracle")}, NotImplementedError, "score='mean'"),
-        ({"config": ThriftConfig.for_cache(base_format="fp8")}, NotImplementedError, "low='nvfp4' or 'mxfp4'"),
+        ({"config": ThriftConfig.for_cache(base_format="fp8")}, NotImplementedError, "base_format='nvfp4' or 'mxfp4'"),
         ({"config": ThriftConfig.for_cache(base_format="mxfp4"), "dim": 80}, ValueError, "multiple of 32"),
     ],
 )

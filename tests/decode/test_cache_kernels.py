@@ -139,7 +139,7 @@ def test_options(options, tq):
 
 
 @pytest.mark.parametrize(
-    ("low", "center", "sink"), [("nvfp4", "none", "none"), ("mxfp4", "block", "token"), ("nvfp4", "block", "none")]
+    ("low", "center", "sink"), [("nvfp4", "none", "none"), ("mxfp4", "block", "exact"), ("nvfp4", "block", "none")]
 )
 def test_formats(low, center, sink):
     k, v = tokens(70, heads=1)

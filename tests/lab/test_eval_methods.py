@@ -16,7 +16,7 @@ from thrift_lab.eval.methods import KINDS, parse_method, parse_methods, sweep
         ("fp4:low=mxfp4,center=block", ThriftConfig.paper(budget=fraction(0), base_format="mxfp4", center="block")),
         ("paper", ThriftConfig.paper()),
         ("thrift", ThriftConfig()),
-        (" thrift : budget = 10% , high=nested ", ThriftConfig(budget=fraction(0.1), promoted_storage="nested")),
+        (" thrift : budget = 10% , promoted_storage=nested ", ThriftConfig(budget=fraction(0.1), promoted_storage="nested")),
         ("thrift:math=16bit,force_first=2,force_last=0", ThriftConfig(compute="16bit", force_first=2, force_last=0)),
         ("quest:budget=top_k(8)", ThriftConfig.sparse("quest", budget=top_k(8))),
         ("topk", ThriftConfig.sparse("oracle")),
@@ -28,36 +28,36 @@ def test_specs(spec: str, config: ThriftConfig | None) -> None:
 
 
 def test_a_list_gives_options_to_the_method_before_them() -> None:
-    methods = parse_methods("fp16, thrift:budget=0.1,high=nested, paper, quest:budget=5%")
+    methods = parse_methods("fp16, thrift:budget=0.1,promoted_storage=nested, paper, quest:budget=5%")
     assert [method.name for method in methods] == [
         "fp16",
-        "thrift:budget=0.1,high=nested",
+        "thrift:budget=0.1,promoted_storage=nested",
         "paper",
         "quest:budget=0.05",
     ]
-    assert [method.family for method in methods] == ["fp16", "thrift:high=nested", "paper", "quest"]
+    assert [method.family for method in methods] == ["fp16", "thrift:promoted_storage=nested", "paper", "quest"]
 
 
 @pytest.mark.parametrize(
     ("spec", "message"),
     [
         ("magic", "unknown method 'magic': there are fp16, fp4, paper, thrift, quest, topk, local"),
-        ("thrift:colour=red", "has no option 'colour': it takes low, math, center"),
+        ("thrift:colour=red", "has no option 'colour': it takes base_format, compute, center"),
         ("fp16:budget=1", "has no option 'budget': it takes none"),
-        ("fp4:budget=0.1", "has no option 'budget': it takes low, math, center"),
-        ("quest:low=fp8", "has no option 'low': it takes budget, force_first, force_last"),
+        ("fp4:budget=0.1", "has no option 'budget': it takes base_format, compute, center"),
+        ("quest:base_format=fp8", "has no option 'base_format': it takes budget, force_first, force_last"),
         ("thrift:", "has no option ''"),
         ("thrift:budget", "needs a value, as in budget=..."),
         ("thrift:budget=", "needs a value"),
-        ("thrift:high=nested,high=16bit", "'high' of method 'thrift' is given twice"),
+        ("thrift:promoted_storage=nested,promoted_storage=16bit", "'promoted_storage' of method 'thrift' is given twice"),
         ("thrift:budget=-0.1", "option budget: .*got '-0.1'"),
         ("thrift:budget=nan", "option budget: .*got 'nan'"),
         ("thrift:budget=1.5", "option budget: .*got '1.5'"),
         ("thrift:budget=top_k(-1)", "option budget"),
         ("thrift:force_first=x", "option force_first: invalid literal"),
         ("thrift:force_last=-1", "force_last must be >= 0, got -1"),
-        ("thrift:high=gold", "high must be one of '16bit', 'nested', 'nested8', got 'gold'"),
-        ("thrift:low=drop", "low='drop' quantises nothing"),
+        ("thrift:promoted_storage=gold", "promoted_storage must be one of '16bit', 'nested', 'nested8', got 'gold'"),
+        ("thrift:base_format=drop", "base_format='drop' quantises nothing"),
     ],
 )
 def test_bad_specs(spec: str, message: str) -> None:
@@ -81,12 +81,12 @@ def test_bad_lists(text: str, message: str) -> None:
 
 
 def test_sweep_adds_budgets_where_none_is_named() -> None:
-    methods = parse_methods("fp16,fp4,paper,thrift:high=nested,thrift:budget=0.2,quest")
+    methods = parse_methods("fp16,fp4,paper,thrift:promoted_storage=nested,thrift:budget=0.2,quest")
     rows = sweep(methods, [Budget.parse(text) for text in ("0", "5%", "top_k(2)")])
     assert [row.name for row in rows[len(methods) :]] == [
         "paper:budget=top_k(2)",  # at 0 it is fp4, at 5% itself
-        "thrift:high=nested,budget=0",
-        "thrift:high=nested,budget=top_k(2)",
+        "thrift:promoted_storage=nested,budget=0",
+        "thrift:promoted_storage=nested,budget=top_k(2)",
         "quest:budget=top_k(2)",  # dropping everything makes no sense
     ]
     assert [parse_method(row.name) for row in rows] == rows

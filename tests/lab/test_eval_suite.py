@@ -230,7 +230,7 @@ def test_concentration_measures_the_error_of_attention(config: ThriftConfig) -> 
         FP4.with_(smooth="channel"),
     ):
         with pytest.raises(
-            ValueError, match="error concentration is that of 4-bit formats with math='fp4', center 'none'"
+            ValueError, match="error concentration is that of 4-bit formats with compute='fp4', center 'none'"
         ):
             measure(q, k, v, 0.2, config=wrong)
 

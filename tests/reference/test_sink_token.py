@@ -48,7 +48,7 @@ def test_it_is_exact_where_it_holds_the_weight(name: str, options: dict) -> None
     config = FORMS[name]
     want = exact(q, k, v, **options)
     with_it, without = (
-        error(attention(q, k, v, config=config.with_(sink_token=sink), **options), want) for sink in ("token", "none")
+        error(attention(q, k, v, config=config.with_(sink_token=sink), **options), want) for sink in ("exact", "none")
     )
     assert with_it < 5e-3
     assert with_it < 0.1 * without

@@ -90,7 +90,7 @@ def test_backends_on_a_cpu() -> None:
     with pytest.raises(NotImplementedError, match="needs a CUDA device"):
         check_prefill(CONFIG, 64, torch.bfloat16, device)
     rows = {row.feature: row.status for row in support("cpu")}
-    assert rows["attention(), low='nvfp4', math='fp4', backend='triton'"] == "no"
+    assert rows["attention(), base_format='nvfp4', compute='fp4', backend='triton'"] == "no"
     assert rows["attention(), any option, backend='reference'"] == "emulated"
 
 

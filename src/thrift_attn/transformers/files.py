@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from thrift_attn.cache import state
+from thrift_attn.config import current_names
 from thrift_attn.transformers.lazy_kv import Padding
 from thrift_attn.transformers.thrift_cache import ThriftCache, ThriftLayer
 
@@ -81,8 +82,8 @@ def _check(cache: ThriftCache, path: str | Path, about: dict[str, Any]) -> None:
     if about.get("format") != FORMAT:
         raise ValueError(f"{path} is not a file that ThriftCache.save wrote, format {FORMAT}")
     theirs, ours = (
-        {"low": told["low"], "high": told["high"], "centred": told["center"] != "none", "sink": told["sink"]}
-        for told in (about["decode"], cache.decode.to_dict())
+        {name: told.get(name) for name in ("base_format", "promoted_storage", "center", "sink_token")}
+        for told in (current_names(about["decode"], warn=False), cache.decode.to_dict())
     )
     if theirs != ours:
         raise ValueError(f"{path} stores K and V as {theirs}, this cache as {ours}")
