@@ -39,7 +39,15 @@ def test_nll_prints_and_writes(folder: Path, tmp_path: Path) -> None:
     methods = "fp16,fp4,paper,thrift:budget=0.1,promoted_storage=nested"
     result = run_nll(folder, "--methods", methods, "--budgets", "20%", "--json", str(record))
     assert result.exit_code == 0, result.output
-    for word in ("fp16", "fp4", "paper", "thrift:budget=0.1,promoted_storage=nested", "paper:budget=0.2", "recovered", "nats"):
+    for word in (
+        "fp16",
+        "fp4",
+        "paper",
+        "thrift:budget=0.1,promoted_storage=nested",
+        "paper:budget=0.2",
+        "recovered",
+        "nats",
+    ):
         assert word in result.output
     assert [row["name"] for row in json.loads(record.read_text())["methods"]][-1] == "paper:budget=0.2"
     assert record.with_suffix(".npz").is_file()

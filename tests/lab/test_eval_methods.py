@@ -16,7 +16,10 @@ from thrift_lab.eval.methods import KINDS, parse_method, parse_methods, sweep
         ("fp4:low=mxfp4,center=block", ThriftConfig.paper(budget=fraction(0), base_format="mxfp4", center="block")),
         ("paper", ThriftConfig.paper()),
         ("thrift", ThriftConfig()),
-        (" thrift : budget = 10% , promoted_storage=nested ", ThriftConfig(budget=fraction(0.1), promoted_storage="nested")),
+        (
+            " thrift : budget = 10% , promoted_storage=nested ",
+            ThriftConfig(budget=fraction(0.1), promoted_storage="nested"),
+        ),
         ("thrift:math=16bit,force_first=2,force_last=0", ThriftConfig(compute="16bit", force_first=2, force_last=0)),
         ("quest:budget=top_k(8)", ThriftConfig.sparse("quest", budget=top_k(8))),
         ("topk", ThriftConfig.sparse("oracle")),
@@ -49,7 +52,10 @@ def test_a_list_gives_options_to_the_method_before_them() -> None:
         ("thrift:", "has no option ''"),
         ("thrift:budget", "needs a value, as in budget=..."),
         ("thrift:budget=", "needs a value"),
-        ("thrift:promoted_storage=nested,promoted_storage=16bit", "'promoted_storage' of method 'thrift' is given twice"),
+        (
+            "thrift:promoted_storage=nested,promoted_storage=16bit",
+            "'promoted_storage' of method 'thrift' is given twice",
+        ),
         ("thrift:budget=-0.1", "option budget: .*got '-0.1'"),
         ("thrift:budget=nan", "option budget: .*got 'nan'"),
         ("thrift:budget=1.5", "option budget: .*got '1.5'"),

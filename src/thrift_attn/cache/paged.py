@@ -3,8 +3,9 @@
 A page is one KV block of 64 tokens. The newest, incomplete block of a sequence stays in 16 bits and is always attended in high
 precision; when its 64th token arrives the block is centred, packed and summarised. The 16-bit data of the block before it
 stays as well (two slots, block b in slot b mod 2), so that taking back up to 64 tokens is lossless. Where the first token of a
-sequence is exact (``sink_token="exact"``), its key is the centre of its block, and its value lies beside the pages, which hold 0.
-With ``balance`` all of it is K and V times powers of two (`thrift_attn.cache.cache_scales`), which nobody outside sees.
+sequence is exact (``sink_token="exact"``), its key is the centre of its block, and its value lies beside the pages,
+which hold 0.
+With ``smooth`` all of it is K and V times powers of two (`thrift_attn.cache.cache_scales`), which nobody outside sees.
 """
 
 from __future__ import annotations
