@@ -6,7 +6,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from thrift_attn import Budget, fraction, paper, top_k
-from thrift_attn.reference.budget import asked_share, blocks_per_row, decode_budget, promote
+from thrift_attn.reference.budget import (
+    asked_share,
+    blocks_in_decode,
+    blocks_per_row,
+    decode_budget,
+    promote,
+    promoted_in_decode,
+)
 from thrift_attn.reference.scores import block_extremes, mean_score, quest_score
 
 
@@ -47,6 +54,31 @@ def test_the_papers_rule(blocks, want):
 def test_the_decode_table_is_the_budget_of_one_row(budget):
     table = decode_budget(budget, 400)
     assert table.tolist() == [0] + [int(blocks_per_row(budget, torch.tensor([n]), n)) for n in range(1, 401)]
+
+
+@pytest.mark.parametrize("budget", [fraction(0), fraction(0.05), fraction(1), top_k(3), paper()], ids=str)
+@pytest.mark.parametrize("tokens", [0, 1, 63, 64, 773, 832, 2565, 64 * 200 + 1])
+def test_decode_counts_complete_blocks_alone(budget, tokens):
+    full = tokens // 64
+    want = int(blocks_per_row(budget, torch.tensor([full]), full)) if full else 0
+    assert promoted_in_decode(budget, tokens) == want
+    assert promoted_in_decode(fraction(0.05), 773) == 1  # 12 complete blocks
+
+
+@pytest.mark.parametrize(
+    ("tokens", "new", "window", "blocks"),
+    [
+        (522, 1, 200, (5, 8)),
+        (522, 1, 11, (7, 8)),
+        (522, 1, 10, (8, 8)),
+        (522, 16, 10, (7, 8)),
+        (30, 16, 8, (0, 0)),
+        (512, 1, 65, (6, 8)),
+    ],
+)
+def test_decode_sees_what_the_first_new_token_sees(tokens, new, window, blocks):
+    assert blocks_in_decode(tokens, new_tokens=new, window=window) == range(*blocks)
+    assert promoted_in_decode(fraction(1), tokens, new_tokens=new, window=window) == blocks[1] - blocks[0]
 
 
 def test_asked_share():

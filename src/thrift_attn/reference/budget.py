@@ -48,20 +48,58 @@ def blocks_per_row(budget: Budget, visible: Tensor, blocks: int) -> Tensor:
     return torch.diff(ends, prepend=ends.new_zeros(1)).minimum(visible)
 
 
-def decode_budget(budget: Budget, most: int) -> Tensor:
+def _of_one_row(budget: Budget, blocks: Tensor) -> Tensor:
+    """Promoted blocks of a single query row that sees ``blocks`` blocks, int64 in the shape of ``blocks``."""
+    if budget.kind == "top_k":
+        return blocks.clamp(max=int(budget.value))
+    if budget.kind == "paper":
+        return (blocks // BLOCK).clamp(min=1).minimum(blocks)
+    return (budget.value * blocks.double() + 0.5).floor().long()
+
+
+def decode_budget(budget: Budget, max_blocks: int) -> Tensor:
     """Promoted blocks of a single query row by the number of blocks it sees, as the kernels look it up.
 
     Returns:
-        int32 ``[most + 1]``: entry n equals ``blocks_per_row(budget, [n], n)``.
+        int32 ``[max_blocks + 1]``: entry n equals ``blocks_per_row(budget, [n], n)``.
     """
-    blocks = torch.arange(most + 1)
-    if budget.kind == "top_k":
-        counts = blocks.clamp(max=int(budget.value))
-    elif budget.kind == "paper":
-        counts = (blocks // BLOCK).clamp(min=1).minimum(blocks)
-    else:
-        counts = (budget.value * blocks.double() + 0.5).floor().long()
-    return counts.int()
+    return _of_one_row(budget, torch.arange(max_blocks + 1)).int()
+
+
+def blocks_in_decode(tokens: int, *, new_tokens: int = 1, window: int | None = None) -> range:
+    """The complete KV blocks of a cached sequence that its newest tokens see: what decode lists and counts.
+
+    Args:
+        tokens: length of the sequence, the new tokens included.
+        new_tokens: Tq; the query of the first of them sees furthest back.
+        window: tokens that a query sees, itself included; None for all.
+    """
+    start = 0 if window is None else max(tokens - new_tokens - window + 1, 0) // BLOCK
+    return range(start, max(start, tokens // BLOCK))
+
+
+def promoted_in_decode(budget: Budget, tokens: int, *, new_tokens: int = 1, window: int | None = None) -> int:
+    """How many complete KV blocks of a cached sequence each KV head promotes in one step of decode.
+
+    The rule, for kernels and references alike: each KV head has one list, which all its query heads and all new tokens
+    share. Of the n complete blocks that any new token sees (`blocks_in_decode`) it promotes as many as the budget gives to a
+    row that sees n blocks (`blocks_per_row`). Which ones: the forced first blocks; then the forced last ones; then those of
+    the largest score, ties to the lower index. The score of a block is the *largest* logit q.c_b over all query heads of
+    the KV head and all new tokens, whether or not a window shows the block to each of them; where the first token is
+    exact, block 0 is scored by the mean of its other tokens.
+
+    The incomplete newest block is held in 16 bits and attended exactly: it costs no budget and is not counted. It does count
+    as the newest of the forced last blocks, so that with ``force_last=1`` the last complete block is forced only where no
+    incomplete one follows it. An exact first token is no block: it neither costs budget nor changes the count.
+
+    Args:
+        budget: the budget.
+        tokens: length of the sequence, the new tokens included.
+        new_tokens: Tq.
+        window: tokens that a query sees, or None.
+    """
+    seen = len(blocks_in_decode(tokens, new_tokens=new_tokens, window=window))
+    return int(_of_one_row(budget, torch.tensor(seen)))
 
 
 def asked_share(budget: Budget, visible: Tensor, blocks: int) -> float:
