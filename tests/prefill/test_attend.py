@@ -35,7 +35,9 @@ from thrift_attn.seq_layout import Sequences, dense, packed, padded
 )
 def test_kernel_equals_the_reference(low: str, math_: str, dim: int, queries: int, keys: int, options: dict) -> None:
     torch.manual_seed(keys)
-    ours = {name: value for name, value in options.items() if name in ("center", "sink", "total", "force_first")}
+    ours = {
+        name: value for name, value in options.items() if name in ("center", "sink_token", "normalize", "force_first")
+    }
     config = ThriftConfig(base_format=low, compute=math_, budget=fraction(0.4), **ours)
     rest = {name: value for name, value in options.items() if name not in ours}
     q, k, v = draw(2 if queries == 66 else 1, (4, 2) if queries == 66 else (2, 1), queries, keys, dim)

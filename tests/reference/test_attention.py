@@ -123,8 +123,8 @@ def emulate(q, k, v, *, fmt_name, center, math_, best, less_mean=False, rounded=
             p = torch.cat([p[:, :1] - p_sink, p[:, 1:]], 1)
             phat = p
             if math_ == "fp4":
-                padded = torch.nn.functional.pad(p, (0, pad)) * 2688
-                phat = (roundtrip(padded.float(), fmt).double() / 2688)[:, :tokens]
+                padded = torch.nn.functional.pad(p, (0, pad)) * fmt.p_factor
+                phat = (roundtrip(padded.float(), fmt).double() / fmt.p_factor)[:, :tokens]
             total = p_sink + (phat if rounded else p).sum(-1, keepdim=True)
             out[b, h] = (phat @ vhat + p_sink * v[b, h // group, :1].double()) / total
     return out

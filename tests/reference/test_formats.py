@@ -8,6 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from thrift_attn import ThriftConfig, attention, fraction
 from thrift_attn.reference.formats import E2M1_VALUES, FORMATS, RESIDUALS
 from thrift_attn.reference.quantize import (
     Quantised,
@@ -239,3 +240,29 @@ def test_the_residual_plane_refines_the_base(plane, gain):
     base = roundtrip(x, NVFP4)
     refined = base + residual(x, base, RESIDUALS[plane])
     assert (x - refined).norm() * gain < (x - base).norm()
+
+
+@pytest.mark.parametrize("name", ["nvfp4", "mxfp4", "fp8"])
+def test_a_weight_of_one_is_exact(name):
+    """Where all queries are 0 every weight is equal, so the largest of a row stands everywhere: P = 1 exactly."""
+    q = torch.zeros(1, 1, 64, 64)
+    v = torch.full((1, 1, 64, 64), 6.0)  # which every format holds
+    out = attention(q, q, v, config=ThriftConfig.paper(base_format=name, budget=fraction(0)), causal=False)
+    torch.testing.assert_close(out, v, rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("std", [1.0, 3.0, 6.0])
+def test_the_factor_of_p_in_mxfp4_has_the_least_error(std):
+    """Error of P V against float64 over random rows, for factors at nine places between two powers of two."""
+    draw = torch.Generator().manual_seed(0)
+    logits = std * torch.randn(128, 1024, generator=draw, dtype=torch.float64)
+    v = torch.randn(1024, 32, generator=draw, dtype=torch.float64)
+    p = (logits - logits.amax(-1, keepdim=True)).exp()
+    want = p @ v / p.sum(-1, keepdim=True)
+
+    def error(factor: float) -> float:
+        rounded = roundtrip((p * factor).float(), MXFP4).double() / factor
+        return float((rounded @ v / p.sum(-1, keepdim=True) - want).norm() / want.norm())
+
+    others = [error(place) for place in (1.0, 1.125, 1.25, 1.3125, 1.375, 1.625, 1.75, 1.875)]
+    assert error(MXFP4.p_factor) < 1.01 * min(others)

@@ -6,6 +6,10 @@ import triton
 import triton.language as tl
 
 from thrift_attn.kernels.rounding import bits, e2m1_code, from_bits, round_e2m1, round_e4m3
+from thrift_attn.reference.formats import FORMATS
+
+P_NVFP4 = tl.constexpr(FORMATS["nvfp4"].p_factor)
+P_MXFP4 = tl.constexpr(FORMATS["mxfp4"].p_factor)
 
 LOG2E = 1.4426950408889634
 """Kernels work with exponentials to base 2: logits are multiplied by this, LSEs divided."""
@@ -59,12 +63,13 @@ def _inverse(x, CAST: tl.constexpr):
 
 @triton.jit
 def _p_groups(p, LOW: tl.constexpr, CAST: tl.constexpr):
-    """P times 448 * 6 in groups along tokens [BM, BN / G, G]: elements in units of their scale, and scales."""
+    """P times the factor of its format in groups along tokens [BM, BN / G, G]: elements in units of their scale, and scales."""
     G: tl.constexpr = 32 if LOW == "mxfp4" else 16
+    FACTOR: tl.constexpr = P_MXFP4 if LOW == "mxfp4" else P_NVFP4
     x = tl.reshape(p, [p.shape[0], p.shape[1] // G, G])
     peak = tl.max(x, 2)
     if LOW == "mxfp4":
-        exponent = tl.maximum((bits(peak * 2688.0) >> 23) - 2, 16)  # at least 2^-111, for 2688 / scale to be a number
+        exponent = tl.maximum((bits(peak * FACTOR) >> 23) - 2, 16)  # at least 2^-111, for FACTOR / scale to be a number
         scale = from_bits(exponent << 23)
         inverse = from_bits((254 - exponent) << 23)
     else:
@@ -74,19 +79,19 @@ def _p_groups(p, LOW: tl.constexpr, CAST: tl.constexpr):
         else:
             scale = round_e4m3(scale)
         inverse = _inverse(tl.maximum(scale, 0.001953125), CAST)  # the least e4m3; of scale 0 elements do not matter
-    return round_e2m1(x * tl.expand_dims(inverse * 2688.0, 2), False), scale
+    return round_e2m1(x * tl.expand_dims(inverse * FACTOR, 2), False), scale
 
 
 @triton.jit
 def p_wide(p, LOW: tl.constexpr, CAST: tl.constexpr):
-    """P rounded through a 4-bit format, times 448 * 6; float32 [BM, BN]."""
+    """P rounded through a 4-bit format, times its factor; float32 [BM, BN]."""
     value, scale = _p_groups(p, LOW, CAST)
     return tl.reshape(value * tl.expand_dims(scale, 2), p.shape)
 
 
 @triton.jit
 def p_native(p, LOW: tl.constexpr, CAST: tl.constexpr):
-    """P times 448 * 6 as packed e2m1 [BM, BN / 2] and encoded scales [BM, BN / G], and what they sum to [BM]."""
+    """P times its factor as packed e2m1 [BM, BN / 2] and encoded scales [BM, BN / G], and what they sum to [BM]."""
     value, scale = _p_groups(p, LOW, CAST)
     weight = tl.sum(tl.sum(value, 2) * scale, 1)
     code = tl.reshape(e2m1_code(value, value), [p.shape[0], p.shape[1] // 2, 2])

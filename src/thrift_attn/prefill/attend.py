@@ -20,7 +20,7 @@ from torch import Tensor
 
 from thrift_attn.config import BLOCK
 from thrift_attn.dispatch import Form, interpreted
-from thrift_attn.kernels.online_softmax import LOG2E, capped, online, p_native, p_wide, visible
+from thrift_attn.kernels.online_softmax import LOG2E, P_MXFP4, P_NVFP4, capped, online, p_native, p_wide, visible
 from thrift_attn.kernels.rounding import round_e4m3
 from thrift_attn.prefill.pack import PackedKV, PackedQ
 from thrift_attn.seq_layout import Sequences
@@ -291,8 +291,9 @@ def attend_prefill_kernel(
                                     weight = weight * factor + tl.sum(p, 1)
                             acc = acc * factor[:, None] + _dot(p.to(DTYPE), vc, PORTABLE)
             if QUANT and LOW != "fp8":
-                acc = acc * (1.0 / 2688.0)
-                weight = weight * (1.0 / 2688.0)
+                FACTOR: tl.constexpr = P_MXFP4 if LOW == "mxfp4" else P_NVFP4
+                acc = acc * (1.0 / FACTOR)
+                weight = weight * (1.0 / FACTOR)
                 if LEVELLED:
                     acc = acc / tl.load(values_ptr + b * HKV + h // (HQ // HKV))
 

@@ -20,7 +20,7 @@ from thrift_attn.reference import quantize as quant
 from thrift_attn.reference import scores as score
 from thrift_attn.reference.budget import asked_share, blocks_per_row, promote
 from thrift_attn.reference.channel_scales import fit, key_bias
-from thrift_attn.reference.formats import E2M1_MAX, E4M3_MAX, FORMATS, RESIDUALS, Format
+from thrift_attn.reference.formats import FORMATS, RESIDUALS, Format
 from thrift_attn.stats import Stats
 
 CHUNK_BYTES = {"cpu": 2**24, "cuda": 2**30}
@@ -114,14 +114,14 @@ def build_planes(k: Tensor, v: Tensor, config: ThriftConfig, q: Tensor | None = 
 
 
 def _round_probabilities(p: Tensor, fmt: Format) -> Tensor:
-    """P in [0, 1] through the low format with two-level scaling (paper section 3.3): the fixed factor fills the scale range.
+    """P in [0, 1] through the base format with two-level scaling (paper section 3.3): a fixed factor fills the scale range.
 
     A block-scaled format keeps no group maximum of P: the fixed factor is its scale.
     """
-    if fmt.group is None:
-        return (p * E4M3_MAX).to(torch.float8_e4m3fn).to(p.dtype) / E4M3_MAX
-    factor = E4M3_MAX * E2M1_MAX
-    return quant.roundtrip(p * factor, fmt) / factor
+    assert fmt.p_factor is not None
+    scaled = p * fmt.p_factor
+    rounded = scaled.to(torch.float8_e4m3fn).to(p.dtype) if fmt.group is None else quant.roundtrip(scaled, fmt)
+    return rounded / fmt.p_factor
 
 
 def _by_block(x: Tensor) -> Tensor:
