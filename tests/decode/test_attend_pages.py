@@ -9,7 +9,7 @@ from support.paged import DEVICE, expected, make_cache, run
 
 
 def budget_table(capacity: int, f: float):
-    return torch.tensor([int(f * n + 0.5) for n in range(capacity + 2)], dtype=torch.int32, device=DEVICE)
+    return torch.tensor([int(f * n + 0.5) for n in range(capacity + 1)], dtype=torch.int32, device=DEVICE)
 
 
 def check(lengths, heads, kv_heads, dim, tq=1, plane="nested", dtype=torch.float16, f=0.3, splits=3, **options):

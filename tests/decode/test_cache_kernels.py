@@ -57,7 +57,8 @@ def test_the_first_block_is_chosen_without_its_first_token(tq):
     """The first key matters to all queries and its block to none, then the other way round."""
     k, v = tokens(64 * 6, heads=1)
     q = query(tq, heads=2)
-    direction = q.float().mean((1, 2))[0]
+    direction = q.float()[0, :, 0].mean(0)
+    q[:] = direction
     for others, chosen in ((-1.0, 3), (1.0, 0)):
         k[:, :, 0] = (-3 * others * direction).to(k.dtype)
         k[:, :, 1:64] = (others * direction).to(k.dtype)

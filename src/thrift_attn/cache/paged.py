@@ -88,8 +88,7 @@ class PagedThriftCache:
         # What pages do not hold of the first block: the mean of K without its first token, and V of that token.
         self.sinks = torch.zeros(2, batch, kv_heads, head_dim, dtype=dtype, device=device)
         self._slots = [[-1, -1] for _ in range(batch)]  # the block whose 16-bit data each slot holds
-        # One entry per number of blocks; a full sequence may have an incomplete block on top.
-        self.budget = decode_budget(config.budget, sizes["max_pages"] + 1).to(device)
+        self.budget = decode_budget(config.budget, sizes["max_pages"]).to(device)  # by the number of complete blocks
 
     # -- what it holds -------------------------------------------------------------------------------------------------
 
@@ -429,7 +428,7 @@ class PagedThriftCache:
             low_v, high_v = (torch.cat([x, kept[1]], 1) for x in (low_v, high_v))
             centres = torch.cat([centres, torch.zeros_like(kept[0, :, :1])], 1)
         others = self.sinks[0, row].float() if self.config.exact_sink and tokens >= BLOCK else None
-        return reference.Planes(low_k, low_v, high_k, high_v, centres, others=others)
+        return reference.Planes(low_k, low_v, high_k, high_v, centres, others=others, exact_tail=True)
 
     def _read(self, row: int, pages: Tensor, first: int) -> Blocks:
         """What pages of a sequence decode to, those of the blocks from ``first`` on."""

@@ -49,7 +49,6 @@ def block_scores_kernel(
     TQ: tl.constexpr,
     D: tl.constexpr,
     DP: tl.constexpr,  # D rounded up to a power of two
-    GP: tl.constexpr,  # group rounded up to a power of two, at least 16
     N: tl.constexpr,
     RP: tl.constexpr,
     BM: tl.constexpr,  # blocks per program
@@ -94,21 +93,7 @@ def block_scores_kernel(
                 s = tl.dot(centre, q) * scale  # [BM, N]
             bias_at = (bh.to(tl.int64) * blocks + block)[:, None] * RP + row[None, :]
             tl.store(bias_ptr + bias_at, s, mask=there[:, None])
-            if TQ == 1:
-                best = tl.maximum(best, _score(s, block, others, q, inside, scale, SINK))
-        if TQ > 1:  # of each head the mean of the queries
-            head = tl.arange(0, GP)
-            mean = tl.zeros([DP, GP], tl.float32)
-            real = head < GROUP
-            for i in tl.static_range(TQ):
-                at = q_start + i * stride_qt + head[None, :] * stride_qh + d[:, None]
-                mean += tl.load(at, mask=real[None, :] & (d < D)[:, None], other=0.0).to(tl.float32)
-            mean = (mean * (1.0 / TQ) * power[:, None]).to(centre.dtype)
-            if PORTABLE:
-                s = tl.dot(centre.to(tl.float32), mean.to(tl.float32), input_precision="ieee") * scale
-            else:
-                s = tl.dot(centre, mean) * scale  # [BM, GP]
-            best = _score(s, block, others, mean, real, scale, SINK)
+            best = tl.maximum(best, _score(s, block, others, q, inside, scale, SINK))
         tl.store(score_ptr + bh.to(tl.int64) * blocks + block, best, mask=there)
 
 
@@ -155,7 +140,7 @@ def select_blocks_kernel(
     score_ptr,  # float32 [B, Hkv, NB]
     page_table_ptr,  # int32 [B, NB]
     lengths_ptr,  # int32 [B]
-    budget_ptr,  # int32 [NB + 2]: promoted blocks, the incomplete one included, of a sequence of so many blocks
+    budget_ptr,  # int32 [NB + 1]: promoted blocks where so many are listed
     list_ptr,  # int32 [B, Hkv, 2, NB]: block numbers and page numbers, promoted ones first, each part in order
     counts_ptr,  # int32 [B, Hkv, 2]: promoted, all listed
     blocks,  # NB
@@ -184,19 +169,12 @@ def select_blocks_kernel(
     block = tl.arange(0, PAD)
     there = (block >= start) & (block < full)
     page = tl.load(page_table_ptr + b.to(tl.int64) * blocks + block, mask=there, other=0)
-    wanted = tl.load(budget_ptr + total - start)
+    wanted = tl.load(budget_ptr + listed)
     if OVERLAP:  # not earlier, or the programs of the attention take places that the scores still need
         tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
     key = _keys(score_ptr + bh.to(tl.int64) * blocks, block, start, full, total, FIRST, LAST)
 
-    # The incomplete block is in 16 bits in any case. It takes its place in the budget after the forced first blocks; where no
-    # last block is forced, as a block of score 0.
-    if LAST > 0:
-        better = tl.minimum(tl.maximum(FIRST - start, 0), listed)
-    else:
-        better = tl.sum((key >= 0).to(tl.int32), 0)
-    wanted -= ((total > full) & (better < wanted)).to(tl.int32)
     wanted = tl.minimum(tl.maximum(wanted, 0), listed)
 
     # The largest threshold that at least `wanted` keys reach, bit by bit, or one that exactly so many reach.
@@ -250,8 +228,8 @@ def score_blocks(
         page_table: int32 ``[B, NB]``.
         lengths: int32 ``[B]``, tokens of each sequence.
         bias: float32 ``[B, Hkv, NB, RP]``, written for complete blocks: logits times log2(e), rows (query, group head).
-        scores: float32 ``[B, Hkv, NB]``, written for complete blocks: the largest of the group's heads, of each
-            head the mean over the queries.
+        scores: float32 ``[B, Hkv, NB]``, written for complete blocks: the largest of these logits, over all new queries
+            and the heads of the group.
         scale: factor of the logits.
         of_queries: what queries are multiplied by, in their dtype, Hkv times D numbers
         (`thrift_attn.cache.cache_scales`), or None.
@@ -280,7 +258,6 @@ def score_blocks(
         TQ=tq,
         D=dim,
         DP=triton.next_power_of_2(dim),
-        GP=max(16, triton.next_power_of_2(heads // kv_heads)),
         N=16 if rows % 16 == 0 else 8,
         RP=rows,
         BM=per_program,
@@ -313,13 +290,14 @@ def select_blocks(
         scores: float32 ``[B, Hkv, NB]`` of `score_blocks`.
         page_table: int32 ``[B, NB]``.
         lengths: int32 ``[B]``.
-        budget: int32 ``[NB + 2]``: how many blocks to promote, the incomplete one included, if a sequence has so many.
+        budget: int32 ``[NB + 1]``: how many blocks to promote where so many complete ones are seen
+            (`thrift_attn.reference.budget.promoted_in_decode`).
         blocks: int32 ``[B, Hkv, 2, NB]``, written: numbers of the complete visible blocks, the promoted ones before the others
             and each part in order, and their pages.
         counts: int32 ``[B, Hkv, 2]``, written: how many are promoted, and how many are listed.
         tq: queries per sequence.
         first: forced first blocks.
-        last: forced last blocks, the incomplete one included.
+        last: forced last blocks; the incomplete one is the newest of them.
         window: tokens that a query sees.
         overlap: start while the kernel before ends, and let the next one do so.
 

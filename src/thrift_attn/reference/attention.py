@@ -62,6 +62,7 @@ class Planes:
     key_bias: Tensor | None = None  # [H, N * 64], what that mean makes of each key, unscaled
     stretch: Tensor | None = None  # [Hkv, D], powers of two: K is quantised times it, Q divided by it
     others: Tensor | None = None  # [Hkv, D], mean of block 0 without token 0, which is then exact wherever its block is
+    exact_tail: bool = False  # a cache: the incomplete newest block is exact in both planes and outside of the budget
 
 
 def build_planes(k: Tensor, v: Tensor, config: ThriftConfig, q: Tensor | None = None) -> Planes:
@@ -211,18 +212,24 @@ class _Sequence:
 
     def select(self) -> tuple[Tensor, Tensor]:
         """Promoted blocks, bool ``[H, R, N]``, and the number of blocks asked for in a row, summed over rows."""
-        counts = self.visible.sum(-1)
+        visible, blocks, last = self.visible, self.blocks, self.config.force_last
+        if self.planes.exact_tail:  # `thrift_attn.reference.budget.promoted_in_decode`
+            if self.mask.keys % BLOCK:
+                visible = visible.clone()
+                visible[:, -1] = False
+                last = max(0, last - 1)
+            blocks = int(visible.sum(-1).max())
+        counts = visible.sum(-1)
         budget = self.config.budget
-        asked = asked_share(budget, counts, self.blocks) * counts.sum()
-        wanted = blocks_per_row(budget, counts, self.blocks)
+        asked = asked_share(budget, counts, blocks) * counts.sum()
+        wanted = blocks_per_row(budget, counts, blocks)
         if self.config.base_format == "drop":
             wanted = wanted.clamp(min=1)  # a row that attends to nothing has no output
         if not wanted.any():
-            return torch.zeros(len(self.q), *self.visible.shape, dtype=torch.bool, device=self.q.device), asked
+            return torch.zeros(len(self.q), *visible.shape, dtype=torch.bool, device=self.q.device), asked
         if torch.equal(wanted, counts):
-            return self.visible.expand(len(self.q), -1, -1), asked
-        first, last = self.config.force_first, self.config.force_last
-        chosen = promote(self._scores(), self.visible, wanted, first=first, last=last)
+            return visible.expand(len(self.q), -1, -1), asked
+        chosen = promote(self._scores(), visible, wanted, first=self.config.force_first, last=last)
         return chosen.repeat_interleave(len(self.q) // len(chosen), 0), asked
 
     # -- attention ---------------------------------------------------------------------------------------------------
@@ -372,6 +379,11 @@ def attend_planes(
         Output ``[H, Tq, D]`` and LSE ``[H, Tq]`` in the dtype of the planes, and `Stats`.
     """
     return _Sequence(q, planes, config, mask, scale, softcap).attend()
+
+
+def promoted_blocks(q: Tensor, planes: Planes, config: ThriftConfig, mask: Mask, scale: float) -> Tensor:
+    """The choice that `attend_planes` makes, bool ``[H, R, N]``: which KV blocks each row of query blocks promotes."""
+    return _Sequence(q, planes, config, mask, scale, None).select()[0]
 
 
 def attend(

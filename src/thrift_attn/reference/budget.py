@@ -106,7 +106,7 @@ def asked_share(budget: Budget, visible: Tensor, blocks: int) -> float:
     """The share of visible pairs that the budget asks for, before rounding to whole blocks."""
     if budget.kind == "fraction":
         return float(budget.value)
-    return float(blocks_per_row(budget, visible, blocks).sum() / visible.sum())
+    return float(blocks_per_row(budget, visible, blocks).sum() / visible.sum().clamp(min=1))
 
 
 def promote(scores: Tensor, visible: Tensor, counts: Tensor, *, first: int = 0, last: int = 0) -> Tensor:
