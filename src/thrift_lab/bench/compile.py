@@ -129,8 +129,8 @@ def _launch(target: Target) -> tuple[Any, dict[str, str], dict[str, Any], dict[s
     four = target.math == "fp4" and target.low in ("nvfp4", "mxfp4")  # then Q lacks its mean, by default
     levelled = target.low in ("nvfp4", "mxfp4")  # by default
     rounding = {"LOW": target.low, "BEST": True, "NATIVE": native, "CAST": cast}
-    rounding["TOKENS"] = quant._tokens(target.low)
-    warps = quant._warps(width)
+    rounding["TOKENS"] = quant.tokens_at_a_time(target.low)
+    warps = quant.warps_for(width)
     if target.kernel == "quantise_kv":
         constants = {**shape, **rounding, "HKV": 8, "GROUP": GROUP * four, "REST": "none", "CENTRED": True}
         constants |= {"SINK": True, "BALANCED": levelled}

@@ -11,6 +11,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from thrift_attn.config import BLOCK
+from thrift_attn.kernels.launcher import launch
 from thrift_attn.prefill.sm90_fp8.kernel import attend_fp8_kernel
 from thrift_attn.prefill.sm90_fp8.loader import CHUNK
 
@@ -160,7 +161,9 @@ def attend_fp8(
     q_tiles = (offset + queries - 1) // TILE - offset // TILE + 1
     promote = chosen is not None and chosen.shape[-1] > 0
     spare = counts if counts is not None else torch.empty(1, dtype=torch.int32, device=q.device)
-    attend_fp8_kernel[(q_tiles * batch * q_heads,)](
+    launch(
+        attend_fp8_kernel,
+        (q_tiles * batch * q_heads,),
         _describe(q, TILE, dim), _describe(k, BLOCK, dim), _describe(v, BLOCK, dim),
         _describe(q8.flatten(0, 1), TILE, dim), _describe(k8.flatten(0, 1), TILE, dim),
         _describe(v8.flatten(0, 1), dim, TILE),

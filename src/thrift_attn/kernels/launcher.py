@@ -1,0 +1,27 @@
+"""How every kernel is started: one function, so that what CUDA refuses is refused in words and before anything runs."""
+
+from __future__ import annotations
+
+from typing import Any
+
+MAX_GRID = 65535
+"""Most programs along the second and the third axis of a grid; the first holds 2^31 - 1."""
+
+
+def launch(kernel: Any, grid: tuple[int, ...], /, *args: Any, **meta: Any) -> None:
+    """Start a Triton kernel on the current device; a grid without programs starts nothing.
+
+    Args:
+        kernel: a function of `triton.jit` or `gluon.jit`.
+        grid: programs along each axis.
+        args: its arguments by position.
+        meta: its arguments by name, and Triton's options.
+
+    Raises:
+        ValueError: more programs along the second or the third axis than CUDA starts.
+    """
+    if max(grid[1:], default=0) > MAX_GRID:
+        name = getattr(kernel, "__name__", "kernel")
+        raise ValueError(f"{name} runs at most {MAX_GRID} heads and as many sequences, got a grid of {list(grid)}")
+    if 0 not in grid:
+        kernel[grid](*args, **meta)

@@ -1,0 +1,379 @@
+"""Prefill attention: low-precision blocks, then promoted blocks, in one online softmax; one source for every GPU.
+
+A program serves BM query rows of one head: one list of promoted blocks per 64 rows. It walks all visible blocks in low
+precision, with those on a row's list hidden from it, then the lists in high precision. c_b enters some blocks at a time as one
+16-bit product, inside the one loop over blocks so that loads ahead go on; a block takes its column from it.
+
+The running maximum is kept in base 2 and rounded up to a whole number. Rescaling then multiplies by powers of two, so P is
+rounded on the same grid whichever block comes first: rounding online equals rounding once the whole row is known, with
+exp2(S - ceil(max)) in place of exp(S - max) (underflow of the smallest scales aside).
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from thrift_attn.kernels.online_softmax import P_MXFP4, P_NVFP4, capped, online, p_native, p_wide, visible
+from thrift_attn.kernels.rounding import round_e4m3
+
+_LN2 = tl.constexpr(0.6931471805599453)
+
+
+@triton.jit
+def _dot(a, b, PORTABLE: tl.constexpr, acc=None):
+    if PORTABLE:  # the interpreter's product of bfloat16 is wrong
+        return tl.dot(a.to(tl.float32), b.to(tl.float32), acc, input_precision="ieee")
+    else:
+        return tl.dot(a, b, acc)
+
+
+@triton.jit(do_not_specialize=["most_rows", "rows", "blocks", "most", "window"])
+def attend_prefill_kernel(
+    q_ptr,  # 16-bit, addressed by strides
+    k_ptr,
+    v_ptr,
+    spans_ptr,  # int32 [B, 6]
+    qp_ptr,  # packed Q, K and V, see `thrift_attn.prefill.pack`
+    qs_ptr,
+    kp_ptr,
+    ks_ptr,
+    vp_ptr,
+    vs_ptr,
+    k_rest_ptr,
+    v_rest_ptr,
+    centre_ptr,  # 16-bit [P, Hkv, N, D]
+    key_bias_ptr,  # bfloat16 [P, Hq, N, 3, 64]: what the mean query makes of each key, in three parts
+    values_ptr,  # float32 [B, Hkv]: power of two that native V hold
+    list_ptr,  # int32 [P, Hq, R, K]
+    counts_ptr,  # int32 [P, Hq, R]
+    out_ptr,  # 16-bit, addressed by strides
+    lse_ptr,  # float32, addressed by strides
+    mass_ptr,  # float32, as lse_ptr: share of the high path
+    sink_ptr,  # float32 [P, Hq, R*64]: product of each query with the first key
+    stride_qb,
+    stride_qh,
+    stride_qt,
+    stride_kb,
+    stride_kh,
+    stride_kt,
+    stride_vb,
+    stride_vh,
+    stride_vt,
+    stride_ob,
+    stride_oh,
+    stride_ot,
+    stride_lb,
+    stride_lh,
+    most_rows,
+    rows,  # R
+    blocks,  # N
+    most,  # K
+    window,
+    scale,  # factor of the logits times log2(e)
+    HQ: tl.constexpr,
+    HKV: tl.constexpr,
+    D: tl.constexpr,
+    DP: tl.constexpr,  # D rounded up to a power of two
+    CAUSAL: tl.constexpr,
+    RAGGED: tl.constexpr,
+    WINDOW: tl.constexpr,
+    CAP: tl.constexpr,
+    LOW: tl.constexpr,  # format, or "drop"
+    QUANT: tl.constexpr,  # Q and P are quantised
+    NATIVE: tl.constexpr,
+    CENTRED: tl.constexpr,
+    KEY_BIAS: tl.constexpr,  # packed Q lacks the mean query
+    LEVELLED: tl.constexpr,  # native V hold powers of two
+    ROUNDED: tl.constexpr,  # the output is divided by the sum of P after rounding
+    REST: tl.constexpr,  # promoted blocks are low data plus a residual, not K and V
+    MASS: tl.constexpr,
+    SINK: tl.constexpr,  # the first token is exact: packed data lack it
+    BM: tl.constexpr,
+    BN: tl.constexpr,  # tokens at a time, 32 or 64
+    COLUMNS: tl.constexpr,  # of the output that a program works out
+    CENTRES: tl.constexpr,  # blocks whose q.c_b is worked out at a time
+    STAGES: tl.constexpr,
+    CAST: tl.constexpr,
+    PORTABLE: tl.constexpr,
+):
+    HALVES: tl.constexpr = BM // 64
+    PARTS: tl.constexpr = 64 // BN
+    DTYPE: tl.constexpr = q_ptr.dtype.element_ty
+    b = tl.program_id(2)
+    h = tl.program_id(1) // (DP // COLUMNS)
+    r = (tl.num_programs(0) - 1 - tl.program_id(0)) * HALVES  # longest first
+    span = spans_ptr + b * 6
+    q_start, queries = tl.load(span), tl.load(span + 1)
+    k_start, keys = tl.load(span + 2), tl.load(span + 3)
+    row_start, block_start = tl.load(span + 4), tl.load(span + 5)
+    offset = keys - keys
+    if CAUSAL:
+        offset = keys - queries
+    base = offset >> 6  # block of row 0, rounded down
+    own = (offset - base * 64 + queries + 63) // 64  # rows of this sequence
+    if r < own:
+        part = (b * (not RAGGED)).to(tl.int64)
+        head = part * HQ + h
+        kv_head = part * HKV + h // (HQ // HKV)
+        position = (base + r) * 64 + tl.arange(0, BM)
+        query = position - offset
+        d = tl.arange(0, DP)
+        e = tl.program_id(1) % (DP // COLUMNS) * COLUMNS + tl.arange(0, COLUMNS)  # columns of V and of the output
+        token = tl.arange(0, BN)
+        inside = (query >= 0) & (query < queries)
+        at_q = q_ptr + part * stride_qb + h.to(tl.int64) * stride_qh + q_start.to(tl.int64) * stride_qt
+        q = tl.load(
+            at_q + query.to(tl.int64)[:, None] * stride_qt + d[None, :],
+            mask=inside[:, None] & (d < D)[None, :],
+            other=0.0,
+        )
+        # Blocks that the program's rows see; rows before position 0 see none.
+        last = tl.minimum((base + r) * 64 + BM, offset + queries)
+        low_end = (keys + 63) // 64
+        high = low_end
+        if CAUSAL:
+            high = tl.minimum(low_end, (tl.maximum(last, 0) + 63) // 64)
+        low = high - high
+        if WINDOW:
+            low = tl.maximum((base + r) * 64 + 1 - window, 0) // 64
+
+        # Blocks before `masked_to` and from `masked_from` on hold keys that some row does not see.
+        masked_from = keys // 64
+        if CAUSAL:
+            masked_from = base + r
+        masked_to = low
+        if WINDOW:
+            masked_to = (tl.maximum((base + r) * 64 + BM - window, 0) + 63) // 64
+
+        one, zero = tl.full([BM], 1.0, tl.float32), tl.zeros([BM], tl.float32)
+        peak = tl.full([BM], float("-inf"), tl.float32)
+        total = tl.zeros([BM], tl.float32)
+        weight = tl.zeros([BM], tl.float32)  # sum of P as it is multiplied with V
+        acc = tl.zeros([BM, COLUMNS], tl.float32)
+        at_list = list_ptr + (head * rows + row_start + r) * most
+        at_count = counts_ptr + head * rows + row_start + r
+        count = tl.load(at_count)
+        if HALVES == 2:
+            upper = tl.arange(0, BM) < 64
+            count2 = tl.load(at_count + 1, mask=r + 1 < own, other=0)
+
+        # -- low precision --
+        if LOW != "drop":
+            G: tl.constexpr = 32 if LOW == "mxfp4" else 16
+            first_row = (head * rows + row_start + r) * 64
+            row = first_row + tl.arange(0, BM)
+            row_there = (r * 64 + tl.arange(0, BM) < own * 64)[:, None]
+            if not QUANT:
+                ql = q
+            elif NATIVE and LOW != "fp8":
+                half = tl.arange(0, DP // 2)[None, :]
+                group = tl.arange(0, DP // G)[None, :]
+                ql = tl.load(qp_ptr + row[:, None] * (D // 2) + half, mask=row_there & (half < D // 2), other=0)
+                qs = tl.load(qs_ptr + row[:, None] * (D // G) + group, mask=row_there & (group < D // G), other=0)
+                if LOW == "nvfp4":
+                    qs = qs.to(tl.float8e4nv, bitcast=True)
+            else:
+                ql = tl.load(qp_ptr + row[:, None] * D + d[None, :], mask=row_there & (d < D)[None, :], other=0.0)
+            factor_q = one * scale
+            if QUANT and LOW == "fp8":
+                of_row = tl.load(qs_ptr + row // 64, mask=r * 64 + tl.arange(0, BM) < own * 64, other=0.0)
+                factor_q = of_row * scale
+            order = token
+            if NATIVE and LOW == "fp8":  # tokens in the order of V's positions
+                order = (token & 0x31) | ((token & 2) << 2) | ((token & 12) >> 1)
+            if KEY_BIAS:  # the sum of three parts as a product with 1
+                third = tl.arange(0, 16)[:, None]
+                ones = tl.full([BM, 16], 1.0, tl.float32).to(tl.bfloat16)
+            listed = 0
+            upcoming = tl.load(at_list, mask=count > 0, other=-1)
+            if HALVES == 2:
+                listed2 = 0
+                upcoming2 = tl.load(at_list + most, mask=count2 > 0, other=-1)
+            first_block = kv_head * blocks + block_start
+            qc = tl.zeros([BM, CENTRES], tl.float32)  # q.c_b of the blocks from the last multiple of CENTRES on
+            for n in tl.range(low, high, num_stages=STAGES):
+                if CENTRED:
+                    column = n % CENTRES
+                    if (column == 0) | (n == low):
+                        c = n - column + tl.arange(0, CENTRES)
+                        at_c = centre_ptr + (first_block + c)[None, :] * D + d[:, None]
+                        centre = tl.load(at_c, mask=(c < high)[None, :] & (d < D)[:, None], other=0.0)
+                        qc = _dot(q, centre, PORTABLE)
+                hidden = tl.zeros([BM], tl.int1) | (n == upcoming)
+                listed += (n == upcoming).to(tl.int32)
+                upcoming = tl.load(at_list + listed, mask=listed < count, other=-1)
+                if HALVES == 2:
+                    hidden = (upper & hidden) | (~upper & (n == upcoming2))
+                    listed2 += (n == upcoming2).to(tl.int32)
+                    upcoming2 = tl.load(at_list + most + listed2, mask=listed2 < count2, other=-1)
+                bias = zero
+                if CENTRED:
+                    bias = tl.sum(tl.where(tl.arange(0, CENTRES)[None, :] == column, qc, 0.0), 1) * scale
+                at = first_block + n
+                unit = factor_q
+                if LOW == "fp8":
+                    unit = factor_q * tl.load(ks_ptr + at)
+                    unit = tl.where(unit < 1e-30, 1e-30, unit)  # of zeros; -inf times 0 would be no number
+                for i in range(PARTS):
+                    t = i * BN + token  # columns in the order of V
+                    s_row = at * 64 + i * BN + order
+                    if KEY_BIAS:
+                        at_bias = ((head * blocks + block_start + n) * 3 + third) * 64 + i * BN + order[None, :]
+                        s = _dot(ones, tl.load(key_bias_ptr + at_bias, mask=third < 3, other=0.0), PORTABLE)
+                    elif NATIVE and LOW != "fp8":
+                        # Zero at run time: Triton 3.6 cannot compile a scaled product for sm_100 without an accumulator.
+                        s = tl.zeros([BM, BN], tl.float32) + scale * 0.0
+                    else:
+                        s = None
+                    if NATIVE and LOW != "fp8":
+                        kc = tl.load(kp_ptr + s_row[:, None] * (D // 2) + half, mask=half < D // 2, other=0)
+                        ks = tl.load(ks_ptr + s_row[:, None] * (D // G) + group, mask=group < D // G, other=0)
+                        if LOW == "nvfp4":
+                            ks = ks.to(tl.float8e4nv, bitcast=True)
+                        s = tl.dot_scaled(ql, qs, "e2m1", tl.trans(kc), ks, "e2m1", s)
+                    else:
+                        kc = tl.load(kp_ptr + s_row[:, None] * D + d[None, :], mask=(d < D)[None, :], other=0.0)
+                        s = _dot(ql, tl.trans(kc), PORTABLE, s)
+                    shift = bias
+                    if CAP > 0.0:
+                        s, shift = capped(s * unit[:, None] + bias[:, None], CAP), zero
+                    shift = tl.where(hidden, float("-inf"), shift)
+                    key = n * 64 + i * BN + order
+                    edge = (n >= masked_from) | (n < masked_to)
+                    if SINK:
+                        edge = edge | (n == 0)
+                    if edge:
+                        s = visible(s, key, keys, position, window, CAUSAL, WINDOW, SINK)
+                    p, peak, total, factor = online(s, one if CAP > 0.0 else unit, shift, peak, total)
+                    if NATIVE:
+                        UNIT: tl.constexpr = 64 if LOW == "fp8" else 32
+                        at_v = (kv_head * D + e) * blocks + block_start + n  # [COLUMNS], in blocks
+                        if LOW == "fp8":
+                            vt = tl.load(vp_ptr + at_v[:, None] * UNIT + t[None, :], mask=(e < D)[:, None], other=0.0)
+                            new = tl.dot((p * 448.0).to(tl.float8e4nv), tl.trans(vt))
+                            acc = acc * factor[:, None] + new * (tl.load(vs_ptr + at) * (1.0 / 448.0))
+                        else:
+                            pair = tl.arange(0, 32)[None, :]
+                            vt = tl.load(vp_ptr + at_v[:, None] * UNIT + pair, mask=(e < D)[:, None], other=0)
+                            g = tl.arange(0, 64 // G)[None, :]
+                            vs = tl.load(vs_ptr + at_v[:, None] * (64 // G) + g, mask=(e < D)[:, None], other=0)
+                            if LOW == "nvfp4":
+                                vs = vs.to(tl.float8e4nv, bitcast=True)
+                            pc, ps, more = p_native(p, LOW, CAST)
+                            if ROUNDED:
+                                weight = weight * factor + more
+                            acc = tl.dot_scaled(pc, ps, "e2m1", tl.trans(vt), vs, "e2m1", acc * factor[:, None])
+                    else:
+                        at_v = vp_ptr + (at * 64 + t)[:, None] * D + e[None, :]
+                        vc = tl.load(at_v, mask=(e < D)[None, :], other=0.0)
+                        if LOW == "fp8":
+                            unit_v = tl.load(vs_ptr + at)
+                            if QUANT:
+                                unit_v *= 1.0 / 448.0
+                                if CAST:
+                                    p = (p * 448.0).to(tl.float8e4nv).to(tl.float32)
+                                else:
+                                    p = round_e4m3(p * 448.0)
+                            acc = acc * factor[:, None] + _dot(p.to(DTYPE), vc, PORTABLE) * unit_v
+                        else:
+                            if QUANT:
+                                p = p_wide(p, LOW, CAST)
+                                if ROUNDED:
+                                    weight = weight * factor + tl.sum(p, 1)
+                            acc = acc * factor[:, None] + _dot(p.to(DTYPE), vc, PORTABLE)
+            if QUANT and LOW != "fp8":
+                FACTOR: tl.constexpr = P_MXFP4 if LOW == "mxfp4" else P_NVFP4
+                acc = acc * (1.0 / FACTOR)
+                weight = weight * (1.0 / FACTOR)
+                if LEVELLED:
+                    acc = acc / tl.load(values_ptr + b * HKV + h // (HQ // HKV))
+
+        # -- high precision --
+        low_total = total
+        unit_high = one if CAP > 0.0 else one * scale
+        k_head = (
+            k_ptr + part * stride_kb + (h // (HQ // HKV)).to(tl.int64) * stride_kh + k_start.to(tl.int64) * stride_kt
+        )
+        v_head = (
+            v_ptr + part * stride_vb + (h // (HQ // HKV)).to(tl.int64) * stride_vh + k_start.to(tl.int64) * stride_vt
+        )
+        if SINK:  # the first token, unless a promoted block holds it
+            at_sink = (head * rows + row_start + r) * 64 + tl.arange(0, BM)
+            first = tl.load(sink_ptr + at_sink, mask=r * 64 + tl.arange(0, BM) < own * 64, other=0.0)
+            if CAP > 0.0:
+                first = capped(first * scale, CAP)
+            alone = inside & (position >= 0) & (keys > 0)
+            if WINDOW:
+                alone = alone & (position < window)
+            if not REST:
+                begun = tl.load(at_list, mask=count > 0, other=-1) == 0
+                if HALVES == 2:
+                    begun2 = tl.load(at_list + most, mask=count2 > 0, other=-1) == 0
+                    alone = alone & ~((upper & begun) | (~upper & begun2))
+                else:
+                    alone = alone & ~begun
+            first = tl.where(alone, first, float("-inf"))
+            p_first, peak, total, factor = online(first[:, None], unit_high, zero, peak, total)
+            if MASS:
+                low_total = low_total * factor
+            if ROUNDED:
+                weight = weight * factor + tl.sum(p_first, 1)
+            first_v = tl.load(v_head + e, mask=e < D, other=0.0).to(tl.float32)
+            acc = acc * factor[:, None] + p_first * first_v[None, :]
+        for side in tl.static_range(HALVES):
+            if side == 1:
+                count = count2
+                at_list += most
+            for j in tl.range(0, count, num_stages=STAGES):
+                n = tl.load(at_list + j)
+                at = kv_head * blocks + block_start + n
+                for i in range(PARTS):
+                    key = n * 64 + i * BN + token
+                    if REST:
+                        at_k = (at * 64 + i * BN + token)[:, None] * D + d[None, :]
+                        kc = tl.load(kp_ptr + at_k, mask=(d < D)[None, :], other=0.0)
+                        kr = tl.load(k_rest_ptr + at_k, mask=(d < D)[None, :], other=0.0)
+                        s = _dot(q, tl.trans(kc), PORTABLE) + _dot(q, tl.trans(kr), PORTABLE)
+                        if CENTRED:
+                            centre = tl.load(centre_ptr + at * D + d, mask=d < D, other=0.0)
+                            s += tl.sum(q.to(tl.float32) * centre.to(tl.float32)[None, :], 1)[:, None]
+                    else:
+                        at_k = k_head + key.to(tl.int64)[:, None] * stride_kt + d[None, :]
+                        kc = tl.load(at_k, mask=(key < keys)[:, None] & (d < D)[None, :], other=0.0)
+                        s = _dot(q, tl.trans(kc), PORTABLE)
+                    if CAP > 0.0:
+                        s = capped(s * scale, CAP)
+                    s = visible(s, key, keys, position, window, CAUSAL, WINDOW, SINK and REST)
+                    if HALVES == 2:
+                        s = tl.where((upper if side == 0 else ~upper)[:, None], s, float("-inf"))
+                    p, peak, total, factor = online(s, unit_high, zero, peak, total)
+                    if MASS:
+                        low_total = low_total * factor
+                    if ROUNDED:
+                        weight = weight * factor + tl.sum(p, 1)
+                    acc = acc * factor[:, None]
+                    if REST:
+                        at_v = (at * 64 + i * BN + token)[:, None] * D + e[None, :]
+                        vc = tl.load(vp_ptr + at_v, mask=(e < D)[None, :], other=0.0)
+                        vr = tl.load(v_rest_ptr + at_v, mask=(e < D)[None, :], other=0.0)
+                        acc += _dot(p.to(DTYPE), vc, PORTABLE)
+                        acc += _dot(p.to(DTYPE), vr, PORTABLE)
+                    else:
+                        at_v = v_head + key.to(tl.int64)[:, None] * stride_vt + e[None, :]
+                        vc = tl.load(at_v, mask=(key < keys)[:, None] & (e < D)[None, :], other=0.0)
+                        acc += _dot(p.to(DTYPE), vc, PORTABLE)
+
+        empty = total == 0.0
+        norm = tl.where(empty, 1.0, total)
+        if not ROUNDED:
+            weight = norm
+        out = (acc / tl.where(empty, 1.0, weight)[:, None]).to(DTYPE)
+        at_o = out_ptr + part * stride_ob + h.to(tl.int64) * stride_oh + q_start.to(tl.int64) * stride_ot
+        at_o += query.to(tl.int64)[:, None] * stride_ot + e[None, :]
+        tl.store(at_o, out, mask=inside[:, None] & (e < D)[None, :])
+        at_l = part * stride_lb + h.to(tl.int64) * stride_lh + q_start + query
+        lse = tl.where(empty, float("-inf"), (peak + tl.log2(norm)) * _LN2)
+        tl.store(lse_ptr + at_l, lse, mask=inside)
+        if MASS:
+            tl.store(mass_ptr + at_l, 1.0 - tl.where(empty, 1.0, low_total / norm), mask=inside)

@@ -1,0 +1,190 @@
+"""Kernels that sum samples of Q, K and V and turn the sums into mean queries and channel scales
+(`thrift_attn.prefill.statistics`).
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from thrift_attn.kernels.rounding import from_bits
+from thrift_attn.reference import channel_scales as fit
+
+_LEVEL = tl.constexpr(fit.LEVEL)
+_SLACK = tl.constexpr(fit.SLACK)
+_SPREAD = tl.constexpr(fit.SPREAD)
+_DEPTH = tl.constexpr(fit.DEPTH)
+_LARGEST = tl.constexpr(fit.LARGEST)
+
+
+@triton.jit
+def _blocks_taken(length, most):
+    """Sampled blocks of a sequence of ``length`` keys: how many, and the step from one to the next; at most ``most``."""
+    whole = tl.maximum(length // 64, 1)
+    step = (whole + most - 1) // most
+    return (whole + step - 1) // step, step
+
+
+@triton.jit
+def _queries_seen(span, CAUSAL: tl.constexpr):
+    """Queries of a sequence that see nothing, and that see something."""
+    queries, keys = tl.load(span + 1), tl.load(span + 3)
+    hidden = queries - queries
+    if CAUSAL:
+        hidden = tl.maximum(queries - keys, 0)
+    return hidden, queries - hidden
+
+
+@triton.jit
+def sum_keys_kernel(
+    k_ptr,  # 16-bit, addressed by strides
+    v_ptr,
+    spans_ptr,  # int32 [B, 6]
+    squares_ptr,  # float32 [B, Hkv, S, DP]: of K less the mean of its block
+    totals_ptr,  # float32 [B, Hkv, S, 2]: squares of K and of V
+    stride_kb,
+    stride_kh,
+    stride_kt,
+    stride_vb,
+    stride_vh,
+    stride_vt,
+    most,  # blocks
+    HKV: tl.constexpr,
+    D: tl.constexpr,
+    DP: tl.constexpr,
+    S: tl.constexpr,
+    RAGGED: tl.constexpr,
+    CENTRED: tl.constexpr,
+):
+    i = tl.program_id(0)
+    h = tl.program_id(1)
+    b = tl.program_id(2)
+    span = spans_ptr + b * 6
+    start, length = tl.load(span + 2), tl.load(span + 3)
+    blocks, step = _blocks_taken(length, most)
+    t = tl.arange(0, 64)[:, None]
+    d = tl.arange(0, DP)[None, :]
+    tokens = tl.minimum(length, 64)
+    there = (t < tl.where(i < blocks, tokens, 0)) & (d < D)
+    part = (b * (not RAGGED)).to(tl.int64)
+    first = (start + i * step * 64).to(tl.int64)
+    at_k = k_ptr + part * stride_kb + h.to(tl.int64) * stride_kh + (first + t) * stride_kt + d
+    at_v = v_ptr + part * stride_vb + h.to(tl.int64) * stride_vh + (first + t) * stride_vt + d
+    k = tl.load(at_k, mask=there, other=0.0).to(tl.float32)
+    v = tl.load(at_v, mask=there, other=0.0).to(tl.float32)
+    at = (b * HKV + h) * S + i
+    tl.store(totals_ptr + at * 2, tl.sum(tl.sum(k * k, 1), 0))
+    tl.store(totals_ptr + at * 2 + 1, tl.sum(tl.sum(v * v, 1), 0))
+    if CENTRED:
+        mean = tl.sum(k, 0) / tl.maximum(tokens, 1).to(tl.float32)
+        k = tl.where(there, k - mean[None, :], 0.0)
+    tl.store(squares_ptr + at * DP + tl.arange(0, DP), tl.sum(k * k, 0))
+
+
+@triton.jit
+def sum_queries_kernel(
+    q_ptr,  # 16-bit, addressed by strides
+    spans_ptr,  # int32 [B, 6]
+    sums_ptr,  # float32 [B, Hq, S, DP]
+    stride_qb,
+    stride_qh,
+    stride_qt,
+    most,  # queries
+    HQ: tl.constexpr,
+    D: tl.constexpr,
+    DP: tl.constexpr,
+    S: tl.constexpr,
+    CAUSAL: tl.constexpr,
+    RAGGED: tl.constexpr,
+):
+    i = tl.program_id(0)
+    h = tl.program_id(1)
+    b = tl.program_id(2)
+    span = spans_ptr + b * 6
+    hidden, seen = _queries_seen(span, CAUSAL)
+    step = tl.maximum((seen + most - 1) // most, 1)
+    at = (i * 64 + tl.arange(0, 64)[:, None]) * step
+    d = tl.arange(0, DP)[None, :]
+    part = (b * (not RAGGED)).to(tl.int64)
+    row = (tl.load(span) + hidden + at).to(tl.int64)
+    at_q = q_ptr + part * stride_qb + h.to(tl.int64) * stride_qh + row * stride_qt + d
+    q = tl.load(at_q, mask=(at < seen) & (d < D), other=0.0).to(tl.float32)
+    tl.store(sums_ptr + ((b * HQ + h) * S + i) * DP + tl.arange(0, DP), tl.sum(q, 0))
+
+
+@triton.jit
+def _log_root(x):
+    """log2 of the square root, -inf for 0."""
+    return tl.where(x > 0.0, tl.log2(tl.where(x > 0.0, x, 1.0)) * 0.5, float("-inf"))
+
+
+@triton.jit
+def _whole(x):
+    """Rounded, ties to even."""
+    return (x + 12582912.0) - 12582912.0  # 1.5 * 2^23
+
+
+@triton.jit
+def _power(e):
+    """2 to the exponent rounded and held within bounds; 1 where there is nothing to go by."""
+    e = tl.where((e == e) & (tl.abs(e) < float("inf")), e, 0.0)
+    e = tl.minimum(tl.maximum(e, -_LARGEST), _LARGEST)
+    return from_bits((_whole(e).to(tl.int32) + 127) << 23)
+
+
+@triton.jit
+def levels_kernel(
+    spans_ptr,  # int32 [B, 6]
+    squares_ptr,  # of `sum_keys_kernel`
+    totals_ptr,
+    sums_ptr,  # of `sum_queries_kernel`
+    mean_ptr,  # float32 [B, Hq, D]
+    keys_ptr,  # float32 [B, Hkv, D]
+    values_ptr,  # float32 [B, Hkv]
+    most_blocks,
+    most_queries,
+    few,  # queries that have no mean
+    HKV: tl.constexpr,
+    GROUP: tl.constexpr,
+    D: tl.constexpr,
+    DP: tl.constexpr,
+    SK: tl.constexpr,
+    SQ: tl.constexpr,
+    CAUSAL: tl.constexpr,
+    LESS_MEAN: tl.constexpr,
+    BALANCED: tl.constexpr,
+    OF_VALUES: tl.constexpr,
+):
+    h = tl.program_id(0)
+    b = tl.program_id(1)
+    span = spans_ptr + b * 6
+    dim = tl.arange(0, DP)
+    inside = dim < D
+    head = b * HKV + h
+    if BALANCED:
+        length = tl.load(span + 3)
+        blocks, _step = _blocks_taken(length, most_blocks)
+        tokens = tl.maximum(blocks * tl.minimum(length, 64), 1).to(tl.float32)
+        sample = tl.arange(0, SK)
+        squares = tl.load(squares_ptr + (head * SK + sample[:, None]) * DP + dim[None, :])
+        total = tl.sum(tl.load(totals_ptr + (head * SK + sample) * 2), 0)
+        of_v = tl.sum(tl.load(totals_ptr + (head * SK + sample) * 2 + 1), 0)
+        all_keys = _log_root(total / (tokens * D))
+        size = tl.where(length < 64, all_keys, _log_root(tl.sum(squares, 0) / tokens))
+        top = tl.max(tl.where(inside, size, float("-inf")), 0)
+        size = tl.maximum(size, tl.maximum(top - _SPREAD, all_keys - _DEPTH))
+        middle = tl.sum(tl.where(inside, size, 0.0), 0) / D
+        outside = size - middle
+        outside -= tl.minimum(tl.maximum(outside, -_SLACK), _SLACK)
+        tl.store(keys_ptr + head * D + dim, _power(-_whole(middle) - _whole(outside) + _LEVEL), mask=inside)
+        if OF_VALUES:
+            tl.store(values_ptr + head, _power(-_log_root(of_v / (tokens * D)) + _LEVEL))
+    if LESS_MEAN:
+        _hidden, seen = _queries_seen(span, CAUSAL)
+        step = tl.maximum((seen + most_queries - 1) // most_queries, 1)
+        count = tl.maximum((seen + step - 1) // step, 1).to(tl.float32)
+        for g in range(GROUP):
+            of_head = head * GROUP + g
+            sums = tl.load(sums_ptr + (of_head * SQ + tl.arange(0, SQ)[:, None]) * DP + dim[None, :])
+            mean = tl.where(seen > few, tl.sum(sums, 0) / count, 0.0)
+            tl.store(mean_ptr + of_head * D + dim, mean, mask=inside)
