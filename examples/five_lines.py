@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 
-from thrift_attn.transformers.attention_function import ThriftCache, enable
+from thrift_attn.transformers import ThriftCache, enable
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from thrift_attn.transformers.attention_function import ThriftCache, enable
+from thrift_attn.transformers import ThriftCache, enable
 from thrift_attn.transformers.generate import prefill, stream
 
 

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from thrift_attn.config import BLOCK, ThriftConfig
-from thrift_attn.transformers.attention_function import ThriftCache, enable
+from thrift_attn.config import ThriftConfig
+from thrift_attn.transformers import ThriftCache, enable
 from thrift_attn.transformers.generate import stream
 from thrift_lab.eval.models import Loaded
 
@@ -139,8 +139,7 @@ def answer(
     cost.plain_bytes = sum(
         2 * layer.paged.kv_heads * layer.paged.head_dim * layer.paged.tail.element_size() for layer in layers
     )
-    blocks = [cache.tokens(0) // BLOCK]
-    cost.promoted = sum(map(cache.promoted_blocks, blocks)) / max(1, sum(blocks))
+    cost.promoted = layers[0].decode_stats(heads=1).share
 
 
 def _ends(model: Any) -> set[int]:

@@ -12,7 +12,7 @@ import torch
 from support.tiny_models import build
 
 transformers = pytest.importorskip("transformers", minversion="5.0")
-thrift = pytest.importorskip("thrift_attn.transformers.attention_function")
+thrift = pytest.importorskip("thrift_attn.transformers")
 tokenizers = pytest.importorskip("tokenizers")
 
 EXAMPLES = Path(__file__).parents[2] / "examples"

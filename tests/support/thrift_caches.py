@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-import thrift_attn.transformers.attention_function as thrift
+import thrift_attn.transformers as thrift
 from support.tiny_models import build, close
 from thrift_attn import fraction
 from thrift_attn.config import ThriftConfig

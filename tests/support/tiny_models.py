@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-import thrift_attn.transformers.attention_function as thrift
+import thrift_attn.transformers as thrift
 import transformers
 from thrift_attn import ThriftConfig, fraction
 

@@ -15,8 +15,9 @@ from thrift_attn import fraction
 from thrift_attn.config import ThriftConfig
 
 transformers = pytest.importorskip("transformers", minversion="5.0")
-thrift = pytest.importorskip("thrift_attn.transformers.attention_function")
-from thrift_attn.transformers.generate import DecodeGraph, generate, prefill, stream  # noqa: E402
+thrift = pytest.importorskip("thrift_attn.transformers")
+from thrift_attn.transformers.decode_graph import DecodeGraph  # noqa: E402
+from thrift_attn.transformers.generate import generate, prefill, stream  # noqa: E402
 
 CUDA = torch.cuda.is_available()
 gpu = pytest.mark.gpu

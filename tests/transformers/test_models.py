@@ -28,7 +28,8 @@ from support.tiny_models import (
 from thrift_attn import BLOCK, Budget, ThriftConfig, fraction, top_k
 
 transformers = pytest.importorskip("transformers", minversion="5.0")
-thrift = pytest.importorskip("thrift_attn.transformers.attention_function")
+thrift = pytest.importorskip("thrift_attn.transformers")
+from thrift_attn.transformers.attention_function import thrift_attention  # noqa: E402
 
 families = pytest.mark.parametrize("family", FAMILIES)
 
@@ -174,7 +175,7 @@ def test_padded_queries_give_0() -> None:
 def test_padded_queries_after_the_tokens_give_0(new: int) -> None:
     _, mask, _ = padded([90, 40], "right")
     q, k = torch.randn(2, 4, new, 16), torch.randn(2, 2, 90, 16)
-    out, _ = thrift.thrift_attention(causal_module(), q, k, k, mask.bool())
+    out, _ = thrift_attention(causal_module(), q, k, k, mask.bool())
     real = mask[:, -new:].bool()
     assert out.shape == (2, new, 4, 16)
     assert not out[~real].any()
@@ -453,20 +454,20 @@ def test_unknown_tensors_are_refused() -> None:
     q = torch.randn(1, 2, 8, 16)
     for name in ("position_bias", "indices", "cu_seq_lens_q"):
         with pytest.raises(NotImplementedError, match=f"what Module passes to its attention: {name}"):
-            thrift.thrift_attention(module, q, q, q, None, **{name: torch.zeros(1)})
+            thrift_attention(module, q, q, q, None, **{name: torch.zeros(1)})
     with pytest.raises(NotImplementedError, match="continuous batching"):
-        thrift.thrift_attention(module, q, q, q, None, cache=SimpleNamespace())
+        thrift_attention(module, q, q, q, None, cache=SimpleNamespace())
     with pytest.raises(NotImplementedError, match="2 or 4 dimensions, got SimpleNamespace"):
-        thrift.thrift_attention(module, q, q, q, SimpleNamespace(shape=(1, 1, 8, 8)))
+        thrift_attention(module, q, q, q, SimpleNamespace(shape=(1, 1, 8, 8)))
     with pytest.raises(ValueError, match="does not fit"):
-        thrift.thrift_attention(module, q, q, q, torch.ones(1, 9, dtype=torch.bool))
+        thrift_attention(module, q, q, q, torch.ones(1, 9, dtype=torch.bool))
 
 
 @torch.no_grad()
 def test_values_of_another_head_dim_go_to_sdpa() -> None:
     module = causal_module()
     q, v = torch.randn(1, 2, 8, 16), torch.randn(1, 2, 8, 32)
-    out, weights = thrift.thrift_attention(module, q, q, v, None)
+    out, weights = thrift_attention(module, q, q, v, None)
     want = torch.nn.functional.scaled_dot_product_attention(q, q, v, is_causal=True)
     assert weights is None
     close(out, want.transpose(1, 2))

@@ -10,10 +10,11 @@ import pytest
 import torch
 
 from support.thrift_caches import cache_for, enabled, greedy, same, stored
-from support.tiny_models import FAMILIES, build, close, padded, tokens
+from support.tiny_models import EXACT, FAMILIES, build, close, padded, tokens
+from thrift_attn import ThriftConfig, fraction, top_k
 
 transformers = pytest.importorskip("transformers", minversion="5.0")
-thrift = pytest.importorskip("thrift_attn.transformers.attention_function")
+thrift = pytest.importorskip("thrift_attn.transformers")
 from thrift_attn.transformers.lazy_kv import Cached  # noqa: E402
 
 DECODERS = ("llama", "qwen2", "qwen3", "mistral", "qwen2-window", "gemma3", "gemma2")
@@ -355,3 +356,23 @@ def test_what_it_cannot_serve_is_refused_when_it_is_made() -> None:
         cache.update(k, k[..., :8], 0)
     with pytest.raises(RuntimeError, match="empty"):
         _ = cache.paged_layers[0].paged
+
+
+# -- what is counted --------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def test_report_counts_what_decode_promotes() -> None:
+    """773 tokens are 12 complete blocks and an incomplete one, which is exact anyway: a budget of 5% promotes one of 12."""
+    _, model = enabled(num_hidden_layers=1)
+    ids, logits, stats = tokens(1, 773), [], []
+    for budget in (fraction(0.05), top_k(1), top_k(0)):
+        cache = thrift.ThriftCache(model.config, 4096, decode=ThriftConfig.for_cache(budget=budget), prefill=EXACT)
+        model(ids, past_key_values=cache)
+        thrift.enable(model)
+        logits.append(model(ids[:, :1], past_key_values=cache).logits)
+        stats.append(thrift.report(model)[0].stats)
+    heads = model.config.num_attention_heads
+    assert [(s.visible, s.promoted) for s in stats] == [(12 * heads, promoted * heads) for promoted in (1, 1, 0)]
+    assert torch.equal(logits[0], logits[1])
+    assert not torch.equal(logits[1], logits[2])

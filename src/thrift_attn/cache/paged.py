@@ -120,14 +120,18 @@ class PagedThriftCache:
 
     # -- growing -------------------------------------------------------------------------------------------------------
 
-    def reserve(self, tokens: int) -> None:
-        """Give every sequence the pages for ``tokens`` more tokens, so that a captured graph can append them.
+    def reserve(self, tokens: int | list[int]) -> None:
+        """Give every sequence the pages for more tokens, so that a captured graph can append them.
+
+        Args:
+            tokens: how many more, for all sequences or for each.
 
         Raises:
             ValueError: more tokens than a sequence may have.
             RuntimeError: the pool is exhausted; nothing has changed.
         """
-        self.table.reserve([self.table.tokens(row) + tokens for row in range(self.batch)])
+        new = [tokens] * self.batch if isinstance(tokens, int) else tokens
+        self.table.reserve([self.table.tokens(row) + n for row, n in enumerate(new)])
 
     def append(self, k: Tensor, v: Tensor, *, lengths: list[int] | None = None) -> None:
         """Append new tokens to every sequence.

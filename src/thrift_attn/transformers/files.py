@@ -4,21 +4,40 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from thrift_attn.cache import state
-from thrift_attn.config import current_names
-from thrift_attn.transformers.lazy_kv import Padding
-from thrift_attn.transformers.thrift_cache import ThriftCache, ThriftLayer
+from thrift_attn.config import ThriftConfig, current_names
+from thrift_attn.transformers.padding import Padding
+from thrift_attn.transformers.thrift_layer import ThriftLayer
 
 FORMAT = 3
 """Version of the files."""
 
 
-def save(cache: ThriftCache, path: str | Path) -> None:
+class Filled(Protocol):
+    """What a file needs of a `thrift_attn.transformers.ThriftCache`."""
+
+    layers: list[Any]
+
+    @property
+    def decode(self) -> ThriftConfig:
+        """What is stored."""
+        ...
+
+    def get_seq_length(self) -> int:
+        """Slots."""
+        ...
+
+    def reset(self) -> None:
+        """Empty it."""
+        ...
+
+
+def save(cache: Filled, path: str | Path) -> None:
     """Write what a cache holds; a page that sequences share is written once.
 
     Args:
@@ -47,7 +66,7 @@ def save(cache: ThriftCache, path: str | Path) -> None:
     save_file(tensors, str(path), metadata={"thrift_cache": json.dumps(about)})
 
 
-def load(cache: ThriftCache, path: str | Path, device: torch.device | str) -> None:
+def load(cache: Filled, path: str | Path, device: torch.device | str) -> None:
     """Fill an empty cache with what `save` wrote.
 
     Args:
@@ -77,7 +96,7 @@ def load(cache: ThriftCache, path: str | Path, device: torch.device | str) -> No
         raise
 
 
-def _check(cache: ThriftCache, path: str | Path, about: dict[str, Any]) -> None:
+def _check(cache: Filled, path: str | Path, about: dict[str, Any]) -> None:
     """Raise ValueError unless a file's description fits a cache."""
     if about.get("format") != FORMAT:
         raise ValueError(f"{path} is not a file that ThriftCache.save wrote, format {FORMAT}")

@@ -1,9 +1,9 @@
-"""`ThriftCache`: the KV cache of a transformers model in 4 bits and a budget, for ``past_key_values=``.
+"""`ThriftCache`: the KV cache of a transformers model in 4 bits and a budget.
 
-    from thrift_attn.transformers.attention_function import ThriftCache, enable
+    from thrift_attn.transformers import ThriftCache, enable
 
     enable(model)
-    model.generate(**inputs, past_key_values=ThriftCache(model.config, max_tokens=131072))
+    model.generate(**inputs, cache=ThriftCache(model.config, max_tokens=131072))  # past_key_values= before 5.24
 
 Full-attention layers are paged (`thrift_attn.cache.PagedThriftCache`), sliding-window layers are those of transformers. Pages
 hold tokens, no padding: rows of unequal length cost what they hold.
@@ -30,228 +30,17 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
-from thrift_attn.cache import PagedThriftCache
 from thrift_attn.cache.paged import DEFAULT
-from thrift_attn.config import BLOCK, Budget, ThriftConfig, fraction
-from thrift_attn.reference.budget import decode_budget
-from thrift_attn.stats import Stats
-from thrift_attn.transformers.lazy_kv import Cached, Padding, Step, gather
-
-try:
-    from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
-except ImportError as error:
-    raise ImportError('ThriftCache needs transformers >= 5.0: pip install "thrift-attn[hf]"') from error
-
-
-def default_prefill(device: torch.device, decode: ThriftConfig) -> ThriftConfig:
-    """What a prompt is attended with: FP4 on Blackwell, FP8 on Ada and Hopper, elsewhere as in decode."""
-    if device.type == "cuda":
-        capability = torch.cuda.get_device_capability(device)
-        if capability >= (10, 0):
-            return ThriftConfig(budget=decode.budget)
-        if capability >= (8, 9):
-            return ThriftConfig(base_format="fp8", budget=decode.budget)
-    return decode
-
-
-# -- one layer --------------------------------------------------------------------------------------------------------
-
-
-class ThriftLayer(CacheLayerMixin):
-    """One full-attention layer of a `ThriftCache`.
-
-    A slot is a position of the batch as transformers counts, padding included; ``slots`` is their number.
-    """
-
-    is_compileable = False
-    is_sliding = False
-    is_croppable = True
-
-    def __init__(self, owner: ThriftCache):
-        super().__init__()
-        self.owner = owner
-        self.slots = 0
-        self.paddings: list[Padding] = []
-        self._paged: PagedThriftCache | None = None
-
-    @property
-    def paged(self) -> PagedThriftCache:
-        """The pages. Raises RuntimeError before the first token."""
-        if self._paged is None:
-            raise RuntimeError("the cache is empty: its pages are made when the first tokens arrive")
-        return self._paged
-
-    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        """Make the pages, for the batch, heads, dtype and device of the first tokens."""
-        batch, heads, _, dim = key_states.shape
-        if key_states.shape[:2] != value_states.shape[:2] or dim != value_states.shape[3]:
-            raise NotImplementedError(
-                f"ThriftCache holds K and V of one shape, got {list(key_states.shape)} and {list(value_states.shape)}"
-            )
-        sizes = self.owner
-        most = -(-sizes.max_tokens // BLOCK)
-        pages = batch * most if sizes.pool_tokens is None else -(-sizes.pool_tokens // BLOCK)
-        self._paged = PagedThriftCache(
-            batch=batch,
-            kv_heads=heads,
-            head_dim=dim,
-            num_pages=pages,
-            max_pages=most,
-            config=sizes.decode,
-            dtype=key_states.dtype,
-            device=key_states.device,
-        )
-        self.dtype, self.device, self.batch_size = key_states.dtype, key_states.device, batch
-        self.is_initialized = True
-
-    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """Take new K and V ``[B, Hkv, T, D]``; they are written when attention, or another operation, looks at them."""
-        if self._paged is not None and self.slots == 0 and self._paged.batch != key_states.shape[0]:
-            self._paged = None  # emptied by `reset`: the next batch may have another size
-        if self._paged is None:
-            self.lazy_initialization(key_states, value_states)
-        paged = self.paged
-        want = (paged.batch, paged.kv_heads, key_states.shape[2], paged.head_dim)
-        if key_states.shape != want or value_states.shape != want:
-            got = f"{list(key_states.shape)} and {list(value_states.shape)}"
-            raise ValueError(f"K and V must have shape {list(want)} like the tokens before them, got {got}")
-        step = Step(self, key_states, value_states)
-        return Cached(step, 0), Cached(step, 1)
-
-    def append(self, k: Tensor, v: Tensor, padding: Padding | None) -> None:
-        """Write new tokens ``[B, Hkv, T, D]``, without their padding, into the pages."""
-        if padding is None:
-            self.paged.append(k, v)
-        else:
-            index = padding.left()
-            self.paged.append(gather(k, index), gather(v, index), lengths=padding.counts)
-        if not _capturing(k):
-            self.slots += k.shape[2]
-            if padding is not None:
-                self.paddings.append(padding)
-
-    def tokens(self, row: int) -> int:
-        """Tokens of a row, without padding."""
-        return self.paged.tokens(row) if self._paged is not None else 0
-
-    def holds(self, tokens: Tensor, held: int) -> bool:
-        """Whether a mask ``[B, slots]`` shows all tokens that the rows hold among the ``held`` slots before.
-
-        Raises:
-            ValueError: it shows more than they hold.
-        """
-        shown, there = self.owner.shown(tokens, held), [self.tokens(row) for row in range(tokens.shape[0])]
-        if any(seen > own for seen, own in zip(shown, there, strict=True)):
-            raise ValueError(f"the attention mask shows {shown} tokens before the new ones, the cache holds {there}")
-        return shown == there
-
-    def slot_map(self) -> Tensor | None:
-        """bool ``[B, slots]``, True at tokens; None if there is no padding."""
-        if not self.paddings:
-            return None
-        found = torch.ones(self.paged.batch, self.slots, dtype=torch.bool, device=self.device)
-        for padding in self.paddings:
-            found[:, padding.start : padding.start + padding.is_token.shape[1]] = padding.is_token
-        return found
-
-    def decode_stats(self, heads: int) -> Stats:
-        """Complete blocks seen and promoted by one decode step of ``heads`` query heads."""
-        blocks = [self.tokens(row) // BLOCK for row in range(self.paged.batch)]
-        asked = sum(self.owner.asked_blocks(n) for n in blocks)
-        return Stats(heads * sum(blocks), heads * sum(self.owner.promoted_blocks(n) for n in blocks), heads * asked)
-
-    # -- what transformers asks ----------------------------------------------------------------------------------------
-
-    def get_seq_length(self) -> int:
-        """Slots."""
-        return self.slots
-
-    def get_mask_sizes(self, query_length: Any) -> tuple[int, int]:
-        """Slots after the new tokens, and the first of them; transformers 5.0 gives positions, later a number."""
-        new = query_length if isinstance(query_length, int) else query_length.shape[0]
-        return self.owner.get_seq_length() + new, 0
-
-    def get_max_length(self) -> int:
-        """Most tokens of a row."""
-        return self.owner.max_tokens
-
-    get_max_cache_shape = get_max_length  # its name in transformers 5.0
-
-    def reset(self) -> None:
-        """Give all pages back; they stay allocated for the next sequences."""
-        if self._paged is not None:
-            for row in range(self._paged.batch):
-                self._paged.free(row)
-        self.slots, self.paddings = 0, []
-
-    def crop(self, tokens_to_remove: int) -> None:
-        """Take slots back from the end: ``-n`` takes n, and ``n``, as in transformers 5.0, leaves n."""
-        keep = self.slots + tokens_to_remove if tokens_to_remove <= 0 else tokens_to_remove
-        self.keep(max(0, keep))
-
-    def keep(self, slots: int) -> None:
-        """Keep the first ``slots`` slots."""
-        if slots >= self.slots or self._paged is None:
-            return
-        found = self.slot_map()
-        left = [slots] * self.paged.batch if found is None else found[:, :slots].sum(1).tolist()
-        for row, tokens in enumerate(left):
-            self.paged.truncate(row, tokens)
-        kept = [padding for padding in self.paddings if padding.start < slots]
-        self.paddings = []
-        for padding in kept:
-            is_token = padding.is_token[:, : slots - padding.start]
-            self.paddings.append(Padding(padding.start, is_token, is_token.sum(1).tolist()))
-        self.slots = slots
-
-    def select(self, rows: list[int]) -> None:
-        """Make row i what row ``rows[i]`` was; equal rows share their complete blocks."""
-        if self._paged is None:
-            return
-        self._paged.select(rows)
-        index = torch.tensor(rows, device=self.device)
-        self.paddings = [
-            Padding(padding.start, padding.is_token[index], [padding.counts[row] for row in rows])
-            for padding in self.paddings
-        ]
-        self.batch_size = len(rows)
-
-    def reorder_cache(self, beam_idx: Tensor) -> None:
-        """Rows in another order, some perhaps several times."""
-        self.select(beam_idx.tolist())
-
-    def batch_repeat_interleave(self, repeats: int) -> None:
-        """Every row ``repeats`` times."""
-        self.select([row for row in range(self.paged.batch) for _ in range(repeats)])
-
-    def batch_select_indices(self, indices: Tensor) -> None:
-        """Only these rows."""
-        rows = torch.arange(self.paged.batch)[torch.as_tensor(indices).cpu()]
-        self.select(rows.tolist())
-
-    def offload(self) -> None:
-        """Refuse: pages stay where they are."""
-        raise NotImplementedError("ThriftCache does not move pages to the CPU")
-
-    def fork(self, owner: ThriftCache) -> ThriftLayer:
-        """The same tokens over the same pages, for another cache."""
-        other = ThriftLayer(owner)
-        vars(other).update({name: value for name, value in vars(self).items() if name not in ("owner", "_paged")})
-        other.paddings = list(self.paddings)
-        other._paged = None if self._paged is None else self._paged.branch()
-        return other
-
-
-def _capturing(x: Tensor) -> bool:
-    return x.device.type == "cuda" and torch.cuda.is_current_stream_capturing()
-
-
-# -- all layers -------------------------------------------------------------------------------------------------------
+from thrift_attn.config import ThriftConfig
+from thrift_attn.transformers.files import load, save
+from thrift_attn.transformers.padding import MaskReader
+from thrift_attn.transformers.thrift_layer import CacheOptions, ThriftLayer
 
 
 class ThriftCache(Cache):
-    """KV cache of a model for `transformers`: paged in two precisions, for ``past_key_values=``.
+    """KV cache of a model for `transformers`: paged in two precisions, for ``cache=`` (``past_key_values=`` before 5.24).
 
     Args:
         config: of the model. Layers of full attention are paged, sliding-window layers are those of transformers.
@@ -298,10 +87,8 @@ class ThriftCache(Cache):
         dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
         if dim % 16:
             raise NotImplementedError(f"ThriftCache needs a head dimension that is a multiple of 16, got {dim}")
-        self.max_tokens, self.pool_tokens = max_tokens, pool_tokens
-        self.decode, self.prefill, self.exact_tokens = decode, prefill, exact_tokens
-        self._budget: list[int] = []
-        self._read: tuple[Tensor, int, list[int], Padding | None] | None = None
+        self.options = CacheOptions(max_tokens, pool_tokens, decode, prefill, exact_tokens)
+        reader = MaskReader()
         kinds = set(getattr(text, "layer_types", None) or ()) - {"full_attention", "sliding_attention"}
         if kinds:
             raise NotImplementedError(
@@ -311,7 +98,7 @@ class ThriftCache(Cache):
         layers: list[Any] = DynamicCache(config=config).layers
         for at, layer in enumerate(layers):
             if type(layer) is DynamicLayer:
-                layers[at] = ThriftLayer(self)
+                layers[at] = ThriftLayer(self.options, reader)
             elif type(layer) is not DynamicSlidingWindowLayer:
                 raise NotImplementedError(
                     f"ThriftCache serves full and sliding-window attention; {type(text).__name__} needs a "
@@ -326,38 +113,7 @@ class ThriftCache(Cache):
 
     def prefill_on(self, device: torch.device, tokens: int | None = None) -> ThriftConfig:
         """What a prompt is attended with on a device: a long one, or one of so many tokens."""
-        config = self.prefill or default_prefill(device, self.decode)
-        return config if tokens is None or tokens > self.exact_tokens else config.with_(budget=fraction(1.0))
-
-    # -- used by the layers --------------------------------------------------------------------------------------------
-
-    def padding_of(self, tokens: Tensor | None, held: int, count: int) -> Padding | None:
-        """The padding among ``count`` new slots after ``held`` others, None if there is none; see `Step.attend`."""
-        return None if tokens is None else self._look(tokens, held, count)[3]
-
-    def shown(self, tokens: Tensor, held: int) -> list[int]:
-        """Tokens of each row that a mask shows among the ``held`` slots before the new ones."""
-        return self._look(tokens, held, tokens.shape[1] - held)[2]
-
-    def _look(self, tokens: Tensor, held: int, count: int) -> tuple[Tensor, int, list[int], Padding | None]:
-        """Read a mask, once for all layers of a forward: they get the same tensor."""
-        if self._read is None or self._read[0] is not tokens or self._read[1] != held:
-            new = tokens[:, held : held + count]
-            shown, counts = torch.stack([tokens[:, :held].sum(1), new.sum(1)]).tolist()
-            padding = None if min(counts) == count else Padding(held, new, counts)
-            self._read = (tokens, held, shown, padding)
-        return self._read
-
-    def promoted_blocks(self, blocks: int) -> int:
-        """Blocks that decode promotes among so many complete ones."""
-        if blocks >= len(self._budget):
-            self._budget = decode_budget(self.decode.budget, max(64, 2 * blocks)).tolist()
-        return self._budget[blocks]
-
-    def asked_blocks(self, blocks: int) -> float:
-        """The same before rounding."""
-        budget: Budget = self.decode.budget
-        return budget.value * blocks if budget.kind == "fraction" else self.promoted_blocks(blocks)
+        return self.options.prefill_on(device, tokens)
 
     # -- what transformers calls ---------------------------------------------------------------------------------------
 
@@ -378,6 +134,9 @@ class ThriftCache(Cache):
             raise RuntimeError(
                 f"an interrupted forward left tokens in sliding-window layer {layer_idx}: call crop(0), or reset()"
             )
+        if isinstance(layer, ThriftLayer):
+            new = query_length if isinstance(query_length, int) else query_length.shape[0]
+            return there + new, 0
         return layer.get_mask_sizes(query_length)
 
     def crop(self, tokens_to_remove: int) -> None:
@@ -440,9 +199,9 @@ class ThriftCache(Cache):
         when it is dropped or `reset`.
         """
         other = copy.copy(self)
-        other._read = None
+        reader = MaskReader()
         other.layers = [
-            layer.fork(other) if isinstance(layer, ThriftLayer) else copy.copy(layer) for layer in self.layers
+            layer.fork(reader) if isinstance(layer, ThriftLayer) else copy.copy(layer) for layer in self.layers
         ]
         return other
 
@@ -459,16 +218,17 @@ class ThriftCache(Cache):
         """Bytes of pages for one token in all paged layers."""
         return sum(layer.paged.bytes_per_token() for layer in self.paged_layers)
 
+    @property
+    def decode(self) -> ThriftConfig:
+        """What is stored, and computed for up to 16 new tokens."""
+        return self.options.decode
+
     def save(self, path: str | Path) -> None:
         """Write what the cache holds to a safetensors file; see `thrift_attn.transformers.files`."""
-        from thrift_attn.transformers import files
-
         self._mend()
-        files.save(self, path)
+        save(self, path)
 
     def load(self, path: str | Path, device: torch.device | str = "cpu") -> ThriftCache:
         """Fill this cache, which must be empty, from a file on a device; see `thrift_attn.transformers.files`."""
-        from thrift_attn.transformers import files
-
-        files.load(self, path, device)
+        load(self, path, device)
         return self

@@ -16,8 +16,9 @@ from torch import Tensor
 
 from thrift_attn.config import BLOCK, ThriftConfig, fraction
 from thrift_attn.interface import attention
-from thrift_attn.transformers.attention_function import ThriftCache, disable, enable
-from thrift_attn.transformers.generate import DecodeGraph, prefill
+from thrift_attn.transformers import ThriftCache, disable, enable
+from thrift_attn.transformers.decode_graph import DecodeGraph
+from thrift_attn.transformers.generate import prefill
 from thrift_lab.bench import e2e_model
 from thrift_lab.bench.bench_records import make_context
 from thrift_lab.bench.inputs import BIAS, NOISE, TOPIC

@@ -21,7 +21,7 @@ def applied(model: Any, method: Method) -> Iterator[None]:
     if method.config is None:
         yield
         return
-    from thrift_attn.transformers import attention_function as integration
+    from thrift_attn import transformers as integration
 
     integration.enable(model, method.config, stats=True)
     try:
@@ -38,7 +38,7 @@ def served(model: Any, method: Method) -> tuple[Stats | None, tuple[str, ...]]:
     """
     if method.config is None:
         return None, ()
-    from thrift_attn.transformers.attention_function import report
+    from thrift_attn.transformers import report
 
     rows = report(model)
     if not any(row.served_by == "thrift" for row in rows):

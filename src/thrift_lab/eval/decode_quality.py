@@ -18,8 +18,9 @@ import torch
 from torch import Tensor
 
 from thrift_attn.config import ThriftConfig
-from thrift_attn.transformers.attention_function import ThriftCache, disable, enable
-from thrift_attn.transformers.generate import DecodeGraph, prefill, stream
+from thrift_attn.transformers import ThriftCache, disable, enable
+from thrift_attn.transformers.decode_graph import DecodeGraph
+from thrift_attn.transformers.generate import prefill, stream
 from thrift_lab.eval.models import Loaded
 from thrift_lab.provenance import commit, machine, now, versions, write_json
 

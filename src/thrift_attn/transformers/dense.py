@@ -1,0 +1,78 @@
+"""Thrift attention on K and V that lie in tensors, not in pages."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from thrift_attn.interface import attention
+from thrift_attn.stats import Stats
+
+
+@contextmanager
+def as_given(device: torch.device) -> Iterator[None]:
+    """Compute in the dtypes of the tensors: autocast has had its say about K, V and Q before."""
+    with torch.autocast(device.type, enabled=False):
+        yield
+
+
+def autocast_dtype(device: torch.device) -> torch.dtype | None:
+    """The dtype that autocast asks for on a device; None where it is off."""
+    if torch.is_autocast_enabled(device.type):
+        return torch.get_autocast_dtype(device.type)
+    return None
+
+
+def attend_counted(q: Tensor, k: Tensor, v: Tensor, counted: bool, **options: Any) -> tuple[Tensor, Stats]:
+    """`thrift_attn.attention` with its statistics, or with empty ones if they are not to be counted."""
+    with as_given(q.device):
+        if counted:
+            return attention(q, k, v, return_stats=True, **options)
+        return attention(q, k, v, **options), Stats()
+
+
+def attend_masked(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, counted: bool, **options: Any
+) -> tuple[Tensor, Stats]:
+    """Thrift attention under a mask of padding at the ends.
+
+    Args:
+        query: ``[B, Hq, Tq, D]``.
+        key: ``[B, Hkv, Tk, D]``.
+        value: likewise.
+        mask: None, or bool ``[B, S]`` as `thrift_mask` gives it: the last query is in slot S - 1, True at tokens, which
+            are one run in each row.
+        counted: whether to count what is promoted.
+        **options: of `thrift_attn.attention`.
+
+    Returns:
+        The output ``[B, Hq, Tq, D]``, 0 at padding, and the statistics.
+
+    Raises:
+        ValueError: a mask that does not fit.
+    """
+    if mask is None:
+        return attend_counted(query, key, value, counted, **options)
+    if mask.shape[0] != key.shape[0] or not query.shape[2] <= mask.shape[1] <= key.shape[2]:
+        raise ValueError(f"mask {list(mask.shape)} does not fit q {list(query.shape)} and k {list(key.shape)}")
+    mask = mask.to(key.device)
+    key, value = key[:, :, : mask.shape[1]], value[:, :, : mask.shape[1]]
+    if bool(mask.all()):
+        return attend_counted(query, key, value, counted, **options)
+    # Tokens of a row are one run. KV blocks count from its first token, queries are aligned with its last.
+    lengths, before = mask.sum(-1), mask.int().argmax(-1)
+    after = mask.shape[1] - before - lengths
+    options["kv_lengths"] = lengths.clamp(min=1)
+    out, stats = attend_counted(_roll(query, -after), _roll(key, before), _roll(value, before), counted, **options)
+    is_token = mask[:, -query.shape[2] :]
+    return _roll(out, after).masked_fill(~is_token[:, None, :, None], 0), stats
+
+
+def _roll(x: Tensor, shifts: Tensor) -> Tensor:
+    """Roll the tokens of each row of ``[B, H, T, D]`` to the left by ``shifts`` ``[B]``."""
+    index = (torch.arange(x.shape[2], device=x.device) + shifts[:, None]) % x.shape[2]  # [B, T]
+    return x.gather(2, index[:, None, :, None].expand_as(x))

@@ -1,0 +1,121 @@
+"""The masks of transformers: what a layer's mask is, in the form that tells `thrift_attention` so."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.masking_utils import causal_mask_function, eager_mask
+
+_RUNS = "_thrift_runs"  # attribute on 2D masks
+_PLAIN = "_thrift_plain"  # attribute on 4D masks: the same without its causal part, and the version of its data
+
+
+@torch.compiler.disable
+def thrift_mask(
+    batch_size: int,
+    kv_length: int,
+    kv_offset: int = 0,
+    mask_function: Callable[..., Any] = causal_mask_function,
+    attention_mask: Tensor | None = None,
+    *,
+    allow_is_causal_skip: bool = True,
+    **kwargs: Any,
+) -> Tensor | None:
+    """The mask of one type of layers, in the form that tells `thrift_attention` what it is.
+
+    Args:
+        batch_size: B.
+        kv_length: number of key slots, more than are written so far with a static cache.
+        kv_offset: position of the first key slot.
+        mask_function: the pattern; causal alone, or one that goes to SDPA.
+        attention_mask: bool ``[B, positions]``, True at tokens.
+        allow_is_causal_skip: False where the model itself looks at the mask, so that it must be a real one.
+        **kwargs: the position of the queries, ``cache_position`` in transformers 5.0, ``q_length`` and ``q_offset``
+            later, and what is of no concern here.
+
+    Returns:
+        None: causal, keys and queries end together and all are tokens. Bool ``[B, S]``: causal, the last query is in
+        slot S - 1, True at tokens. Float ``[B, 1, Tq, kv_length]``, added to the logits: anything else, and a mask that
+        the model asks for.
+
+    Raises:
+        ValueError: an attention mask that ends before the last query.
+    """
+
+    def real() -> Tensor:
+        # The additive form: SDPA takes it, and models that extend their masks all know it.
+        options = {**kwargs, "allow_is_bidirectional_skip": False}  # None has one meaning only
+        return eager_mask(
+            batch_size=batch_size,
+            kv_length=kv_length,
+            kv_offset=kv_offset,
+            mask_function=mask_function,
+            attention_mask=attention_mask,
+            **options,
+        )
+
+    if mask_function is not causal_mask_function:
+        return real()
+    plain = _tokens(batch_size, kv_length, kv_offset, attention_mask, kwargs)
+    if allow_is_causal_skip:
+        return plain
+    with torch.inference_mode(False):  # its data has a version, so that `plain_mask` sees a change
+        mask = real()
+        setattr(mask, _PLAIN, (plain, mask._version))
+    return mask
+
+
+def plain_mask(mask: Tensor | None) -> Tensor | None:
+    """A mask that a model asked for and has not changed, in the form in which others get it; any other mask as it is."""
+    found: tuple[Tensor | None, int] | None = getattr(mask, _PLAIN, None)
+    if mask is None or found is None or mask._version != found[1]:
+        return mask
+    return found[0]
+
+
+def has_holes(tokens: Tensor) -> bool:
+    """Whether there is padding between the tokens of a row of a bool mask ``[B, S]``."""
+    runs = getattr(tokens, _RUNS, None)
+    return (_count_runs(tokens) if runs is None else runs) > 1
+
+
+def _tokens(
+    batch_size: int, kv_length: int, kv_offset: int, attention_mask: Tensor | None, kwargs: Mapping[str, Any]
+) -> Tensor | None:
+    """A causal mask as None or bool ``[B, S]``."""
+    end = _position_after_queries(kwargs)
+    slots = min(end - kv_offset, kv_length)
+    if attention_mask is None:
+        if slots == kv_length:
+            return None
+        return torch.ones(batch_size, slots, dtype=torch.bool, device=_device(kwargs))
+    if attention_mask.shape[-1] < end:
+        raise ValueError(
+            f"attention_mask must cover cached and new tokens, {end} positions, got {attention_mask.shape[-1]}"
+        )
+    tokens = attention_mask[:, kv_offset : kv_offset + slots].bool()
+    if slots == kv_length and bool(tokens.all()):
+        return None
+    setattr(tokens, _RUNS, _count_runs(tokens))  # here once for all layers
+    return tokens
+
+
+def _count_runs(tokens: Tensor) -> int:
+    """Most runs of tokens in a row of ``[B, S]``."""
+    starts = tokens[:, :1].sum(-1) + (tokens[:, 1:] & ~tokens[:, :-1]).sum(-1)
+    return int(starts.max())
+
+
+def _position_after_queries(kwargs: Mapping[str, Any]) -> int:
+    if (positions := kwargs.get("cache_position")) is not None:
+        return int(positions[-1]) + 1
+    return int(kwargs["q_offset"]) + int(kwargs["q_length"])
+
+
+def _device(kwargs: Mapping[str, Any]) -> torch.device | str:
+    if (positions := kwargs.get("cache_position")) is not None:
+        return positions.device
+    return kwargs.get("device", "cpu")
