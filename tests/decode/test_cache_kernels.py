@@ -41,15 +41,15 @@ def test_the_first_token_lies_beside_the_pages(low, high, steps):
         for n in steps:
             cache.append(k[:, :, start : start + n], v[:, :, start : start + n])
             start += n
-        assert torch.equal(cache.sinks[1], v[:, :, 0])
+        assert torch.equal(cache.sink_value, v[:, :, 0])
         pages = cache.table.table[:, 0].long()
         assert torch.equal(cache.pool.centres[pages], k[:, :, 0])
         for row in range(2):
             keys, values = cache.read(row)
             assert torch.equal(keys[:, 0], k[row, :, 0])
             assert torch.equal(values[:, 0], v[row, :, 0])
-    torch.testing.assert_close(kernels.sinks[0], plain.sinks[0], rtol=2e-3, atol=1e-5)
-    torch.testing.assert_close(kernels.sinks[0].float(), k[:, :, 1:64].float().mean(2), rtol=2e-3, atol=1e-3)
+    torch.testing.assert_close(kernels.block0_mean, plain.block0_mean, rtol=2e-3, atol=1e-5)
+    torch.testing.assert_close(kernels.block0_mean.float(), k[:, :, 1:64].float().mean(2), rtol=2e-3, atol=1e-3)
 
 
 @pytest.mark.parametrize("tq", [1, 3])
@@ -66,11 +66,10 @@ def test_the_first_block_is_chosen_without_its_first_token(tq):
         k[:, :, 192:256] = (0.1 * direction).to(k.dtype)
         cache = make("triton", heads=1, config=ThriftConfig.for_cache(budget=top_k(1), force_last=0))
         cache.append(k, v)
-        launches, _, _ = ops.step_kernels(*cache.step_arguments(q, 0.125))
-        for launch in launches.values():
+        step = ops.begin_step(q, cache.tensors(), cache.numerics, scale=0.125)
+        for launch in ops.step_kernels(step).values():
             launch()
-        found = launches["select"].args[4]
-        assert int(found[0, 0, 0, 0]) == chosen
+        assert int(step.block_indices[0, 0, 0, 0]) == chosen
 
 
 @pytest.mark.parametrize(("high", "queries"), [("nested", 1), ("16bit", 3)])
@@ -154,13 +153,11 @@ def test_operators_are_registered_properly():
     k, v = tokens(40, heads=1)
     cache = make("triton", heads=1)
     cache.append(k, v)
-    args = (
-        query(), *cache.pool, cache.tail, cache.sinks, cache.table.table, cache.lengths, cache.budget,
-        0.125, None, None, "nested", True, True, 0, 1,
-    )  # fmt: skip
-    torch.library.opcheck(ops.attend_cache, args)
-    step = (k[:, :, :3], v[:, :, :3], cache.tail, *cache.pool, cache.sinks, cache.table.table, cache.lengths)
-    torch.library.opcheck(ops.append_step, (*step, "nvfp4", "nested", True, True, True), test_utils="test_schema")
+    tensors, storage = cache.tensors(), ops._storage(cache.numerics)
+    scales = (tensors.inv_k_channel_scale, tensors.inv_v_head_scale)
+    torch.library.opcheck(ops.attend_cache, (query(), *ops._flat(tensors), storage, 0.125, None, None, *scales))
+    step = (k[:, :, :3], v[:, :, :3], *ops._flat(tensors), storage)
+    torch.library.opcheck(ops.append_step, step, test_utils="test_schema")
 
 
 def test_a_step_compiles_as_one_graph():

@@ -17,7 +17,7 @@ from pathlib import Path
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from thrift_attn.decode import attend as decode, combine_splits as splits
+from thrift_attn.decode import attend as decode, tensors
 
 plane, dim, group, capability = json.loads(sys.argv[1])
 fn = decode.attend_split_kernel
@@ -25,14 +25,14 @@ tile = decode.column_tile(group, 1, dim)
 tuned = decode.tuning(dim, tile, False, plane)
 high = "*bf16" if plane == "16bit" else "*i32"
 pointers = dict(zip(fn.arg_names, ["*bf16", "*i32", high, "*bf16", "*fp32", "*i32", "*i32", "*i32", "*fp32", "*fp32", "*bf16"]))
-numbers = dict(scale="fp32", stride_qb="i32", stride_qh="i32", stride_qt="i32", window="i32", blocks="i32")
+numbers = dict(scale="fp32", stride_qb="i32", stride_qh="i32", stride_qt="i32", stride_kc="i32", window="i32", blocks="i32")
 constants = dict(
     HKV=8, GROUP=group, TQ=1, D=dim, CHUNKS=decode.chunks(dim, tuned.chunk), N=tile,
-    RP=splits.padded_rows(group, 1), HIGH=decode.HIGH[plane], CENTRED=True, WINDOW=False, CAP=0.0, LEVELLED=True,
+    RP=tensors.padded_rows(group, 1), HIGH=decode.HIGH[plane], CENTRED=True, WINDOW=False, CAP=0.0, SCALED=True, tq=1,
     PORTABLE=False, OVERLAP=capability >= 90,
 )
 signature = {n: {**pointers, **numbers}.get(n, "constexpr") for n in fn.arg_names}
-aligned = [*pointers, "stride_qb", "stride_qh", "stride_qt"]
+aligned = [*pointers, "stride_qb", "stride_qh", "stride_qt", "stride_kc"]
 attrs = {(fn.arg_names.index(n),): [["tt.divisibility", 16]] for n in aligned}
 kernel = triton.compile(
     ASTSource(fn, signature, constexprs=constants, attrs=attrs),
@@ -85,7 +85,7 @@ from thrift_attn.decode import select as kernels
 pad, warps, capability = json.loads(sys.argv[1])
 fn, keys = kernels.select_blocks_kernel, pad // 32 // warps
 constants = dict(
-    FIRST=1, LAST=1, HKV=8, TQ=1, WINDOW=False, PAD=pad, KEYS=keys, SEARCH=kernels._search_asm(keys),
+    FIRST=1, LAST=1, HKV=8, WINDOW=False, PAD=pad, KEYS=keys, SEARCH=kernels._search_asm(keys),
     REGISTERS=",".join(["=r"] * keys + ["r"] * 2 * keys), PORTABLE=False, OVERLAP=capability >= 90,
 )
 types = {n: "*fp32" if n == "score_ptr" else "*i32" if n.endswith("_ptr") else "i32" for n in fn.arg_names}

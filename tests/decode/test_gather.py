@@ -12,7 +12,7 @@ import torch
 
 from support.kernel_caches import make, tokens
 from thrift_attn.config import ThriftConfig
-from thrift_attn.decode.gather import widen_pages
+from thrift_attn.decode.gather import gather_pages
 
 
 def filled(lengths, **options):
@@ -57,10 +57,7 @@ def test_too_little_room_is_an_error():
     kernels, _ = filled([70])
     out = torch.zeros(1, 1, 69, 64, dtype=torch.float16, device=kernels.device)
     with pytest.raises(ValueError, match="room for 70"):
-        widen_pages(
-            out, out, *kernels.pool, kernels.tail, kernels.table.table, kernels.lengths,
-            tokens=70, plane="nested", centred=True,
-        )  # fmt: skip
+        gather_pages(out, out, cache=kernels.tensors(), numerics=kernels.numerics, tokens=70)
 
 
 # Kernels that were imported for the interpreter cannot be compiled, so this runs in a process of its own.
@@ -68,14 +65,14 @@ _PROGRAM = """
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from thrift_attn.decode.gather import widen_kernel as fn
+from thrift_attn.decode.gather import gather_pages_kernel as fn
 from thrift_attn.reference.page_layout import HIGH
 
 for plane, dim, capability in (("nested", 128, 90), ("nested8", 80, 80), ("16bit", 64, 120)):
     high = ("*bf16", "*bf16") if plane == "16bit" else ("*i16", "*i32")
-    kinds = ["*bf16", "*bf16", "*i16", "*i32", "*bf16", *high, "*bf16", "*bf16", "*i32", "*i32", "*bf16", "*bf16", "i32", "i32"]
-    signature = dict(zip(fn.arg_names, kinds + ["constexpr"] * 7))
-    constants = dict(BATCH=2, HKV=8, D=dim, HIGH=HIGH[plane], CENTRED=True, SINK=True, LEVELLED=True)
+    kinds = ["*bf16", "*bf16", "*i16", "*i32", "*bf16", *high, "*bf16", "*bf16", "*i32", "*i32", "*bf16", "*bf16"] + ["i32"] * 5
+    signature = dict(zip(fn.arg_names, kinds + ["constexpr"] * 6))
+    constants = dict(HKV=8, D=dim, HIGH=HIGH[plane], CENTRED=True, SINK=True, SCALED=True)
     source = ASTSource(fn, signature, constexprs=constants)
     kernel = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=dict(num_warps=1))
     assert len(kernel.asm["cubin"]) > 1000

@@ -7,6 +7,7 @@ import torch
 
 from support.device import DEVICE
 from support.pages import reference_planes
+from support.steps import cache_tensors, numerics_of
 from thrift_attn.decode.pack import pack_blocks
 from thrift_attn.reference.formats import RESIDUALS
 from thrift_attn.reference.page_layout import pack_copy, plane_size
@@ -38,7 +39,13 @@ def test_pages_equal_the_reference(dim: int, best: bool, low: str, plane: str | 
             (5, 2, plane_size(dim, RESIDUALS[plane].element_bits).words), -7, dtype=torch.int32, device=DEVICE
         )
     untouched = base.clone()
-    pack_blocks(k, v, pages, base, centres, high, low=low, plane=plane, best=best)
+    lengths, table = (
+        torch.zeros(2, dtype=torch.int32, device=DEVICE),
+        torch.zeros(2, 1, dtype=torch.int32, device=DEVICE),
+    )
+    cache = cache_tensors(centres, table, lengths, base=base, high=high)
+    numerics = numerics_of(plane, base_format=low, scales="best" if best else "max")
+    pack_blocks(k, v, pages, cache=cache, numerics=numerics)
     want_base, want_high, want_centres = reference_planes(k, v, low, plane, best=best)
     if plane == "16bit":
         want_high = pack_copy(k, v)

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 
 from support.device import DEVICE
+from support.steps import cache_tensors, numerics_of, poisoned_step
 from thrift_attn import ThriftConfig, fraction, paper, top_k
-from thrift_attn.decode.combine_splits import padded_rows
-from thrift_attn.decode.select import score_blocks, select_blocks
+from thrift_attn.decode.score import score_blocks
+from thrift_attn.decode.select import select_blocks
+from thrift_attn.numerics import DecodeNumerics
 from thrift_attn.reference import attention as reference
 from thrift_attn.reference.budget import blocks_in_decode, decode_budget, promoted_in_decode
 
@@ -17,19 +21,18 @@ KV_HEADS, GROUP, DIM, PAGES = 2, 3, 64, 12
 
 def lists_of_kernels(q, means, table, lengths, config, window, block0_mean):
     """Promoted block numbers of each sequence and KV head, by the kernels that score and choose."""
-    batch, _, tq, _ = q.shape
-    capacity, rows = table.shape[1], padded_rows(GROUP, tq)
-    bias = torch.full((batch, KV_HEADS, capacity, rows), torch.nan, device=DEVICE)
-    scores = torch.full((batch, KV_HEADS, capacity), torch.nan, device=DEVICE)
-    out = torch.full((batch, KV_HEADS, 2, capacity), -5, dtype=torch.int32, device=DEVICE)
-    counts = torch.full((batch, KV_HEADS, 2), -5, dtype=torch.int32, device=DEVICE)
-    budget = decode_budget(config.budget, capacity).to(DEVICE)
-    score_blocks(q, means, table, lengths, bias, scores, scale=0.125, others=block0_mean)
-    select_blocks(
-        scores, table, lengths, budget, out, counts,
-        tq=tq, first=config.force_first, last=config.force_last, window=window,
-    )  # fmt: skip
-    return [[out[b, h, 0, : counts[b, h, 0]].tolist() for h in range(KV_HEADS)] for b in range(batch)], counts
+    numerics = dataclasses.replace(DecodeNumerics.resolve(config), exact_sink=block0_mean is not None)
+    budget = decode_budget(config.budget, table.shape[1]).to(DEVICE)
+    cache = cache_tensors(means, table, lengths, budget=budget, block0_mean=block0_mean)
+    step = poisoned_step(q, cache, numerics, scale=0.125, window=window)
+    score_blocks(step)
+    select_blocks(step)
+    counts = step.block_counts
+    lists = [
+        [row[0, :n].tolist() for row, n in zip(*pair, strict=True)]
+        for pair in zip(step.block_indices, counts[..., 0], strict=True)
+    ]
+    return lists, counts
 
 
 def lists_of_reference(q, means, table, lengths, config, window, block0_mean):
@@ -83,7 +86,7 @@ def test_the_largest_score_of_any_new_token_decides():
         torch.arange(8, dtype=torch.int32)[None].to(DEVICE),
         torch.tensor([8 * 64 + 5], dtype=torch.int32, device=DEVICE),
     )
-    bias, scores = torch.zeros(1, 1, 8, 8, device=DEVICE), torch.zeros(1, 1, 8, device=DEVICE)
-    score_blocks(q.to(DEVICE), means.to(DEVICE), table, lengths, bias, scores, scale=1.0)
+    step = poisoned_step(q.to(DEVICE), cache_tensors(means.to(DEVICE), table, lengths), numerics_of(sink_token="none"))
+    score_blocks(step)
     want = torch.tensor([3.0, 0, 4, 0, 3, 0, 4, 0]) * 1.4426950408889634
-    torch.testing.assert_close(scores[0, 0].cpu(), want)
+    torch.testing.assert_close(step.scores[0, 0].cpu(), want)

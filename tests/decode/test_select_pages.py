@@ -6,7 +6,10 @@ import pytest
 import torch
 
 from support.device import DEVICE
-from thrift_attn.decode.select import _search_asm, score_blocks, select_blocks
+from support.steps import cache_tensors, choose, numerics_of, poisoned_step
+from thrift_attn.decode import select
+from thrift_attn.decode.score import score_blocks
+from thrift_attn.decode.select import _search_asm
 from thrift_attn.reference.budget import promote
 
 
@@ -17,10 +20,10 @@ def test_scores(dim: int, tq: int) -> None:
     centres = torch.randn(9, 2, dim, device=DEVICE).half()
     table = torch.randperm(9, device=DEVICE).int()[:8].view(2, 4)
     lengths = torch.tensor([64 * 4 + 3, 64 * 2 + 63], dtype=torch.int32, device=DEVICE)
-    rows = 8 if 3 * tq <= 8 else 16
-    bias = torch.full((2, 2, 4, rows), torch.nan, device=DEVICE)
-    scores = torch.full((2, 2, 4), torch.nan, device=DEVICE)
-    score_blocks(q, centres, table, lengths, bias, scores, scale=0.2)
+    cache = cache_tensors(centres, table, lengths)
+    step = poisoned_step(q, cache, numerics_of(sink_token="none"), scale=0.2)
+    score_blocks(step)
+    bias, scores = step.bias, step.scores
     grouped = q.view(2, 2, 3, tq, dim).transpose(2, 3).flatten(2, 3).float()  # rows (query, group head)
     want = torch.einsum("bhrd,bnhd->bhnr", grouped, centres[table].float()) * 0.2
     for b, full in enumerate((4, 2)):
@@ -45,9 +48,8 @@ def test_choice_equals_the_reference(blocks: int, tail: int, first: int, last: i
     for k in {0, 1, 3, blocks // 2, blocks}:
         budget = torch.full((capacity + 1,), -99, dtype=torch.int32, device=DEVICE)
         budget[blocks] = k
-        out = torch.full((1, 3, 2, capacity), -5, dtype=torch.int32, device=DEVICE)
-        counts = torch.full((1, 3, 2), -5, dtype=torch.int32, device=DEVICE)
-        select_blocks(scores, table, lengths, budget, out, counts, tq=1, first=first, last=last)
+        step = choose(scores, table, lengths, budget, first=first, last=last)
+        out, counts = step.block_indices, step.block_counts
         visible = torch.ones(1, blocks, dtype=torch.bool, device=DEVICE)
         asked = torch.tensor([k], device=DEVICE)
         want = promote(scores[0, :, None, :blocks], visible, asked, first=first, last=forced)[:, 0]
@@ -62,8 +64,28 @@ def test_choice_equals_the_reference(blocks: int, tail: int, first: int, last: i
             assert (out[0, h, :, blocks:] == -5).all()
 
 
+@pytest.mark.parametrize("window", [None, 1000])
+def test_long_tables_are_chosen_from_in_chunks(monkeypatch, window) -> None:
+    """The same lists as from registers, with ties, forced blocks and a window, whatever the budget."""
+    torch.manual_seed(1)
+    blocks, capacity = 45, 50
+    scores = torch.randn(1, 3, capacity, device=DEVICE).mul(3).round()
+    scores[0, 1] = 0.5
+    table = torch.randperm(capacity, device=DEVICE).int()[None]
+    lengths = torch.tensor([blocks * 64 + 7], dtype=torch.int32, device=DEVICE)
+    for k in (0, 1, 4, 20, 45):
+        budget = torch.full((capacity + 1,), k, dtype=torch.int32, device=DEVICE)
+        held = choose(scores, table, lengths, budget, tq=2, first=1, last=3, window=window)
+        with monkeypatch.context() as patch:
+            patch.setattr(select, "HELD_BLOCKS", 16)
+            patch.setattr(select, "CHUNK", 16)
+            read = choose(scores, table, lengths, budget, tq=2, first=1, last=3, window=window)
+        assert torch.equal(held.block_counts, read.block_counts)
+        assert torch.equal(held.block_indices, read.block_indices)
+
+
 @pytest.mark.gpu
-@pytest.mark.parametrize("blocks", [70, 1000, 3000, 16384])
+@pytest.mark.parametrize("blocks", [70, 1000, 3000, 16384, 20000, 65536])
 def test_choice_among_many(blocks: int) -> None:
     """As many keys per thread as occur, with ties at the threshold and without."""
     torch.manual_seed(blocks)
@@ -74,9 +96,8 @@ def test_choice_among_many(blocks: int) -> None:
     visible = torch.ones(1, blocks, dtype=torch.bool, device=DEVICE)
     for k in (1, 2, blocks // 20, blocks - 1):
         budget = torch.full((blocks + 1,), k, dtype=torch.int32, device=DEVICE)
-        out = torch.full((1, 2, 2, blocks), -5, dtype=torch.int32, device=DEVICE)
-        counts = torch.full((1, 2, 2), -5, dtype=torch.int32, device=DEVICE)
-        select_blocks(scores, table, lengths, budget, out, counts, tq=1, first=1)
+        step = choose(scores, table, lengths, budget, first=1)
+        out, counts = step.block_indices, step.block_counts
         want = promote(scores[0][:, None], visible, torch.tensor([k], device=DEVICE), first=1, last=1)[:, 0]
         for h in range(2):
             assert counts[0, h].tolist() == [k, blocks]
@@ -144,9 +165,8 @@ def test_window_lists_only_what_is_seen() -> None:
     table = torch.arange(10, dtype=torch.int32, device=DEVICE)[None]
     lengths = torch.tensor([64 * 8 + 10], dtype=torch.int32, device=DEVICE)
     budget = torch.arange(11, dtype=torch.int32, device=DEVICE).clamp(max=2)
-    out = torch.full((1, 1, 2, 10), -5, dtype=torch.int32, device=DEVICE)
-    counts = torch.full((1, 1, 2), -5, dtype=torch.int32, device=DEVICE)
-    select_blocks(scores, table, lengths, budget, out, counts, tq=1, window=200)
+    step = choose(scores, table, lengths, budget, window=200)
+    out, counts = step.block_indices, step.block_counts
     # the query at 521 sees 322..521: blocks 5, 6, 7 and the incomplete one
     assert counts.flatten().tolist() == [2, 3]
     assert sorted(out[0, 0, 0, :3].tolist()) == [5, 6, 7]

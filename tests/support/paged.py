@@ -9,9 +9,8 @@ from torch import Tensor
 
 from support.device import DEVICE
 from support.pages import reference_planes
-from thrift_attn.decode.attend import attend_pages
-from thrift_attn.decode.combine_splits import merge_splits, padded_rows
-from thrift_attn.decode.select import score_blocks, select_blocks
+from support.steps import cache_tensors, numerics_of, poisoned_step
+from thrift_attn.decode.ops import step_kernels
 from thrift_attn.reference.formats import RESIDUALS
 from thrift_attn.reference.page_layout import decode_bytes, pack_copy, plane_size, unpack_plane
 
@@ -90,31 +89,16 @@ def make_cache(lengths, kv_heads, dim, *, plane="nested", dtype=torch.float16, c
 
 def run(cache: Cache, q, budget, *, splits=3, scale=None, window=None, softcap=None, first=1, last=1, centred=True):
     """The whole step through the launchers; every buffer is poisoned first."""
-    batch, heads, tq, dim = q.shape
-    kv_heads, capacity = cache.centres.shape[1], cache.page_table.shape[1]
-    rows = padded_rows(heads // kv_heads, tq)
-    scale = scale or dim**-0.5
-
-    def poison(*shape, dtype=torch.float32):
-        fill = torch.nan if dtype.is_floating_point else 2**30
-        return torch.full(shape, fill, dtype=dtype, device=q.device)
-
-    bias = poison(batch, kv_heads, capacity, rows)
-    scores = poison(batch, kv_heads, capacity)
-    blocks = poison(batch, kv_heads, 2, capacity, dtype=torch.int32)
-    counts = poison(batch, kv_heads, 2, dtype=torch.int32)
-    parts, part_lse = poison(batch, kv_heads, splits, rows, dim), poison(batch, kv_heads, splits, rows)
-    out, lse = poison(*q.shape, dtype=q.dtype), poison(*q.shape[:3])
-    score_blocks(q, cache.centres, cache.page_table, cache.lengths, bias, scores, scale=scale)
-    select_blocks(
-        scores, cache.page_table, cache.lengths, budget, blocks, counts, tq=tq, first=first, last=last, window=window
+    center = "block" if centred else "none"
+    numerics = numerics_of(cache.plane, center=center, sink_token="none", force_first=first, force_last=last)
+    tensors = cache_tensors(
+        cache.centres, cache.page_table, cache.lengths, budget=budget, base=cache.base, high=cache.high, tail=cache.tail
     )
-    attend_pages(
-        q, cache.base, cache.high, cache.tail, bias, blocks, counts, cache.lengths, parts, part_lse,
-        scale=scale, plane=cache.plane, window=window, softcap=softcap, centred=centred,
-    )  # fmt: skip
-    merge_splits(parts, part_lse, out, lse)
-    return out, lse, blocks, counts, bias, scores
+    scale = scale or q.shape[-1] ** -0.5
+    step = poisoned_step(q, tensors, numerics, splits=splits, scale=scale, window=window, softcap=softcap)
+    for launch in step_kernels(step).values():
+        launch()
+    return step.out, step.lse, step.block_indices, step.block_counts, step.bias, step.scores
 
 
 def expected(cache: Cache, q, blocks, counts, *, scale=None, window=None, softcap=None):

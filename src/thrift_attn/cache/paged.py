@@ -20,7 +20,9 @@ from torch import Tensor
 from thrift_attn.cache.cache_scales import CacheLevels
 from thrift_attn.cache.page_table import PageTable
 from thrift_attn.config import BLOCK, DECODE_ROWS, ThriftConfig, check_logits
+from thrift_attn.decode.tensors import MAX_BLOCKS, CacheTensors, check_sizes
 from thrift_attn.dispatch import check_cache
+from thrift_attn.numerics import DecodeNumerics
 from thrift_attn.reference import attention as reference
 from thrift_attn.reference.budget import decode_budget
 from thrift_attn.reference.pages import Blocks, Pool, read_blocks, write_blocks
@@ -40,7 +42,7 @@ class PagedThriftCache:
         kv_heads: KV heads.
         head_dim: head dimension D, a multiple of 16.
         num_pages: pages in the pool, shared by all sequences.
-        max_pages: most pages of one sequence; all of the pool by default.
+        max_pages: most pages of one sequence; all of the pool by default, up to 65,536.
         config: what is stored and computed; ``math`` must be ``"16bit"`` and ``score`` ``"mean"``.
         dtype: dtype of K, V and Q: float16 or bfloat16 (float32 on a CPU as well).
         device: where the cache lives.
@@ -70,7 +72,12 @@ class PagedThriftCache:
         dtype: torch.dtype = torch.bfloat16,
         device: torch.device | str = "cuda",
     ):
-        sizes = {"batch": batch, "kv_heads": kv_heads, "num_pages": num_pages, "max_pages": max_pages or num_pages}
+        sizes = {
+            "batch": batch,
+            "kv_heads": kv_heads,
+            "num_pages": num_pages,
+            "max_pages": max_pages or min(num_pages, MAX_BLOCKS),
+        }
         for name, size in sizes.items():
             if size < 1:
                 raise ValueError(f"{name} must be at least 1, got {size}")
@@ -78,6 +85,8 @@ class PagedThriftCache:
         if device.type == "cuda" and device.index is None:
             device = torch.device("cuda", torch.cuda.current_device())
         self.backend = check_cache(config, head_dim, dtype, device)
+        if self.backend == "triton":
+            check_sizes(batch, kv_heads, sizes["max_pages"])
         self.config, self.dtype, self.device = config, dtype, device
         self.kv_heads, self.head_dim = kv_heads, head_dim
         self.table = PageTable(num_pages, batch, sizes["max_pages"], device)
@@ -86,9 +95,15 @@ class PagedThriftCache:
         # K and V of the two newest blocks, block b in slot b mod 2.
         self.tail = torch.zeros(2, batch, 2, kv_heads, BLOCK, head_dim, dtype=dtype, device=device)
         # What pages do not hold of the first block: the mean of K without its first token, and V of that token.
-        self.sinks = torch.zeros(2, batch, kv_heads, head_dim, dtype=dtype, device=device)
+        self.block0_mean, self.sink_value = (
+            torch.zeros(batch, kv_heads, head_dim, dtype=dtype, device=device) for _ in range(2)
+        )
         self._slots = [[-1, -1] for _ in range(batch)]  # the block whose 16-bit data each slot holds
         self.budget = decode_budget(config.budget, sizes["max_pages"]).to(device)  # by the number of complete blocks
+        self.overrun = torch.zeros(
+            1, dtype=torch.int32, device=device
+        )  # set by a step for which a sequence had no page
+        self.numerics = DecodeNumerics.resolve(config)
 
     # -- what it holds -------------------------------------------------------------------------------------------------
 
@@ -113,7 +128,15 @@ class PagedThriftCache:
 
     def nbytes(self) -> int:
         """Bytes of everything the cache holds on the device."""
-        held = [*self.pool, self.tail, self.sinks, self.table.table, self.table.lengths, self.budget]
+        held = [
+            *self.pool,
+            self.tail,
+            self.block0_mean,
+            self.sink_value,
+            self.table.table,
+            self.table.lengths,
+            self.budget,
+        ]
         if self.levels is not None:
             held += self.levels.tensors
         return sum(x.numel() * x.element_size() for x in held)
@@ -158,10 +181,10 @@ class PagedThriftCache:
         self.table.reserve([self.table.tokens(row) + n for row, n in enumerate(new)])
         if self.levels is not None:
             self.levels.take(k, v, new, self.config.centred)
-        if self.backend == "triton" and lengths is None and count <= BLOCK:
-            self._append_step(k, v)
+        if self.backend == "triton" and count <= BLOCK:
+            self._append_step(k, v, None if lengths is None else torch.tensor(new, dtype=torch.int32).to(self.device))
             if not (self.device.type == "cuda" and torch.cuda.is_current_stream_capturing()):
-                self.advance(count)
+                self._note(new)
             return
         for row, n in enumerate(new):
             if n:
@@ -169,18 +192,20 @@ class PagedThriftCache:
 
     def advance(self, tokens: int) -> None:
         """Note that a replayed graph has appended ``tokens`` tokens (at most 64) to every sequence."""
-        for row in range(self.batch):
+        self._note([tokens] * self.batch)
+
+    def _note(self, new: list[int]) -> None:
+        """Note that the device has appended so many tokens, at most 64, to each sequence."""
+        for row, count in enumerate(new):
             old = self.table.tokens(row)
-            self.table.note_tokens(row, old + tokens)
-            for block in range(old // BLOCK, (old + tokens - 1) // BLOCK + 1):
+            self.table.note_tokens(row, old + count)
+            for block in range(old // BLOCK, (old + count - 1) // BLOCK + 1):
                 self._slots[row][block % 2] = block
 
-    def _append_step(self, k: Tensor, v: Tensor) -> None:
+    def _append_step(self, k: Tensor, v: Tensor, counts: Tensor | None) -> None:
         from thrift_attn.decode import ops
 
-        levels = {} if self.levels is None else {"of_keys": self.levels.keys, "of_values": self.levels.values}
-        storage = {**self._storage(), "sink": self.config.exact_sink}
-        ops.append_step(k, v, self.tail, *self.pool, self.sinks, self.table.table, self.lengths, **storage, **levels)
+        ops.append(k, v, self.tensors(), self.numerics, counts=counts)
 
     def _append_row(self, row: int, k: Tensor, v: Tensor) -> None:
         """Append ``[Hkv, T, D]`` to one sequence: top up the incomplete block, pack whole blocks, keep the rest."""
@@ -213,16 +238,21 @@ class PagedThriftCache:
 
     def _pack(self, row: int, first: int, blocks: Tensor) -> None:
         """Pack ``[2, n, Hkv, 64, D]`` (K and V) into the pages of the blocks from ``first`` on."""
-        pages, options = self.table.table[row, first : first + blocks.shape[1]], self._storage()
+        pages = self.table.table[row, first : first + blocks.shape[1]]
+        firsts = None
         if self.config.exact_sink:
             firsts = torch.full_like(pages, -1)
             firsts[:1] = row if first == 0 else -1
-            options |= {"firsts": firsts, "sinks": self.sinks}
         if self.backend == "triton":
             from thrift_attn.decode.pack import pack_blocks
 
-            pack_blocks(blocks[0], blocks[1], pages, *self.pool, **options)
+            pack_blocks(
+                blocks[0], blocks[1], pages, cache=self.tensors(), numerics=self.numerics, firsts=firsts
+            )  # fmt: skip
         else:
+            options = self._storage() | (
+                {} if firsts is None else {"firsts": firsts, "sinks": (self.block0_mean, self.sink_value)}
+            )
             write_blocks(self.pool, pages.long(), blocks[0], blocks[1], **options)
 
     # -- shrinking and sharing -----------------------------------------------------------------------------------------
@@ -246,7 +276,8 @@ class PagedThriftCache:
             raise ValueError(f"source and target must differ, got {source} twice")
         self.free(target)
         self.table.share(source, target)
-        self.tail[:, target], self.sinks[:, target] = self.tail[:, source], self.sinks[:, source]
+        self.tail[:, target] = self.tail[:, source]
+        self.block0_mean[target], self.sink_value[target] = self.block0_mean[source], self.sink_value[source]
         self._slots[target] = list(self._slots[source])
 
     def truncate(self, row: int, tokens: int) -> None:
@@ -284,13 +315,16 @@ class PagedThriftCache:
             self._check_row(row)
         if not rows:
             raise ValueError("a cache holds at least one sequence, got no rows")
+        if self.backend == "triton":
+            check_sizes(len(rows), self.kv_heads, self.table.table.shape[1])
         index = torch.tensor(rows, device=self.device)
-        tail, sinks = self.tail[:, index], self.sinks[:, index]
+        tail, block0_mean, sink_value = self.tail[:, index], self.block0_mean[index], self.sink_value[index]
         if len(rows) == self.batch:
             self.tail.copy_(tail)
-            self.sinks.copy_(sinks)
+            self.block0_mean.copy_(block0_mean)
+            self.sink_value.copy_(sink_value)
         else:
-            self.tail, self.sinks = tail, sinks
+            self.tail, self.block0_mean, self.sink_value = tail, block0_mean, sink_value
         self._slots = [list(self._slots[row]) for row in rows]
         self.table.select(rows)
 
@@ -300,7 +334,8 @@ class PagedThriftCache:
         The pages it takes go back to the pool when it is freed or no longer used.
         """
         other = copy.copy(self)
-        other.table, other.tail, other.sinks = self.table.branch(), self.tail.clone(), self.sinks.clone()
+        other.table, other.tail, other.overrun = self.table.branch(), self.tail.clone(), self.overrun.clone()
+        other.block0_mean, other.sink_value = self.block0_mean.clone(), self.sink_value.clone()
         other._slots = [list(slots) for slots in self._slots]
         return other
 
@@ -319,21 +354,9 @@ class PagedThriftCache:
         shape = (2, self.batch, self.kv_heads, longest + room, self.head_dim)
         out = torch.zeros(shape, dtype=self.dtype, device=self.device)
         if self.backend == "triton":
-            from thrift_attn.decode.gather import widen_pages
+            from thrift_attn.decode.gather import gather_pages
 
-            widen_pages(
-                out[0],
-                out[1],
-                *self.pool,
-                self.tail,
-                self.table.table,
-                self.lengths,
-                None if self.levels is None else (self.levels.of_queries, self.levels.of_outputs),
-                self.sinks[1] if self.config.exact_sink else None,
-                tokens=longest,
-                plane=self.config.promoted_storage,
-                centred=self.config.centred,
-            )
+            gather_pages(out[0], out[1], cache=self.tensors(), numerics=self.numerics, tokens=longest)
         else:
             for row in range(self.batch):
                 for which, x in enumerate(self.read(row)):
@@ -387,20 +410,47 @@ class PagedThriftCache:
         if self.backend == "triton":
             from thrift_attn.decode import ops
 
-            out, lse = ops.attend_cache(*self.step_arguments(q, scale, window, softcap))
+            out, lse = ops.attend(q, self.tensors(), self.numerics, scale=scale, window=window, softcap=softcap)
         else:
             out, lse = self._attend_reference(q, scale, window, softcap)
         return (out, lse) if return_lse else out
 
-    def step_arguments(
-        self, q: Tensor, scale: float, window: int | None = None, softcap: float | None = None
-    ) -> tuple[Any, ...]:
-        """What the kernels of one step take: the queries, the cache as it is, and the options (`cache.ops.step_kernels`)."""
-        config = self.config
-        state = (*self.pool, self.tail, self.sinks, self.table.table, self.lengths, self.budget)
-        options = (config.promoted_storage, config.centred, config.exact_sink, config.force_first, config.force_last)
-        levels = (None, None) if self.levels is None else (self.levels.of_queries, self.levels.of_outputs)
-        return (q, *state, scale, window, softcap, *options, *levels)
+    def warm_up(self, q_heads: int, new_tokens: tuple[int, ...] = (1,)) -> None:
+        """Compile the kernels for steps of so many new tokens now rather than in the first step; nothing on a CPU.
+
+        Args:
+            q_heads: query heads Hq.
+            new_tokens: numbers of new tokens per step, each 1 to 16.
+        """
+        if self.backend == "triton":
+            from thrift_attn.decode import ops
+
+            ops.warm_up(self.tensors(), self.numerics, q_heads=q_heads, new_tokens=new_tokens)
+
+    def tensors(self) -> CacheTensors:
+        """Return what the cache holds on the device, as the kernels of decode take it (`thrift_attn.decode.tensors`)."""
+        scales: dict[str, Tensor] = {}
+        if self.levels is not None:
+            heads, dim = self.kv_heads, self.head_dim
+            scales = {
+                "k_channel_scale": self.levels.keys.view(heads, dim).expand(self.batch, -1, -1),
+                "v_head_scale": self.levels.values.view(heads).expand(self.batch, -1),
+                "inv_k_channel_scale": self.levels.of_queries.view(heads, dim).expand(self.batch, -1, -1),
+                "inv_v_head_scale": self.levels.of_outputs.view(heads).expand(self.batch, -1),
+            }
+        return CacheTensors(
+            base=self.pool.base,
+            k_block_mean=self.pool.centres,
+            high=self.pool.high,
+            tail=self.tail,
+            block0_mean=self.block0_mean,
+            sink_value=self.sink_value,
+            page_table=self.table.table,
+            lengths=self.lengths,
+            budget=self.budget,
+            overrun=self.overrun,
+            **scales,
+        )
 
     def _attend_reference(
         self, q: Tensor, scale: float, window: int | None, softcap: float | None
@@ -431,14 +481,14 @@ class PagedThriftCache:
             low_k, high_k = (torch.cat([x, kept[0]], 1) for x in (low_k, high_k))
             low_v, high_v = (torch.cat([x, kept[1]], 1) for x in (low_v, high_v))
             centres = torch.cat([centres, torch.zeros_like(kept[0, :, :1])], 1)
-        others = self.sinks[0, row].float() if self.config.exact_sink and tokens >= BLOCK else None
+        others = self.block0_mean[row].float() if self.config.exact_sink and tokens >= BLOCK else None
         return reference.Planes(low_k, low_v, high_k, high_v, centres, others=others, exact_tail=True)
 
     def _read(self, row: int, pages: Tensor, first: int) -> Blocks:
         """What pages of a sequence decode to, those of the blocks from ``first`` on."""
         read = read_blocks(self.pool, pages, plane=self.config.promoted_storage, centred=self.config.centred)
         if self.config.exact_sink and first == 0 and len(pages):
-            read.high_v[0, :, 0] = self.sinks[1, row]
+            read.high_v[0, :, 0] = self.sink_value[row]
         return read
 
     # -- checks --------------------------------------------------------------------------------------------------------

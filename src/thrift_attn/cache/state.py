@@ -27,7 +27,8 @@ def dump(cache: PagedThriftCache) -> dict[str, Tensor]:
         blocks[row, : len(found)] = found
     planes = {name: plane[pages] for name, plane in zip(cache.pool._fields, cache.pool, strict=True)}
     slots = torch.tensor(cache._slots)
-    found = {**planes, "blocks": blocks, "tokens": torch.tensor(tokens), "tail": cache.tail, "sinks": cache.sinks}
+    found = {**planes, "blocks": blocks, "tokens": torch.tensor(tokens), "tail": cache.tail}
+    found["sinks"] = torch.stack([cache.block0_mean, cache.sink_value])
     found["slots"] = slots
     if cache.levels is not None:
         found |= {"levels_k": cache.levels.keys[:, 0], "levels_v": cache.levels.values[:, 0, 0]}
@@ -59,7 +60,8 @@ def restore(cache: PagedThriftCache, saved: dict[str, Tensor]) -> None:
     for name, plane in zip(cache.pool._fields, cache.pool, strict=True):
         plane[given] = saved[name].to(cache.device)
     cache.tail.copy_(saved["tail"])
-    cache.sinks.copy_(saved["sinks"])
+    cache.block0_mean.copy_(saved["sinks"][0])
+    cache.sink_value.copy_(saved["sinks"][1])
     if "levels_k" in saved:
         cache.levels = CacheLevels.ones(cache.kv_heads, cache.head_dim, cache.dtype, cache.device)
         cache.levels.set(saved["levels_k"].to(cache.device).float(), saved["levels_v"].to(cache.device).float())

@@ -89,8 +89,8 @@ def softmax_step(s0, s1, s2, s3, factor, m, total):
 
 @triton.jit
 def load_queries(
-    q_ptr, of_head_ptr, rows, stride_qh, stride_qt,
-    GROUP: tl.constexpr, TQ: tl.constexpr, N: tl.constexpr, CHUNKS: tl.constexpr, LEVELLED: tl.constexpr,
+    q_ptr, inv_scale_ptr, rows, stride_qh, stride_qt, tq,
+    GROUP: tl.constexpr, N: tl.constexpr, CHUNKS: tl.constexpr, SCALED: tl.constexpr,
 ):  # fmt: skip
     """Queries of N columns as given, or times powers of two, per chunk, in the order of `query_index`."""
     given = ()
@@ -98,9 +98,9 @@ def load_queries(
         row, dim = query_index(CHUNKS[i][1], N)
         row += rows
         at = row // GROUP * stride_qt + row % GROUP * stride_qh + CHUNKS[i][0] * 16 + dim
-        q = tl.load(q_ptr + at, mask=row < GROUP * TQ, other=0.0)
-        if LEVELLED:
-            power = tl.load(of_head_ptr + CHUNKS[i][0] * 16 + dim)
+        q = tl.load(q_ptr + at, mask=row < GROUP * tq, other=0.0)
+        if SCALED:
+            power = tl.load(inv_scale_ptr + CHUNKS[i][0] * 16 + dim)
             q = (q.to(tl.float32) * power.to(tl.float32)).to(q.dtype)
         given = given + (q,)
     return given
@@ -169,7 +169,7 @@ def scaled(out, factor, CHUNKS: tl.constexpr):
 
 
 @triton.jit
-def nth_other(i, even_rounds, even, short, split, splits):
+def nth_unpromoted(i, even_rounds, even, short, split, splits):
     """Place of the i-th block of a split among the blocks that are not promoted.
 
     The first ``even`` are dealt to all splits in turn, ``even_rounds`` of them to this one, and the rest to

@@ -14,7 +14,9 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-MASK = tl.constexpr(0x8E00)
+from thrift_attn.reference import page_layout
+
+MASK = tl.constexpr(page_layout.MASK)
 
 # One 32-bit register holds two words w of neighbouring columns; $5 and $7 hold the scales of quarters (0, 2) and (1, 3) of
 # the row as half floats (operands come in pairs because two 16-bit elements are packed; both are equal). The four products

@@ -1,167 +1,307 @@
-"""The cache's kernels as torch.library operators, so that they trace, compile and capture."""
+"""Decode as torch.library operators, so that it traces, compiles and captures: append a step, attend a step.
+
+Their schemas are flat, as torch.library wants it. Everything else takes the bundles of `thrift_attn.decode.tensors`, and
+`attend` and `append` take them apart and put them together again.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
+from dataclasses import replace
+from functools import lru_cache, partial
 
 import torch
 from torch import Tensor
 
-from thrift_attn.config import BLOCK
+from thrift_attn.config import BLOCK, ThriftConfig
 from thrift_attn.decode.append import write_tail
-from thrift_attn.decode.attend import attend_pages, choose_splits, column_tile, tuning
-from thrift_attn.decode.combine_splits import Sink, merge_splits, padded_rows
+from thrift_attn.decode.attend import attend_pages, choose_splits, column_tile, tuning_of
+from thrift_attn.decode.combine_splits import combine_splits
 from thrift_attn.decode.pack import pack_blocks
-from thrift_attn.decode.select import score_blocks, select_blocks
+from thrift_attn.decode.score import score_blocks
+from thrift_attn.decode.select import select_blocks
+from thrift_attn.decode.tensors import CacheTensors, DecodeStep, padded_queries, padded_rows
 from thrift_attn.dispatch import multiprocessors, overlaps
+from thrift_attn.numerics import DecodeNumerics
 
 OVERLAPPED_BLOCKS = 2**14
 """Blocks of all sequences and KV heads up to which the kernels of a step overlap: in larger steps more is lost than the latency
 that is saved (docs/log.md)."""
 
 
-def _overlap(base: Tensor, page_table: Tensor) -> bool:
+def _overlap(cache: CacheTensors) -> bool:
     """Whether the kernels of a step over these pages start while the one before them ends."""
-    return overlaps(base.device) and base.shape[1] * page_table.numel() <= OVERLAPPED_BLOCKS
+    return overlaps(cache.base.device) and cache.kv_heads * cache.page_table.numel() <= OVERLAPPED_BLOCKS
 
 
-@torch.library.custom_op(
-    "thrift_attn::append_step", mutates_args=("tail", "base", "centres", "high", "sinks", "lengths"), device_types=None
-)
-def append_step(
-    k: Tensor,
-    v: Tensor,
-    tail: Tensor,
-    base: Tensor,
-    centres: Tensor,
-    high: Tensor,
-    sinks: Tensor,
-    page_table: Tensor,
-    lengths: Tensor,
-    low: str,
-    plane: str,
-    centred: bool,
-    sink: bool,
-    best: bool,
-    of_keys: Tensor | None = None,
-    of_values: Tensor | None = None,
-) -> None:
-    """Append T <= 64 tokens to every sequence and pack the blocks that are complete now; ``lengths`` grows by T.
-
-    What is written is K times ``of_keys`` and V times ``of_values`` (`thrift_attn.cache.cache_scales`).
-    """
-    batch, kv_heads, _, dim = k.shape
-    pages, firsts = torch.empty(2, batch, 2, dtype=torch.int32, device=k.device)
-    write_tail(k, v, tail, page_table, lengths, pages, firsts, of_keys, of_values)
-    blocks = tail.view(2, batch * 2, kv_heads, BLOCK, dim)
-    pack_blocks(
-        blocks[0], blocks[1], pages.view(-1), base, centres, high,
-        low=low, plane=plane, centred=centred, best=best, firsts=firsts.view(-1) if sink else None,
-        sinks=sinks if sink else None, overlap=_overlap(base, page_table),
-    )  # fmt: skip
-
-
-@append_step.register_fake
-def _(k, v, tail, base, centres, high, sinks, page_table, lengths, low, plane, centred, sink, best, of_keys=None,
-      of_values=None):  # fmt: skip
-    return None
-
-
-def step_kernels(
+def begin_step(
     q: Tensor,
-    base: Tensor,
-    centres: Tensor,
-    high: Tensor,
-    tail: Tensor,
-    sinks: Tensor,
-    page_table: Tensor,
-    lengths: Tensor,
-    budget: Tensor,
+    cache: CacheTensors,
+    numerics: DecodeNumerics,
+    *,
     scale: float,
-    window: int | None,
-    softcap: float | None,
-    plane: str,
-    centred: bool,
-    sink: bool,
-    first: int,
-    last: int,
-    of_queries: Tensor | None = None,
-    of_outputs: Tensor | None = None,
-) -> tuple[dict[str, Callable[[], None]], Tensor, Tensor]:
-    """The kernels of one step by name, in the order in which they run, and the output and LSE that they write."""
-    batch, heads, tq, dim = q.shape
-    kv_heads, blocks = base.shape[1], page_table.shape[1]
-    rows = padded_rows(heads // kv_heads, tq)
+    window: int | None = None,
+    softcap: float | None = None,
+) -> DecodeStep:
+    """Return one step of decode with room for what its kernels write; see `DecodeStep` for the arguments."""
     q = q if q.stride(-1) == 1 else q.contiguous()
+    batch, heads, tq, dim = q.shape
+    kv_heads, blocks, group = cache.kv_heads, cache.max_blocks, heads // cache.kv_heads
+    rows, plane = padded_rows(group, tq), numerics.promoted_storage
+    programs = multiprocessors(q.device) * tuning_of(group, tq, dim, window, plane).programs
+    splits = choose_splits(blocks, batch, kv_heads, rows // column_tile(group, tq, dim), programs)
 
     def empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
         return torch.empty(shape, dtype=dtype, device=q.device)
 
-    bias, scores = empty(batch, kv_heads, blocks, rows), empty(batch, kv_heads, blocks)
-    chosen, counts = (empty(batch, kv_heads, 2, n, dtype=torch.int32) for n in (blocks, 1))
-    overlap = _overlap(base, page_table)
-    group = heads // kv_heads
-    tile = column_tile(group, tq, dim)
-    tuned = tuning(dim, tile, tq > 1 or window is not None, plane)
-    splits = choose_splits(blocks, batch, kv_heads, rows // tile, multiprocessors(q.device) * tuned.programs)
-    parts, part_lse = empty(batch, kv_heads, splits, rows, dim), empty(batch, kv_heads, splits, rows)
-    out, lse = torch.empty_like(q, memory_format=torch.contiguous_format), empty(batch, heads, tq)
-    kernels = {
-        "scores": partial(
-            score_blocks, q, centres, page_table, lengths, bias, scores,
-            scale=scale, of_queries=of_queries, others=sinks[0] if sink else None, overlap=overlap,
-        ),
-        "select": partial(
-            select_blocks, scores, page_table, lengths, budget, chosen, counts,
-            tq=tq, first=first, last=last, window=window, overlap=overlap,
-        ),
-        "attend": partial(
-            attend_pages, q, base, high, tail, bias, chosen, counts, lengths, parts, part_lse,
-            scale=scale, of_queries=of_queries, plane=plane, centred=centred, window=window, softcap=softcap,
-            tuned=tuned, overlap=overlap,
-        ),
-        "merge": partial(
-            merge_splits, parts, part_lse, out, lse, of_outputs=of_outputs,
-            sink=Sink(sinks[1], bias, lengths, window, softcap) if sink else None, overlap=overlap,
-        ),
-    }  # fmt: skip
-    return kernels, out, lse
+    return DecodeStep(
+        q=q,
+        cache=cache,
+        numerics=numerics,
+        scale=scale,
+        window=window,
+        softcap=softcap,
+        overlap=_overlap(cache),
+        bias=empty(batch, kv_heads, blocks, rows),
+        scores=empty(batch, kv_heads, blocks),
+        block_indices=empty(batch, kv_heads, 2, blocks, dtype=torch.int32),
+        block_counts=empty(batch, kv_heads, 2, dtype=torch.int32),
+        partial_out=empty(batch, kv_heads, splits, rows, dim),
+        partial_lse=empty(batch, kv_heads, splits, rows),
+        out=torch.empty_like(q, memory_format=torch.contiguous_format),
+        lse=empty(batch, heads, tq),
+    )
+
+
+def step_kernels(step: DecodeStep) -> dict[str, Callable[[], None]]:
+    """Return the launches of one step by name, in order: the library runs them, and the benchmark times them."""
+    launchers = {"scores": score_blocks, "select": select_blocks, "attend": attend_pages, "merge": combine_splits}
+    return {name: partial(launch, step) for name, launch in launchers.items()}
+
+
+# -- operators --------------------------------------------------------------------------------------------------------------
+
+
+@lru_cache(maxsize=64)
+def _numerics(storage: str) -> DecodeNumerics:
+    """Return the numerics whose `_storage` is given."""
+    base_format, promoted_storage, center, sink_token, scales, first, last = storage.split()
+    return DecodeNumerics.resolve(
+        ThriftConfig.for_cache(
+            base_format=base_format,
+            promoted_storage=promoted_storage,
+            center=center,
+            sink_token=sink_token,
+            scales=scales,
+            force_first=int(first),
+            force_last=int(last),
+        )
+    )
+
+
+@lru_cache(maxsize=64)
+def _storage(numerics: DecodeNumerics) -> str:
+    """Return all of ``numerics`` that kernels of decode look at in one word per option: a string passes through a schema."""
+    words = (
+        numerics.base_format,
+        numerics.promoted_storage,
+        "block" if numerics.centred else "none",
+        "exact" if numerics.exact_sink else "none",
+        "best" if numerics.best_scales else "max",
+        numerics.force_first,
+        numerics.force_last,
+    )
+    return " ".join(map(str, words))
+
+
+@torch.library.custom_op(
+    "thrift_attn::append_step",
+    mutates_args=("tail", "base", "k_block_mean", "high", "block0_mean", "sink_value", "lengths", "overrun"),
+    device_types=None,
+)
+def append_step(
+    k: Tensor,
+    v: Tensor,
+    base: Tensor,
+    k_block_mean: Tensor,
+    high: Tensor,
+    tail: Tensor,
+    block0_mean: Tensor,
+    sink_value: Tensor,
+    page_table: Tensor,
+    lengths: Tensor,
+    budget: Tensor,
+    overrun: Tensor,
+    storage: str,
+    k_channel_scale: Tensor | None = None,
+    v_head_scale: Tensor | None = None,
+    counts: Tensor | None = None,
+) -> None:
+    """`append` with its bundles taken apart."""
+    cache = CacheTensors(
+        base=base,
+        k_block_mean=k_block_mean,
+        high=high,
+        tail=tail,
+        block0_mean=block0_mean,
+        sink_value=sink_value,
+        page_table=page_table,
+        lengths=lengths,
+        budget=budget,
+        overrun=overrun,
+        k_channel_scale=k_channel_scale,
+        v_head_scale=v_head_scale,
+    )
+    k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (k, v))
+    batch, kv_heads, _, dim = k.shape
+    pages, firsts = torch.empty(2, batch, 2, dtype=torch.int32, device=k.device)
+    write_tail(k, v, cache=cache, pages=pages, firsts=firsts, counts=counts)
+    blocks = tail.view(2, batch * 2, kv_heads, BLOCK, dim)
+    pack_blocks(
+        blocks[0],
+        blocks[1],
+        pages.view(-1),
+        cache=cache,
+        numerics=_numerics(storage),
+        firsts=firsts.view(-1),
+        overlap=_overlap(cache),
+    )
+
+
+@append_step.register_fake
+def _(k, v, base, k_block_mean, high, tail, block0_mean, sink_value, page_table, lengths, budget, overrun, storage,
+      k_channel_scale=None, v_head_scale=None, counts=None):  # fmt: skip
+    return None
+
+
+def append(
+    k: Tensor, v: Tensor, cache: CacheTensors, numerics: DecodeNumerics, *, counts: Tensor | None = None
+) -> None:
+    """Append at most 64 tokens to every sequence of a cache and pack the blocks that are complete now.
+
+    Two launches, whatever the batch. Nothing is written to a sequence without a page for the block it would complete, and
+    `CacheTensors.overrun` is set.
+
+    Args:
+        k: new tokens ``[B, Hkv, T, D]`` in the dtype of the cache, T from 1 to 64.
+        v: likewise.
+        cache: all of it but ``page_table`` and ``budget`` may change; ``lengths`` grow by T.
+        numerics: how blocks are stored.
+        counts: int32 ``[B]`` on the device: each sequence takes its first ``counts[b]`` tokens, 0 to T; all T by default.
+
+    Raises:
+        ValueError: more than 64 tokens.
+    """
+    append_step(
+        k, v, *_flat(cache), _storage(numerics), cache.k_channel_scale, cache.v_head_scale, counts
+    )  # fmt: skip
+
+
+def _flat(cache: CacheTensors) -> tuple[Tensor, ...]:
+    """Return the tensors of a cache in the order of the operators."""
+    high = cache.base if cache.high is None else cache.high
+    return (
+        cache.base, cache.k_block_mean, high, cache.tail, cache.block0_mean, cache.sink_value, cache.page_table,
+        cache.lengths, cache.budget, cache.overrun,
+    )  # fmt: skip
 
 
 @torch.library.custom_op("thrift_attn::attend_cache", mutates_args=(), device_types=None)
 def attend_cache(
     q: Tensor,
     base: Tensor,
-    centres: Tensor,
+    k_block_mean: Tensor,
     high: Tensor,
     tail: Tensor,
-    sinks: Tensor,
+    block0_mean: Tensor,
+    sink_value: Tensor,
     page_table: Tensor,
     lengths: Tensor,
     budget: Tensor,
+    overrun: Tensor,
+    storage: str,
     scale: float,
     window: int | None,
     softcap: float | None,
-    plane: str,
-    centred: bool,
-    sink: bool,
-    first: int,
-    last: int,
-    of_queries: Tensor | None = None,
-    of_outputs: Tensor | None = None,
+    inv_k_channel_scale: Tensor | None = None,
+    inv_v_head_scale: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Scores, selection, attention and merge of the newest tokens over the pages; see `PagedThriftCache.attend`."""
-    kernels, out, lse = step_kernels(
-        q, base, centres, high, tail, sinks, page_table, lengths, budget,
-        scale, window, softcap, plane, centred, sink, first, last, of_queries, of_outputs,
-    )  # fmt: skip
-    for launch in kernels.values():
+    """`attend` with its bundles taken apart."""
+    cache = CacheTensors(
+        base=base,
+        k_block_mean=k_block_mean,
+        high=high,
+        tail=tail,
+        block0_mean=block0_mean,
+        sink_value=sink_value,
+        page_table=page_table,
+        lengths=lengths,
+        budget=budget,
+        overrun=overrun,
+        inv_k_channel_scale=inv_k_channel_scale,
+        inv_v_head_scale=inv_v_head_scale,
+    )
+    step = begin_step(q, cache, _numerics(storage), scale=scale, window=window, softcap=softcap)
+    for launch in step_kernels(step).values():
         launch()
-    return out, lse
+    return step.out, step.lse
 
 
 @attend_cache.register_fake
-def _(q, base, centres, high, tail, sinks, page_table, lengths, budget, scale, window, softcap, plane, centred, sink, first,
-      last, of_queries=None, of_outputs=None):  # fmt: skip
+def _(q, base, k_block_mean, high, tail, block0_mean, sink_value, page_table, lengths, budget, overrun, storage, scale,
+      window, softcap, inv_k_channel_scale=None, inv_v_head_scale=None):  # fmt: skip
     return q.new_empty(q.shape), q.new_empty(q.shape[:3], dtype=torch.float32)
+
+
+def attend(
+    q: Tensor,
+    cache: CacheTensors,
+    numerics: DecodeNumerics,
+    *,
+    scale: float,
+    window: int | None = None,
+    softcap: float | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Attention of the newest tokens over a cache; see `DecodeStep` for the arguments.
+
+    Returns:
+        The output ``[B, Hq, Tq, D]`` in the dtype of ``q``, and the LSE ``[B, Hq, Tq]``, float32, natural logarithm.
+    """
+    return attend_cache(
+        q, *_flat(cache), _storage(numerics), scale, window, softcap, cache.inv_k_channel_scale, cache.inv_v_head_scale
+    )
+
+
+def warm_up(
+    cache: CacheTensors,
+    numerics: DecodeNumerics,
+    *,
+    q_heads: int,
+    new_tokens: tuple[int, ...] = (1,),
+    window: int | None = None,
+    softcap: float | None = None,
+) -> None:
+    """Compile and load what `append` and `attend` run, so that no step stalls and a capture meets no new kernel.
+
+    The cache keeps what it holds. Kernels of `attend` are compiled once per `padded_queries`: five times for 1 to 16 tokens.
+
+    Args:
+        cache: a cache as it will be used: its sizes decide what is compiled.
+        numerics: what it stores and computes.
+        q_heads: Hq.
+        new_tokens: numbers of new tokens to be ready for.
+        window: as for `attend`; there are kernels with and without one.
+        softcap: as for `attend`; each value is a kernel of its own.
+    """
+    _, batch, _, kv_heads, _, dim = cache.tail.shape
+    like = {"dtype": cache.tail.dtype, "device": cache.tail.device}
+    for tq in sorted({padded_queries(count) for count in new_tokens}):
+        q = torch.zeros(batch, tq, q_heads, dim, **like).transpose(1, 2)
+        for x in (q, q.contiguous()):  # strides as projections leave them, and as a rotary embedding does
+            attend(x, cache, numerics, scale=1.0, window=window, softcap=softcap)
+    k = torch.zeros(batch, 1, kv_heads, dim, **like).transpose(1, 2)
+    nothing = torch.zeros_like(cache.lengths)
+    for counts in (None, nothing):
+        # Beside the cache: no page is complete, and the tail, the lengths and the flag are copies.
+        copied = {name: getattr(cache, name).clone() for name in ("tail", "overrun")}
+        append(k, k, replace(cache, lengths=nothing.clone(), **copied), numerics, counts=counts)

@@ -1,421 +1,90 @@
 """Pack and summarise on the device: complete KV blocks of 16-bit K and V to the planes of a page.
 
-The bytes are those of `thrift_attn.quant.quantise` on K - c_b and V, placed as `thrift_attn.reference.page_layout`
-says. One program
-packs one tile of one block and head; it works in the order the lanes of the decode kernel own, so that pages are written with
-16-byte stores.
+The bytes are those of `thrift_attn.reference.quantize.quantise` on K - c_b and V, placed as
+`thrift_attn.reference.page_layout` says.
 """
 
 from __future__ import annotations
 
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor
 
 from thrift_attn.config import BLOCK
-from thrift_attn.dispatch import interpreted
-from thrift_attn.kernels.rounding import bits as _bits
-from thrift_attn.kernels.rounding import from_bits as _float
-from thrift_attn.kernels.rounding import round_e2m1 as _round_e2m1
-from thrift_attn.kernels.rounding import round_e4m3 as _round_e4m3
+from thrift_attn.decode.pack_kernel import pack_blocks_kernel
+from thrift_attn.decode.tensors import CacheTensors, launch_on
+from thrift_attn.kernels.launcher import launch
+from thrift_attn.numerics import DecodeNumerics
 from thrift_attn.reference.page_layout import HIGH, TILE, plane_size
-
-_MASK = tl.constexpr(0x8E00)
-_INTERPRETED = tl.constexpr(interpreted())
-
-
-@triton.jit
-def _e2m1_half(value, signed):
-    """e2m1 values to the bits of the half float value * 2^-14, with the sign of ``signed``, also for zero."""
-    v = tl.abs(value)
-    code = tl.where(v < 2.0, 2.0 * v, tl.where(v < 4.0, v + 2.0, v * 0.5 + 4.0)).to(tl.int32)
-    return (code << 9) | ((_bits(signed) >> 16) & 0x8000)
-
-
-@triton.jit
-def _group_max(x):
-    """[8, 4, 2, 4] (a q h c) to the maximum of each row [8, 2]; NaN where an element is not finite."""
-    peak = tl.max(tl.max(tl.abs(x), 3), 1)
-    return peak + tl.sum(tl.sum(x * 0.0, 3), 1)
-
-
-@triton.jit
-def _scale_of(peak, TOP: tl.constexpr, POWER: tl.constexpr):
-    """Scale of groups with these maxima: e4m3 of peak / TOP, or the power of two of mxfp4, 2^floor(log2 peak) / TOP."""
-    if POWER:
-        exponent = tl.maximum((_bits(peak) >> 23) - (2 if TOP == 4.0 else 1), 0)
-        exponent = tl.minimum(exponent, 127 + 8)
-        scale = tl.where(exponent < 127 - 24, 0.0, _float(exponent << 23))
-        return tl.where(peak == peak, scale, peak)
-    else:
-        return _round_e4m3(tl.div_rn(peak, TOP + tl.zeros_like(peak)))
-
-
-@triton.jit
-def _error(x, scale):
-    """Squared rounding error of each row."""
-    e = _round_e2m1(_ratio(x, scale)) * scale[:, None, :, None] - x
-    return tl.sum(tl.sum(e * e, 3), 1)
-
-
-@triton.jit
-def _best_scale(x, z, peak, POWER: tl.constexpr, BEST: tl.constexpr):
-    """Scale of the rows of x; ``z`` shares it if POWER. With BEST the better of the format's two."""
-    if POWER:
-        scale = _scale_of(peak, 4.0, True)
-        if BEST:
-            other = _scale_of(peak, 2.0, True)
-            better = _error(x, other) + _error(z, other) < _error(x, scale) + _error(z, scale)
-            scale = tl.where(better, other, scale)
-    else:
-        scale = _scale_of(peak, 6.0, False)
-        if BEST:
-            other = _scale_of(peak, 4.0, False)
-            scale = tl.where(_error(x, other) < _error(x, scale), other, scale)
-    return scale
-
-
-@triton.jit
-def _scale_byte(scale):
-    bits = (scale * 128.0).to(tl.float16).to(tl.int16, bitcast=True).to(tl.int32) >> 7
-    return tl.where(scale == scale, bits & 0xFF, 0xFF)
-
-
-@triton.jit
-def _ratio(x, scale):
-    """x / scale, correctly rounded, with one division per row (Markstein's correction of x * (1 / scale))."""
-    s = scale[:, None, :, None]
-    if _INTERPRETED:  # its fma rounds twice
-        return tl.where(s > 0.0, tl.div_rn(x, tl.where(s == 0.0, float("inf"), s)), 0.0)
-    else:
-        inverse = tl.div_rn(tl.full(scale.shape, 1.0, tl.float32), scale)[:, None, :, None]
-        inverse, s = tl.broadcast(inverse, x)[0], tl.broadcast(s, x)[0]
-        estimate = x * inverse
-        ratio = tl.fma(tl.fma(-estimate, s, x), inverse, estimate)
-        return tl.where(s > 0.0, ratio, 0.0)
-
-
-@triton.jit
-def _word(h0, h1, h2, h3):
-    """Half-float bits of the four quarters to words, `thrift_attn.reference.page_layout.pack_word`."""
-    known = h0 | (h1 >> 3)
-    x2 = h2 ^ (((known << 6) ^ (known << 1)) & _MASK)
-    x3 = h3 ^ (((known << 9) ^ (known << 2)) & _MASK)
-    word = known | ((x2 & 0x8000) >> 1) | ((x2 & 0x0E00) >> 6) | ((x3 & 0x8000) >> 2) | ((x3 & 0x0E00) >> 9)
-    return word.to(tl.int16)
-
-
-@triton.jit
-def _quantise4(x, z, peak, POWER: tl.constexpr, BEST: tl.constexpr):
-    """Codes as half-float bits, scale bytes and decoded values of one quarter of a tile; see `_best_scale`."""
-    scale = _best_scale(x, z, peak, POWER, BEST)
-    ratio = _ratio(x, scale)
-    value = _round_e2m1(ratio)
-    return _e2m1_half(value, ratio), _scale_byte(scale), value * scale[:, None, :, None]
-
-
-@triton.jit
-def _quantise8(x):
-    """e4m3 bytes and scale bytes of one quarter of a residual tile."""
-    scale = _scale_of(_group_max(x), 6.0, False)
-    value = _round_e4m3(_ratio(x, scale))
-    v = _bits(tl.abs(value))
-    normal = (v >> 20) - (120 << 3)
-    small = (tl.abs(value) * 512.0).to(tl.int32)
-    code = tl.where(tl.abs(value) < 0.015625, small, normal)
-    return code | ((_bits(value) >> 24) & 0x80), _scale_byte(scale)
-
-
-@triton.jit
-def _store_tile4(ptr, scale_ptr, t, h0, h1, h2, h3, y0, y1, y2, y3):
-    """One tile of a 4-bit plane; ``ptr`` counts 16-bit words, ``scale_ptr`` 32-bit words."""
-    a = tl.arange(0, 8)[:, None, None, None]
-    q = tl.arange(0, 4)[None, :, None, None]
-    h = tl.arange(0, 2)[None, None, :, None]
-    c = tl.arange(0, 4)[None, None, None, :]
-    tl.store(ptr + t * 256 + ((a * 4 + q) * 2 + h) * 4 + c, _word(h0, h1, h2, h3))
-    _store_scales(scale_ptr, t, y0, y1, y2, y3)
-
-
-@triton.jit
-def _store_scales(scale_ptr, t, y0, y1, y2, y3):
-    a = tl.arange(0, 8)[:, None]
-    h = tl.arange(0, 2)[None, :]
-    tl.store(scale_ptr + t // 2 * 32 + a * 4 + h * 2 + t % 2, y0 | (y1 << 8) | (y2 << 16) | (y3 << 24))
-
-
-@triton.jit
-def _store_tile8(ptr, scale_ptr, t, e0, e1, e2, e3, y0, y1, y2, y3):
-    a = tl.arange(0, 8)[:, None, None, None]
-    q = tl.arange(0, 4)[None, :, None, None]
-    h = tl.arange(0, 2)[None, None, :, None]
-    c = tl.arange(0, 4)[None, None, None, :]
-    place = ptr + t * 512 + ((a * 4 + q) * 2 + h) * 4 + c
-    tl.store(place, (e0 | (e1 << 8)).to(tl.int16))
-    tl.store(place + 256, (e2 | (e3 << 8)).to(tl.int16))
-    _store_scales(scale_ptr, t, y0, y1, y2, y3)
-
-
-@triton.jit(do_not_specialize=["batch"])
-def pack_blocks_kernel(
-    k_ptr,  # 16-bit [n, Hkv, 64, D]
-    v_ptr,
-    pages_ptr,  # int32 [n]; below 0: nothing to pack
-    centre_ptr,  # 16-bit [pages, Hkv, D]
-    base16_ptr,  # the base plane in 16-bit and in 32-bit words
-    base32_ptr,
-    high16_ptr,  # the residual plane likewise, or the 16-bit plane
-    high32_ptr,
-    firsts_ptr,  # int32 [n]: the sequence whose first block it is, or below 0
-    sinks_ptr,  # 16-bit [2, B, Hkv, D]: mean of the block without its first token, and V of that
-    stride_kn,
-    stride_kh,
-    stride_kt,
-    stride_vn,
-    stride_vh,
-    stride_vt,
-    batch,  # B
-    HKV: tl.constexpr,
-    D: tl.constexpr,
-    HIGH: tl.constexpr,
-    CENTRED: tl.constexpr,
-    SINK: tl.constexpr,  # the first token of a first block is its centre, and its V is left out
-    POWER: tl.constexpr,  # mxfp4: powers of two as scales, shared by 32
-    BEST: tl.constexpr,  # the better of the format's two scales
-    OVERLAP: tl.constexpr,  # starts while the kernel before it ends
-):
-    T: tl.constexpr = D // 16
-    HALF: tl.constexpr = T * 128 + (T + 1) // 2 * 32
-    HALF8: tl.constexpr = T * 256 + (T + 1) // 2 * 32
-    n = tl.program_id(0)
-    head = tl.program_id(1)
-    t = tl.program_id(2)  # tile
-    if OVERLAP:
-        tl.extra.cuda.gdc_wait()
-    page = tl.load(pages_ptr + n)
-    if page >= 0:
-        where = (page * HKV + head).to(tl.int64)
-        a = tl.arange(0, 8)[:, None, None, None]
-        q = tl.arange(0, 4)[None, :, None, None]
-        h = tl.arange(0, 2)[None, None, :, None]
-        c = tl.arange(0, 4)[None, None, None, :]
-        row = 8 * h + a + 0 * q + 0 * c
-        column = 4 * q + c + 0 * a + 0 * h
-        turned = 8 * (c // 2) + 2 * q + c % 2 + 0 * a + 0 * h  # the token of a V column
-        k_start = k_ptr + n.to(tl.int64) * stride_kn + head.to(tl.int64) * stride_kh
-        v_start = v_ptr + n.to(tl.int64) * stride_vn + head.to(tl.int64) * stride_vh
-        base16 = base16_ptr + where * (4 * HALF)
-        base32 = base32_ptr + where * (2 * HALF)
-        if HIGH == 1:
-            high16 = high16_ptr + where * (4 * HALF)
-            high32 = high32_ptr + where * (2 * HALF)
-        elif HIGH == 2:
-            high16 = high16_ptr + where * (4 * HALF8)
-            high32 = high32_ptr + where * (2 * HALF8)
-        else:
-            high16 = high16_ptr + where * (128 * D)
-            high32 = high32_ptr
-
-        first = page - page - 1
-        if SINK:
-            first = tl.load(firsts_ptr + n)
-
-        # -- K: groups along D, the columns of a tile --
-        DTYPE: tl.constexpr = centre_ptr.dtype.element_ty
-        x0, x1, x2, x3, centre, others = _k_quarters(k_start, row, column, stride_kt, t, first, CENTRED, SINK, DTYPE)
-        four = t * 16 + tl.arange(0, 4)[:, None] * 4 + tl.arange(0, 4)[None, :]
-        tl.store(centre_ptr + where * D + four, centre)
-        if SINK:
-            sunk = (first * HKV + head).to(tl.int64) * D + four
-            tl.store(sinks_ptr + sunk, others, mask=(first + 0 * four) >= 0)
-            value = tl.load(v_start + four)
-            tl.store(sinks_ptr + batch.to(tl.int64) * HKV * D + sunk, value, mask=(first + 0 * four) >= 0)
-        m0, m1, m2, m3 = _group_max(x0), _group_max(x1), _group_max(x2), _group_max(x3)
-        z0, z1, z2, z3 = x0, x1, x2, x3
-        if POWER:
-            z0, z1, z2, z3, _centre, _others = _k_quarters(
-                k_start, row, column, stride_kt, t ^ 1, first, CENTRED, SINK, DTYPE
-            )
-            m0 = _larger(m0, _group_max(z0))
-            m1 = _larger(m1, _group_max(z1))
-            m2 = _larger(m2, _group_max(z2))
-            m3 = _larger(m3, _group_max(z3))
-        h0, y0, w0 = _quantise4(x0, z0, m0, POWER, BEST)
-        h1, y1, w1 = _quantise4(x1, z1, m1, POWER, BEST)
-        h2, y2, w2 = _quantise4(x2, z2, m2, POWER, BEST)
-        h3, y3, w3 = _quantise4(x3, z3, m3, POWER, BEST)
-        _store_tile4(base16, base32 + T * 128, t, h0, h1, h2, h3, y0, y1, y2, y3)
-        if HIGH == 1:
-            _store_residual4(high16, high32 + T * 128, t, x0 - w0, x1 - w1, x2 - w2, x3 - w3, BEST)
-        elif HIGH == 2:
-            _store_residual8(high16, high32 + T * 256, t, x0 - w0, x1 - w1, x2 - w2, x3 - w3)
-
-        # -- V: groups along tokens, the columns of a tile again --
-        at = turned * stride_vt + t * 16 + row
-        x0 = tl.load(v_start + at).to(tl.float32)
-        x1 = tl.load(v_start + at + 16 * stride_vt).to(tl.float32)
-        x2 = tl.load(v_start + at + 32 * stride_vt).to(tl.float32)
-        x3 = tl.load(v_start + at + 48 * stride_vt).to(tl.float32)
-        hidden = (first + turned) < 0  # no token
-        if SINK:
-            hidden = (turned == 0) & (first >= 0)
-            x0 = tl.where(hidden, 0.0, x0)
-        m0, m1, m2, m3 = _group_max(x0), _group_max(x1), _group_max(x2), _group_max(x3)
-        if POWER:
-            m0 = _larger(m0, m1)
-            m1 = m0
-            m2 = _larger(m2, m3)
-            m3 = m2
-        h0, y0, w0 = _quantise4(x0, x1, m0, POWER, BEST)
-        h1, y1, w1 = _quantise4(x1, x0, m1, POWER, BEST)
-        h2, y2, w2 = _quantise4(x2, x3, m2, POWER, BEST)
-        h3, y3, w3 = _quantise4(x3, x2, m3, POWER, BEST)
-        _store_tile4(base16 + 2 * HALF, base32 + HALF + T * 128, t, h0, h1, h2, h3, y0, y1, y2, y3)
-        if HIGH == 1:
-            _store_residual4(high16 + 2 * HALF, high32 + HALF + T * 128, t, x0 - w0, x1 - w1, x2 - w2, x3 - w3, BEST)
-        elif HIGH == 2:
-            _store_residual8(high16 + 2 * HALF8, high32 + HALF8 + T * 256, t, x0 - w0, x1 - w1, x2 - w2, x3 - w3)
-
-        # -- the 16-bit plane: lane 4a + q owns columns (w, e), c = 2w + e, of rows a and 8 + a --
-        if HIGH == 3:
-            place = (((a * 4 + q) * 2 + c // 2) * 2 + h) * 2 + c % 2
-            for j in tl.static_range(4):
-                x = tl.load(k_start + (16 * j + row) * stride_kt + t * 16 + column)
-                tl.store(high16 + (t * 4 + j) * 256 + place, x)
-                x = tl.load(v_start + (16 * j + turned) * stride_vt + t * 16 + row)
-                if SINK and j == 0:
-                    x = tl.where(hidden, 0.0, x)
-                tl.store(high16 + 64 * D + (t * 4 + j) * 256 + place, x)
-
-
-@triton.jit
-def _larger(x, y):
-    """The larger; NaN if either is."""
-    return tl.maximum(x, y) + (x * 0.0 + y * 0.0)
-
-
-@triton.jit
-def _k_quarters(
-    k_start, row, column, stride_kt, t, first, CENTRED: tl.constexpr, SINK: tl.constexpr, DTYPE: tl.constexpr
-):  # fmt: skip
-    """The four quarters of a K tile, minus the block's centre if CENTRED; the centre [4, 4] in DTYPE.
-
-    The centre is the block's mean, or the first token if SINK and ``first`` is not below 0; then comes the mean of the others.
-    """
-    at = row * stride_kt + t * 16 + column
-    x0 = tl.load(k_start + at).to(tl.float32)
-    x1 = tl.load(k_start + at + 16 * stride_kt).to(tl.float32)
-    x2 = tl.load(k_start + at + 32 * stride_kt).to(tl.float32)
-    x3 = tl.load(k_start + at + 48 * stride_kt).to(tl.float32)
-    total = tl.sum(tl.sum((x0 + x1) + (x2 + x3), 2), 0)  # [4, 4] (q c)
-    centre = (total * 0.015625).to(DTYPE)
-    others = centre
-    if SINK:
-        own = tl.load(k_start + t * 16 + tl.arange(0, 4)[:, None] * 4 + tl.arange(0, 4)[None, :])
-        others = tl.div_rn(total - own.to(tl.float32), 63.0 + tl.zeros_like(total)).to(DTYPE)
-        centre = tl.where(first >= 0, own, centre)
-    if CENTRED:
-        mean = centre.to(tl.float32)[None, :, None, :]
-        x0 -= mean
-        x1 -= mean
-        x2 -= mean
-        x3 -= mean
-    return x0, x1, x2, x3, centre, others
-
-
-@triton.jit
-def _store_residual4(ptr, scale_ptr, t, r0, r1, r2, r3, BEST: tl.constexpr):
-    h0, y0, _w0 = _quantise4(r0, r0, _group_max(r0), False, BEST)
-    h1, y1, _w1 = _quantise4(r1, r1, _group_max(r1), False, BEST)
-    h2, y2, _w2 = _quantise4(r2, r2, _group_max(r2), False, BEST)
-    h3, y3, _w3 = _quantise4(r3, r3, _group_max(r3), False, BEST)
-    _store_tile4(ptr, scale_ptr, t, h0, h1, h2, h3, y0, y1, y2, y3)
-
-
-@triton.jit
-def _store_residual8(ptr, scale_ptr, t, r0, r1, r2, r3):
-    e0, y0 = _quantise8(r0)
-    e1, y1 = _quantise8(r1)
-    e2, y2 = _quantise8(r2)
-    e3, y3 = _quantise8(r3)
-    _store_tile8(ptr, scale_ptr, t, e0, e1, e2, e3, y0, y1, y2, y3)
 
 
 def pack_blocks(
     k: Tensor,
     v: Tensor,
     pages: Tensor,
-    base: Tensor,
-    centres: Tensor,
-    high: Tensor | None,
     *,
-    low: str = "nvfp4",
-    plane: str | None = "nested",
-    centred: bool = True,
-    best: bool = True,
+    cache: CacheTensors,
+    numerics: DecodeNumerics,
     firsts: Tensor | None = None,
-    sinks: Tensor | None = None,
     overlap: bool = False,
 ) -> None:
-    """Pack complete KV blocks into pages: base, block centre and the plane of high precision.
+    """Pack complete KV blocks into pages: base plane, block mean and the plane of promoted blocks.
 
     Args:
-        k: 16-bit ``[n, Hkv, 64, D]``, contiguous in D.
+        k: 16-bit ``[n, Hkv, 64, D]``, contiguous in D, times the channel scales of the cache.
         v: likewise.
         pages: int32 ``[n]``, the page of each block; blocks with a negative page are skipped (so that a graph can be
             captured before it is known which sequence completes a block).
-        base: int32 ``[pages, Hkv, plane_size(D, 4).words]``, written.
-        centres: c_b ``[pages, Hkv, D]`` in the dtype of ``k``, written.
-        high: the plane that ``plane`` names, written: int32 residual words, or ``[pages, Hkv, 128 * D]`` in the dtype of ``k``.
-        low: ``"nvfp4"`` or ``"mxfp4"``.
-        plane: ``"nested"``, ``"nested8"``, ``"16bit"`` or None.
-        centred: pack K - c_b; else K itself.
-        best: choose the better of the format's scales for each group.
-        firsts: int32 ``[n]``, the number of the sequence whose first block it is, else -1: of that block the first token is
-            the centre, and its V counts as zero. None: all blocks are alike.
-        sinks: with ``firsts``, ``[2, B, Hkv, D]`` in the dtype of ``k``, written for them: the mean of the other tokens of the
-            block, and the V that is left out.
+        cache: its planes are written, and for first blocks ``block0_mean`` and ``sink_value``.
+        numerics: how blocks are stored.
+        firsts: int32 ``[n]``, the number of the sequence whose first block it is, else -1: where the first token is exact, it
+            is the c_b of that block, and its V counts as zero. None: there is no first block.
         overlap: start while the kernel before it ends (programmatic dependent launch).
 
     Raises:
-        ValueError: shapes that do not fit.
+        ValueError: shapes or strides that do not fit.
         NotImplementedError: another base format.
     """
-    if low not in ("nvfp4", "mxfp4"):
-        raise NotImplementedError(f"pages hold nvfp4 or mxfp4, not {low}")
+    base_format, plane = numerics.base_format, numerics.promoted_storage
+    if base_format not in ("nvfp4", "mxfp4"):
+        raise NotImplementedError(f"pages hold nvfp4 or mxfp4, not {base_format}")
     count, kv_heads, tokens, dim = k.shape
     words = plane_size(dim, 4).words
-    if tokens != BLOCK or v.shape != k.shape or pages.shape != (count,) or base.shape[1:] != (kv_heads, words):
+    if tokens != BLOCK or v.shape != k.shape or pages.shape != (count,) or cache.base.shape[1:] != (kv_heads, words):
         raise ValueError(
             f"expected k and v [n, Hkv, {BLOCK}, D], pages [n] and base [*, {kv_heads}, {words}]; got {list(k.shape)}, "
-            f"{list(v.shape)}, {list(pages.shape)}, {list(base.shape)}"
+            f"{list(v.shape)}, {list(pages.shape)}, {list(cache.base.shape)}"
         )
-    if low == "mxfp4" and dim % 32:
+    if k.stride(-1) != 1 or v.stride(-1) != 1:
+        raise ValueError(f"k and v must be contiguous in D, got strides {k.stride()} and {v.stride()}")
+    if base_format == "mxfp4" and dim % 32:
         raise ValueError(f"mxfp4 pages need a head dimension that is a multiple of 32, got {dim}")
-    other = base if high is None else high
-    pack_blocks_kernel[(count, kv_heads, dim // TILE)](
-        k,
-        v,
-        pages,
-        centres,
-        base.view(torch.int16),
-        base,
-        other.view(torch.int16) if plane != "16bit" else other,
-        other,
-        pages if firsts is None else firsts,
-        centres if sinks is None else sinks,
-        *k.stride()[:3],
-        *v.stride()[:3],
-        1 if sinks is None else sinks.shape[1],
-        HKV=kv_heads,
-        D=dim,
-        HIGH=HIGH[plane],
-        CENTRED=centred,
-        SINK=firsts is not None,
-        POWER=low == "mxfp4",
-        BEST=best,
-        OVERLAP=overlap,
-        launch_pdl=overlap,
-        num_warps=1,
-    )
+    sink = numerics.exact_sink and firsts is not None
+    high = cache.base if cache.high is None else cache.high
+    with launch_on(k.device):
+        launch(
+            pack_blocks_kernel,
+            (count, kv_heads, dim // TILE),
+            k,
+            v,
+            pages,
+            cache.k_block_mean,
+            cache.base.view(torch.int16),
+            cache.base,
+            high.view(torch.int16) if plane != "16bit" else high,
+            high,
+            firsts if sink else pages,
+            cache.block0_mean,
+            cache.sink_value,
+            *k.stride()[:3],
+            *v.stride()[:3],
+            HKV=kv_heads,
+            D=dim,
+            HIGH=HIGH[plane],
+            CENTRED=numerics.centred,
+            SINK=sink,
+            POWER=base_format == "mxfp4",
+            BEST=numerics.best_scales,
+            OVERLAP=overlap,
+            launch_pdl=overlap,
+            num_warps=1,
+        )

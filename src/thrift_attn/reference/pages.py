@@ -68,7 +68,7 @@ def _encode(k: Tensor, v: Tensor, fmt: Format, best: bool) -> tuple[Tensor, Tens
 
 def write_blocks(
     pool: Pool, pages: Tensor, k: Tensor, v: Tensor, *, low: str, plane: str, centred: bool, best: bool,
-    firsts: Tensor | None = None, sinks: Tensor | None = None,
+    firsts: Tensor | None = None, sinks: tuple[Tensor, Tensor] | None = None,
 ) -> None:  # fmt: skip
     """Pack complete KV blocks into pages.
 
@@ -82,13 +82,13 @@ def write_blocks(
         centred: pack K minus its block mean.
         best: choose the better of the format's scales.
         firsts: see `thrift_attn.decode.pack.pack_blocks`.
-        sinks: likewise.
+        sinks: block0_mean and sink_value ``[B, Hkv, D]``, written for first blocks (`thrift_attn.decode.tensors`).
     """
     centres = block_means(k)[..., 0, :]  # [n, Hkv, D]
     if firsts is not None and sinks is not None:
         first, v = firsts >= 0, v.clone()
         rows = firsts[first].long()
-        sinks[0, rows], sinks[1, rows] = mean_of_others(k[first]), v[first][:, :, 0]
+        sinks[0][rows], sinks[1][rows] = mean_of_others(k[first]), v[first][:, :, 0]
         centres[first] = k[first][:, :, 0]
         v[:, :, 0] = torch.where(first[:, None, None], 0, v[:, :, 0])
     delta = k.float() - centres.float()[..., None, :] if centred else k.float()

@@ -86,13 +86,13 @@ def _steps(config: ThriftConfig, inputs: Inputs) -> list[Step]:
 
 def _launches(case: DecodeCase, inputs: Inputs) -> list[Launch]:
     """Every kernel of the step alone, on what the kernels before it wrote."""
-    from thrift_attn.decode.ops import step_kernels
+    from thrift_attn.decode.ops import begin_step, step_kernels
 
     kernels: dict[str, list[Step]] = {}
     for at, q in enumerate(inputs.q):
         cache = fill(case.config, inputs, at)
-        launches, _, _ = step_kernels(*cache.step_arguments(q, inputs.case.scale))
-        for name, launch in launches.items():
+        step = begin_step(q, cache.tensors(), cache.numerics, scale=inputs.case.scale)
+        for name, launch in step_kernels(step).items():
             launch()
             kernels.setdefault(name, []).append(launch)
     bytes_moved = thrift_bytes(case)

@@ -1,0 +1,312 @@
+"""The kernel of split-KV attention over two-precision pages; `thrift_attn.decode.attend` launches it.
+
+One program is one warp: it owns N query columns of one (sequence, KV head) and a share of the blocks, and computes the
+transposed products S^T = K Q^T [tokens, N] and O^T = V^T P^T [D, N], so that a widened tile is the first operand of a matrix
+product straight from the registers it was loaded into. The blocks come as a list (`thrift_attn.decode.select`): promoted ones
+first, the others after them. Both parts of the list are dealt out one by one, and a split that got one promoted block less gets
+more of the others, so that all splits move the same number of bytes and work side by side until the end.
+
+Units: widened K and V are 2^-7 of their value and Q is scaled to fill half precision by a power of two, all exact; logits are
+kept in base 2.
+"""
+
+# ruff: noqa: RUF005, SIM109  (kernels know tuples by `+` alone, and no `in`)
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from thrift_attn.decode.block_steps import (
+    add_k,
+    add_v,
+    cap,
+    cap_block,
+    dot16,
+    hide,
+    hide_block,
+    load_chunk,
+    load_queries,
+    nth_unpromoted,
+    operands,
+    scaled,
+    softmax_step,
+)
+from thrift_attn.decode.fragments import (
+    again,
+    k_copy_operand,
+    load_copy,
+    over_rows,
+    query_operand,
+    split_order,
+    split_query_operand,
+    v_copy_operand,
+)
+from thrift_attn.reference.page_layout import HIGH
+
+_NESTED: tl.constexpr = tl.constexpr(HIGH["nested"])
+_NESTED8: tl.constexpr = tl.constexpr(HIGH["nested8"])
+_COPY: tl.constexpr = tl.constexpr(HIGH["16bit"])
+_LOWEST: tl.constexpr = tl.constexpr(-1.0e30)  # below every logit, and still finite so that differences are defined
+
+
+@triton.jit(do_not_specialize=["window", "blocks", "tq"])
+def attend_split_kernel(
+    q_ptr,  # [B, Hq, Tq, D], 16-bit
+    base_ptr,  # int32 [pages, Hkv, words]
+    high_ptr,  # the residual plane, int32 [pages, Hkv, words], or the 16-bit plane [pages, Hkv, 2 * 64 * D]
+    tail_ptr,  # [2, B, 2, Hkv, 64, D], 16-bit: K and V, block b in tail block b mod 2
+    bias_ptr,  # float32 [B, Hkv, NB, RP]: q.c_b in base 2
+    block_indices_ptr,  # int32 [B, Hkv, 2, NB]: block numbers, page numbers
+    block_counts_ptr,  # int32 [B, Hkv, 2]: promoted, all listed
+    lengths_ptr,  # int32 [B]
+    partial_out_ptr,  # float32 [B, Hkv, num_splits, RP, D]
+    partial_lse_ptr,  # float32 [B, Hkv, num_splits, RP], base 2
+    inv_k_channel_scale_ptr,  # 16-bit [B, Hkv, D], powers of two that Q is multiplied by
+    scale,  # factor of the logits times log2(e)
+    stride_qb,
+    stride_qh,
+    stride_qt,
+    stride_kc,  # of the scales over sequences, 0 where all share them
+    window,
+    blocks,  # NB
+    tq,
+    HKV: tl.constexpr,
+    GROUP: tl.constexpr,
+    TQ: tl.constexpr,  # tq rounded up to a power of two
+    D: tl.constexpr,
+    CHUNKS: tl.constexpr,  # (first tile, number of tiles), see `chunks`
+    N: tl.constexpr,
+    RP: tl.constexpr,
+    HIGH: tl.constexpr,
+    CENTRED: tl.constexpr,
+    WINDOW: tl.constexpr,
+    CAP: tl.constexpr,
+    SCALED: tl.constexpr,
+    PORTABLE: tl.constexpr,
+    OVERLAP: tl.constexpr,  # starts while the choice of blocks is still being made
+):
+    T: tl.constexpr = D // 16
+    HALF: tl.constexpr = T * 128 + (T + 1) // 2 * 32  # words of K, and of V
+    PIECES: tl.constexpr = len(CHUNKS)
+    WIDE: tl.constexpr = 2 if HIGH == _NESTED8 else 1
+    RESIDUAL: tl.constexpr = HIGH == _NESTED or HIGH == _NESTED8
+    # Base blocks that hold as many bytes as a promoted one takes.
+    MORE: tl.constexpr = 2 if HIGH == _NESTED else (3 if HIGH == _NESTED8 else 4)
+    MASKED: tl.constexpr = WINDOW or TQ > 1  # some block of the list may be visible in part
+    DTYPE: tl.constexpr = q_ptr.dtype.element_ty
+
+    if TQ == 1:
+        tq = 1
+    split = tl.program_id(0)
+    num_splits = tl.num_programs(0)
+    rows = tl.program_id(1) * N
+    bh = tl.program_id(2)
+    b = bh // HKV
+    h = bh % HKV
+    # Lengths come from a kernel of this chain, so not from an L1 line of its last replay. Queries are written by an ordinary
+    # launch before it.
+    length = tl.load(lengths_ptr + b, cache_modifier=".cg")
+
+    # -- queries, scaled by a power of two such that the largest uses the range of fp16 --
+    q_start = q_ptr + b.to(tl.int64) * stride_qb + (h * GROUP).to(tl.int64) * stride_qh
+    inv_scale = inv_k_channel_scale_ptr + b.to(tl.int64) * stride_kc + h * D
+    given = load_queries(q_start, inv_scale, rows, stride_qh, stride_qt, tq, GROUP, N, CHUNKS, SCALED)
+    largest = 0.0
+    for i in tl.static_range(PIECES):
+        largest = tl.maximum(largest, tl.max(tl.abs(given[i].to(tl.float32)), 0))
+    field = 268 - ((largest.to(tl.int32, bitcast=True) >> 23) & 0xFF)
+    field = tl.minimum(tl.maximum(field, 1), 190)  # of zeros as well: 1 / factor stays finite for any scale above 2^-60
+    up = (field << 23).to(tl.float32, bitcast=True)
+    factor = scale * 128.0 * ((254 - field) << 23).to(tl.float32, bitcast=True)
+    unfactor = 1.0 / factor
+    queries = ()
+    for i in tl.static_range(PIECES):
+        queries = queries + (query_operand((given[i].to(tl.float32) * up).to(tl.float16), CHUNKS[i][1], N),)
+
+    column = rows + tl.arange(0, N)
+    position = length - tq + column // GROUP  # [N]
+    first = tl.zeros([N], tl.int32)
+    if WINDOW:
+        first = position - window + 1
+    token = tl.arange(0, 16)
+
+    bias_start = bias_ptr + bh.to(tl.int64) * blocks * RP + rows
+    blocks_ptr = block_indices_ptr + bh.to(tl.int64) * 2 * blocks
+    pages_ptr = blocks_ptr + blocks
+    m = tl.full([N], _LOWEST, tl.float32)
+    total = tl.zeros([16, N], tl.float32)
+    out = ()
+    for i in tl.static_range(PIECES):
+        out = out + (tl.zeros([16 * CHUNKS[i][1], N], tl.float32),)
+
+    if OVERLAP:
+        tl.extra.cuda.gdc_wait()
+    promoted = tl.load(block_counts_ptr + bh * 2)
+    listed = tl.load(block_counts_ptr + bh * 2 + 1)
+
+    # This split's share: promoted blocks split, split + splits and so on; the splits from `short` on have one of them less and
+    # take MORE of the others in its place; the incomplete block in steps of 16 tokens, dealt on from there.
+    unpromoted = listed - promoted
+    steps = (length % 64 + 15) // 16
+    short = promoted % num_splits
+    even = tl.where(short > 0, tl.maximum(unpromoted - MORE * (num_splits - short), 0), unpromoted)
+    even_rounds = (tl.maximum(even - split, 0) + num_splits - 1) // num_splits
+    more = tl.where(split >= short, tl.maximum(unpromoted - even - (split - short), 0), 0)
+    count = even_rounds + (more + num_splits - short - 1) // (num_splits - short)
+    first_step = (split + num_splits - even % num_splits) % num_splits
+
+    # -- the first block of the others, then the promoted ones from base and residual: whatever comes next is loaded while this
+    # is worked on, numbers one block earlier; past the end that is block 0 and page 0, whatever they hold --
+    unpromoted_ptr = blocks_ptr + promoted
+    at = unpromoted_ptr + nth_unpromoted(0, even_rounds, even, short, split, num_splits)
+    block = tl.load(at, mask=count > 0, other=0)
+    page = tl.load(at + blocks, mask=count > 0, other=0)
+    page_ptr = base_ptr + (page * HKV + h).to(tl.int64) * (2 * HALF)
+    codes = ()
+    if RESIDUAL:
+        SCALES: tl.constexpr = T * WIDE * 128  # place of the scales in half a residual page
+        HALF_R: tl.constexpr = SCALES + HALF - T * 128
+        ones = tl.full([N], 1.0, tl.float32)
+        place = (tl.load(pages_ptr + split, mask=split < promoted, other=page) * HKV + h).to(tl.int64)
+        for j in tl.static_range(PIECES):
+            codes = codes + (load_chunk(base_ptr + place * (2 * HALF), T * 128, 1, CHUNKS[j][0], CHUNKS[j][1]),)
+        for i in range(split, promoted, num_splits):
+            number = tl.load(blocks_ptr + i)
+            b_ptr = base_ptr + place * (2 * HALF)
+            r_ptr = high_ptr + place * (2 * HALF_R)
+            place = (tl.load(pages_ptr + i + num_splits, mask=i + num_splits < promoted, other=page) * HKV + h).to(
+                tl.int64
+            )
+            s0 = tl.zeros([16, N], tl.float32)
+            if CENTRED:
+                s0 = over_rows(bias_start + number.to(tl.int64) * RP, N) * unfactor
+            s0, s1, s2, s3, rk_codes = add_k(s0, s0, s0, s0, codes, queries, r_ptr, 1, SCALES, WIDE, CHUNKS, PORTABLE)
+            s0, s1, s2, s3, bv_codes = add_k(
+                s0, s1, s2, s3, rk_codes, queries, b_ptr + HALF, WIDE, T * 128, 1, CHUNKS, PORTABLE
+            )
+            s0, s1, s2, s3, left = cap_block(s0, s1, s2, s3, factor, CAP)
+            if MASKED:
+                start = number * 64
+                s0, s1, s2, s3 = hide_block(s0, s1, s2, s3, start + token, position, first)
+            p0, p1, p2, p3, m, total, decay = softmax_step(s0, s1, s2, s3, left, m, total)
+            b0, b1, b2, b3 = operands(p0, p1, p2, p3, N, tl.float16, 4, PORTABLE)
+            out, rv_codes = add_v(
+                out, bv_codes, decay, b0, b1, b2, b3, r_ptr + HALF_R, 1, SCALES, WIDE, CHUNKS, PORTABLE
+            )
+            out, codes = add_v(
+                out, rv_codes, ones, b0, b1, b2, b3, base_ptr + place * (2 * HALF), WIDE, T * 128, 1, CHUNKS, PORTABLE
+            )
+    else:
+        for j in tl.static_range(PIECES):
+            codes = codes + (load_chunk(page_ptr, T * 128, 1, CHUNKS[j][0], CHUNKS[j][1]),)
+
+    # -- blocks in low precision --
+    bias = tl.zeros([16, N], tl.float32)
+    if CENTRED:
+        bias = over_rows(bias_start + block.to(tl.int64) * RP, N) * unfactor
+    at = unpromoted_ptr + nth_unpromoted(1, even_rounds, even, short, split, num_splits)
+    block_after = tl.load(at, mask=count > 1, other=0)
+    page_after = tl.load(at + blocks, mask=count > 1, other=0)
+    for i in range(count):
+        s0, s1, s2, s3, v_codes = add_k(
+            bias, bias, bias, bias, codes, queries, page_ptr + HALF, 1, T * 128, 1, CHUNKS, PORTABLE
+        )
+        page_ptr = base_ptr + (page_after * HKV + h).to(tl.int64) * (2 * HALF)
+        if CENTRED:
+            bias = over_rows(bias_start + block_after.to(tl.int64) * RP, N) * unfactor
+        s0, s1, s2, s3, left = cap_block(s0, s1, s2, s3, factor, CAP)
+        if MASKED:
+            start = block * 64
+            if (start + 64 > length - tq + 1) | (start < length - window):
+                s0, s1, s2, s3 = hide_block(s0, s1, s2, s3, start + token, position, first)
+        p0, p1, p2, p3, m, total, decay = softmax_step(s0, s1, s2, s3, left, m, total)
+        b0, b1, b2, b3 = operands(p0, p1, p2, p3, N, tl.float16, 4, PORTABLE)
+        out, codes = add_v(out, v_codes, decay, b0, b1, b2, b3, page_ptr, 1, T * 128, 1, CHUNKS, PORTABLE)
+        block = block_after
+        at = unpromoted_ptr + nth_unpromoted(i + 2, even_rounds, even, short, split, num_splits)
+        block_after = tl.load(at, mask=i + 2 < count, other=0)
+        page_after = tl.load(at + blocks, mask=i + 2 < count, other=0)
+
+    # -- 16-bit data: V has its own unit from here on, and the queries are read again rather than kept --
+    rows = again(rows, PORTABLE)
+    given = load_queries(q_start, inv_scale, rows, stride_qh, stride_qt, tq, GROUP, N, CHUNKS, SCALED)
+    raw = ()
+    for i in tl.static_range(PIECES):
+        raw = raw + (split_query_operand(given[i], CHUNKS[i][1], N),)
+    out = scaled(out, tl.full([N], 128.0, tl.float32), CHUNKS)
+    if HIGH == _COPY:
+        for i in range(split, promoted, num_splits):
+            number = tl.load(blocks_ptr + i)
+            c_ptr = high_ptr + (tl.load(pages_ptr + i) * HKV + h).to(tl.int64) * (128 * D)
+            s0 = tl.zeros([16, N], tl.float32)
+            s1 = tl.zeros([16, N], tl.float32)
+            s2 = tl.zeros([16, N], tl.float32)
+            s3 = tl.zeros([16, N], tl.float32)
+            for j in tl.static_range(PIECES):
+                k_ptr = c_ptr + CHUNKS[j][0] * 1024
+                s0 = dot16(k_copy_operand(load_copy(k_ptr, 0, CHUNKS[j][1]), CHUNKS[j][1]), raw[j], s0, PORTABLE)
+                s1 = dot16(k_copy_operand(load_copy(k_ptr, 1, CHUNKS[j][1]), CHUNKS[j][1]), raw[j], s1, PORTABLE)
+                s2 = dot16(k_copy_operand(load_copy(k_ptr, 2, CHUNKS[j][1]), CHUNKS[j][1]), raw[j], s2, PORTABLE)
+                s3 = dot16(k_copy_operand(load_copy(k_ptr, 3, CHUNKS[j][1]), CHUNKS[j][1]), raw[j], s3, PORTABLE)
+            s0, s1, s2, s3, left = cap_block(s0, s1, s2, s3, scale, CAP)
+            if MASKED:
+                start = number * 64
+                s0, s1, s2, s3 = hide_block(s0, s1, s2, s3, start + token, position, first)
+            p0, p1, p2, p3, m, total, decay = softmax_step(s0, s1, s2, s3, left, m, total)
+            b0, b1, b2, b3 = operands(p0, p1, p2, p3, N, DTYPE, 2, PORTABLE)
+            grown = ()
+            for j in tl.static_range(PIECES):
+                v_ptr = c_ptr + 64 * D + CHUNKS[j][0] * 1024
+                o = out[j] * decay[None, :]
+                o = dot16(v_copy_operand(load_copy(v_ptr, 0, CHUNKS[j][1]), CHUNKS[j][1]), b0, o, PORTABLE)
+                o = dot16(v_copy_operand(load_copy(v_ptr, 1, CHUNKS[j][1]), CHUNKS[j][1]), b1, o, PORTABLE)
+                o = dot16(v_copy_operand(load_copy(v_ptr, 2, CHUNKS[j][1]), CHUNKS[j][1]), b2, o, PORTABLE)
+                o = dot16(v_copy_operand(load_copy(v_ptr, 3, CHUNKS[j][1]), CHUNKS[j][1]), b3, o, PORTABLE)
+                grown = grown + (o,)
+            out = grown
+
+    # -- the newest, incomplete block --
+    tail = length % 64
+    tail_start = ((b * 2 + length // 64 % 2) * HKV + h).to(tl.int64) * (64 * D)
+    v_tail_ptr = tail_ptr + (tl.num_programs(2) * 2).to(tl.int64) * (64 * D)
+    for quarter in range(first_step, steps, num_splits):
+        tokens = quarter * 16 + token  # [16]
+        there = tokens < tail
+        tail_at = tail_start + tokens * D
+        s0 = tl.zeros([16, N], tl.float32)
+        for j in tl.static_range(PIECES):
+            d = CHUNKS[j][0] * 16 + tl.arange(0, 16 * CHUNKS[j][1])
+            k_tile = tl.load(tail_ptr + tail_at[:, None] + d[None, :], mask=there[:, None], other=0.0)
+            s0 = dot16(split_order(k_tile, CHUNKS[j][1]), raw[j], s0, PORTABLE)
+        if CAP > 0:
+            s0 = cap(s0, scale, CAP)
+        else:
+            s0 = s0 * scale
+        s0 = hide(s0, length - tail + tokens, position, first)
+        peak = tl.maximum(m, tl.max(s0, 0))
+        decay = tl.exp2(m - peak)
+        p0 = tl.exp2(s0 - peak[None, :])
+        m = peak
+        total = total * decay[None, :] + p0
+        grown = ()
+        for j in tl.static_range(PIECES):
+            d = CHUNKS[j][0] * 16 + tl.arange(0, 16 * CHUNKS[j][1])
+            v_tile = tl.load(v_tail_ptr + tail_at[None, :] + d[:, None], mask=there[None, :], other=0.0)
+            grown = grown + (dot16(v_tile, p0.to(DTYPE), out[j] * decay[None, :], PORTABLE),)
+        out = grown
+
+    # -- this split's result --
+    if OVERLAP:
+        tl.extra.cuda.gdc_launch_dependents()
+    row_sum = tl.sum(total, 0)
+    seen = row_sum > 0
+    norm = 1.0 / tl.where(seen, row_sum, 1.0)
+    o_start = (bh.to(tl.int64) * num_splits + split) * RP
+    inside = column < GROUP * tq
+    for j in tl.static_range(PIECES):
+        d = CHUNKS[j][0] * 16 + tl.arange(0, 16 * CHUNKS[j][1])
+        at_out = (o_start + column[None, :]) * D + d[:, None]
+        tl.store(partial_out_ptr + at_out, out[j] * norm[None, :], mask=inside[None, :])
+    lse = tl.where(seen, m + tl.log2(tl.where(seen, row_sum, 1.0)), float("-inf"))
+    tl.store(partial_lse_ptr + o_start + column, lse, mask=inside)

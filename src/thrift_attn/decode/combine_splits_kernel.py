@@ -1,0 +1,86 @@
+"""The kernel that combines the num_splits of a decode step; `thrift_attn.decode.combine_splits` launches it."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from thrift_attn.decode.block_steps import cap
+
+
+@triton.jit(do_not_specialize=["stride_vc", "num_splits", "window", "blocks", "tq"])
+def combine_splits_kernel(
+    partial_out_ptr,  # float32 [B, Hkv, num_splits, RP, D]
+    partial_lse_ptr,  # float32 [B, Hkv, num_splits, RP], base 2
+    out_ptr,  # [B, Hq, Tq, D]
+    lse_ptr,  # float32 [B, Hq, Tq], natural
+    inv_v_head_scale_ptr,  # 16-bit [B, Hkv], powers of two that the output is multiplied by
+    sink_value_ptr,  # 16-bit [B, Hkv, D]: V of the first token
+    bias_ptr,  # float32 [B, Hkv, NB, RP], base 2
+    lengths_ptr,  # int32 [B]
+    stride_ob,
+    stride_oh,
+    stride_ot,
+    stride_vc,  # of the scales over sequences, 0 where all share them
+    num_splits,
+    window,
+    blocks,  # NB
+    tq,
+    HKV: tl.constexpr,
+    GROUP: tl.constexpr,
+    D: tl.constexpr,
+    RP: tl.constexpr,
+    PAD: tl.constexpr,  # num_splits rounded up to a power of two
+    BLOCK_D: tl.constexpr,  # dimensions per program, a power of two
+    SCALED: tl.constexpr,
+    SINK: tl.constexpr,
+    WINDOW: tl.constexpr,
+    CAP: tl.constexpr,
+    OVERLAP: tl.constexpr,
+):
+    row = tl.program_id(0)
+    bh = tl.program_id(1)
+    b = bh // HKV
+    head = bh % HKV * GROUP + row % GROUP
+    step = row // GROUP
+    d = tl.program_id(2) * BLOCK_D + tl.arange(0, BLOCK_D)
+    split = tl.arange(0, PAD)
+    start = bh.to(tl.int64) * num_splits * RP + row
+    inv_scale = 1.0
+    if SCALED:
+        inv_scale = tl.load(inv_v_head_scale_ptr + b.to(tl.int64) * stride_vc + bh % HKV).to(tl.float32)
+    sink_logit = float("-inf")
+    sink_value = tl.zeros([BLOCK_D], tl.float32)
+    if SINK:  # written before the splits began, some by kernels of this chain: not from an L1 line of its last replay
+        length = tl.load(lengths_ptr + b, cache_modifier=".cg")
+        seen = length >= 64
+        if WINDOW:
+            seen = seen & (length - tq + step < window)
+        bias_at = bh.to(tl.int64) * blocks * RP + row
+        sink_logit = tl.load(bias_ptr + bias_at, mask=seen, other=float("-inf"), cache_modifier=".cg")
+        if CAP > 0:
+            sink_logit = tl.where(seen, cap(sink_logit, 1.0, CAP), sink_logit)
+        visible = d < tl.where(seen, D, 0)
+        sink_value = tl.load(sink_value_ptr + bh.to(tl.int64) * D + d, mask=visible, other=0.0, cache_modifier=".cg")
+        sink_value = sink_value.to(tl.float32)
+    if OVERLAP:
+        tl.extra.cuda.gdc_wait()
+    lse = tl.load(partial_lse_ptr + start + split * RP, mask=split < num_splits, other=float("-inf"))  # [PAD]
+    part = tl.load(
+        partial_out_ptr + (start + split[:, None].to(tl.int64) * RP) * D + d[None, :],
+        mask=(split[:, None] < num_splits) & (d[None, :] < D),
+        other=0.0,
+    )  # [PAD, BLOCK_D]
+    peak = tl.max(lse, 0)
+    base = tl.where(peak == float("-inf"), 0.0, peak)
+    weight = tl.exp2(lse - base)
+    row_sum = tl.sum(weight, 0)
+    out = tl.sum(part * weight[:, None], 0)
+    if SINK:
+        out += sink_value * tl.exp2(sink_logit - base)
+    out = out / tl.where(row_sum > 0, row_sum, 1.0) * inv_scale
+    at = b.to(tl.int64) * stride_ob + head.to(tl.int64) * stride_oh + step * stride_ot
+    tl.store(out_ptr + at + d, out.to(out_ptr.dtype.element_ty), mask=d < D)
+    if tl.program_id(2) == 0:
+        natural = tl.where(row_sum > 0, (peak + tl.log2(row_sum)) * 0.6931471805599453, float("-inf"))
+        tl.store(lse_ptr + (b.to(tl.int64) * HKV * GROUP + head) * tq + step, natural)

@@ -1,0 +1,149 @@
+"""The kernel that decodes pages to 16-bit K and V; `thrift_attn.decode.gather` launches it."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from thrift_attn.reference.page_layout import MASK
+
+_MASK = tl.constexpr(MASK)
+
+
+@triton.jit
+def _half(bits):
+    """The half float with these 16 bits, as float32."""
+    return (bits & 0xFFFF).to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
+
+
+@triton.jit
+def _element4(word, J: tl.constexpr):
+    """e2m1 value times 2^-14 of token quarter J, see `thrift_attn.reference.page_layout`."""
+    if J == 0:
+        bits = word
+    elif J == 1:
+        bits = word << 3
+    elif J == 2:
+        bits = (word << 6) ^ (word << 1)
+    else:
+        bits = (word << 9) ^ (word << 2)
+    return _half(bits & _MASK)
+
+
+@triton.jit
+def _element8(word, J: tl.constexpr):
+    """e4m3 value times 2^-8 of the low (J even) or high byte."""
+    byte = (word >> (8 * (J % 2))) & 0xFF
+    return _half(((byte & 0x80) << 8) | ((byte & 0x7F) << 7))
+
+
+@triton.jit
+def _scale(word, J: tl.constexpr):
+    """Scale times 2^7 of token quarter J."""
+    return _half(((word >> (8 * J)) & 0xFF) << 7)
+
+
+@triton.jit
+def _decoded(ptr16, ptr32, t, spot, rows, J: tl.constexpr, T: tl.constexpr, EIGHT: tl.constexpr):
+    """Quarter J of one tile of K or V; ``ptr16`` and ``ptr32`` are its half of a plane in 16- and 32-bit words."""
+    if EIGHT:
+        word = tl.load(ptr16 + t * 512 + (J // 2) * 256 + spot).to(tl.int32)
+        scales = tl.load(ptr32 + T * 256 + t // 2 * 32 + rows + t % 2)
+        return _element8(word, J) * _scale(scales, J) * 2.0
+    else:
+        word = tl.load(ptr16 + t * 256 + spot).to(tl.int32)
+        scales = tl.load(ptr32 + T * 128 + t // 2 * 32 + rows + t % 2)
+        return _element4(word, J) * _scale(scales, J) * 128.0
+
+
+@triton.jit(do_not_specialize=["stride_kc", "stride_vc", "blocks", "capacity", "batch"])
+def gather_pages_kernel(
+    k_ptr,  # [B, Hkv, S, D], contiguous, written up to the length of each sequence
+    v_ptr,
+    base16_ptr,  # the base plane in 16-bit and in 32-bit words
+    base32_ptr,
+    k_block_mean_ptr,  # [pages, Hkv, D]
+    high16_ptr,  # the residual plane likewise, or the 16-bit plane
+    high32_ptr,
+    tail_ptr,  # [2, B, 2, Hkv, 64, D]
+    sink_value_ptr,  # [B, Hkv, D]: V of the first token, which no page holds
+    page_table_ptr,  # int32 [B, NB]
+    lengths_ptr,  # int32 [B]
+    inv_k_channel_scale_ptr,  # [B, Hkv, D], what K of the cache is multiplied by
+    inv_v_head_scale_ptr,  # [B, Hkv]
+    stride_kc,  # of the scales over sequences, 0 where all share them
+    stride_vc,
+    blocks,  # NB
+    capacity,  # S
+    batch,  # B
+    HKV: tl.constexpr,
+    D: tl.constexpr,
+    HIGH: tl.constexpr,
+    CENTRED: tl.constexpr,
+    SINK: tl.constexpr,
+    SCALED: tl.constexpr,
+):
+    T: tl.constexpr = D // 16
+    HALF: tl.constexpr = T * 128 + (T + 1) // 2 * 32  # 32-bit words of K or V in a 4-bit plane
+    HALF8: tl.constexpr = T * 256 + (T + 1) // 2 * 32
+    EIGHT: tl.constexpr = HIGH == 2
+    SIZE: tl.constexpr = HALF8 if EIGHT else HALF
+    block = tl.program_id(0)
+    t = tl.program_id(1)  # tile
+    b, h = tl.program_id(2) // HKV, tl.program_id(2) % HKV
+    length = tl.load(lengths_ptr + b)
+    a = tl.arange(0, 8)[:, None, None, None]
+    q = tl.arange(0, 4)[None, :, None, None]
+    s = tl.arange(0, 2)[None, None, :, None]
+    c = tl.arange(0, 4)[None, None, None, :]
+    spot = ((a * 4 + q) * 2 + s) * 4 + c
+    rows = a * 4 + s * 2 + 0 * q + 0 * c
+    row = 8 * s + a + 0 * q + 0 * c
+    column = 4 * q + c + 0 * a + 0 * s
+    turned = 8 * (c // 2) + 2 * q + c % 2 + 0 * a + 0 * s  # the token of a V column
+    out = (b.to(tl.int64) * HKV + h) * capacity * D
+    inv_k = 1.0
+    inv_v = 1.0
+    if SCALED:
+        inv_k = tl.load(inv_k_channel_scale_ptr + b.to(tl.int64) * stride_kc + h * D + t * 16 + column).to(tl.float32)
+        inv_v = tl.load(inv_v_head_scale_ptr + b.to(tl.int64) * stride_vc + h).to(tl.float32)
+    if block * 64 + 64 <= length:
+        page = tl.load(page_table_ptr + b.to(tl.int64) * blocks + block).to(tl.int64)
+        where = page * HKV + h
+        out += block.to(tl.int64) * 64 * D
+        mean = 0.0
+        if CENTRED and HIGH != 3:
+            mean = tl.load(k_block_mean_ptr + where * D + t * 16 + column).to(tl.float32)
+        base16, base32 = base16_ptr + where * (4 * HALF), base32_ptr + where * (2 * HALF)
+        for j in tl.static_range(4):
+            k_to = out + (16 * j + row) * D + t * 16 + column
+            v_to = out + (16 * j + turned) * D + t * 16 + row
+            if HIGH == 3:
+                copy = high16_ptr + where * (128 * D) + (t * 4 + j) * 256
+                copy += (((a * 4 + q) * 2 + c // 2) * 2 + s) * 2 + c % 2
+                k = tl.load(copy).to(tl.float32)
+                v = tl.load(copy + 64 * D).to(tl.float32)
+            else:
+                high16, high32 = high16_ptr + where * (4 * SIZE), high32_ptr + where * (2 * SIZE)
+                k = mean + _decoded(base16, base32, t, spot, rows, j, T, False)
+                k += _decoded(high16, high32, t, spot, rows, j, T, EIGHT)
+                v = _decoded(base16 + 2 * HALF, base32 + HALF, t, spot, rows, j, T, False)
+                v += _decoded(high16 + 2 * SIZE, high32 + SIZE, t, spot, rows, j, T, EIGHT)
+            if SINK and j == 0:
+                own = tl.load(sink_value_ptr + (b.to(tl.int64) * HKV + h) * D + t * 16 + row).to(tl.float32)
+                v = tl.where((block == 0) & (turned == 0), own, v)
+            tl.store(k_ptr + k_to, (k * inv_k).to(k_ptr.dtype.element_ty))
+            tl.store(v_ptr + v_to, (v * inv_v).to(v_ptr.dtype.element_ty))
+    elif block * 64 < length:  # the incomplete block
+        token, d = tl.arange(0, 64)[:, None], t * 16 + tl.arange(0, 16)[None, :]
+        there = (block * 64 + token < length) & (d < D)
+        at = (((b.to(tl.int64) * 2 + block % 2) * HKV + h) * 64 + token) * D + d
+        to = out + (block * 64 + token).to(tl.int64) * D + d
+        inv_row = 1.0
+        if SCALED:
+            inv_row = tl.load(inv_k_channel_scale_ptr + b.to(tl.int64) * stride_kc + h * D + d).to(tl.float32)
+        k = tl.load(tail_ptr + at, mask=there).to(tl.float32) * inv_row
+        tl.store(k_ptr + to, k.to(k_ptr.dtype.element_ty), mask=there)
+        at += batch.to(tl.int64) * 2 * HKV * 64 * D
+        v = tl.load(tail_ptr + at, mask=there).to(tl.float32) * inv_v
+        tl.store(v_ptr + to, v.to(v_ptr.dtype.element_ty), mask=there)

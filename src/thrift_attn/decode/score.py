@@ -1,0 +1,55 @@
+"""Block scores q.c_b, on the device: part of every low-precision logit, and what blocks are promoted by."""
+
+from __future__ import annotations
+
+import triton
+
+from thrift_attn.decode.score_kernel import block_scores_kernel
+from thrift_attn.decode.tensors import DecodeStep, launch_on
+from thrift_attn.dispatch import interpreted
+from thrift_attn.kernels.launcher import launch
+from thrift_attn.kernels.online_softmax import LOG2E
+
+BLOCKS_PER_PROGRAM = 64
+
+
+def score_blocks(step: DecodeStep) -> None:
+    """Write ``bias`` and ``scores`` of every complete block.
+
+    The score of a block is the largest of its logits, over all new queries and the heads of the group
+    (`thrift_attn.reference.budget.promoted_in_decode`).
+    """
+    q, cache, block0_mean, inv_scale = step.q, step.cache, step.block0_mean, step.cache.inv_k_channel_scale
+    batch, _, tq, dim = q.shape
+    grid = triton.cdiv(cache.max_blocks, BLOCKS_PER_PROGRAM), batch * cache.kv_heads
+    with launch_on(q.device):
+        launch(
+            block_scores_kernel,
+            grid,
+            q,
+            cache.k_block_mean,
+            cache.page_table,
+            cache.lengths,
+            step.bias,
+            step.scores,
+            q if inv_scale is None else inv_scale,
+            q if block0_mean is None else block0_mean,
+            step.scale * LOG2E,
+            *q.stride()[:3],
+            0 if inv_scale is None else inv_scale.stride(0),
+            cache.max_blocks,
+            tq,
+            HKV=cache.kv_heads,
+            GROUP=step.group,
+            D=dim,
+            DP=triton.next_power_of_2(dim),
+            N=16 if step.q_rows % 16 == 0 else 8,
+            RP=step.q_rows,
+            BM=BLOCKS_PER_PROGRAM,
+            SCALED=inv_scale is not None,
+            SINK=block0_mean is not None,
+            PORTABLE=interpreted(),
+            OVERLAP=step.overlap,
+            launch_pdl=step.overlap,
+            num_warps=4,
+        )

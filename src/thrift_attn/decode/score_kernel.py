@@ -1,0 +1,89 @@
+"""The kernel that scores KV blocks by q.c_b; `thrift_attn.decode.score` launches it."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def _score(s, block, block0_mean, q, inside, scale, SINK: tl.constexpr):
+    """Scores [BM] of blocks: the largest logit s [BM, N] of the columns that are inside; with SINK that of block 0 is the
+    largest product of ``others`` [DP] with the queries q [DP, N].
+    """
+    largest = tl.max(tl.where(inside[None, :], s, float("-inf")), 1)
+    if SINK and tl.program_id(0) == 0:
+        product = tl.sum(block0_mean[:, None] * q.to(tl.float32), 0) * scale
+        largest = tl.where(block == 0, tl.max(tl.where(inside, product, float("-inf")), 0), largest)
+    return largest
+
+
+@triton.jit(do_not_specialize=["blocks", "tq"])
+def block_scores_kernel(
+    q_ptr,  # [B, Hq, Tq, D]
+    k_block_mean_ptr,  # 16-bit [pages, Hkv, D]
+    page_table_ptr,  # int32 [B, NB]
+    lengths_ptr,  # int32 [B]
+    bias_ptr,  # float32 [B, Hkv, NB, RP]
+    score_ptr,  # float32 [B, Hkv, NB]
+    inv_k_channel_scale_ptr,  # 16-bit [B, Hkv, D], powers of two that Q is multiplied by
+    block0_mean_ptr,  # 16-bit [B, Hkv, D], what block 0 is scored by in place of c_0
+    scale,  # factor of the logits times log2(e)
+    stride_qb,
+    stride_qh,
+    stride_qt,
+    stride_kc,  # of the scales over sequences, 0 where all share them
+    blocks,  # NB
+    tq,
+    HKV: tl.constexpr,
+    GROUP: tl.constexpr,
+    D: tl.constexpr,
+    DP: tl.constexpr,  # D rounded up to a inv_scale of two
+    N: tl.constexpr,
+    RP: tl.constexpr,
+    BM: tl.constexpr,  # blocks per program
+    SCALED: tl.constexpr,
+    SINK: tl.constexpr,
+    PORTABLE: tl.constexpr,
+    OVERLAP: tl.constexpr,
+):
+    if OVERLAP:  # the kernel before it may be the one that writes block means
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
+    bh = tl.program_id(1)
+    b = bh // HKV
+    h = bh % HKV
+    block = tl.program_id(0) * BM + tl.arange(0, BM)
+    # Page numbers do not wait for the length; what stands behind its end is not used.
+    page = tl.load(page_table_ptr + b.to(tl.int64) * blocks + block, mask=block < blocks, other=0)
+    full = tl.load(lengths_ptr + b) // 64  # complete blocks
+    if tl.program_id(0) * BM < full:
+        there = block < full
+        d = tl.arange(0, DP)
+        mean_at = (page * HKV + h).to(tl.int64)[:, None] * D + d[None, :]
+        mean = tl.load(k_block_mean_ptr + mean_at, mask=there[:, None] & (d < D)[None, :], other=0.0)  # [BM, DP]
+        largest = tl.full([BM], float("-inf"), tl.float32)
+        inv_scale = tl.full([DP], 1.0, tl.float32)
+        if SCALED:
+            inv_scale = tl.load(
+                inv_k_channel_scale_ptr + b.to(tl.int64) * stride_kc + h * D + d, mask=d < D, other=1.0
+            ).to(tl.float32)
+        block0_mean = inv_scale
+        if SINK:
+            block0_mean = tl.load(block0_mean_ptr + bh.to(tl.int64) * D + d, mask=d < D, other=0.0).to(tl.float32)
+        q_start = q_ptr + b.to(tl.int64) * stride_qb + (h * GROUP).to(tl.int64) * stride_qh
+        for first in tl.static_range(0, RP, N):
+            row = first + tl.arange(0, N)
+            at = row // GROUP * stride_qt + row % GROUP * stride_qh
+            inside = row < GROUP * tq
+            q = tl.load(q_start + at[None, :] + d[:, None], mask=inside[None, :] & (d < D)[:, None], other=0.0)
+            if SCALED:
+                q = (q.to(tl.float32) * inv_scale[:, None]).to(q.dtype)
+            if PORTABLE:
+                s = tl.dot(mean.to(tl.float32), q.to(tl.float32), input_precision="ieee") * scale
+            else:
+                s = tl.dot(mean, q) * scale  # [BM, N]
+            bias_at = (bh.to(tl.int64) * blocks + block)[:, None] * RP + row[None, :]
+            tl.store(bias_ptr + bias_at, s, mask=there[:, None])
+            largest = tl.maximum(largest, _score(s, block, block0_mean, q, inside, scale, SINK))
+        tl.store(score_ptr + bh.to(tl.int64) * blocks + block, largest, mask=there)

@@ -1,0 +1,167 @@
+"""The kernels that choose the promoted blocks; `thrift_attn.decode.select` launches them."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def _keys(score_ptr, block, start, full, total, FIRST: tl.constexpr, LAST: tl.constexpr):
+    """Integers in the order of promotion: forced first blocks, forced last ones from the end, by score, hidden ones."""
+    there = (block >= start) & (block < full)
+    score = tl.load(score_ptr + block, mask=there, other=0.0)
+    bits = (score + 0.0).to(tl.int32, bitcast=True)  # -0 and 0 compare equal through the addition
+    key = tl.minimum(bits ^ ((bits >> 31) & 0x7FFFFFFF), 0x7F800000)  # infinity
+    key = tl.where(block >= total - LAST, 0x7F800001 + block - (total - LAST), key)
+    key = tl.where(block < FIRST, 0x7FC00000 + FIRST - block, key)
+    return tl.where(there, tl.maximum(key, -0x7FFFFFF0), -0x7FFFFFFF)
+
+
+@triton.jit(do_not_specialize=["blocks", "window", "tq"])
+def select_blocks_kernel(
+    score_ptr,  # float32 [B, Hkv, NB]
+    page_table_ptr,  # int32 [B, NB]
+    lengths_ptr,  # int32 [B]
+    budget_ptr,  # int32 [NB + 1]: promoted blocks where so many are listed
+    block_indices_ptr,  # int32 [B, Hkv, 2, NB]: block numbers and page numbers, promoted ones first, each part in order
+    block_counts_ptr,  # int32 [B, Hkv, 2]: promoted, all listed
+    blocks,  # NB
+    window,
+    tq,
+    FIRST: tl.constexpr,  # forced first and last blocks
+    LAST: tl.constexpr,
+    HKV: tl.constexpr,
+    WINDOW: tl.constexpr,
+    PAD: tl.constexpr,  # NB rounded up to a power of two
+    KEYS: tl.constexpr,  # of one thread
+    SEARCH: tl.constexpr,  # `_search_asm`, and its registers
+    REGISTERS: tl.constexpr,
+    PORTABLE: tl.constexpr,
+    OVERLAP: tl.constexpr,
+):
+    bh = tl.program_id(0)
+    b = bh // HKV
+    length = tl.load(lengths_ptr + b, cache_modifier=".cg")  # not from an L1 line of the last replay of this chain
+    full = length // 64
+    total = (length + 63) // 64
+    start = full - full
+    if WINDOW:
+        start = tl.maximum(length - tq - window + 1, 0) // 64
+    listed = tl.maximum(full - start, 0)
+    block = tl.arange(0, PAD)
+    there = (block >= start) & (block < full)
+    page = tl.load(page_table_ptr + b.to(tl.int64) * blocks + block, mask=there, other=0)
+    wanted = tl.load(budget_ptr + listed)
+    # Not earlier, or the programs of the attention take places that the scores still need. The trigger stays behind the wait.
+    if OVERLAP:
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
+    key = _keys(score_ptr + bh.to(tl.int64) * blocks, block, start, full, total, FIRST, LAST)
+
+    wanted = tl.minimum(tl.maximum(wanted, 0), listed)
+
+    # The largest threshold that at least `wanted` keys reach, bit by bit, or one that exactly so many reach.
+    if PORTABLE:
+        threshold = wanted - wanted - 0x7FFFFFFF - 1
+        bit = 31
+        reached = wanted - wanted - 1
+        while (bit >= 0) & (reached != wanted):
+            # The sign bit counts the other way round.
+            trial = tl.where(bit == 31, 0, threshold + (1 << tl.minimum(bit, 30)))
+            reached = tl.sum((key >= trial).to(tl.int32), 0)
+            threshold = tl.where(reached >= wanted, trial, threshold)
+            bit -= 1
+    else:
+        threshold = tl.inline_asm_elementwise(
+            SEARCH, REGISTERS, [key, wanted + tl.zeros([PAD], tl.int32)], dtype=tl.int32, is_pure=False, pack=KEYS
+        )
+    above = (key > threshold) & there & (wanted > 0)
+    ties = (key == threshold) & there & (wanted > 0)
+    room = wanted - tl.sum(above.to(tl.int32), 0)
+    before = tl.cumsum(above.to(tl.int32) + (ties.to(tl.int32) << 16), 0)  # inclusive; both are less than 2^16
+    tied = before >> 16
+    chosen = above | (ties & (tied <= room))
+    rank = (before & 0xFFFF) + tl.minimum(tied, room)
+    place = tl.where(chosen, rank - 1, wanted + block - start - rank)
+    out = block_indices_ptr + bh.to(tl.int64) * 2 * blocks + place
+    tl.store(out, block, mask=there)
+    tl.store(out + blocks, page, mask=there)
+    tl.store(block_counts_ptr + bh * 2, wanted)
+    tl.store(block_counts_ptr + bh * 2 + 1, listed)
+
+
+@triton.jit(do_not_specialize=["blocks", "window", "tq"])
+def select_many_blocks_kernel(
+    score_ptr,  # float32 [B, Hkv, NB]
+    page_table_ptr,  # int32 [B, NB]
+    lengths_ptr,  # int32 [B]
+    budget_ptr,  # int32 [NB + 1]: promoted blocks where so many are listed
+    block_indices_ptr,  # int32 [B, Hkv, 2, NB]: as `select_blocks_kernel` writes it
+    block_counts_ptr,  # int32 [B, Hkv, 2]
+    blocks,  # NB
+    window,
+    tq,
+    FIRST: tl.constexpr,  # forced first and last blocks
+    LAST: tl.constexpr,
+    HKV: tl.constexpr,
+    WINDOW: tl.constexpr,
+    CHUNK: tl.constexpr,  # blocks at a time
+    OVERLAP: tl.constexpr,
+):
+    """`select_blocks_kernel` for more blocks than a program holds: every round reads the scores again, chunk by chunk."""
+    bh = tl.program_id(0)
+    b = bh // HKV
+    length = tl.load(lengths_ptr + b, cache_modifier=".cg")
+    full = length // 64
+    total = (length + 63) // 64
+    start = full - full
+    if WINDOW:
+        start = tl.maximum(length - tq - window + 1, 0) // 64
+    listed = tl.maximum(full - start, 0)
+    wanted = tl.minimum(tl.maximum(tl.load(budget_ptr + listed), 0), listed)
+    begin = start // CHUNK * CHUNK
+    if OVERLAP:
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
+    scores = score_ptr + bh.to(tl.int64) * blocks
+
+    # The largest threshold that at least `wanted` keys reach, bit by bit, or one that exactly so many reach.
+    threshold = wanted - wanted - 0x7FFFFFFF - 1
+    bit = 31
+    reached = wanted - wanted - 1
+    while (bit >= 0) & (reached != wanted):
+        # The sign bit counts the other way round.
+        trial = tl.where(bit == 31, 0, threshold + (1 << tl.minimum(bit, 30)))
+        reached = wanted - wanted
+        for first in range(begin, full, CHUNK):
+            key = _keys(scores, first + tl.arange(0, CHUNK), start, full, total, FIRST, LAST)
+            reached += tl.sum((key >= trial).to(tl.int32), 0)
+        threshold = tl.where(reached >= wanted, trial, threshold)
+        bit -= 1
+    room = wanted
+    for first in range(begin, full, CHUNK):
+        key = _keys(scores, first + tl.arange(0, CHUNK), start, full, total, FIRST, LAST)
+        room -= tl.sum((key > threshold).to(tl.int32), 0)  # hidden keys are below every threshold of `wanted` keys
+    room = tl.maximum(room, 0)  # nothing is wanted, so that there is no threshold
+
+    out = block_indices_ptr + bh.to(tl.int64) * 2 * blocks
+    above_before = wanted - wanted
+    ties_before = wanted - wanted
+    for first in range(begin, full, CHUNK):
+        block = first + tl.arange(0, CHUNK)
+        there = (block >= start) & (block < full)
+        page = tl.load(page_table_ptr + b.to(tl.int64) * blocks + block, mask=there, other=0)
+        key = _keys(scores, block, start, full, total, FIRST, LAST)
+        above = (key > threshold) & there & (wanted > 0)
+        ties = (key == threshold) & there & (wanted > 0)
+        tied = ties_before + tl.cumsum(ties.to(tl.int32), 0)
+        rank = above_before + tl.cumsum(above.to(tl.int32), 0) + tl.minimum(tied, room)
+        chosen = above | (ties & (tied <= room))
+        place = tl.where(chosen, rank - 1, wanted + block - start - rank)
+        tl.store(out + place, block, mask=there)
+        tl.store(out + blocks + place, page, mask=there)
+        above_before += tl.sum(above.to(tl.int32), 0)
+        ties_before += tl.sum(ties.to(tl.int32), 0)
+    tl.store(block_counts_ptr + bh * 2, wanted)
+    tl.store(block_counts_ptr + bh * 2 + 1, listed)

@@ -1,0 +1,182 @@
+"""What the kernels of decode work on: the tensors of a cache, and one step over them with the buffers between its kernels."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from thrift_attn.config import BLOCK
+from thrift_attn.numerics import DecodeNumerics
+
+MAX_BLOCKS = 65536
+"""Most KV blocks of one sequence that promoted ones are chosen among."""
+
+MAX_HEADS = 65535
+"""Most (sequence, KV head) pairs of one launch: CUDA starts no more programs along the second and third axis of a grid."""
+
+
+def launch_on(device: torch.device) -> AbstractContextManager[object]:
+    """Make ``device`` the current one: Triton launches on the current device, wherever the tensors are. Nothing on a CPU."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+
+
+def check_sizes(sequences: int, kv_heads: int, max_blocks: int) -> None:
+    """Check that the kernels can serve a cache of these sizes, before it holds anything.
+
+    Raises:
+        ValueError: more sequences times KV heads than one launch serves, or more blocks than one sequence may have.
+    """
+    if sequences * kv_heads > MAX_HEADS:
+        raise ValueError(
+            f"the kernels serve at most {MAX_HEADS} sequences times KV heads, got {sequences} * {kv_heads} = "
+            f"{sequences * kv_heads}"
+        )
+    if max_blocks > MAX_BLOCKS:
+        raise ValueError(
+            f"the kernels choose among at most {MAX_BLOCKS} blocks of a sequence ({MAX_BLOCKS * BLOCK} tokens), "
+            f"got {max_blocks}"
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class CacheTensors:
+    """All that a paged cache of one layer holds on its device.
+
+    Args:
+        base: the base plane of all pages, int32 ``[pages, Hkv, plane_size(D, 4).words]``.
+        k_block_mean: c_b ``[pages, Hkv, D]``, 16-bit.
+        high: the plane of promoted blocks: int32 residual words ``[pages, Hkv, words]``, or for the 16-bit copy
+            ``[pages, Hkv, 128 * D]`` in the dtype of ``k_block_mean``; None where nothing is promoted.
+        tail: ``[2, B, 2, Hkv, 64, D]``, contiguous: K and V of the two newest blocks, block b in tail block b mod 2.
+        block0_mean: ``[B, Hkv, D]``, contiguous: mean of K of the first block without its first token.
+        sink_value: ``[B, Hkv, D]``, contiguous: V of the first token.
+        page_table: int32 ``[B, NB]``, contiguous: the page of each block, below 0 where there is none.
+        lengths: int32 ``[B]``: tokens of each sequence.
+        budget: int32 ``[NB + 1]``: how many blocks to promote where so many complete ones are seen
+            (`thrift_attn.reference.budget.promoted_in_decode`).
+        overrun: int32 ``[1]``, 1 after a step for which a sequence had no page; what that step brought is lost.
+        k_channel_scale: ``[B, Hkv, D]``, powers of two that K is multiplied by when it is stored, or None for neither K nor V;
+            stride 0 over sequences that share them.
+        v_head_scale: ``[B, Hkv]``, likewise for V.
+        inv_k_channel_scale: the inverse of ``k_channel_scale``, which Q is multiplied by.
+        inv_v_head_scale: the inverse of ``v_head_scale``, which outputs are multiplied by.
+    """
+
+    base: Tensor
+    k_block_mean: Tensor
+    high: Tensor | None
+    tail: Tensor
+    block0_mean: Tensor
+    sink_value: Tensor
+    page_table: Tensor
+    lengths: Tensor
+    budget: Tensor
+    overrun: Tensor
+    k_channel_scale: Tensor | None = None
+    v_head_scale: Tensor | None = None
+    inv_k_channel_scale: Tensor | None = None
+    inv_v_head_scale: Tensor | None = None
+
+    @property
+    def kv_heads(self) -> int:
+        """Hkv."""
+        return self.base.shape[1]
+
+    @property
+    def max_blocks(self) -> int:
+        """NB, entries of the page table for one sequence."""
+        return self.page_table.shape[1]
+
+
+def padded_queries(tq: int) -> int:
+    """New tokens as the kernels are compiled for them: 1, 2, 4, 8 or 16."""
+    return 1 << (tq - 1).bit_length()
+
+
+def padded_rows(group: int, tq: int) -> int:
+    """Query rows of one KV head as the kernels store them: those of `padded_queries`, up to 8 or a multiple of 16."""
+    rows = group * padded_queries(tq)
+    return 8 if rows <= 8 else -(-rows // 16) * 16
+
+
+@dataclass(frozen=True, kw_only=True)
+class DecodeStep:
+    """One step of decode: queries, cache, options, and what each kernel leaves for those after it.
+
+    Args:
+        q: queries ``[B, Hq, Tq, D]``, 16-bit, contiguous in D; query i of a sequence sits at position length - Tq + i.
+        cache: the tensors of the cache.
+        numerics: what is stored and computed.
+        scale: factor of the logits.
+        window: tokens that a query sees, itself included; None for all.
+        softcap: logits become softcap * tanh(logits / softcap); None for no cap.
+        overlap: each kernel starts while the one before it ends (programmatic dependent launch).
+        bias: float32 ``[B, Hkv, NB, RP]``: logits q.c_b of complete blocks times log2(e), rows (query, group head).
+        scores: float32 ``[B, Hkv, NB]``: the largest of them, of complete blocks.
+        block_indices: int32 ``[B, Hkv, 2, NB]``: numbers of the complete blocks that are seen, the promoted ones before the
+            others and each part in order, and their pages.
+        block_counts: int32 ``[B, Hkv, 2]``: how many are promoted, and how many are listed.
+        partial_out: float32 ``[B, Hkv, splits, RP, D]``.
+        partial_lse: float32 ``[B, Hkv, splits, RP]``, base 2, -inf for an empty split.
+        out: ``[B, Hq, Tq, D]``, contiguous in D; zeros for a row that sees no token.
+        lse: float32 ``[B, Hq, Tq]``, contiguous, natural logarithm; -inf for a row that sees no token.
+
+    Raises:
+        ValueError: shapes or strides that do not fit.
+        TypeError: queries that are not 16-bit, or of another dtype than the cache.
+    """
+
+    q: Tensor
+    cache: CacheTensors
+    numerics: DecodeNumerics
+    scale: float
+    window: int | None
+    softcap: float | None
+    overlap: bool
+    bias: Tensor
+    scores: Tensor
+    block_indices: Tensor
+    block_counts: Tensor
+    partial_out: Tensor
+    partial_lse: Tensor
+    out: Tensor
+    lse: Tensor
+
+    def __post_init__(self) -> None:
+        batch, heads, tq, dim = self.q.shape
+        kv_heads, tail = self.cache.kv_heads, self.cache.tail
+        if heads % kv_heads:
+            raise ValueError(f"{kv_heads} KV heads must divide the heads of q, got q {list(self.q.shape)}")
+        if self.q.dtype not in (torch.float16, torch.bfloat16) or tail.dtype != self.q.dtype:
+            raise TypeError(f"expected 16-bit q and tail of one dtype, got {self.q.dtype} and {tail.dtype}")
+        if tail.shape != (2, batch, 2, kv_heads, BLOCK, dim) or not tail.is_contiguous():
+            want = [2, batch, 2, kv_heads, BLOCK, dim]
+            raise ValueError(f"expected a contiguous tail {want}, got {list(tail.shape)} with strides {tail.stride()}")
+        if self.q.stride(-1) != 1 or self.out.stride(-1) != 1:
+            raise ValueError(
+                f"q and out must be contiguous in D, got strides {self.q.stride()} and {self.out.stride()}"
+            )
+        rows = padded_rows(heads // kv_heads, tq)
+        if self.bias.shape[-1] != rows or self.partial_out.shape[3:] != (rows, dim):
+            raise ValueError(
+                f"expected bias [B, {kv_heads}, NB, {rows}] and partial_out [B, {kv_heads}, splits, {rows}, {dim}] for q "
+                f"{list(self.q.shape)}, got {list(self.bias.shape)} and {list(self.partial_out.shape)}"
+            )
+
+    @property
+    def group(self) -> int:
+        """Query heads per KV head."""
+        return self.q.shape[1] // self.cache.kv_heads
+
+    @property
+    def q_rows(self) -> int:
+        """RP, padded query rows of a KV head."""
+        return self.bias.shape[-1]
+
+    @property
+    def block0_mean(self) -> Tensor | None:
+        """What block 0 is scored by in place of c_0, where the first token is exact."""
+        return self.cache.block0_mean if self.numerics.exact_sink else None
