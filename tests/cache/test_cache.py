@@ -260,3 +260,23 @@ def test_bad_input_changes_nothing():
 def test_dtypes():
     with pytest.raises(TypeError, match=r"float16 or bfloat16, got torch\.float64"):
         PagedThriftCache(batch=1, kv_heads=1, head_dim=64, num_pages=1, dtype=torch.float64, device="cpu")
+
+
+def test_blocks_without_a_page_are_below_zero():
+    """Kernels write nothing for them: after a release, a repeated row and a branch, too."""
+    cache = make(batch=2)
+    cache.append(*tokens(130, batch=2))
+    cache.reserve(64)
+
+    def without(held):
+        table = held.table.table
+        return [(row >= 0).sum().item() for row in table], [len(owned) for owned in held.table._owned]
+
+    assert without(cache) == ([3, 3], [3, 3])
+    assert without(cache.branch()) == ([2, 2], [2, 2])
+    cache.truncate(0, 70)
+    assert without(cache) == ([1, 3], [1, 3])
+    cache.select([1, 1])
+    assert without(cache) == ([3, 2], [3, 2])
+    cache.free(0)
+    assert without(cache) == ([0, 2], [0, 2])

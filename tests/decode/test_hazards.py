@@ -108,6 +108,21 @@ def test_a_step_without_a_page_writes_nothing_and_says_so():
         assert torch.equal(x, old)
 
 
+def test_the_host_hears_of_a_replay_without_a_page():
+    k, v = tokens(130, heads=1)
+    cache = make("triton", heads=1, pages=4)
+    cache.append(k[:, :, :60], v[:, :, :60])
+    cache.reserve(4)
+    for at in (60, 62, 64):
+        ops.append(k[:, :, at : at + 2], v[:, :, at : at + 2], cache.tensors(), cache.numerics)  # what a graph replays
+        cache.advance(2)
+    ops.append(k[:, :, 66:], v[:, :, 66:], cache.tensors(), cache.numerics)
+    cache.advance(64)
+    for call in (lambda: cache.advance(1), lambda: cache.reserve(1), lambda: cache.append(k[:, :, :1], v[:, :, :1])):
+        with pytest.raises(RuntimeError, match="no page was reserved"):
+            call()
+
+
 def test_a_step_beyond_the_page_table_writes_nothing():
     """The entry behind the last one belongs to nobody."""
     k, v = tokens(128, heads=1)

@@ -24,12 +24,12 @@ class PageTable:
         device: where ``table`` and ``lengths`` live.
 
     Attributes:
-        table: int32 ``[B, max_pages]``, the page of each block; entries beyond the complete blocks have no meaning.
+        table: int32 ``[B, max_pages]``, the page of each block that has one, else -1, for which kernels write nothing.
         lengths: int32 ``[B]``, tokens of each sequence.
     """
 
     def __init__(self, pages: int, batch: int, max_pages: int, device: torch.device):
-        self.table = torch.zeros(batch, max_pages, dtype=torch.int32, device=device)
+        self.table = torch.full((batch, max_pages), -1, dtype=torch.int32, device=device)
         self.lengths = torch.zeros(batch, dtype=torch.int32, device=device)
         self._owned: list[list[int]] = [[] for _ in range(batch)]
         self._tokens = [0] * batch
@@ -93,6 +93,11 @@ class PageTable:
 
     def release(self, row: int, blocks: int) -> None:
         """Give back the pages of a sequence from block ``blocks`` on."""
+        if len(self._owned[row]) > blocks:
+            self.table[row, blocks : len(self._owned[row])] = -1
+        self._give_back(row, blocks)
+
+    def _give_back(self, row: int, blocks: int) -> None:
         for page in self._owned[row][blocks:]:
             self._references[page] -= 1
             if not self._references[page]:
@@ -124,6 +129,9 @@ class PageTable:
         self._tokens = [self._tokens[row] for row in rows]
         index = torch.tensor(rows, device=self.table.device)
         table, lengths = self.table[index], self.lengths[index]
+        for at, row in enumerate(rows):
+            if row in rows[:at]:  # pages that are reserved stay with the first copy
+                table[at, len(owned[at]) :] = -1
         if len(rows) == self.table.shape[0]:
             self.table.copy_(table)
             self.lengths.copy_(lengths)
@@ -136,6 +144,9 @@ class PageTable:
         other.table, other.lengths = self.table.clone(), self.lengths.clone()
         other._owned = [held[: tokens // BLOCK] for held, tokens in zip(self._owned, self._tokens, strict=True)]
         other._tokens = list(self._tokens)
+        for row, held in enumerate(other._owned):
+            if len(held) < len(self._owned[row]):
+                other.table[row, len(held) :] = -1
         other._hold(other._owned)
         return other
 
@@ -168,9 +179,9 @@ class PageTable:
         return given
 
     def free_all(self) -> None:
-        """Give back the pages of all sequences; lengths stay."""
+        """Give back the pages of all sequences; lengths, and what the device knows, stay."""
         for row in range(len(self._owned)):
-            self.release(row, 0)
+            self._give_back(row, 0)
 
     def _hold(self, owned: list[list[int]]) -> None:
         for held in owned:

@@ -103,6 +103,7 @@ class PagedThriftCache:
         self.overrun = torch.zeros(
             1, dtype=torch.int32, device=device
         )  # set by a step for which a sequence had no page
+        self._overrun_seen = torch.zeros(1, dtype=torch.int32, pin_memory=device.type == "cuda")
         self.numerics = DecodeNumerics.resolve(config)
 
     # -- what it holds -------------------------------------------------------------------------------------------------
@@ -153,6 +154,7 @@ class PagedThriftCache:
             ValueError: more tokens than a sequence may have.
             RuntimeError: the pool is exhausted; nothing has changed.
         """
+        self._check_overrun()
         new = [tokens] * self.batch if isinstance(tokens, int) else tokens
         self.table.reserve([self.table.tokens(row) + n for row, n in enumerate(new)])
 
@@ -171,6 +173,7 @@ class PagedThriftCache:
         """
         self._check_tokens("k", k)
         self._check_tokens("v", v)
+        self._check_overrun()
         count = k.shape[2]
         if v.shape != k.shape or k.shape != (self.batch, self.kv_heads, count, self.head_dim):
             want = f"[{self.batch}, {self.kv_heads}, T, {self.head_dim}]"
@@ -191,8 +194,23 @@ class PagedThriftCache:
                 self._append_row(row, k[row, :, :n], v[row, :, :n])
 
     def advance(self, tokens: int) -> None:
-        """Note that a replayed graph has appended ``tokens`` tokens (at most 64) to every sequence."""
+        """Note that a replayed graph has appended ``tokens`` tokens (at most 64) to every sequence.
+
+        Raises:
+            RuntimeError: an earlier replay completed a block for which no page was reserved; what it brought is lost.
+        """
+        self._check_overrun()
+        old = [self.table.tokens(row) // BLOCK for row in range(self.batch)]
         self._note([tokens] * self.batch)
+        if old != [self.table.tokens(row) // BLOCK for row in range(self.batch)]:
+            self._overrun_seen.copy_(self.overrun, non_blocking=True)  # for the next call, which need not wait
+
+    def _check_overrun(self) -> None:
+        if self._overrun_seen[0]:
+            raise RuntimeError(
+                "a replayed step completed a block for which no page was reserved, and its tokens are lost: reserve before "
+                "replays, advance after each, and fill the cache anew"
+            )
 
     def _note(self, new: list[int]) -> None:
         """Note that the device has appended so many tokens, at most 64, to each sequence."""
@@ -335,6 +353,7 @@ class PagedThriftCache:
         """
         other = copy.copy(self)
         other.table, other.tail, other.overrun = self.table.branch(), self.tail.clone(), self.overrun.clone()
+        other._overrun_seen = self._overrun_seen.clone()
         other.block0_mean, other.sink_value = self.block0_mean.clone(), self.sink_value.clone()
         other._slots = [list(slots) for slots in self._slots]
         return other
