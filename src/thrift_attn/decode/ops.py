@@ -99,7 +99,6 @@ def _numerics(storage: str) -> DecodeNumerics:
     )
 
 
-@lru_cache(maxsize=64)
 def _storage(numerics: DecodeNumerics) -> str:
     """Return all of ``numerics`` that kernels of decode look at in one word per option: a string passes through a schema."""
     words = (
