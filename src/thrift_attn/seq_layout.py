@@ -10,6 +10,7 @@ Query rows are cut at multiples of 64 of the absolute position: row r of a seque
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -18,89 +19,165 @@ from torch import Tensor
 
 from thrift_attn.config import BLOCK
 
+Q_START, Q_LEN, K_START, K_LEN, ROW_START, BLOCK_START = range(6)
+"""Columns of a span: starts count tokens of q and k, query rows and KV blocks."""
+
 SPAN = 6
 """Numbers in a span."""
 
 
 @dataclass(frozen=True, eq=False)
-class Sequences:
+class SeqLayout:
     """The sequences of one call. Lengths on the device may differ from call to call; sizes on the host do not.
 
     Args:
-        spans: int32 ``[B, 6]`` on the device: ``q_start, q_len, k_start, k_len, row_start, block_start``; starts count
-            tokens of q and k, query rows and KV blocks.
-        parts: P, leading size of packed tensors.
+        spans: int32 ``[B, 6]`` on the device, columns `Q_START`, `Q_LEN`, `K_START`, `K_LEN`, `ROW_START`, `BLOCK_START`.
+        packed_batch: P, leading size of packed tensors.
         rows: query rows in a part.
         blocks: KV blocks in a part.
-        most_rows: of one sequence.
-        most_blocks: of one sequence.
+        max_rows: query rows of the longest sequence.
+        max_blocks: KV blocks of the longest sequence.
         causal: whether positions are counted from the last key.
         lengths: ``(Tq, Tk)`` when all sequences have these lengths, else None.
+        end_to_end: whether sequences lie one after the other along the tokens; there may be tokens that none of them owns.
     """
 
     spans: Tensor
-    parts: int
+    packed_batch: int
     rows: int
     blocks: int
-    most_rows: int
-    most_blocks: int
+    max_rows: int
+    max_blocks: int
     causal: bool
     lengths: tuple[int, int] | None = None
+    end_to_end: bool = False
 
     @property
     def batch(self) -> int:
         """B, the number of sequences."""
         return len(self.spans)
 
+    @property
+    def q_len(self) -> Tensor:
+        """Queries of every sequence, int32 ``[B]``."""
+        return self.spans[:, Q_LEN]
+
+    @property
+    def k_len(self) -> Tensor:
+        """Keys of every sequence, int32 ``[B]``."""
+        return self.spans[:, K_LEN]
+
+    def pack(self) -> list[int]:
+        """Return all but ``spans`` as numbers, for an operator's schema."""
+        lengths = self.lengths or (-1, -1)
+        sizes = [self.packed_batch, self.rows, self.blocks, self.max_rows, self.max_blocks]
+        return [*sizes, int(self.causal), int(self.end_to_end), *lengths]
+
+    @classmethod
+    def unpack(cls, spans: Tensor, numbers: Sequence[int]) -> SeqLayout:
+        """Return the layout whose `pack` gave ``numbers``."""
+        parts, rows, blocks, max_rows, max_blocks, causal, end_to_end, q_len, k_len = numbers
+        lengths = None if q_len < 0 else (q_len, k_len)
+        return cls(spans, parts, rows, blocks, max_rows, max_blocks, bool(causal), lengths, bool(end_to_end))
+
 
 def _blocks(tokens: int) -> int:
     return -(-tokens // BLOCK)
 
 
+def may_keep(device: torch.device) -> bool:
+    """Return whether a tensor made now on ``device`` may serve later calls as well.
+
+    Not in a graph capture, whose replays read the tensor for as long as the graph lives and need it in the graph's own
+    memory; and not while tensors are fake or traced.
+    """
+    if torch.compiler.is_compiling():
+        return False
+    if device.type == "cuda":
+        with torch.cuda.device(device):
+            if torch.cuda.is_current_stream_capturing():
+                return False
+    return type(torch.empty(0, device=device)) is Tensor
+
+
+def dense(batch: int, queries: int, keys: int, causal: bool, device: torch.device) -> SeqLayout:
+    """Return the layout of a batch whose sequences all have ``queries`` and ``keys`` tokens.
+
+    The device tensor is kept for the next call where `may_keep` allows it; else it is made on the device.
+    """
+    if may_keep(device):
+        return _kept_dense(batch, queries, keys, causal, device)
+    return _dense(_filled_spans(batch, queries, keys, device), queries, keys, causal)
+
+
 @lru_cache(maxsize=256)
-def dense(batch: int, queries: int, keys: int, causal: bool, device: torch.device) -> Sequences:
-    """A batch whose sequences all have ``queries`` and ``keys`` tokens; the device tensor is kept for the next call."""
+def _kept_dense(batch: int, queries: int, keys: int, causal: bool, device: torch.device) -> SeqLayout:
+    spans = torch.tensor([[0, queries, 0, keys, 0, 0]] * batch, dtype=torch.int32, device="cpu")
+    return _dense(spans.to(device), queries, keys, causal)
+
+
+def _filled_spans(batch: int, queries: int, keys: int, device: torch.device) -> Tensor:
+    """Spans of equal lengths, made by kernels alone: a graph that is captured holds them."""
+    spans = torch.zeros(batch, SPAN, dtype=torch.int32, device=device)
+    spans[:, Q_LEN].fill_(queries)
+    spans[:, K_LEN].fill_(keys)
+    return spans
+
+
+def _dense(spans: Tensor, queries: int, keys: int, causal: bool) -> SeqLayout:
     rows = _blocks((keys - queries if causal else 0) % BLOCK + queries)
-    spans = torch.tensor([[0, queries, 0, keys, 0, 0]] * batch, dtype=torch.int32).to(device)
-    return Sequences(spans, batch, rows, _blocks(keys), rows, _blocks(keys), causal, (queries, keys))
+    return SeqLayout(spans, len(spans), rows, _blocks(keys), rows, _blocks(keys), causal, (queries, keys))
 
 
-def padded(queries: int, keys: int, causal: bool, kv_lengths: Tensor) -> Sequences:
-    """A batch whose sequence b has the first ``kv_lengths[b]`` of ``keys`` keys; nothing is copied to the host."""
+def padded(queries: int, keys: int, causal: bool, kv_lengths: Tensor) -> SeqLayout:
+    """Return the layout of a batch whose sequence b has the first ``kv_lengths[b]`` of ``keys`` keys.
+
+    Nothing is copied to the host; lengths are clamped to [1, keys].
+    """
     lengths = kv_lengths.int().clamp(1, keys)
     zero = torch.zeros_like(lengths)
     spans = torch.stack([zero, torch.full_like(zero, queries), zero, lengths, zero, zero], 1)
     rows = _blocks(queries) + 1 if causal else _blocks(queries)
-    return Sequences(spans, len(spans), rows, _blocks(keys), rows, _blocks(keys), causal)
+    return SeqLayout(spans, len(spans), rows, _blocks(keys), rows, _blocks(keys), causal)
 
 
 def packed(
-    cu_queries: Tensor, cu_keys: Tensor, *, queries: int, keys: int, most_queries: int, most_keys: int, causal: bool
-) -> Sequences:
-    """Sequences end to end; nothing is copied to the host.
+    cu_queries: Tensor, cu_keys: Tensor, *, queries: int, keys: int, max_queries: int, max_keys: int, causal: bool
+) -> SeqLayout:
+    """Return the layout of sequences end to end; nothing is copied to the host.
+
+    Starts that decrease or leave the tensor, and sequences longer than said, cannot be seen here without waiting for the
+    device. They are clamped there, so that no kernel reads or writes anything but these tensors.
 
     Args:
         cu_queries: int32 ``[B + 1]``, where each sequence starts, and where the last one ends.
         cu_keys: likewise for K and V.
         queries: tokens of q in all.
         keys: tokens of k in all.
-        most_queries: at least the queries of the longest sequence.
-        most_keys: at least the keys of the longest sequence.
+        max_queries: at least the queries of the longest sequence; of a longer one the first so many count.
+        max_keys: at least the keys of the longest sequence, likewise.
         causal: whether positions are counted from the last key.
     """
-    starts = [x[:-1].int() for x in (cu_queries, cu_keys)]
-    lengths = [x.diff().int() for x in (cu_queries, cu_keys)]
-    lead = (lengths[1] - lengths[0]).remainder(BLOCK) if causal else torch.zeros_like(lengths[0])
-    sizes = [(x + (BLOCK - 1)) // BLOCK for x in (lead + lengths[0], lengths[1])]
+    q_start, q_len = _starts_and_lengths(cu_queries, queries, max_queries)
+    k_start, k_len = _starts_and_lengths(cu_keys, keys, max_keys)
+    lead = (k_len - q_len).remainder(BLOCK) if causal else torch.zeros_like(q_len)
+    sizes = [(x + (BLOCK - 1)) // BLOCK for x in (lead + q_len, k_len)]
     row_start, block_start = (x.cumsum(0, dtype=torch.int32) - x for x in sizes)
-    spans = torch.stack([starts[0], lengths[0], starts[1], lengths[1], row_start, block_start], 1)
+    spans = torch.stack([q_start, q_len, k_start, k_len, row_start, block_start], 1)
     batch = len(spans)
-    return Sequences(
+    return SeqLayout(
         spans,
-        parts=1,
+        packed_batch=1,
         rows=queries // BLOCK + 2 * batch,
         blocks=keys // BLOCK + batch,
-        most_rows=_blocks(most_queries) + 1 if causal else _blocks(most_queries),
-        most_blocks=_blocks(most_keys),
+        max_rows=_blocks(max_queries) + 1 if causal else _blocks(max_queries),
+        max_blocks=_blocks(max_keys),
         causal=causal,
+        end_to_end=True,
     )
+
+
+def _starts_and_lengths(cu: Tensor, total: int, longest: int) -> tuple[Tensor, Tensor]:
+    """Starts within the tensor that never decrease, and lengths of at most ``longest``: int32 ``[B]`` each."""
+    bounds = cu.clamp(0, total).cummax(0).values.int()
+    return bounds[:-1], bounds.diff().clamp(max=longest)

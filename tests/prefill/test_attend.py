@@ -9,9 +9,11 @@ from support.device import DEVICE
 from support.prefill import DTYPE, EPS, check, draw, error
 from thrift_attn.combine import merge
 from thrift_attn.config import ThriftConfig, fraction, top_k
+from thrift_attn.numerics import PrefillNumerics
 from thrift_attn.prefill import attend as kernels
+from thrift_attn.prefill.bundles import KernelNumerics
 from thrift_attn.prefill.ops import prefill, prefill_op
-from thrift_attn.seq_layout import Sequences, dense, packed, padded
+from thrift_attn.seq_layout import SeqLayout, dense, packed, padded
 
 
 @pytest.mark.parametrize(
@@ -169,14 +171,13 @@ def test_ragged_batches() -> None:
     config, scale = ThriftConfig(compute="16bit", budget=fraction(0.5)), 0.125
     q, k, v = (x.transpose(1, 2).contiguous().transpose(1, 2) for x in draw(1, (2, 1), 106, 224, 64))
     cu = [torch.tensor([0, *x], device=DEVICE, dtype=torch.int32).cumsum(0).int() for x in zip(*lengths, strict=True)]
-    every = packed(*cu, queries=106, keys=224, most_queries=65, most_keys=130, causal=True)
+    every = packed(*cu, queries=106, keys=224, max_queries=65, max_keys=130, causal=True)
     out, lse, *_ = prefill(q, k, v, every, config, "wide", scale=scale)
     for b, (queries, keys) in enumerate(lengths):
         qs, ks = (slice(int(x[b]), int(x[b + 1])) for x in cu)
-        one = Sequences(  # by itself, with one list per query head however few queries there are
-            torch.tensor([[0, queries, 0, keys, 0, 0]], dtype=torch.int32, device=DEVICE), 1, 3, 4, 3, 4, True
-        )
-        alone = _rows(q[:, :, qs], k[:, :, ks], v[:, :, ks], one, config, scale)
+        ends = [torch.tensor([0, n], device=DEVICE) for n in (queries, keys)]
+        one = packed(*ends, queries=queries, keys=keys, max_queries=queries, max_keys=keys, causal=True)
+        alone = prefill(q[:, :, qs], k[:, :, ks], v[:, :, ks], one, config, "wide", scale=scale)
         torch.testing.assert_close(out[:, :, qs], alone[0], rtol=0, atol=0)
         torch.testing.assert_close(lse[:, :, qs], alone[1], rtol=0, atol=0)
     k, v = (torch.cat([x[:, :, :130], torch.full_like(x[:, :, :130], torch.nan)]) for x in (k, v))
@@ -191,24 +192,21 @@ def test_ragged_batches() -> None:
         torch.testing.assert_close(lse[b], alone[1][0], rtol=0, atol=0)
 
 
-def _rows(q, k, v, sequences: Sequences, config: ThriftConfig, scale: float):
-    """`prefill` with the lists of prefill, also for few queries."""
-    from thrift_attn.prefill.select import capacity, wanted_blocks
-
-    wanted = wanted_blocks(config.budget, sequences)
-    sizes = [1, sequences.rows, sequences.blocks, sequences.most_rows, sequences.most_blocks]
-    return prefill_op(
-        q, k, v, sequences.spans, wanted, [*sizes, capacity(config.budget, 4)], True, False, False, "nvfp4", "wide", False,
-        True, True, False, config.balanced, False, True, None, 0, 1, scale, None, None, False,
-    )  # fmt: skip
-
-
 def test_operator_is_registered_well() -> None:
     torch.manual_seed(8)
     q, k, v = draw(1, (2, 1), 20, 64, 64)
-    sequences = dense(1, 20, 64, True, q.device)
-    arguments = (
-        q, k, v, sequences.spans, torch.ones(1, 1, dtype=torch.int32, device=DEVICE), [1, 1, 1, 1, 1, 1], True, True, False,
-        "nvfp4", "wide", False, True, True, False, False, False, False, None, 0, 1, 0.125, None, None, True,
-    )  # fmt: skip
+    layout = dense(1, 20, 64, True, q.device)
+    wanted = torch.ones(1, 1, dtype=torch.int32, device=DEVICE)
+    numerics = KernelNumerics.of(PrefillNumerics.resolve(ThriftConfig(compute="16bit")), "wide")
+    arguments = (q, k, v, layout.spans, wanted, layout.pack(), [1, 0], numerics.pack(), 0.125, None, None, True)
     torch.library.opcheck(prefill_op, arguments, test_utils=("test_schema", "test_faketensor"))
+
+
+@pytest.mark.parametrize("low", ["nvfp4", "mxfp4", "fp8"])
+def test_bundles_survive_the_schema(low: str) -> None:
+    for config in (ThriftConfig(base_format=low), ThriftConfig(base_format=low, compute="16bit", sink_token="none")):
+        numerics = KernelNumerics.of(PrefillNumerics.resolve(config), "native")
+        assert KernelNumerics.unpack(numerics.pack()) == numerics
+    layout = dense(2, 20, 64, True, torch.device("cpu"))
+    again = SeqLayout.unpack(layout.spans, layout.pack())
+    assert vars(again) == vars(layout)

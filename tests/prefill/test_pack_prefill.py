@@ -7,8 +7,9 @@ import torch
 
 from support.device import DEVICE
 from thrift_attn.config import BLOCK
+from thrift_attn.prefill.bundles import KernelNumerics
 from thrift_attn.prefill.pack import PackedKV, position_of, quantise_kv, quantise_q
-from thrift_attn.prefill.statistics import NO_LEVELS
+from thrift_attn.prefill.statistics import NO_STATISTICS
 from thrift_attn.reference.channel_scales import Fit
 from thrift_attn.reference.formats import FORMATS, RESIDUALS, Format
 from thrift_attn.reference.quantize import (
@@ -42,6 +43,17 @@ def draw(*shape: int) -> torch.Tensor:
     return (x + 3 * torch.randn(shape[1], 1, shape[-1], device=DEVICE)).to(DTYPE)
 
 
+def options(
+    low: str | None, form: str, *, rest: str | None = None, centred: bool = True, sink: bool = False, best: bool = True
+) -> KernelNumerics:
+    """Options of the kernels; without a format Q is not quantised."""
+    return KernelNumerics(
+        base_format=low or "nvfp4", form=form, residual=rest, quantise_qp=low is not None, centred=centred, exact_sink=sink,
+        subtract_query_mean=False, channel_scales=False, v_head_scales=False, normalize_rounded=False, best_scales=best,
+        force_first=0, force_last=0,
+    )  # fmt: skip
+
+
 def padded_blocks(x: torch.Tensor) -> torch.Tensor:
     return torch.nn.functional.pad(x, (0, 0, 0, -x.shape[-2] % BLOCK))
 
@@ -57,21 +69,31 @@ def _rest(x: torch.Tensor, base: torch.Tensor, plane: Format, dim: int) -> torch
 
 
 def check_kv(
-    got: PackedKV, k, v, low: str, form: str, *, centred=True, sink=False, best=False, rest=None, levels=NO_LEVELS
+    got: PackedKV,
+    k,
+    v,
+    low: str,
+    form: str,
+    *,
+    centred=True,
+    sink=False,
+    best=False,
+    rest=None,
+    statistics=NO_STATISTICS,
 ) -> None:
     """Compare the planes of whole tensors [B, Hkv, T, D] with the reference's."""
-    fmt, blocks = FORMATS[low], got.centres.shape[2]
+    fmt, blocks = FORMATS[low], got.k_block_mean.shape[2]
     want = block_means(k)
     if sink:
         want[:, :, 0], v = k[:, :, 0], v.clone()
         v[:, :, 0] = 0
-        assert torch.equal(got.centres[:, :, 0], want[:, :, 0])
-        torch.testing.assert_close(got.others, mean_of_others(k), rtol=1e-3, atol=1e-6)
-    torch.testing.assert_close(got.centres, want, rtol=1e-3, atol=1e-6)
+        assert torch.equal(got.k_block_mean[:, :, 0], want[:, :, 0])
+        torch.testing.assert_close(got.block0_mean, mean_of_others(k), rtol=1e-3, atol=1e-6)
+    torch.testing.assert_close(got.k_block_mean, want, rtol=1e-3, atol=1e-6)
     # A mean that rounds the other way changes the codes, so they are compared on the kernel's own means.
-    mean = got.centres.float().repeat_interleave(BLOCK, -2)[..., : k.shape[-2], :] if centred else 0
-    of_k = 1 if levels.keys is None else levels.keys[:, :, None]
-    of_v = 1 if levels.values is None else levels.values[:, :, None, None]
+    mean = got.k_block_mean.float().repeat_interleave(BLOCK, -2)[..., : k.shape[-2], :] if centred else 0
+    of_k = 1 if statistics[1] is None else statistics[1][:, :, None]
+    of_v = 1 if statistics[2] is None else statistics[2][:, :, None, None]
     delta, v = padded_blocks(k.float() - mean) * of_k, padded_blocks(v.float()) * of_v
     a = quantise(delta, fmt, -1, best=best)
     b = quantise_values(v) if fmt.group is None else quantise(v, fmt, -2, best=best)
@@ -86,8 +108,8 @@ def check_kv(
         same(got.v.float() * of_v, wide[1], best)
         if rest is not None:
             plane = RESIDUALS[rest]
-            same(got.k_rest.float() * of_k, _rest(delta, got.k * of_k, plane, -1), best)
-            same(got.v_rest.float() * of_v, _rest(v, got.v * of_v, plane, -2), best)
+            same(got.k_residual.float() * of_k, _rest(delta, got.k * of_k, plane, -1), best)
+            same(got.v_residual.float() * of_v, _rest(v, got.v * of_v, plane, -2), best)
         return
     if fmt.group is None:
         assert torch.equal(got.k.view(torch.uint8), a.codes)
@@ -123,8 +145,8 @@ def test_keys_and_values_equal_the_reference(low: str, form: str, dim: int, best
     k[0, 0, :16, :32] = 0
     v[1, 1, :32, 3] = 0
     k[1, 0], v[0, 1] = 0, 0  # whole heads
-    sequences = dense(2, tokens, tokens, True, DEV)
-    got = quantise_kv(k, v, sequences, low=low, form=form, best=best)
+    layout = dense(2, tokens, tokens, True, DEV)
+    got = quantise_kv(k, v, layout=layout, numerics=options(low=low, form=form, best=best))
     check_kv(got, k, v, low, form, best=best)
 
 
@@ -145,13 +167,13 @@ def test_powers_of_two(low: str, form: str, dim: int, rest: str | None) -> None:
     """Native data are those of K, V and Q times powers of two; from wide data the powers are gone again."""
     torch.manual_seed(dim)
     q, k, v = draw(2, 4, 70, dim), draw(2, 2, 70, dim), draw(2, 2, 70, dim)
-    levels = Fit(keys=powers(2, 2, dim), values=powers(2, 2) if low == "nvfp4" else None)
-    sequences = dense(2, 70, 70, True, DEV)
-    got = quantise_kv(k, v, sequences, low=low, form=form, rest=rest, levels=levels)
-    check_kv(got, k, v, low, form, best=True, rest=rest, levels=levels)
-    of_q = 1 / levels.keys.repeat_interleave(2, 1)[:, :, None]
+    statistics = Fit(None, powers(2, 2, dim), powers(2, 2) if low == "nvfp4" else None)
+    layout = dense(2, 70, 70, True, DEV)
+    got = quantise_kv(k, v, layout=layout, numerics=options(low=low, form=form, rest=rest), statistics=statistics)
+    check_kv(got, k, v, low, form, best=True, rest=rest, statistics=statistics)
+    of_q = 1 / statistics[1].repeat_interleave(2, 1)[:, :, None]
     want = quantise(padded_blocks(q.float()) * of_q, FORMATS[low], best=True)
-    found = quantise_q(q, sequences, low=low, form=form, levels=levels)
+    found = quantise_q(q, layout=layout, numerics=options(low=low, form=form), statistics=statistics)
     if form == "wide":
         same(found.q.float() * of_q, dequantise(want, FORMATS[low]), True)
     else:
@@ -174,8 +196,8 @@ def test_the_first_token_is_left_out(low: str, form: str, tokens: int, rest: str
     k, v = draw(2, 2, tokens, 64), draw(2, 2, tokens, 64)
     k[:, :, 0] *= 10
     v[:, :, 0] *= 100
-    sequences = dense(2, tokens, tokens, True, DEV)
-    got = quantise_kv(k, v, sequences, low=low, form=form, rest=rest, sink=True)
+    layout = dense(2, tokens, tokens, True, DEV)
+    got = quantise_kv(k, v, layout=layout, numerics=options(low=low, form=form, rest=rest, sink=True))
     check_kv(got, k, v, low, form, sink=True, best=True, rest=rest)
 
 
@@ -185,11 +207,17 @@ def test_logits_of_the_first_token(low: str | None) -> None:
     torch.manual_seed(4)
     lengths = [(65, 130), (1, 64), (40, 30)]
     cu = [torch.tensor([0, *x], device=DEVICE, dtype=torch.int32).cumsum(0).int() for x in zip(*lengths, strict=True)]
-    every = packed(*cu, queries=106, keys=224, most_queries=65, most_keys=130, causal=True)
+    every = packed(*cu, queries=106, keys=224, max_queries=65, max_keys=130, causal=True)
     q, k = draw(1, 4, 106, 64), draw(1, 2, 224, 64)
-    packed_k = quantise_kv(k, k, every, low="nvfp4", form="wide", sink=True)
-    levels = Fit(keys=powers(3, 2, 64)) if low else NO_LEVELS
-    found = quantise_q(q, every, low=low, form="wide", levels=levels, centres=packed_k.centres).sink
+    packed_k = quantise_kv(k, k, layout=every, numerics=options(low="nvfp4", form="wide", sink=True))
+    statistics = Fit(None, powers(3, 2, 64)) if low else NO_STATISTICS
+    found = quantise_q(
+        q,
+        layout=every,
+        numerics=options(low=low, form="wide", sink=True),
+        statistics=statistics,
+        k_block_mean=packed_k.k_block_mean,
+    ).sink_logits
     for b, (queries, keys) in enumerate(lengths):
         q0, k0, row = (int(every.spans[b, i]) for i in (0, 2, 4))
         hidden, at = max(0, queries - keys), row * BLOCK + (keys - queries) % BLOCK
@@ -197,14 +225,16 @@ def test_logits_of_the_first_token(low: str | None) -> None:
         got = found[0, :, at + hidden : at + queries]
         torch.testing.assert_close(got, want[:, hidden:], rtol=1e-5, atol=1e-3)
         mean = mean_of_others(k[0, :, k0 : k0 + keys])
-        torch.testing.assert_close(packed_k.others[b], mean, rtol=1e-3, atol=1e-6)
+        torch.testing.assert_close(packed_k.block0_mean[b], mean, rtol=1e-3, atol=1e-6)
 
 
 @pytest.mark.parametrize("rest", ["nested", "nested8"])
 def test_residual_planes(rest: str) -> None:
     torch.manual_seed(1)
     k, v = draw(1, 2, 70, 64), draw(1, 2, 70, 64)
-    got = quantise_kv(k, v, dense(1, 70, 70, True, DEV), low="nvfp4", form="wide", rest=rest, centred=False)
+    got = quantise_kv(
+        k, v, layout=dense(1, 70, 70, True, DEV), numerics=options(low="nvfp4", form="wide", rest=rest, centred=False)
+    )
     check_kv(got, k, v, "nvfp4", "wide", centred=False, best=True, rest=rest)
 
 
@@ -212,13 +242,13 @@ def test_faults_stay_visible() -> None:
     torch.manual_seed(2)
     k, v = draw(1, 1, 64, 64), draw(1, 1, 64, 64)
     k[0, 0, 3, 20], v[0, 0, 40, 7] = torch.nan, torch.inf
-    sequences = dense(1, 64, 64, True, DEV)
-    got = quantise_kv(k, v, sequences, low="nvfp4", form="wide", centred=False)
+    layout = dense(1, 64, 64, True, DEV)
+    got = quantise_kv(k, v, layout=layout, numerics=options(low="nvfp4", form="wide", centred=False))
     assert got.k[0, 0, 3, 16:32].isnan().all()
     assert int(got.k.isnan().sum()) == 16
     assert got.v[0, 0, 32:48, 7].isnan().all()
     assert int(got.v.isnan().sum()) == 16
-    got = quantise_kv(k, v, sequences, low="fp8", form="native", centred=False)
+    got = quantise_kv(k, v, layout=layout, numerics=options(low="fp8", form="native", centred=False))
     assert got.k_scale.isnan().all()
     assert got.v_scale.isnan().all()
 
@@ -230,8 +260,8 @@ def test_faults_stay_visible() -> None:
 def test_queries_equal_the_reference(low: str, form: str, queries: int, keys: int) -> None:
     torch.manual_seed(queries)
     q, fmt = draw(2, 3, queries, 64), FORMATS[low]
-    sequences = dense(2, queries, keys, True, DEV)
-    got = quantise_q(q, sequences, low=low, form=form)
+    layout = dense(2, queries, keys, True, DEV)
+    got = quantise_q(q, layout=layout, numerics=options(low=low, form=form))
     lead = (keys - queries) % BLOCK
     rows = padded_blocks(torch.nn.functional.pad(q.float(), (0, 0, lead, 0)))
     seen = torch.zeros(rows.shape[-2], dtype=torch.bool, device=DEVICE)
@@ -259,39 +289,43 @@ def test_sequences_end_to_end_and_padded() -> None:
     lengths = [(65, 130), (1, 64), (40, 30)]
     q, k, v = (draw(1, 200, 2, 64).transpose(1, 2) for _ in range(3))
     cu = [torch.tensor([0, *x], device=DEVICE, dtype=torch.int32).cumsum(0).int() for x in zip(*lengths, strict=True)]
-    every = packed(*cu, queries=106, keys=224, most_queries=65, most_keys=130, causal=True)
+    every = packed(*cu, queries=106, keys=224, max_queries=65, max_keys=130, causal=True)
     k, v = (torch.cat([x, x[:, :, :24]], 2).transpose(1, 2).contiguous().transpose(1, 2) for x in (k, v))
-    kv = quantise_kv(k, v, every, low="fp8", form="native")
-    qp = quantise_q(q[:, :, :106], every, low="fp8", form="native")
+    kv = quantise_kv(k, v, layout=every, numerics=options(low="fp8", form="native"))
+    qp = quantise_q(q[:, :, :106], layout=every, numerics=options(low="fp8", form="native"))
     for b, (queries, keys) in enumerate(lengths):
         q0, k0, row, block = (int(every.spans[b, i]) for i in (0, 2, 4, 5))
         alone = dense(1, queries, keys, True, DEV)
-        one = quantise_kv(k[:, :, k0 : k0 + keys], v[:, :, k0 : k0 + keys], alone, low="fp8", form="native")
+        one = quantise_kv(
+            k[:, :, k0 : k0 + keys], v[:, :, k0 : k0 + keys], layout=alone, numerics=options(low="fp8", form="native")
+        )
         n = alone.blocks
-        assert torch.equal(kv.centres[:, :, block : block + n], one.centres)
+        assert torch.equal(kv.k_block_mean[:, :, block : block + n], one.k_block_mean)
         assert torch.equal(kv.k_scale[:, :, block : block + n], one.k_scale)
         tokens = slice(block * BLOCK, (block + n) * BLOCK)
         assert torch.equal(kv.k.view(torch.uint8)[:, :, tokens], one.k.view(torch.uint8))
         assert torch.equal(kv.v.view(torch.uint8)[..., tokens], one.v.view(torch.uint8))
-        mine = quantise_q(q[:, :, q0 : q0 + queries], alone, low="fp8", form="native")
+        mine = quantise_q(q[:, :, q0 : q0 + queries], layout=alone, numerics=options(low="fp8", form="native"))
         assert torch.equal(qp.means[:, :, row : row + alone.rows], mine.means)
         assert torch.equal(qp.q_scale[:, :, row : row + alone.rows], mine.q_scale)
     ragged = padded(65, 130, True, torch.tensor([130, 7], device=DEVICE))
     assert ragged.spans.tolist() == [[0, 65, 0, 130, 0, 0], [0, 65, 0, 7, 0, 0]]
-    both = quantise_q(torch.cat([q[:, :, :65]] * 2), ragged, low="fp8", form="wide")
-    alone = quantise_q(q[:, :, :65], dense(1, 65, 7, True, DEV), low="fp8", form="wide")
+    both = quantise_q(torch.cat([q[:, :, :65]] * 2), layout=ragged, numerics=options(low="fp8", form="wide"))
+    alone = quantise_q(q[:, :, :65], layout=dense(1, 65, 7, True, DEV), numerics=options(low="fp8", form="wide"))
     rows = alone.means.shape[2]
     assert torch.equal(both.means[1:, :, :rows], alone.means)
 
 
 def test_errors() -> None:
     k = draw(1, 1, 64, 80)
-    sequences = dense(1, 64, 64, True, DEV)
+    layout = dense(1, 64, 64, True, DEV)
     with pytest.raises(ValueError, match="multiple of 32"):
-        quantise_kv(k, k, sequences, low="mxfp4", form="wide")
+        quantise_kv(k, k, layout=layout, numerics=options(low="mxfp4", form="wide"))
     with pytest.raises(NotImplementedError, match="nested"):
-        quantise_kv(k, k, sequences, low="nvfp4", form="native", rest="nested")
-    with pytest.raises(ValueError, match="powers of two"):
-        quantise_kv(k, k, sequences, low="nvfp4", form="wide", levels=Fit(keys=powers(1, 1, 80)))
+        quantise_kv(k, k, layout=layout, numerics=options(low="nvfp4", form="native", rest="nested"))
+    with pytest.raises(ValueError, match="scales of V"):
+        quantise_kv(
+            k, k, layout=layout, numerics=options(low="nvfp4", form="wide"), statistics=Fit(None, powers(1, 1, 80))
+        )
     with pytest.raises(ValueError, match="form"):
-        quantise_q(k, sequences, low="nvfp4", form="packed")
+        quantise_q(k, layout=layout, numerics=options(low="nvfp4", form="packed"))

@@ -6,19 +6,22 @@ import pytest
 import torch
 
 from support.device import DEVICE
-from thrift_attn.config import BLOCK, Budget, fraction, paper, top_k
+from thrift_attn.config import BLOCK, Budget, ThriftConfig, fraction, paper, top_k
+from thrift_attn.numerics import PrefillNumerics
+from thrift_attn.prefill.bundles import BlockPlan
+from thrift_attn.prefill.pack import PackedKV
 from thrift_attn.prefill.select import (
     MAX_BLOCKS,
     budget_rows,
-    capacity,
-    select_decode,
+    list_capacity,
+    plan_blocks,
     select_rows,
+    select_shared,
     visible_blocks,
-    wanted_blocks,
 )
 from thrift_attn.reference.attention import Mask
 from thrift_attn.reference.budget import blocks_per_row, promote
-from thrift_attn.seq_layout import dense, packed, padded
+from thrift_attn.seq_layout import SeqLayout, dense, packed, padded
 
 DEV = torch.device(DEVICE)
 
@@ -61,13 +64,18 @@ def test_budget_of_many_sequences(budget: Budget) -> None:
     for one, seen, (_, tokens) in zip(got, visible, lengths, strict=True):
         want = blocks_per_row(budget, seen, -(-tokens // BLOCK))
         assert one.tolist() == want.tolist()
-        assert int(want.max()) <= capacity(budget, -(-tokens // BLOCK))
+        assert int(want.max()) <= list_capacity(budget, -(-tokens // BLOCK))
 
 
-def centres_and_means(parts: int, heads: int, kv_heads: int, rows: int, blocks: int, dim: int):
-    means = torch.randn(parts, heads, rows, dim, device=DEVICE)
-    centres = torch.randn(parts, kv_heads, blocks, dim, device=DEVICE).half()
-    return means, centres
+def means_of_q_and_k(
+    parts: int, heads: int, kv_heads: int, layout: SeqLayout, dim: int
+) -> tuple[torch.Tensor, PackedKV]:
+    means = torch.randn(parts, heads, layout.rows, dim, device=DEVICE)
+    return means, PackedKV(torch.randn(parts, kv_heads, layout.blocks, dim, device=DEVICE).half())
+
+
+def plan(budget: Budget, layout: SeqLayout, **options) -> BlockPlan:
+    return plan_blocks(PrefillNumerics.resolve(ThriftConfig(budget=budget)), layout, **options)
 
 
 def check(chosen, counts, scores, visible, wanted, first: int, last: int) -> None:
@@ -97,15 +105,17 @@ def check(chosen, counts, scores, visible, wanted, first: int, last: int) -> Non
 def test_choice_equals_the_reference(shape, first: int, last: int, budget: Budget) -> None:
     queries, keys, causal, window = shape
     torch.manual_seed(queries)
-    sequences = dense(2, queries, keys, causal, DEV)
-    means, centres = centres_and_means(2, 4, 2, sequences.rows, sequences.blocks, 40)
-    wanted = wanted_blocks(budget, sequences, window=window)
-    most = capacity(budget, sequences.blocks)
-    chosen, counts = select_rows(means, centres, sequences, wanted, most, first=first, last=last, window=window)
+    layout = dense(2, queries, keys, causal, DEV)
+    means, packed_k = means_of_q_and_k(2, 4, 2, layout, 40)
+    planned = plan(budget, layout, window=window)
+    wanted = planned.wanted
+    chosen, counts = select_rows(
+        means, packed_k, layout=layout, plan=planned, force_first=first, force_last=last, window=window
+    )
     visible = seen_blocks(queries, keys, causal, window).to(DEVICE)
-    assert torch.equal(wanted[0].long(), blocks_per_row(budget, visible.sum(-1).cpu(), sequences.blocks).to(DEVICE))
+    assert torch.equal(wanted[0].long(), blocks_per_row(budget, visible.sum(-1).cpu(), layout.blocks).to(DEVICE))
     for b in range(2):
-        scores = means[b] @ centres[b].float().repeat_interleave(2, 0).mT
+        scores = means[b] @ packed_k.k_block_mean[b].float().repeat_interleave(2, 0).mT
         check(chosen[b], counts[b], scores, visible, wanted[0].long(), first, last)
 
 
@@ -114,36 +124,37 @@ def test_the_first_block_is_scored_by_another_mean() -> None:
     torch.manual_seed(7)
     lengths = [(65, 530), (140, 300)]
     cu = [torch.tensor([0, *x], device=DEVICE, dtype=torch.int32).cumsum(0).int() for x in zip(*lengths, strict=True)]
-    every = packed(*cu, queries=205, keys=830, most_queries=140, most_keys=530, causal=True)
-    means, centres = centres_and_means(1, 4, 2, every.rows, every.blocks, 40)
-    others = torch.randn(2, 2, 40, device=DEVICE).half()
-    chosen, counts = select_rows(means, centres, every, wanted_blocks(top_k(3), every), 3, others=others)
+    every = packed(*cu, queries=205, keys=830, max_queries=140, max_keys=530, causal=True)
+    means, packed_k = means_of_q_and_k(1, 4, 2, every, 40)
+    packed_k = packed_k._replace(block0_mean=torch.randn(2, 2, 40, device=DEVICE).half())
+    chosen, counts = select_rows(means, packed_k, layout=every, plan=plan(top_k(3), every))
     for b, (queries, keys) in enumerate(lengths):
         visible = seen_blocks(queries, keys, True, None).to(DEVICE)
         rows, blocks = visible.shape
         r, n = (slice(int(every.spans[b, i]), int(every.spans[b, i]) + size) for i, size in ((4, rows), (5, blocks)))
-        own = centres[0, :, n].float()
-        own[:, 0] = others[b].float()
+        own = packed_k.k_block_mean[0, :, n].float()
+        own[:, 0] = packed_k.block0_mean[b].float()
         scores = means[0, :, r] @ own.repeat_interleave(2, 0).mT
         check(chosen[0, :, r], counts[0, :, r], scores, visible, visible.sum(-1).clamp(max=3), 0, 0)
-    sequences = dense(2, 3, 700, True, DEV)
+    layout = dense(2, 3, 700, True, DEV)
     q, centres = torch.randn(2, 4, 3, 40, device=DEVICE).half(), torch.randn(2, 2, 11, 40, device=DEVICE).half()
     centres[:, :, 0], others = -100 * q[:, ::2, 0], q[:, ::2, 0]
+    planned = plan(top_k(1), layout, shared=True)
     for favoured in (others, -others):
-        chosen, _ = select_decode(
-            q, centres, sequences, wanted_blocks(top_k(1), sequences, decode=True), 1, others=100 * favoured
-        )
+        chosen, _ = select_shared(q, PackedKV(centres, block0_mean=100 * favoured), layout=layout, plan=planned)
         assert (chosen == 0).all()
 
 
 def test_ties_go_to_the_lower_index() -> None:
-    sequences = dense(1, 64, 64 * 37, True, DEV)
-    means = torch.ones(1, 1, sequences.rows, 16, device=DEVICE)
+    layout = dense(1, 64, 64 * 37, True, DEV)
+    means = torch.ones(1, 1, layout.rows, 16, device=DEVICE)
     centres = torch.zeros(1, 1, 37, 16, device=DEVICE).half()
     centres[0, 0, 5:20] = 1
     centres[0, 0, 30] = 2
-    wanted = torch.full((1, sequences.rows), 6, dtype=torch.int32, device=DEVICE)
-    chosen, counts = select_rows(means, centres, sequences, wanted, 8, first=1, last=1)
+    wanted = torch.full((1, layout.rows), 6, dtype=torch.int32, device=DEVICE)
+    chosen, counts = select_rows(
+        means, PackedKV(centres), layout=layout, plan=BlockPlan(wanted, 8, False), force_first=1, force_last=1
+    )
     assert counts.flatten().tolist() == [6]
     assert chosen[0, 0, 0, :6].tolist() == [0, 5, 6, 7, 30, 36]
 
@@ -153,20 +164,18 @@ def test_sequences_end_to_end_and_padded() -> None:
     torch.manual_seed(5)
     lengths, budget = [(65, 530), (1, 64), (140, 300)], fraction(0.5)
     cu = [torch.tensor([0, *x], device=DEVICE, dtype=torch.int32).cumsum(0).int() for x in zip(*lengths, strict=True)]
-    every = packed(*cu, queries=206, keys=894, most_queries=140, most_keys=530, causal=True)
-    means, centres = centres_and_means(1, 2, 1, every.rows, every.blocks, 16)
-    most = capacity(budget, every.most_blocks)
-    chosen, counts = select_rows(means, centres, every, wanted_blocks(budget, every), most, first=1, last=1)
+    every = packed(*cu, queries=206, keys=894, max_queries=140, max_keys=530, causal=True)
+    means, packed_k = means_of_q_and_k(1, 2, 1, every, 16)
+    force = {"force_first": 1, "force_last": 1}
+    chosen, counts = select_rows(means, packed_k, layout=every, plan=plan(budget, every), **force)
     for b, (queries, keys) in enumerate(lengths):
         alone = dense(1, queries, keys, True, DEV)
         r, n = (
             slice(int(every.spans[b, i]), int(every.spans[b, i]) + size)
             for i, size in ((4, alone.rows), (5, alone.blocks))
         )
-        want, size = select_rows(
-            means[:, :, r].contiguous(), centres[:, :, n].contiguous(), alone, wanted_blocks(budget, alone), most,
-            first=1, last=1,
-        )  # fmt: skip
+        own = PackedKV(packed_k.k_block_mean[:, :, n].contiguous())
+        want, size = select_rows(means[:, :, r].contiguous(), own, layout=alone, plan=plan(budget, alone), **force)
         assert torch.equal(counts[:, :, r], size)
         for h in range(2):
             for i in range(alone.rows):
@@ -177,11 +186,13 @@ def test_sequences_end_to_end_and_padded() -> None:
 @pytest.mark.parametrize(("queries", "window"), [(1, None), (16, 200)])
 def test_decode_has_one_list_per_kv_head(queries: int, window: int | None) -> None:
     torch.manual_seed(6)
-    sequences = padded(queries, 700, True, torch.tensor([700, 129], device=DEVICE))
+    layout = padded(queries, 700, True, torch.tensor([700, 129], device=DEVICE))
     q = torch.randn(2, 4, queries, 32, device=DEVICE).half()
-    centres = torch.randn(2, 2, sequences.blocks, 32, device=DEVICE).half()
-    most = wanted_blocks(top_k(4), sequences, window=window, decode=True)
-    chosen, counts = select_decode(q, centres, sequences, most, 4, first=1, last=1, window=window)
+    centres = torch.randn(2, 2, layout.blocks, 32, device=DEVICE).half()
+    planned = plan(top_k(4), layout, window=window, shared=True)
+    chosen, counts = select_shared(
+        q, PackedKV(centres), layout=layout, plan=planned, force_first=1, force_last=1, window=window
+    )
     for b, keys in enumerate((700, 129)):
         n = -(-keys // BLOCK)
         visible = seen_blocks(queries, keys, True, window).any(0)
@@ -190,13 +201,17 @@ def test_decode_has_one_list_per_kv_head(queries: int, window: int | None) -> No
         scores = logits.unflatten(0, (2, 2)).flatten(1, 2).amax(1, keepdim=True)
         want = promote(scores, visible.to(DEVICE)[None], wanted[None].to(DEVICE), first=1, last=1)
         for h in range(4):
-            assert counts[b, h].tolist() == [int(wanted)] * sequences.rows
-            for row in chosen[b, h]:
-                assert row[: int(wanted)].tolist() == want[h // 2, 0].nonzero()[:, 0].tolist()
+            base = (keys - queries) // BLOCK
+            for r, row in enumerate(
+                chosen[b, h]
+            ):  # the kernel walks a row from the first block that its window may reach
+                start = max(0, (base + r) * BLOCK + 1 - window) // BLOCK if window else 0
+                listed = [n for n in want[h // 2, 0].nonzero()[:, 0].tolist() if n >= start]
+                assert row[: int(counts[b, h, r])].tolist() == listed
 
 
 def test_too_many_blocks() -> None:
-    sequences = dense(1, 64, (MAX_BLOCKS + 1) * BLOCK, True, DEV)
-    means, centres = centres_and_means(1, 1, 1, sequences.rows, 1, 16)
+    layout = dense(1, 64, (MAX_BLOCKS + 1) * BLOCK, True, DEV)
+    means, packed_k = torch.zeros(1, 1, 1, 16), PackedKV(torch.zeros(1, 1, 1, 16))
     with pytest.raises(NotImplementedError, match="16384"):
-        select_rows(means, centres, sequences, torch.zeros(1, 1, dtype=torch.int32), 1)
+        select_rows(means, packed_k, layout=layout, plan=BlockPlan(torch.zeros(1, 1, dtype=torch.int32), 1, False))

@@ -12,6 +12,8 @@ from torch import Tensor
 
 from thrift_attn.config import BLOCK, ThriftConfig, fraction, top_k
 from thrift_attn.dispatch import interpreted
+from thrift_attn.prefill.bundles import BlockLists, LogitRules, PrefillOutput, PrefillTensors
+from thrift_attn.prefill.pack import PackedKV, PackedQ
 from thrift_attn.reference import attention as reference
 from thrift_attn.reference.attention import Mask, Planes, _Sequence, build_planes
 from thrift_attn.reference.formats import FORMATS, Format
@@ -89,10 +91,17 @@ def run(q, k, v, promoted, *, causal=True, centred=True, sink=True, scale=None, 
     p = pack(q, k, v, causal=causal, centred=centred, sink=sink)
     chosen, counts = lists(promoted)
     out, lse = torch.full_like(q, torch.nan), torch.full(q.shape[:3], torch.nan, device=q.device)
+    mean = k.new_empty(0) if p.centres is None else p.centres
     attend_fp8(
-        q, k, v, p.q8, p.q_scale, p.k8, p.k_scale, p.v8, p.v_scale, p.centres, chosen, counts, out, lse,
-        scale=scale or q.shape[-1] ** -0.5, causal=causal, window=window, softcap=softcap, sink=p.sink,
-    )  # fmt: skip
+        PrefillTensors(q, k, v),
+        packed_q=PackedQ(q.new_empty(0), p.q8, p.q_scale, p.sink),
+        packed_kv=PackedKV(mean, p.k8, p.k_scale, p.v8, p.v_scale),
+        lists=BlockLists(chosen, counts),
+        rules=LogitRules(scale or q.shape[-1] ** -0.5, window, softcap),
+        into=PrefillOutput(out, lse, lse.new_empty(0)),
+        causal=causal,
+        centred=centred,
+    )
     return out, lse
 
 

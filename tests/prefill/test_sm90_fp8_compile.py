@@ -11,6 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from thrift_attn.prefill.bundles import LogitRules, PrefillOutput, PrefillTensors
+from thrift_attn.prefill.pack import PackedKV, PackedQ
 from thrift_attn.prefill.sm90_fp8 import launch as hopper_launch
 from thrift_attn.prefill.sm90_fp8.launch import attend_fp8, why_not
 
@@ -90,7 +92,14 @@ def test_refuses_what_it_cannot_serve(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(hopper_launch, "KNOWN_GLUON", True)
     x = torch.zeros(1, 2, 128, 128, dtype=torch.bfloat16)
     with pytest.raises(NotImplementedError, match="CUDA device"):
-        attend_fp8(x, x, x, None, None, None, None, None, None, None, None, None, x, x[..., 0].float(), scale=1.0)
+        attend_fp8(
+            PrefillTensors(x, x, x),
+            packed_q=PackedQ(x),
+            packed_kv=PackedKV(x),
+            lists=None,
+            rules=LogitRules(1.0),
+            into=PrefillOutput(x, x[..., 0].float(), x),
+        )
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
 
     class Cuda(torch.Tensor):

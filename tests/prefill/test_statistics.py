@@ -8,10 +8,12 @@ from torch import Tensor
 
 from support.device import DEVICE
 from thrift_attn.config import DECODE_ROWS, ThriftConfig
-from thrift_attn.prefill.statistics import NO_LEVELS, measure
+from thrift_attn.numerics import PrefillNumerics
+from thrift_attn.prefill.bundles import KernelNumerics, PrefillTensors
+from thrift_attn.prefill.statistics import NO_STATISTICS, measure
 from thrift_attn.reference import channel_scales as fitting
 from thrift_attn.reference.channel_scales import Fit, fit
-from thrift_attn.seq_layout import Sequences, dense, packed, padded
+from thrift_attn.seq_layout import SeqLayout, dense, packed, padded
 
 DTYPE = torch.float16
 DEV = torch.device(DEVICE)
@@ -23,12 +25,9 @@ def draw(batch: int, heads: int, tokens: int, dim: int) -> Tensor:
     return (x + torch.randn(heads, 1, dim, device=DEVICE)).to(DTYPE)
 
 
-def found_by(q: Tensor, k: Tensor, v: Tensor, sequences: Sequences, config: ThriftConfig) -> Fit:
-    return measure(
-        q, k, v, sequences, centred=config.centred,
-        less_mean=config.four_bit_queries and config.center == "all", balanced=config.balanced,
-        of_values=config.base_format == "nvfp4",
-    )  # fmt: skip
+def found_by(q: Tensor, k: Tensor, v: Tensor, layout: SeqLayout, config: ThriftConfig) -> Fit:
+    numerics = KernelNumerics.of(PrefillNumerics.resolve(config), "wide")
+    return measure(PrefillTensors(q, k, v), layout=layout, numerics=numerics)
 
 
 def check(found: Fit, row: int, q: Tensor, k: Tensor, v: Tensor, config: ThriftConfig) -> None:
@@ -83,7 +82,7 @@ def test_every_sequence_has_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
     lengths = [(65, 130), (10, 64), (0, 5), (40, 30)]
     q, k, v = (draw(1, 115 if heads == 4 else 229, heads, 64).transpose(1, 2) for heads in (4, 2, 2))
     cu = [torch.tensor([0, *x], device=DEVICE).cumsum(0).int() for x in zip(*lengths, strict=True)]
-    every = packed(*cu, queries=115, keys=229, most_queries=65, most_keys=130, causal=True)
+    every = packed(*cu, queries=115, keys=229, max_queries=65, max_keys=130, causal=True)
     found = found_by(q, k, v, every, config)
     for b, (queries, keys) in enumerate(lengths):
         end, k_end = int(cu[0][b + 1]), int(cu[1][b + 1])
@@ -114,11 +113,11 @@ def test_powers_are_finite_and_positive_whatever_comes(value: float) -> None:
 def test_only_what_is_wanted() -> None:
     q = draw(1, 2, 20, 64)
     sequences = dense(1, 20, 20, True, DEV)
-    assert found_by(q, q, q, sequences, ThriftConfig(base_format="fp8", smooth="channel")) == NO_LEVELS
+    assert found_by(q, q, q, sequences, ThriftConfig(base_format="fp8", smooth="channel")) == NO_STATISTICS
     mean_alone = found_by(q, q, q, sequences, ThriftConfig(smooth="none"))
     assert mean_alone[1:] == (None, None)
     check(mean_alone, 0, q[0], q[0], q[0], ThriftConfig(smooth="none"))
     few = q[:, :, :DECODE_ROWS].contiguous()
-    mean = found_by(few, few, few, dense(1, DECODE_ROWS, DECODE_ROWS, True, DEV), ThriftConfig()).mean
+    mean = found_by(few, few, few, dense(1, DECODE_ROWS, DECODE_ROWS, True, DEV), ThriftConfig())[0]
     assert mean is not None
     assert not mean.any()

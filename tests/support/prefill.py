@@ -11,13 +11,15 @@ from torch import Tensor
 
 from support.device import DEVICE
 from thrift_attn.config import ThriftConfig
+from thrift_attn.numerics import PrefillNumerics
+from thrift_attn.prefill.bundles import KernelNumerics, PrefillTensors
 from thrift_attn.prefill.ops import prefill
 from thrift_attn.prefill.pack import quantise_kv
 from thrift_attn.prefill.statistics import measure
 from thrift_attn.reference import attention as reference
 from thrift_attn.reference.attention import Mask
 from thrift_attn.reference.formats import FORMATS
-from thrift_attn.seq_layout import Sequences, dense
+from thrift_attn.seq_layout import SeqLayout, dense
 
 DTYPE = torch.float16
 EPS = 2.0**-11
@@ -33,28 +35,22 @@ def draw(batch: int, heads: tuple[int, int], queries: int, keys: int, dim: int) 
     return q.to(DEVICE, DTYPE), k.to(DEVICE, DTYPE), v.to(DEVICE, DTYPE)
 
 
-def written(k: Tensor, v: Tensor, sequences: Sequences, config: ThriftConfig) -> dict[str, Tensor]:
+def written(k: Tensor, v: Tensor, layout: SeqLayout, config: ThriftConfig) -> dict[str, Tensor]:
     """Planes of 4-bit formats [B, ...] as the kernels write them, decoded, on the CPU.
 
     test_quantise.py and test_levels.py check them. Where two scales are equally good, or a power of two lies halfway, the order
     of a sum decides, which differs on a GPU.
     """
-    rest = None if config.promoted_storage == "16bit" else config.promoted_storage
-    levels = measure(
-        k, k, v, sequences, centred=config.centred, less_mean=False, balanced=config.balanced,
-        of_values=config.base_format == "nvfp4",
-    )  # fmt: skip
-    best = config.scales == "best"
-    packed = quantise_kv(
-        k, v, sequences, low=config.base_format, form="wide", rest=rest, centred=config.centred,
-        sink=config.exact_sink, best=best,
-        levels=levels,
-    )  # fmt: skip
-    found = {"low_k": packed.k, "low_v": packed.v, "centres": packed.centres, "stretch": levels.keys}
+    numerics = PrefillNumerics.resolve(config)
+    options = replace(KernelNumerics.of(numerics, "wide"), subtract_query_mean=False)
+    statistics = measure(PrefillTensors(k, k, v), layout=layout, numerics=options)
+    packed = quantise_kv(k, v, layout=layout, numerics=options, statistics=statistics)
+    rest = numerics.residual
+    found = {"low_k": packed.k, "low_v": packed.v, "centres": packed.k_block_mean, "stretch": statistics[1]}
     if rest is not None:
-        mean = packed.centres.float().repeat_interleave(64, 2) if config.centred else 0
-        found |= {"high_k": mean + packed.k.float() + packed.k_rest.float()}
-        found |= {"high_v": packed.v.float() + packed.v_rest.float()}
+        mean = packed.k_block_mean.float().repeat_interleave(64, 2) if config.centred else 0
+        found |= {"high_k": mean + packed.k.float() + packed.k_residual.float()}
+        found |= {"high_v": packed.v.float() + packed.v_residual.float()}
         if config.exact_sink:
             found["high_v"][:, :, 0] = v[:, :, 0]
     return {name: x.float().cpu() for name, x in found.items() if x is not None}
@@ -117,13 +113,13 @@ def budget_of(config: ThriftConfig) -> float:
 
 def check(q, k, v, config: ThriftConfig, form="wide", *, causal=True, window=None, softcap=None) -> None:
     """A batch through the operator, against every sequence by itself."""
-    sequences = dense(len(q), q.shape[2], k.shape[2], causal, q.device)
+    layout = dense(len(q), q.shape[2], k.shape[2], causal, q.device)
     out, lse, counts, share = prefill(
-        q, k, v, sequences, config, form, scale=q.shape[-1] ** -0.5, window=window, softcap=softcap, mass=True
+        q, k, v, layout, config, form, scale=q.shape[-1] ** -0.5, window=window, softcap=softcap, high_fraction=True
     )
     assert out.dtype == q.dtype
     assert not out.isnan().any()
-    planes = written(k, v, sequences, config) if config.base_format in ("nvfp4", "mxfp4") else {}
+    planes = written(k, v, layout, config) if config.base_format in ("nvfp4", "mxfp4") else {}
     out, lse, counts, share = (x.cpu() for x in (out, lse, counts, share))
     # On a GPU PyTorch divides another way, and codes at the middle of a step differ.
     q, k, v = (x.cpu() for x in (q, k, v))

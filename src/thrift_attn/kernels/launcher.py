@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
+
+import torch
+from torch import Tensor
 
 MAX_GRID = 65535
 """Most programs along the second and the third axis of a grid; the first holds 2^31 - 1."""
@@ -25,3 +29,19 @@ def launch(kernel: Any, grid: tuple[int, ...], /, *args: Any, **meta: Any) -> No
         raise ValueError(f"{name} runs at most {MAX_GRID} heads and as many sequences, got a grid of {list(grid)}")
     if 0 not in grid:
         kernel[grid](*args, **meta)
+
+
+def on_device_of(x: Tensor) -> AbstractContextManager[Any]:
+    """Return a context in which kernels start on the GPU that ``x`` lies on; nothing changes for a tensor of the CPU.
+
+    Triton starts a kernel on the *current* device and its stream, wherever the tensors are. Every entry point that starts
+    kernels needs this context once.
+    """
+    return torch.cuda.device(x.device) if x.is_cuda else nullcontext()
+
+
+def check_rows(**tensors: Tensor) -> None:
+    """Raise ValueError unless the last dimension of each tensor is contiguous, as kernels take for granted."""
+    for name, x in tensors.items():
+        if x.stride(-1) != 1 and x.shape[-1] > 1:
+            raise ValueError(f"{name} must be contiguous in its last dimension, got strides {list(x.stride())}")

@@ -10,11 +10,12 @@ from torch import Tensor
 
 from thrift_attn.config import BLOCK
 from thrift_attn.dispatch import Form, interpreted
-from thrift_attn.kernels.launcher import launch
+from thrift_attn.kernels.launcher import check_rows, launch
 from thrift_attn.kernels.online_softmax import LOG2E
 from thrift_attn.prefill.attend_kernel import attend_prefill_kernel
+from thrift_attn.prefill.bundles import BlockLists, KernelNumerics, LogitRules, PrefillOutput, PrefillTensors
 from thrift_attn.prefill.pack import PackedKV, PackedQ, casts_to_e4m3
-from thrift_attn.seq_layout import Sequences
+from thrift_attn.seq_layout import SeqLayout
 
 
 class Tuning(NamedTuple):
@@ -51,116 +52,90 @@ def tuning(dim: int, low: str, form: Form, capability: tuple[int, int]) -> Tunin
 
 
 def attend_prefill(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    packed_q: PackedQ,
-    packed: PackedKV,
-    chosen: Tensor,
-    counts: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    sequences: Sequences,
+    tensors: PrefillTensors,
     *,
-    low: str,
-    form: Form,
-    quantised: bool,
-    centred: bool,
-    scale: float,
-    key_bias: Tensor | None = None,
-    values: Tensor | None = None,
-    rounded: bool = False,
-    window: int | None = None,
-    softcap: float | None = None,
-    mass: Tensor | None = None,
+    packed_q: PackedQ,
+    packed_kv: PackedKV,
+    lists: BlockLists,
+    layout: SeqLayout,
+    numerics: KernelNumerics,
+    rules: LogitRules,
+    into: PrefillOutput,
+    v_head_scale: Tensor | None = None,
     tuned: Tuning | None = None,
 ) -> None:
     """Attend to low-precision blocks and promoted ones.
 
     Args:
-        q: 16-bit ``[B, Hq, Tq, D]``, or ``[1, Hq, tokens, D]`` for sequences end to end; contiguous in D.
-        k: ``[B, Hkv, Tk, D]`` likewise.
-        v: likewise.
-        packed_q: Q in the low format when ``quantised``; with the logits of the first token, that one is attended exactly.
-        packed: K and V in the low format, then without the first token; with a residual plane, promoted blocks are read from
-            it and not from k and v.
-        chosen: lists of promoted blocks ``[P, Hq, R, K]``, ascending.
-        counts: their lengths ``[P, Hq, R]``.
-        out: the shape of ``q``, contiguous in D, written.
-        lse: float32 ``[B, Hq, Tq]``, natural logarithm, contiguous in its last dimension, written.
-        sequences: how they lie.
-        low: ``"nvfp4"``, ``"mxfp4"``, ``"fp8"`` or ``"drop"``.
-        form: of the packed data.
-        quantised: whether Q and P are quantised (``math="fp4"``).
-        centred: whether packed K is K - c_b.
-        scale: factor of the logits.
-        key_bias: bfloat16 ``[P, Hq, N, 3, 64]`` of `quantise_kv`, when packed Q lacks the mean query; else None.
-        values: float32 ``[B, Hkv]``, the powers of two of V that data were packed with, see
-        `thrift_attn.prefill.statistics`. Those
-            of Q and K cancel out, and wide data lack them already.
-        rounded: divide by the sum of P after rounding (4-bit formats, ``quantised``).
-        window: sliding window in tokens.
-        softcap: bound of the logits.
-        mass: float32, the shape and strides of ``lse``: written with each row's share of the high path.
+        tensors: of the call.
+        packed_q: Q in the base format if ``numerics.quantise_qp``; with logits of the first token, that one is attended
+            exactly. With a ``key_bias`` of K, Q lacks its mean.
+        packed_kv: K and V in the base format, then without the first token; with a residual plane, promoted blocks are read
+            from it and not from the 16-bit K and V.
+        lists: the promoted blocks.
+        layout: how the sequences lie.
+        numerics: what is computed.
+        rules: scale, window and softcap.
+        into: where the results are written; the high fraction if there is room for it.
+        v_head_scale: float32 ``[B, Hkv]``, the powers of two that V was packed with, see `thrift_attn.prefill.statistics`;
+            they are taken out of native data here. Those of Q and K cancel out, and wide data lack them already.
         tuned: settings to use in place of `tuning`.
 
     Raises:
         NotImplementedError: native data without quantised Q.
+        ValueError: tensors that are not contiguous in their last dimension.
     """
-    if form == "native" and not quantised and low != "drop":
+    q, k, v = tensors
+    check_rows(q=q, k=k, v=v, out=into.out, lse=into.lse)
+    base, native = numerics.base_format, numerics.form == "native"
+    if native and not numerics.quantise_qp and base != "drop":
         raise NotImplementedError("native low-precision products need quantised Q and P, compute='fp4'")
     heads, dim = q.shape[1], q.shape[3]
-    rest = packed.k_rest is not None
     portable = interpreted()
-    capability = (0, 0) if portable else torch.cuda.get_device_capability(q.device)
-    tuned = tuned or tuning(dim, low, form, capability)
-    fill = packed.centres
+    tuned = tuned or tuning(
+        dim, base, numerics.form, (0, 0) if portable else torch.cuda.get_device_capability(q.device)
+    )
+    unused = packed_kv.k_block_mean
     width = triton.next_power_of_2(dim)
     columns = min(width, tuned.columns)
-    grid = (-(-sequences.most_rows // (tuned.rows // BLOCK)), heads * (width // columns), sequences.batch)
+    with_fraction = into.high_fraction.numel() > 0
     launch(
         attend_prefill_kernel,
-        grid,
-        q,
-        k,
-        v,
-        sequences.spans,
-        *(fill if x is None else x for x in (packed_q.q, packed_q.q_scale)),
-        *(fill if x is None else x for x in packed[1:-1]),
-        packed.centres,
-        *(fill if x is None else x for x in (key_bias, values)),
-        chosen,
-        counts,
-        out,
-        lse,
-        lse if mass is None else mass,
-        lse if packed_q.sink is None else packed_q.sink,
-        *(x.stride(i) for x in (q, k, v, out) for i in range(3)),
-        *lse.stride()[:2],
-        sequences.most_rows,
-        chosen.shape[2],
-        packed.centres.shape[2],
-        chosen.shape[3],
-        window or 0,
-        max(scale * LOG2E, 1e-30),  # above 0 in float32: hidden logits are -inf times this
+        (-(-layout.max_rows // (tuned.rows // BLOCK)), heads * (width // columns), layout.batch),
+        *(q, k, v, layout.spans),
+        *(unused if x is None else x for x in (packed_q.q, packed_q.q_scale)),
+        *(unused if x is None else x for x in packed_kv[1:7]),  # k, v, their scales and residuals
+        packed_kv.k_block_mean,
+        *(unused if x is None else x for x in (packed_kv.key_bias, v_head_scale)),
+        *lists,
+        *(into.out, into.lse, into.high_fraction if with_fraction else into.lse),
+        into.lse if packed_q.sink_logits is None else packed_q.sink_logits,
+        *(x.stride(i) for x in (q, k, v, into.out) for i in range(3)),
+        *into.lse.stride()[:2],
+        layout.max_rows,
+        lists.block_indices.shape[2],
+        packed_kv.k_block_mean.shape[2],
+        lists.block_indices.shape[3],
+        rules.window or 0,
+        max(rules.scale * LOG2E, 1e-30),  # above 0 in float32: hidden logits are -inf times this
         HQ=heads,
         HKV=k.shape[1],
         D=dim,
         DP=width,
-        CAUSAL=sequences.causal,
-        RAGGED=sequences.parts == 1,
-        WINDOW=window is not None,
-        CAP=softcap or 0.0,
-        LOW=low,
-        QUANT=quantised,
-        NATIVE=form == "native",
-        CENTRED=centred,
-        KEY_BIAS=key_bias is not None,
-        LEVELLED=values is not None and form == "native",
-        ROUNDED=rounded,
-        REST=rest,
-        MASS=mass is not None,
-        SINK=packed_q.sink is not None,
+        CAUSAL=layout.causal,
+        ONE_PART=layout.packed_batch == 1,
+        WINDOW=rules.window is not None,
+        CAP=rules.softcap or 0.0,
+        LOW=base,
+        QUANT=numerics.quantise_qp,
+        NATIVE=native,
+        CENTRED=numerics.centred,
+        KEY_BIAS=packed_kv.key_bias is not None,
+        LEVELLED=v_head_scale is not None and native,
+        ROUNDED=numerics.normalize_rounded,
+        REST=packed_kv.k_residual is not None,
+        MASS=with_fraction,
+        SINK=packed_q.sink_logits is not None,
         BM=tuned.rows,
         BN=tuned.tokens,
         COLUMNS=columns,

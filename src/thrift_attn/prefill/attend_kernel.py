@@ -16,6 +16,7 @@ import triton.language as tl
 
 from thrift_attn.kernels.online_softmax import P_MXFP4, P_NVFP4, capped, online, p_native, p_wide, visible
 from thrift_attn.kernels.rounding import round_e4m3
+from thrift_attn.kernels.spans import BLOCK_START, K_LEN, K_START, Q_LEN, Q_START, ROW_START, SPAN
 
 _LN2 = tl.constexpr(0.6931471805599453)
 
@@ -76,7 +77,7 @@ def attend_prefill_kernel(
     D: tl.constexpr,
     DP: tl.constexpr,  # D rounded up to a power of two
     CAUSAL: tl.constexpr,
-    RAGGED: tl.constexpr,
+    ONE_PART: tl.constexpr,
     WINDOW: tl.constexpr,
     CAP: tl.constexpr,
     LOW: tl.constexpr,  # format, or "drop"
@@ -103,17 +104,17 @@ def attend_prefill_kernel(
     b = tl.program_id(2)
     h = tl.program_id(1) // (DP // COLUMNS)
     r = (tl.num_programs(0) - 1 - tl.program_id(0)) * HALVES  # longest first
-    span = spans_ptr + b * 6
-    q_start, queries = tl.load(span), tl.load(span + 1)
-    k_start, keys = tl.load(span + 2), tl.load(span + 3)
-    row_start, block_start = tl.load(span + 4), tl.load(span + 5)
+    span = spans_ptr + b * SPAN
+    q_start, queries = tl.load(span + Q_START), tl.load(span + Q_LEN)
+    k_start, keys = tl.load(span + K_START), tl.load(span + K_LEN)
+    row_start, block_start = tl.load(span + ROW_START), tl.load(span + BLOCK_START)
     offset = keys - keys
     if CAUSAL:
         offset = keys - queries
     base = offset >> 6  # block of row 0, rounded down
     own = (offset - base * 64 + queries + 63) // 64  # rows of this sequence
     if r < own:
-        part = (b * (not RAGGED)).to(tl.int64)
+        part = (b * (not ONE_PART)).to(tl.int64)
         head = part * HQ + h
         kv_head = part * HKV + h // (HQ // HKV)
         position = (base + r) * 64 + tl.arange(0, BM)

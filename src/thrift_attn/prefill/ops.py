@@ -1,121 +1,127 @@
-"""Prefill on the device as one torch.library operator: quantise, select, attend. Traces, compiles and captures."""
+"""Prefill on the device as one torch.library operator: quantise, select, attend. Traces, compiles and captures.
+
+The operator's schema is flat. On both sides of it stand bundles (`thrift_attn.prefill.bundles`): `prefill` packs them, and
+`prefill_op` unpacks them and hands the results of each stage to the next.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from thrift_attn.config import BLOCK, DECODE_ROWS, ThriftConfig
 from thrift_attn.dispatch import Form
+from thrift_attn.kernels.launcher import on_device_of
+from thrift_attn.numerics import PrefillNumerics
 from thrift_attn.prefill.attend import attend_prefill
-from thrift_attn.prefill.pack import quantise_kv, quantise_q
-from thrift_attn.prefill.select import (
-    capacity,
-    select_decode,
-    select_rows,
-    visible_counts,
-    wanted_blocks,
+from thrift_attn.prefill.bundles import (
+    BlockLists,
+    BlockPlan,
+    KernelNumerics,
+    LogitRules,
+    PrefillOutput,
+    PrefillTensors,
 )
+from thrift_attn.prefill.pack import PackedKV, PackedQ, quantise_kv, quantise_q
+from thrift_attn.prefill.select import plan_blocks, select_rows, select_shared, visible_counts
 from thrift_attn.prefill.statistics import measure
 from thrift_attn.reference.budget import asked_share
-from thrift_attn.seq_layout import Sequences
+from thrift_attn.seq_layout import Q_LEN, SeqLayout
 from thrift_attn.stats import Stats
 
 
-@dataclass
-class Call:
-    """One call of the kernels, stage by stage; arguments as of `prefill_op`. Each stage needs those before it."""
+class Quantised(NamedTuple):
+    """What the first stage writes: packed K and V, packed Q, and the powers of two that V was packed with."""
 
-    q: Tensor
-    k: Tensor
-    v: Tensor
-    sequences: Sequences
-    wanted: Tensor
-    most: int
-    decode: bool
-    low: str
-    form: Form
-    quantised: bool
-    centred: bool
-    sink: bool
-    less_mean: bool
-    balanced: bool
-    rounded: bool
-    best: bool
-    rest: str | None
-    first: int
-    last: int
-    scale: float
-    window: int | None
-    softcap: float | None
-    mass: bool
+    kv: PackedKV
+    q: PackedQ
+    v_head_scale: Tensor | None
 
-    def __post_init__(self) -> None:
-        self.q, self.k, self.v = (x if x.stride(-1) == 1 else x.contiguous() for x in (self.q, self.k, self.v))
 
-    def quantise(self) -> None:
-        """Q, K and V to packed data; block means."""
-        self.levels = measure(
-            self.q, self.k, self.v, self.sequences, centred=self.centred, less_mean=self.less_mean,
-            balanced=self.balanced, of_values=self.low == "nvfp4",
+def quantise(tensors: PrefillTensors, layout: SeqLayout, numerics: KernelNumerics) -> Quantised:
+    """Measure the call, then quantise K and V, and Q."""
+    statistics = measure(tensors, layout=layout, numerics=numerics)
+    kv = quantise_kv(tensors.k, tensors.v, layout=layout, numerics=numerics, statistics=statistics)
+    q = quantise_q(tensors.q, layout=layout, numerics=numerics, statistics=statistics, k_block_mean=kv.k_block_mean)
+    return Quantised(kv, q, statistics[2])
+
+
+def select(
+    tensors: PrefillTensors,
+    packed: Quantised,
+    layout: SeqLayout,
+    numerics: KernelNumerics,
+    plan: BlockPlan,
+    window: int | None,
+) -> BlockLists:
+    """Choose the promoted blocks."""
+    force = {"force_first": numerics.force_first, "force_last": numerics.force_last}
+    if plan.shared:
+        return select_shared(tensors.q, packed.kv, layout=layout, plan=plan, window=window, **force)
+    return select_rows(packed.q.means, packed.kv, layout=layout, plan=plan, window=window, **force)
+
+
+def empty_output(q: Tensor, layout: SeqLayout, high_fraction: bool) -> PrefillOutput:
+    """Room for the results of a call. Of sequences end to end, queries that no sequence owns get 0 and LSE -inf."""
+    out = torch.zeros_like(q) if layout.end_to_end else torch.empty_like(q)
+    lse = torch.empty(q.shape[:3], dtype=torch.float32, device=q.device)
+    if layout.end_to_end:
+        lse.fill_(-torch.inf)
+    fraction = torch.zeros_like(lse) if layout.end_to_end else torch.empty_like(lse)
+    return PrefillOutput(out, lse, fraction if high_fraction else lse.new_empty(0))
+
+
+def on_sm90_fp8(
+    tensors: PrefillTensors,
+    layout: SeqLayout,
+    numerics: KernelNumerics,
+    plan: BlockPlan,
+    rules: LogitRules,
+    *,
+    stats: bool,
+) -> bool:
+    """Return whether the kernel written for FP8 on sm_90 serves the call; it does not tell the paths' shares apart."""
+    served = numerics.form == "native" and numerics.base_format == "fp8" and numerics.quantise_qp
+    served = served and numerics.residual is None and not plan.shared and layout.lengths is not None and not stats
+    if not served or torch.cuda.get_device_capability(tensors.q.device)[0] != 9:
+        return False
+    from thrift_attn.prefill.sm90_fp8.launch import why_not  # Gluon, which not every Triton has
+
+    return why_not(*tensors, causal=layout.causal, scale=rules.scale) is None
+
+
+def attend(
+    tensors: PrefillTensors,
+    packed: Quantised,
+    lists: BlockLists,
+    layout: SeqLayout,
+    numerics: KernelNumerics,
+    rules: LogitRules,
+    *,
+    sm90_fp8: bool = False,
+    high_fraction: bool = False,
+) -> PrefillOutput:
+    """Attend, on the kernel of every GPU or, with ``sm90_fp8``, on the one written for FP8 on sm_90."""
+    into = empty_output(tensors.q, layout, high_fraction)
+    if sm90_fp8:
+        from thrift_attn.prefill.sm90_fp8.launch import attend_fp8
+
+        attend_fp8(
+            tensors, packed_q=packed.q, packed_kv=packed.kv, lists=lists, rules=rules, causal=layout.causal,
+            centred=numerics.centred, into=into,
         )  # fmt: skip
-        self.key_bias = None
-        if self.less_mean:
-            shape = (self.sequences.parts, self.q.shape[1], self.sequences.blocks, 3, BLOCK)
-            self.key_bias = torch.empty(shape, dtype=torch.bfloat16, device=self.q.device)
-        self.packed = quantise_kv(
-            self.k, self.v, self.sequences, low=self.low, form=self.form, rest=self.rest, centred=self.centred,
-            sink=self.sink, best=self.best, levels=self.levels, key_bias=self.key_bias,
-        )  # fmt: skip
-        low = self.low if self.quantised and self.low != "drop" else None
-        self.packed_q = quantise_q(
-            self.q, self.sequences, low=low, form=self.form, best=self.best, levels=self.levels,
-            centres=self.packed.centres if self.sink else None,
-        )  # fmt: skip
-
-    def select(self) -> None:
-        """Lists of promoted blocks."""
-        select, q = (select_decode, self.q) if self.decode else (select_rows, self.packed_q.means)
-        self.lists = select(
-            q, self.packed.centres, self.sequences, self.wanted, self.most, others=self.packed.others,
-            first=self.first, last=self.last, window=self.window,
-        )  # fmt: skip
-
-    def _on_hopper(self) -> bool:
-        """Whether the kernel written for FP8 on sm_90 serves the call; it does not tell the paths' shares apart."""
-        served = self.form == "native" and self.low == "fp8" and self.quantised and self.rest is None
-        served = served and not self.decode and self.sequences.lengths is not None and not self.mass
-        if not served or torch.cuda.get_device_capability(self.q.device)[0] != 9:
-            return False
-        from thrift_attn.prefill.sm90_fp8.launch import why_not  # Gluon, which not every Triton has
-
-        return why_not(self.q, self.k, self.v, causal=self.sequences.causal, scale=self.scale) is None
-
-    def attend(self) -> Tensor:
-        """Attention; the output."""
-        self.out = torch.empty_like(self.q)
-        self.lse = torch.empty(self.q.shape[:3], dtype=torch.float32, device=self.q.device)
-        self.share = torch.empty_like(self.lse) if self.mass else self.lse.new_empty(0)
-        if self._on_hopper():
-            from thrift_attn.prefill.sm90_fp8.launch import attend_fp8
-
-            packed, packed_q = self.packed, self.packed_q
-            attend_fp8(
-                self.q, self.k, self.v, packed_q.q, packed_q.q_scale, packed.k, packed.k_scale, packed.v, packed.v_scale,
-                packed.centres if self.centred else None, *self.lists, self.out, self.lse,
-                scale=self.scale, causal=self.sequences.causal, window=self.window, softcap=self.softcap, sink=packed_q.sink,
-            )  # fmt: skip
-            return self.out
+    else:
         attend_prefill(
-            self.q, self.k, self.v, self.packed_q, self.packed, *self.lists, self.out, self.lse, self.sequences,
-            low=self.low, form=self.form, quantised=self.quantised, centred=self.centred, scale=self.scale,
-            key_bias=self.key_bias, values=self.levels.values, rounded=self.rounded, window=self.window, softcap=self.softcap,
-            mass=self.share if self.mass else None,
+            tensors, packed_q=packed.q, packed_kv=packed.kv, lists=lists, layout=layout, numerics=numerics, rules=rules,
+            into=into, v_head_scale=packed.v_head_scale,
         )  # fmt: skip
-        return self.out
+    return into
+
+
+def _rows_contiguous(x: Tensor) -> Tensor:
+    return x if x.stride(-1) == 1 else x.contiguous()
 
 
 @torch.library.custom_op("thrift_attn::prefill", mutates_args=(), device_types=None)
@@ -125,26 +131,13 @@ def prefill_op(
     v: Tensor,
     spans: Tensor,
     wanted: Tensor,
-    sizes: list[int],
-    causal: bool,
-    uniform: bool,
-    decode: bool,
-    low: str,
-    form: str,
-    quantised: bool,
-    centred: bool,
-    sink: bool,
-    less_mean: bool,
-    balanced: bool,
-    rounded: bool,
-    best: bool,
-    rest: str | None,
-    first: int,
-    last: int,
+    layout: list[int],
+    plan: list[int],
+    numerics: list[int],
     scale: float,
     window: int | None,
     softcap: float | None,
-    mass: bool,
+    high_fraction: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The stages of one call.
 
@@ -152,116 +145,93 @@ def prefill_op(
         q: 16-bit ``[B, Hq, Tq, D]``, or ``[1, Hq, tokens, D]`` for sequences end to end.
         k: ``[B, Hkv, Tk, D]`` likewise.
         v: likewise.
-        spans: of `Sequences`.
-        wanted: see `wanted_blocks`.
-        sizes: of `Sequences`: parts, rows, blocks, most_rows, most_blocks; then K, room in a list of promoted blocks.
-        causal: of `Sequences`.
-        uniform: all sequences have the lengths of q and k.
-        decode: one list per KV head.
-        low: format of the low path, or ``"drop"``.
-        form: of the packed data.
-        quantised: Q and P too.
-        centred: quantise K - c_b.
-        sink: the first token of a sequence is exact.
-        less_mean: quantise Q less its mean over the call.
-        balanced: level Q, K and V by powers of two.
-        rounded: divide by the sum of P after rounding.
-        best: keep the better of the format's scales.
-        rest: residual plane of promoted blocks, or None for the 16-bit K and V.
-        first: forced first blocks.
-        last: forced last blocks.
-        scale: factor of the logits.
-        window: sliding window in tokens.
-        softcap: bound of the logits.
-        mass: whether to work out the share of the high path.
+        spans: of `SeqLayout`.
+        wanted: of `BlockPlan`.
+        layout: `SeqLayout.pack`.
+        plan: capacity and shared of `BlockPlan`.
+        numerics: `KernelNumerics.pack`.
+        scale: of `LogitRules`.
+        window: of `LogitRules`.
+        softcap: of `LogitRules`.
+        high_fraction: whether to work out the share of the high path.
 
     Returns:
         Output (the shape of ``q``), LSE float32 (its first three dimensions), promoted blocks of every row int32
         ``[P, Hq, R]``, and the share of the high path (the shape of the LSE, empty unless asked for).
     """
-    *layout, most = sizes
-    lengths = (q.shape[2], k.shape[2]) if uniform else None
-    sequences = Sequences(spans, *layout, causal=causal, lengths=lengths)
-    call = Call(
-        q, k, v, sequences, wanted, most, decode, low, "native" if form == "native" else "wide", quantised, centred,
-        sink, less_mean, balanced, rounded, best, rest, first, last, scale, window, softcap, mass,
-    )  # fmt: skip
-    call.quantise()
-    call.select()
-    out = call.attend()
-    return out, call.lse, call.lists[1], call.share
+    tensors = PrefillTensors(*map(_rows_contiguous, (q, k, v)))
+    laid, options = SeqLayout.unpack(spans, layout), KernelNumerics.unpack(numerics)
+    planned, rules = BlockPlan(wanted, plan[0], bool(plan[1])), LogitRules(scale, window, softcap)
+    with on_device_of(q):
+        packed = quantise(tensors, laid, options)
+        lists = select(tensors, packed, laid, options, planned, window)
+        sm90_fp8 = on_sm90_fp8(tensors, laid, options, planned, rules, stats=high_fraction)
+        result = attend(tensors, packed, lists, laid, options, rules, sm90_fp8=sm90_fp8, high_fraction=high_fraction)
+    return result.out, result.lse, lists.block_counts, result.high_fraction
 
 
 @prefill_op.register_fake
-def _(q, k, v, spans, wanted, sizes, causal, uniform, decode, low, form, quantised, centred, sink, less_mean, balanced, rounded,
-      best, rest, first, last, scale, window, softcap, mass):  # fmt: skip
+def _(q, k, v, spans, wanted, layout, plan, numerics, scale, window, softcap, high_fraction):
     lse = q.new_empty(q.shape[:3], dtype=torch.float32)
-    counts = q.new_empty(sizes[0], q.shape[1], sizes[1], dtype=torch.int32)
-    return torch.empty_like(q), lse, counts, lse.new_empty(q.shape[:3] if mass else 0)
+    counts = q.new_empty(layout[0], q.shape[1], layout[1], dtype=torch.int32)
+    return torch.empty_like(_rows_contiguous(q)), lse, counts, lse.new_empty(q.shape[:3] if high_fraction else 0)
 
 
-def arguments(
+def prefill(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    sequences: Sequences,
+    layout: SeqLayout,
     config: ThriftConfig,
     form: Form,
     *,
     scale: float,
     window: int | None = None,
     softcap: float | None = None,
-    mass: bool = False,
-    ragged: bool = False,
-) -> tuple[Any, ...]:
-    """Arguments of `Call` for a `ThriftConfig` that the kernels serve (`thrift_attn.dispatch.check_prefill`).
+    high_fraction: bool = False,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """`prefill_op` for a `ThriftConfig` that the kernels serve (`thrift_attn.dispatch.check_prefill`).
 
-    With ``ragged`` sequences lie end to end, and every query head has its own lists however few queries there are.
+    In a batch of up to 16 queries each, a KV head has one list of promoted blocks. Of sequences end to end every query head
+    has its own lists, however few queries there are.
     """
-    decode, four = not ragged and q.shape[2] <= DECODE_ROWS, config.four_bit_queries
-    least = 1 if config.base_format == "drop" else 0  # a row that attends to nothing has no output
-    wanted = wanted_blocks(config.budget, sequences, window=window, least=least, decode=decode)
-    most = max(least, capacity(config.budget, sequences.most_blocks))
-    return (
-        q, k, v, sequences, wanted, most, decode, config.base_format, form, config.compute == "fp4", config.centred,
-        config.exact_sink, four and config.center == "all", config.balanced, four and config.normalize == "rounded",
-        config.scales == "best", None if config.promoted_storage == "16bit" else config.promoted_storage, config.force_first,
-        config.force_last, scale, window, softcap, mass,
+    numerics = PrefillNumerics.resolve(config)
+    shared = not layout.end_to_end and q.shape[2] <= DECODE_ROWS
+    plan = plan_blocks(numerics, layout, window=window, shared=shared)
+    options = KernelNumerics.of(numerics, form)
+    return prefill_op(
+        q, k, v, layout.spans, plan.wanted, layout.pack(), [plan.capacity, int(shared)], options.pack(), scale, window,
+        softcap, high_fraction,
     )  # fmt: skip
 
 
-def prefill(*args: Any, **options: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """`prefill_op` with the arguments of `arguments`."""
-    q, k, v, sequences, wanted, most, *rest = arguments(*args, **options)
-    s: Sequences = sequences
-    sizes = [s.parts, s.rows, s.blocks, s.most_rows, s.most_blocks, most]
-    return prefill_op(q, k, v, s.spans, wanted, sizes, s.causal, s.lengths is not None, *rest)
-
-
 def prefill_stats(
-    sequences: Sequences, config: ThriftConfig, heads: int, counts: Tensor, share: Tensor, window: int | None
+    layout: SeqLayout, config: ThriftConfig, heads: int, counts: Tensor, high_fraction: Tensor, window: int | None
 ) -> Stats:
     """`Stats` of a call of `prefill`; copies lengths and sums to the host.
 
     Args:
-        sequences: of the call.
+        layout: of the call.
         config: of the call.
         heads: Hq.
         counts: promoted blocks of every row, as `prefill` returns them.
-        share: share of the high path of every query.
+        high_fraction: share of the high path of every query.
         window: sliding window in tokens.
     """
-    spans = sequences.spans.cpu()
-    decode = sequences.parts == sequences.batch and int(spans[:, 1].max()) <= DECODE_ROWS
-    visible = visible_counts(spans[:, 1], spans[:, 3], sequences.most_rows, decode, sequences.causal, window)
-    total = Stats(promoted=0, mass=float(share.sum()))
+    spans = layout.spans.cpu()
+    shared = not layout.end_to_end and int(spans[:, Q_LEN].max()) <= DECODE_ROWS
+    host = SeqLayout.unpack(spans, layout.pack())
+    visible = visible_counts(
+        host.q_len, host.k_len, layout.max_rows, shared=shared, causal=layout.causal, window=window
+    )
+    total = Stats(promoted=0, mass=float(high_fraction.sum()))
     for b, (_, queries, _, keys, row, _) in enumerate(spans.tolist()):
         seen = visible[b][visible[b] > 0]
-        own = counts[b if sequences.parts == sequences.batch else 0, :, row : row + (1 if decode else len(visible[b]))]
+        own = counts[0 if layout.end_to_end else b, :, row : row + (1 if shared else len(visible[b]))]
         total += Stats(
             visible=heads * int(seen.sum()),
             promoted=int(own[..., visible[b] > 0].sum()),
             asked=heads * float(asked_share(config.budget, seen, -(-keys // BLOCK)) * seen.sum()),
-            rows=heads * (min(queries, keys) if sequences.causal else queries),
+            rows=heads * (min(queries, keys) if layout.causal else queries),
         )
     return total

@@ -7,6 +7,7 @@ import triton.language as tl
 
 from thrift_attn.kernels.groups import store_columns, store_rest, store_rows
 from thrift_attn.kernels.rounding import bits, cut, from_bits
+from thrift_attn.kernels.spans import BLOCK_START, K_LEN, K_START, Q_LEN, Q_START, ROW_START, SPAN
 
 
 @triton.jit
@@ -43,7 +44,7 @@ def quantise_kv_kernel(
     GROUP: tl.constexpr,  # query heads of a KV head whose mean query meets the keys, or 0
     D: tl.constexpr,
     DP: tl.constexpr,  # D rounded up to a power of two
-    RAGGED: tl.constexpr,  # all sequences in one part
+    ONE_PART: tl.constexpr,  # packed tensors have one part, P = 1
     LOW: tl.constexpr,  # format, or "drop": centres only
     REST: tl.constexpr,  # format of the residual plane, or "none"
     CENTRED: tl.constexpr,
@@ -57,11 +58,11 @@ def quantise_kv_kernel(
     n = tl.program_id(0)
     h = tl.program_id(1)
     b = tl.program_id(2)
-    span = spans_ptr + b * 6
-    start, length = tl.load(span + 2), tl.load(span + 3)
+    span = spans_ptr + b * SPAN
+    start, length = tl.load(span + K_START), tl.load(span + K_LEN)
     if n * 64 < length:
-        block = n + tl.load(span + 5)
-        part = (b * (not RAGGED)).to(tl.int64)
+        block = n + tl.load(span + BLOCK_START)
+        part = (b * (not ONE_PART)).to(tl.int64)
         head = part * HKV + h
         at = head * blocks + block
         t = tl.arange(0, 64)[:, None]
@@ -150,7 +151,7 @@ def quantise_q_kernel(
     D: tl.constexpr,
     DP: tl.constexpr,
     CAUSAL: tl.constexpr,
-    RAGGED: tl.constexpr,
+    ONE_PART: tl.constexpr,
     LOW: tl.constexpr,  # "none": means only
     SINK: tl.constexpr,  # also the logits of the first token
     REDUCED: tl.constexpr,  # Q is quantised less its mean over the call
@@ -163,16 +164,16 @@ def quantise_q_kernel(
     r = tl.program_id(0)
     h = tl.program_id(1)
     b = tl.program_id(2)
-    span = spans_ptr + b * 6
-    start, length = tl.load(span), tl.load(span + 1)
+    span = spans_ptr + b * SPAN
+    start, length = tl.load(span + Q_START), tl.load(span + Q_LEN)
     offset = length - length
     if CAUSAL:
-        offset = tl.load(span + 3) - length
+        offset = tl.load(span + K_LEN) - length
     first = ((offset >> 6) + r) * 64 - offset  # query of the row's first position; >> rounds down
     if first < length:
-        part = (b * (not RAGGED)).to(tl.int64)
+        part = (b * (not ONE_PART)).to(tl.int64)
         head = part * HQ + h
-        at = head * rows + r + tl.load(span + 4)
+        at = head * rows + r + tl.load(span + ROW_START)
         t = tl.arange(0, 64)[:, None]
         d = tl.arange(0, DP)[None, :]
         seen = (first + t >= tl.maximum(0, -offset)) & (first + t < length)
@@ -184,7 +185,7 @@ def quantise_q_kernel(
         dim = tl.arange(0, DP)
         tl.store(mean_ptr + at * D + dim, tl.div_rn(total, count + tl.zeros_like(total)), mask=dim < D)
         if SINK:
-            block = (part * HKV + h // (HQ // HKV)) * blocks + tl.load(span + 5)
+            block = (part * HKV + h // (HQ // HKV)) * blocks + tl.load(span + BLOCK_START)
             key = tl.load(centre_ptr + block * D + dim, mask=dim < D, other=0.0).to(tl.float32)
             tl.store(sink_ptr + at * 64 + tl.arange(0, 64), tl.sum(q * key[None, :], 1))
         if LOW != "none":
@@ -218,7 +219,7 @@ def peaks_kernel(
     HKV: tl.constexpr,
     D: tl.constexpr,
     DP: tl.constexpr,
-    RAGGED: tl.constexpr,
+    ONE_PART: tl.constexpr,
     SINK: tl.constexpr,
     BLOCKS: tl.constexpr,
 ):
@@ -226,10 +227,10 @@ def peaks_kernel(
     n = tl.program_id(0) * BLOCKS
     h = tl.program_id(1)
     b = tl.program_id(2)
-    start, length = tl.load(spans_ptr + b * 6 + 2), tl.load(spans_ptr + b * 6 + 3)
+    start, length = tl.load(spans_ptr + b * SPAN + K_START), tl.load(spans_ptr + b * SPAN + K_LEN)
     if n * 64 < length:
         d = tl.arange(0, DP)[None, :]
-        at = v_ptr + (b * (not RAGGED)).to(tl.int64) * stride_b + h.to(tl.int64) * stride_h
+        at = v_ptr + (b * (not ONE_PART)).to(tl.int64) * stride_b + h.to(tl.int64) * stride_h
         peak = tl.zeros([64, DP], tl.float32)
         for i in range(BLOCKS):
             token = (n + i) * 64 + tl.arange(0, 64)[:, None]

@@ -16,9 +16,12 @@ from torch import Tensor
 from thrift_attn.config import BLOCK, Budget
 from thrift_attn.dispatch import interpreted, multiprocessors
 from thrift_attn.kernels.launcher import launch
+from thrift_attn.numerics import PrefillNumerics
+from thrift_attn.prefill.bundles import BlockLists, BlockPlan
+from thrift_attn.prefill.pack import PackedKV
 from thrift_attn.prefill.select_kernel import select_rows_kernel
 from thrift_attn.reference.budget import blocks_per_row, promote
-from thrift_attn.seq_layout import Sequences
+from thrift_attn.seq_layout import SeqLayout, may_keep
 
 MAX_BLOCKS = 16384
 """Most KV blocks of one sequence: a program holds the scores of a row."""
@@ -83,7 +86,7 @@ def budget_rows(budget: Budget, visible: Tensor, blocks: Tensor) -> Tensor:
     return torch.diff(ends, prepend=torch.zeros_like(ends[:, :1])).minimum(visible)
 
 
-def capacity(budget: Budget, blocks: int) -> int:
+def list_capacity(budget: Budget, blocks: int) -> int:
     """Upper limit of the promoted blocks of a row that sees at most ``blocks`` blocks.
 
     The share of rows grows concavely with the level, so the level is at most fraction * blocks; carried rounding adds 1.
@@ -106,111 +109,102 @@ def decode_bounds(queries: Tensor, keys: Tensor, *, causal: bool, window: int | 
     return begin, -(-keys // BLOCK)
 
 
-def visible_counts(queries: Tensor, keys: Tensor, rows: int, decode: bool, causal: bool, window: int | None) -> Tensor:
-    """`visible_blocks`, or for ``decode`` that of the one row that all queries share ``[B, 1]``."""
-    if not decode:
+def visible_counts(
+    queries: Tensor, keys: Tensor, rows: int, *, shared: bool, causal: bool, window: int | None
+) -> Tensor:
+    """`visible_blocks`, or where all queries share one row that of this row ``[B, 1]``."""
+    if not shared:
         return visible_blocks(queries, keys, rows, causal=causal, window=window)
     begin, end = decode_bounds(queries, keys, causal=causal, window=window)
     return (end - begin)[:, None]
 
 
+def plan_blocks(
+    numerics: PrefillNumerics, layout: SeqLayout, *, window: int | None = None, shared: bool = False
+) -> BlockPlan:
+    """Work out how many blocks every row of every sequence promotes.
+
+    Args:
+        numerics: budget, and the least number of a row that sees any block.
+        layout: how the sequences lie.
+        window: sliding window in tokens.
+        shared: whether all queries of a sequence are one row.
+
+    Returns:
+        The plan. For sequences of one length ``wanted`` is kept for the next call where `may_keep` allows it.
+    """
+    least = numerics.min_blocks
+    capacity = max(least, list_capacity(numerics.budget, layout.max_blocks))
+    if layout.lengths is not None and may_keep(layout.spans.device):
+        rows, device = 1 if shared else layout.max_rows, layout.spans.device
+        wanted = _kept_wanted(numerics.budget, layout.lengths, rows, shared, layout.causal, window, least, device)
+        return BlockPlan(wanted, capacity, shared)
+    rules = {"shared": shared, "causal": layout.causal, "window": window}
+    visible = visible_counts(layout.q_len, layout.k_len, layout.max_rows, **rules)
+    wanted = budget_rows(numerics.budget, visible, -(-layout.k_len.long() // BLOCK))
+    return BlockPlan(wanted.clamp(min=least).minimum(visible).int(), capacity, shared)
+
+
 @lru_cache(maxsize=256)
-def _wanted_dense(
+def _kept_wanted(
     budget: Budget,
     lengths: tuple[int, int],
     rows: int,
-    decode: bool,
+    shared: bool,
     causal: bool,
     window: int | None,
     least: int,
     device: torch.device,
 ) -> Tensor:
-    queries, keys = (torch.tensor([x]) for x in lengths)
-    visible = visible_counts(queries, keys, rows, decode, causal, window)[0]
+    queries, keys = (torch.tensor([x], device="cpu") for x in lengths)
+    visible = visible_counts(queries, keys, rows, shared=shared, causal=causal, window=window)[0]
     wanted = blocks_per_row(budget, visible, -(-lengths[1] // BLOCK))
     return wanted.clamp(min=least).minimum(visible).int()[None].to(device)
 
 
-def wanted_blocks(
-    budget: Budget, sequences: Sequences, *, window: int | None = None, least: int = 0, decode: bool = False
-) -> Tensor:
-    """Blocks to promote in every row of every sequence.
-
-    Args:
-        budget: the budget.
-        sequences: how the sequences lie.
-        window: sliding window in tokens.
-        least: at least so many in a row that sees any.
-        decode: all queries of a sequence are one row.
-
-    Returns:
-        int32 ``[B, most_rows]`` (1 for decode), ``[1, ...]`` when all sequences have one length; that tensor is kept for the
-        next call.
-    """
-    if sequences.lengths is not None:
-        return _wanted_dense(
-            budget,
-            sequences.lengths,
-            sequences.most_rows,
-            decode,
-            sequences.causal,
-            window,
-            least,
-            sequences.spans.device,
-        )
-    queries, keys = sequences.spans[:, 1], sequences.spans[:, 3]
-    visible = visible_counts(queries, keys, sequences.most_rows, decode, sequences.causal, window)
-    wanted = budget_rows(budget, visible, -(-keys.long() // BLOCK))
-    return wanted.clamp(min=least).minimum(visible).int()
-
-
-def scored(dim: int, pad: int) -> int:
-    """Blocks scored at a time: as many as 100 KB of shared memory hold three times over."""
+def blocks_scored_at_once(dim: int, pad: int) -> int:
+    """Return how many blocks are scored at a time: as many as 100 KB of shared memory hold three times over."""
     return min(64 if dim > 128 else 128, pad)
 
 
 def select_rows(
     means: Tensor,
-    centres: Tensor,
-    sequences: Sequences,
-    wanted: Tensor,
-    most: int,
+    packed: PackedKV,
     *,
-    others: Tensor | None = None,
-    first: int = 0,
-    last: int = 0,
+    layout: SeqLayout,
+    plan: BlockPlan,
+    force_first: int = 0,
+    force_last: int = 0,
     window: int | None = None,
-) -> tuple[Tensor, Tensor]:
+) -> BlockLists:
     """Lists of the promoted blocks of every query row.
 
     Args:
         means: mean queries float32 ``[P, Hq, R, D]``.
-        centres: c_b ``[P, Hkv, N, D]``, 16-bit.
-        sequences: how the sequences lie.
-        wanted: blocks to promote, see `wanted_blocks`.
-        most: K, room in a list; at least the largest of ``wanted``.
-        others: 16-bit ``[B, Hkv, D]``, what stands for c_0 in the scores, or None.
-        first: so many first blocks come before all others.
-        last: so many last visible blocks come next.
+        packed: read are c_b and, where the first token is exact, what stands for c_0.
+        layout: how the sequences lie.
+        plan: how many blocks each row promotes.
+        force_first: so many first blocks come before all others.
+        force_last: so many last visible blocks come next.
         window: sliding window in tokens.
-
-    Returns:
-        Block numbers, ascending, int32 ``[P, Hq, R, K]``, undefined from the count on, and counts int32 ``[P, Hq, R]``.
-        Rows that no sequence has promote nothing.
 
     Raises:
         NotImplementedError: more than `MAX_BLOCKS` blocks in a sequence.
     """
-    if sequences.most_blocks > MAX_BLOCKS:
+    if layout.max_blocks > MAX_BLOCKS:
         raise NotImplementedError(
-            f"blocks are chosen among at most {MAX_BLOCKS} ({MAX_BLOCKS * BLOCK} keys), got {sequences.most_blocks}"
+            f"blocks are chosen among at most {MAX_BLOCKS} ({MAX_BLOCKS * BLOCK} keys), got {layout.max_blocks}"
         )
-    parts, heads, rows, dim = means.shape
-    pad = max(16, triton.next_power_of_2(sequences.most_blocks))
-    tiles = -(-sequences.most_rows // ROWS)
-    items = sequences.batch * heads * tiles
-    chosen = torch.empty(parts, heads, rows, most, dtype=torch.int32, device=means.device)
-    counts = torch.zeros(parts, heads, rows, dtype=torch.int32, device=means.device)
+    _, heads, rows, dim = means.shape
+    k_block_mean, block0_mean = packed.k_block_mean, packed.block0_mean
+    wanted, capacity, _ = plan
+    pad = max(16, triton.next_power_of_2(layout.max_blocks))
+    tiles = -(-layout.max_rows // ROWS)
+    items = layout.batch * heads * tiles
+    lists = BlockLists(
+        torch.empty(*means.shape[:3], capacity, dtype=torch.int32, device=means.device),
+        torch.zeros(means.shape[:3], dtype=torch.int32, device=means.device),
+    )
     per_processor = 2 if pad <= HELD else 1  # as many as fit
     programs = min(items, per_processor * multiprocessors(means.device))
     scratch = torch.empty(programs, ROWS, pad, dtype=torch.float32, device=means.device)
@@ -218,85 +212,87 @@ def select_rows(
         select_rows_kernel,
         (programs,),
         means,
-        centres,
-        centres if others is None else others,
-        sequences.spans,
+        k_block_mean,
+        k_block_mean if block0_mean is None else block0_mean,
+        layout.spans,
         wanted,
         scratch,
-        chosen,
-        counts,
+        *lists,
         0 if len(wanted) == 1 else wanted.stride(0),
         items,
         tiles,
         rows,
-        centres.shape[2],
-        most,
+        k_block_mean.shape[2],
+        capacity,
         window or 0,
         HQ=heads,
-        HKV=centres.shape[1],
+        HKV=k_block_mean.shape[1],
         D=dim,
         DP=triton.next_power_of_2(dim),
-        CAUSAL=sequences.causal,
-        RAGGED=parts == 1,
+        CAUSAL=layout.causal,
+        ONE_PART=layout.packed_batch == 1,
         WINDOW=window is not None,
-        FIRST=first,
-        LAST=last,
-        SINK=others is not None,
+        FIRST=force_first,
+        LAST=force_last,
+        SINK=block0_mean is not None,
         PAD=pad,
         ROWS=ROWS,
         SUB=max(1, min(ROWS, HELD // pad)),
-        BN=scored(dim, pad),
+        BN=blocks_scored_at_once(dim, pad),
         PORTABLE=interpreted(),
         num_warps=max(4, pad // 1024),
     )
-    return chosen, counts
+    return lists
 
 
-def select_decode(
+def select_shared(
     q: Tensor,
-    centres: Tensor,
-    sequences: Sequences,
-    wanted: Tensor,
-    most: int,
+    packed: PackedKV,
     *,
-    others: Tensor | None = None,
-    first: int = 0,
-    last: int = 0,
+    layout: SeqLayout,
+    plan: BlockPlan,
+    force_first: int = 0,
+    force_last: int = 0,
     window: int | None = None,
-) -> tuple[Tensor, Tensor]:
+) -> BlockLists:
     """`select_rows` for up to 16 new tokens: one list per KV head, by the largest score of all its queries.
 
     Args:
         q: 16-bit ``[B, Hq, Tq, D]``.
-        centres: c_b ``[B, Hkv, N, D]``; undefined beyond the end of a sequence.
-        sequences: a batch.
-        wanted: int32 ``[B or 1, 1]``, see `wanted_blocks`.
-        most: K, room in a list.
-        others: see `select_rows`.
-        first: see `select_rows`.
-        last: see `select_rows`.
+        packed: see `select_rows`; c_b is undefined beyond the end of a sequence.
+        layout: of a batch.
+        plan: see `select_rows`, with one column.
+        force_first: see `select_rows`.
+        force_last: see `select_rows`.
         window: see `select_rows`.
 
     Returns:
-        As `select_rows`, the same list for every query head of a KV head and both rows that 16 queries may lie in.
+        The same list for every query head of a KV head. 16 queries may lie in two rows; with a window the second row
+        leaves out blocks before those that it sees.
     """
-    queries, keys = sequences.spans[:, 1].long(), sequences.spans[:, 3].long()
-    heads, kv_heads = q.shape[1], centres.shape[1]
-    if others is not None:
-        centres = torch.cat([others[:, :, None], centres[:, :, 1:]], 2)
-    index = torch.arange(centres.shape[2], device=q.device)
-    begin, end = decode_bounds(queries, keys, causal=sequences.causal, window=window)
+    queries, keys = layout.q_len.long(), layout.k_len.long()
+    k_block_mean = packed.k_block_mean
+    heads, kv_heads = q.shape[1], k_block_mean.shape[1]
+    if packed.block0_mean is not None:
+        k_block_mean = torch.cat([packed.block0_mean[:, :, None], k_block_mean[:, :, 1:]], 2)
+    index = torch.arange(k_block_mean.shape[2], device=q.device)
+    begin, end = decode_bounds(queries, keys, causal=layout.causal, window=window)
     visible = (index >= begin[:, None]) & (index < end[:, None])  # [B, N]
     grouped = q.float().unflatten(1, (kv_heads, -1))  # [B, Hkv, G, Tq, D]
-    scores = (grouped.flatten(2, 3) @ centres.float().mT).unflatten(2, grouped.shape[2:4])
-    if sequences.causal:  # queries before position 0 have no say
+    scores = (grouped.flatten(2, 3) @ k_block_mean.float().mT).unflatten(2, grouped.shape[2:4])
+    if layout.causal:  # queries before position 0 have no say
         hidden = torch.arange(q.shape[2], device=q.device) < (queries - keys)[:, None]
         scores = scores.masked_fill(hidden[:, None, None, :, None], -torch.inf)
     scores = scores.amax((2, 3)).nan_to_num(-torch.inf)  # [B, Hkv, N]
-    counts = wanted[:, 0].long().expand(sequences.batch)
-    chosen = promote(scores.transpose(0, 1), visible, counts, first=first, last=last).transpose(0, 1)
+    counts = plan.wanted[:, 0].long().expand(layout.batch)
+    chosen = promote(scores.transpose(0, 1), visible, counts, first=force_first, last=force_last).transpose(0, 1)
+    chosen = chosen[:, :, None].expand(-1, -1, layout.rows, -1)  # [B, Hkv, R, N]
+    if layout.causal and window is not None:
+        first_row = (keys - queries).div(BLOCK, rounding_mode="floor")
+        row = (first_row[:, None] + torch.arange(layout.rows, device=q.device)) * BLOCK
+        row_begin = (row + 1 - window).clamp(min=0) // BLOCK  # [B, R], the first block that the attention kernel walks
+        chosen = chosen & (index >= row_begin[..., None])[:, None]
     order = torch.where(chosen, index, len(index)).sort(-1).values.int()
-    order = torch.nn.functional.pad(order, (0, max(0, most - len(index))))[..., :most]
-    shape = (sequences.batch, heads, sequences.rows)
-    lists = order.repeat_interleave(heads // kv_heads, 1)[:, :, None].expand(*shape, most).contiguous()
-    return lists, counts.int()[:, None, None].expand(shape).contiguous()
+    order = torch.nn.functional.pad(order, (0, max(0, plan.capacity - len(index))))[..., : plan.capacity]
+    every_head = (order.repeat_interleave(heads // kv_heads, 1), chosen.sum(-1).repeat_interleave(heads // kv_heads, 1))
+    return BlockLists(every_head[0].contiguous(), every_head[1].int().contiguous())

@@ -5,6 +5,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from thrift_attn.kernels.spans import BLOCK_START, K_LEN, Q_LEN, ROW_START, SPAN
+
 
 @triton.jit(do_not_specialize=["items", "tiles", "rows", "blocks", "most", "window"])
 def select_rows_kernel(
@@ -28,7 +30,7 @@ def select_rows_kernel(
     D: tl.constexpr,
     DP: tl.constexpr,  # D rounded up to a power of two
     CAUSAL: tl.constexpr,
-    RAGGED: tl.constexpr,
+    ONE_PART: tl.constexpr,
     WINDOW: tl.constexpr,
     FIRST: tl.constexpr,  # forced first and last blocks
     LAST: tl.constexpr,
@@ -44,10 +46,10 @@ def select_rows_kernel(
         bh = item // tiles
         b = bh // HQ
         h = bh % HQ
-        part = (b * (not RAGGED)).to(tl.int64)
-        span = spans_ptr + b * 6
-        queries, keys = tl.load(span + 1), tl.load(span + 3)
-        row_start, block_start = tl.load(span + 4), tl.load(span + 5)
+        part = (b * (not ONE_PART)).to(tl.int64)
+        span = spans_ptr + b * SPAN
+        queries, keys = tl.load(span + Q_LEN), tl.load(span + K_LEN)
+        row_start, block_start = tl.load(span + ROW_START), tl.load(span + BLOCK_START)
         offset = keys - keys
         if CAUSAL:
             offset = keys - queries

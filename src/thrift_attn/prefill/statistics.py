@@ -12,81 +12,83 @@ import triton
 from torch import Tensor
 
 from thrift_attn.config import BLOCK, DECODE_ROWS
-from thrift_attn.kernels.launcher import launch
+from thrift_attn.kernels.launcher import check_rows, launch
+from thrift_attn.prefill.bundles import KernelNumerics, PrefillTensors
 from thrift_attn.prefill.statistics_kernel import levels_kernel, sum_keys_kernel, sum_queries_kernel
 from thrift_attn.reference import channel_scales as fit
-from thrift_attn.seq_layout import Sequences
+from thrift_attn.seq_layout import SeqLayout
 
-NO_LEVELS = fit.Fit()
-"""Nothing is taken."""
+NO_STATISTICS = fit.Fit()
+"""No mean query, no scales."""
 
 
-def measure(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    sequences: Sequences,
-    *,
-    centred: bool,
-    less_mean: bool,
-    balanced: bool,
-    of_values: bool = True,
-) -> fit.Fit:
-    """Mean queries and powers of two of every sequence, see `thrift_attn.reference.channel_scales`.
+def measure(tensors: PrefillTensors, *, layout: SeqLayout, numerics: KernelNumerics) -> fit.Fit:
+    """Take mean queries and powers of two from every sequence, see `thrift_attn.reference.channel_scales`.
 
     Args:
-        q: 16-bit ``[B, Hq, Tq, D]``, or ``[1, Hq, tokens, D]`` for sequences end to end; contiguous in D.
-        k: ``[B, Hkv, Tk, D]`` likewise.
-        v: likewise.
-        sequences: how they lie.
-        centred: whether K is quantised less its block means.
-        less_mean: whether Q is quantised less its mean.
-        balanced: whether powers of two are wanted.
-        of_values: whether of V as well.
+        tensors: of the call.
+        layout: how the sequences lie.
+        numerics: what is wanted.
 
     Returns:
-        `Fit` of all sequences ``[B, ...]``, float32, with the parts that are wanted; ``mean`` is 0 for those of up to
-        `DECODE_ROWS` queries.
+        Statistics of all sequences ``[B, ...]``, float32, with the parts that are wanted; the mean query is 0 for sequences
+        of up to `DECODE_ROWS` queries.
+
+    Raises:
+        ValueError: tensors that are not contiguous in D.
     """
-    if not balanced and not less_mean:
-        return NO_LEVELS
-    (_, heads, _, dim), kv_heads, batch = q.shape, k.shape[1], sequences.batch
+    if not numerics.channel_scales and not numerics.subtract_query_mean:
+        return NO_STATISTICS
+    q, k, v = tensors
+    check_rows(q=q, k=k, v=v)
+    (_, heads, _, dim), kv_heads, batch = q.shape, k.shape[1], layout.batch
     width, most = triton.next_power_of_2(dim), max(1, fit.SAMPLE // BLOCK)
     meta = {"D": dim, "DP": width}
+    parts = {"ONE_PART": layout.packed_batch == 1}
 
     def empty(*shape: int) -> Tensor:
         return torch.empty(batch, *shape, dtype=torch.float32, device=q.device)
 
-    of_keys = triton.next_power_of_2(min(most, sequences.most_blocks)) if balanced else 0
-    of_queries = triton.next_power_of_2(min(most, sequences.most_rows)) if less_mean else 0
-    levels = fit.Fit(
-        empty(heads, dim) if less_mean else None,
-        empty(kv_heads, dim) if balanced else None,
-        empty(kv_heads) if balanced and of_values else None,
+    of_keys = triton.next_power_of_2(min(most, layout.max_blocks)) if numerics.channel_scales else 0
+    of_queries = triton.next_power_of_2(min(most, layout.max_rows)) if numerics.subtract_query_mean else 0
+    statistics = fit.Fit(
+        empty(heads, dim) if numerics.subtract_query_mean else None,
+        empty(kv_heads, dim) if numerics.channel_scales else None,
+        empty(kv_heads) if numerics.v_head_scales else None,
     )
     squares = totals = sums = empty(1)
-    if balanced:
+    if numerics.channel_scales:
         squares, totals = empty(kv_heads, of_keys, width), empty(kv_heads, of_keys, 2)
         launch(
-        sum_keys_kernel,
-        (of_keys, kv_heads, batch),
-            *(k, v, sequences.spans, squares, totals), *k.stride()[:3], *v.stride()[:3], most,
-            HKV=kv_heads, S=of_keys, RAGGED=sequences.parts == 1, CENTRED=centred, **meta,
-        )  # fmt: skip
-    if less_mean:
+            sum_keys_kernel,
+            (of_keys, kv_heads, batch),
+            *(k, v, layout.spans, squares, totals),
+            *(*k.stride()[:3], *v.stride()[:3], most),
+            **{"HKV": kv_heads, "S": of_keys, "CENTRED": numerics.centred, **meta, **parts},
+        )
+    if numerics.subtract_query_mean:
         sums = empty(heads, of_queries, width)
         launch(
-        sum_queries_kernel,
-        (of_queries, heads, batch),
-            *(q, sequences.spans, sums), *q.stride()[:3], most * BLOCK,
-            HQ=heads, S=of_queries, CAUSAL=sequences.causal, RAGGED=sequences.parts == 1, **meta,
-        )  # fmt: skip
+            sum_queries_kernel,
+            (of_queries, heads, batch),
+            *(q, layout.spans, sums),
+            *(*q.stride()[:3], most * BLOCK),
+            **{"HQ": heads, "S": of_queries, "CAUSAL": layout.causal, **meta, **parts},
+        )
     launch(
         levels_kernel,
         (kv_heads, batch),
-        *(sequences.spans, squares, totals, sums), *(sums if x is None else x for x in levels),
+        *(layout.spans, squares, totals, sums),
+        *(sums if x is None else x for x in statistics),
         *(most, most * BLOCK, DECODE_ROWS),
-        HKV=kv_heads, GROUP=heads // kv_heads, SK=of_keys, SQ=of_queries, CAUSAL=sequences.causal,
-        LESS_MEAN=less_mean, BALANCED=balanced, OF_VALUES=of_values, **meta,
-    )  # fmt: skip
-    return levels
+        HKV=kv_heads,
+        GROUP=heads // kv_heads,
+        SK=of_keys,
+        SQ=of_queries,
+        CAUSAL=layout.causal,
+        LESS_MEAN=numerics.subtract_query_mean,
+        BALANCED=numerics.channel_scales,
+        OF_VALUES=numerics.v_head_scales,
+        **meta,
+    )
+    return statistics

@@ -8,6 +8,7 @@ import triton
 import triton.language as tl
 
 from thrift_attn.kernels.rounding import from_bits
+from thrift_attn.kernels.spans import K_LEN, K_START, Q_LEN, Q_START, SPAN
 from thrift_attn.reference import channel_scales as fit
 
 _LEVEL = tl.constexpr(fit.LEVEL)
@@ -28,7 +29,7 @@ def _blocks_taken(length, most):
 @triton.jit
 def _queries_seen(span, CAUSAL: tl.constexpr):
     """Queries of a sequence that see nothing, and that see something."""
-    queries, keys = tl.load(span + 1), tl.load(span + 3)
+    queries, keys = tl.load(span + Q_LEN), tl.load(span + K_LEN)
     hidden = queries - queries
     if CAUSAL:
         hidden = tl.maximum(queries - keys, 0)
@@ -53,20 +54,20 @@ def sum_keys_kernel(
     D: tl.constexpr,
     DP: tl.constexpr,
     S: tl.constexpr,
-    RAGGED: tl.constexpr,
+    ONE_PART: tl.constexpr,
     CENTRED: tl.constexpr,
 ):
     i = tl.program_id(0)
     h = tl.program_id(1)
     b = tl.program_id(2)
-    span = spans_ptr + b * 6
-    start, length = tl.load(span + 2), tl.load(span + 3)
+    span = spans_ptr + b * SPAN
+    start, length = tl.load(span + K_START), tl.load(span + K_LEN)
     blocks, step = _blocks_taken(length, most)
     t = tl.arange(0, 64)[:, None]
     d = tl.arange(0, DP)[None, :]
     tokens = tl.minimum(length, 64)
     there = (t < tl.where(i < blocks, tokens, 0)) & (d < D)
-    part = (b * (not RAGGED)).to(tl.int64)
+    part = (b * (not ONE_PART)).to(tl.int64)
     first = (start + i * step * 64).to(tl.int64)
     at_k = k_ptr + part * stride_kb + h.to(tl.int64) * stride_kh + (first + t) * stride_kt + d
     at_v = v_ptr + part * stride_vb + h.to(tl.int64) * stride_vh + (first + t) * stride_vt + d
@@ -95,18 +96,18 @@ def sum_queries_kernel(
     DP: tl.constexpr,
     S: tl.constexpr,
     CAUSAL: tl.constexpr,
-    RAGGED: tl.constexpr,
+    ONE_PART: tl.constexpr,
 ):
     i = tl.program_id(0)
     h = tl.program_id(1)
     b = tl.program_id(2)
-    span = spans_ptr + b * 6
+    span = spans_ptr + b * SPAN
     hidden, seen = _queries_seen(span, CAUSAL)
     step = tl.maximum((seen + most - 1) // most, 1)
     at = (i * 64 + tl.arange(0, 64)[:, None]) * step
     d = tl.arange(0, DP)[None, :]
-    part = (b * (not RAGGED)).to(tl.int64)
-    row = (tl.load(span) + hidden + at).to(tl.int64)
+    part = (b * (not ONE_PART)).to(tl.int64)
+    row = (tl.load(span + Q_START) + hidden + at).to(tl.int64)
     at_q = q_ptr + part * stride_qb + h.to(tl.int64) * stride_qh + row * stride_qt + d
     q = tl.load(at_q, mask=(at < seen) & (d < D), other=0.0).to(tl.float32)
     tl.store(sums_ptr + ((b * HQ + h) * S + i) * DP + tl.arange(0, DP), tl.sum(q, 0))
@@ -157,12 +158,12 @@ def levels_kernel(
 ):
     h = tl.program_id(0)
     b = tl.program_id(1)
-    span = spans_ptr + b * 6
+    span = spans_ptr + b * SPAN
     dim = tl.arange(0, DP)
     inside = dim < D
     head = b * HKV + h
     if BALANCED:
-        length = tl.load(span + 3)
+        length = tl.load(span + K_LEN)
         blocks, _step = _blocks_taken(length, most_blocks)
         tokens = tl.maximum(blocks * tl.minimum(length, 64), 1).to(tl.float32)
         sample = tl.arange(0, SK)

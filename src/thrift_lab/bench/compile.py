@@ -119,7 +119,7 @@ def _launch(target: Target) -> tuple[Any, dict[str, str], dict[str, Any], dict[s
     data, scale = _types(target)
     width = 1 << (target.dim - 1).bit_length()
     cast, native = target.capability >= 89, target.form == "native"
-    shape = {"D": target.dim, "DP": width, "RAGGED": True}
+    shape = {"D": target.dim, "DP": width, "ONE_PART": True}
     heads = {"HQ": 8 * GROUP, "HKV": 8}
     packed = {"kp_ptr": data, "ks_ptr": scale, "vp_ptr": data, "vs_ptr": scale, "qp_ptr": data, "qs_ptr": scale}
     packed |= dict.fromkeys(("spans_ptr", "list_ptr", "counts_ptr", "wanted_ptr"), "*i32")
@@ -157,8 +157,8 @@ def _launch(target: Target) -> tuple[Any, dict[str, str], dict[str, Any], dict[s
         pad = max(16, 1 << (target.blocks - 1).bit_length())
         constants = {
             **shape, **heads, "CAUSAL": True, "WINDOW": False, "FIRST": 0, "LAST": 1, "SINK": True, "PAD": pad,
-            "ROWS": select.ROWS, "SUB": max(1, min(select.ROWS, select.HELD // pad)), "BN": select.scored(target.dim, pad),
-            "PORTABLE": False,
+            "ROWS": select.ROWS, "SUB": max(1, min(select.ROWS, select.HELD // pad)),
+            "BN": select.blocks_scored_at_once(target.dim, pad), "PORTABLE": False,
         }  # fmt: skip
         return select.select_rows_kernel, packed, constants, {"num_warps": max(4, pad // 1024)}
     tuned = attend.tuning(target.dim, target.low, target.form, divmod(target.capability, 10))

@@ -127,17 +127,29 @@ def _call(attention: Callable[..., Any], config: ThriftConfig, scale: float, q: 
 def _stages(config: ThriftConfig, inputs: Inputs) -> list[Launch]:
     """Every stage alone, on what the stages before it wrote."""
     from thrift_attn.dispatch import check_prefill
-    from thrift_attn.prefill.ops import Call, arguments
+    from thrift_attn.numerics import PrefillNumerics
+    from thrift_attn.prefill import ops
+    from thrift_attn.prefill.bundles import KernelNumerics, LogitRules, PrefillTensors
+    from thrift_attn.prefill.select import plan_blocks
     from thrift_attn.seq_layout import dense
 
     case = inputs.case
+    rules, numerics = LogitRules(case.scale), PrefillNumerics.resolve(config)
     steps: dict[str, list[Step]] = {}
     for q, k, v in _heads_first(inputs):
-        form = check_prefill(config, case.head_dim, q.dtype, q.device, case.kv)
-        sequences = dense(case.batch, case.tq, case.kv, True, q.device)
-        call = Call(*arguments(q, k, v, sequences, config, form, scale=case.scale))
-        for name, stage in (("quantise", call.quantise), ("select", call.select), ("attend", call.attend)):
-            stage()
+        tensors = PrefillTensors(q, k, v)
+        options = KernelNumerics.of(numerics, check_prefill(config, case.head_dim, q.dtype, q.device, case.kv))
+        layout = dense(case.batch, case.tq, case.kv, True, q.device)
+        plan = plan_blocks(numerics, layout)
+        packed = ops.quantise(tensors, layout, options)
+        lists = ops.select(tensors, packed, layout, options, plan, None)
+        sm90_fp8 = ops.on_sm90_fp8(tensors, layout, options, plan, rules, stats=False)
+        stages: dict[str, Step] = {
+            "quantise": partial(ops.quantise, tensors, layout, options),
+            "select": partial(ops.select, tensors, packed, layout, options, plan, None),
+            "attend": partial(ops.attend, tensors, packed, lists, layout, options, rules, sm90_fp8=sm90_fp8),
+        }
+        for name, stage in stages.items():
             steps.setdefault(name, []).append(stage)
     moved = stage_bytes(config, case)
     return [Launch(name, found, moved[name]) for name, found in steps.items()]

@@ -12,6 +12,8 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from thrift_attn.config import BLOCK
 from thrift_attn.kernels.launcher import launch
+from thrift_attn.prefill.bundles import BlockLists, LogitRules, PrefillOutput, PrefillTensors
+from thrift_attn.prefill.pack import PackedKV, PackedQ
 from thrift_attn.prefill.sm90_fp8.kernel import attend_fp8_kernel
 from thrift_attn.prefill.sm90_fp8.loader import CHUNK
 
@@ -26,7 +28,7 @@ L2_BYTES = 24 << 20
 
 _TMA_ALIGNMENT = 16
 
-KNOWN_GLUON = hasattr(gl.shared_memory_descriptor, "_reinterpret")
+KNOWN_GLUON = triton.__version__.startswith("3.6.")
 """Whether this Triton has the Gluon that the kernel is written in, that of 3.6; names and rules have changed since."""
 
 
@@ -74,105 +76,110 @@ def why_not(q: Tensor, k: Tensor, v: Tensor, *, causal: bool, scale: float) -> s
     return None
 
 
+def _expected_shapes(tensors: PrefillTensors, causal: bool, capacity: int) -> dict[str, tuple[int, ...]]:
+    """Shapes of everything that goes with ``tensors``, by name."""
+    q, k, _ = tensors
+    batch, heads, queries, dim = q.shape
+    kv_heads, keys = k.shape[1:3]
+    offset = keys - queries if causal else 0
+    rows, blocks = -(-(offset % BLOCK + queries) // BLOCK), -(-keys // BLOCK)
+    return {
+        "q": (batch, heads, rows * BLOCK, dim),
+        "q_scale": (batch, heads, rows),
+        "k": (batch, kv_heads, blocks * BLOCK, dim),
+        "k_scale": (batch, kv_heads, blocks),
+        "v": (batch, kv_heads, dim, blocks * BLOCK),
+        "v_scale": (batch, kv_heads, blocks),
+        "k_block_mean": (batch, kv_heads, blocks, dim),
+        "block_indices": (batch, heads, rows, capacity),
+        "block_counts": (batch, heads, rows),
+        "sink_logits": (batch, heads, rows * BLOCK),
+        "out": tuple(q.shape),
+        "lse": tuple(q.shape[:3]),
+    }
+
+
 def attend_fp8(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    q8: Tensor | None,
-    q_scale: Tensor | None,
-    k8: Tensor | None,
-    k_scale: Tensor | None,
-    v8: Tensor | None,
-    v_scale: Tensor | None,
-    centres: Tensor | None,
-    chosen: Tensor | None,
-    counts: Tensor | None,
-    out: Tensor,
-    lse: Tensor,
+    tensors: PrefillTensors,
     *,
-    scale: float,
+    packed_q: PackedQ,
+    packed_kv: PackedKV,
+    lists: BlockLists | None,
+    rules: LogitRules,
+    into: PrefillOutput,
     causal: bool = True,
-    window: int | None = None,
-    softcap: float | None = None,
-    sink: Tensor | None = None,
+    centred: bool = True,
 ) -> None:
     """Attention over FP8 data with promoted blocks in 16 bits, on sm_90; nothing is copied to the host.
 
-    N is the number of KV blocks, R that of query blocks (64 absolute positions each, the first one holds query 0).
+    Data are those of a batch of sequences of one length in the native form of fp8, see `thrift_attn.prefill.pack`: e4m3 codes
+    and float32 scales; scales of V are the same for all blocks of a head.
 
     Args:
-        q: ``[B, Hq, Tq, D]``, float16 or bfloat16, D 64 or 128, rows contiguous and aligned to 16 bytes.
-        k: ``[B, Hkv, Tk, D]``; with ``causal`` Tq <= Tk.
-        v: the shape of ``k``.
-        q8: e4m3 ``[B, Hq, R * 64, D]``, row 0 at position 64 * floor(offset / 64), offset = Tk - Tq if causal, else 0.
-        q_scale: float32 ``[B, Hq, R]``: value = code * scale.
-        k8: e4m3 ``[B, Hkv, N * 64, D]`` of K minus the centres.
-        k_scale: float32 ``[B, Hkv, N]``.
-        v8: e4m3 ``[B, Hkv, D, N * 64]``, tokens ordered as `thrift_attn.prefill.pack.position_of` says.
-        v_scale: float32 ``[B, Hkv, N]``, the same for all blocks of a head.
-        centres: ``[B, Hkv, N, D]`` in the dtype of ``q``, or None: K was not centred.
-        chosen: int32 ``[B, Hq, R, C]``, promoted blocks of each query block, ascending; None: nothing is promoted.
-        counts: int32 ``[B, Hq, R]``, how many of them are valid.
-        out: ``[B, Hq, Tq, D]`` in the dtype of ``q``; written.
-        lse: float32 ``[B, Hq, Tq]``, natural logarithm; written.
-        scale: factor of the logits, positive.
+        tensors: of the call, D 64 or 128, rows contiguous and aligned to 16 bytes; with ``causal`` Tq <= Tk.
+        packed_q: with logits of the first token that one is exact: packed K and V hold the block mean and 0 for it. Without,
+            it is as all others.
+        packed_kv: K less the block means if ``centred``.
+        lists: the promoted blocks; None: nothing is promoted.
+        rules: scale (positive), window and softcap.
+        into: where output and LSE are written.
         causal: whether a query sees only keys up to its own position.
-        window: sliding window in tokens, or None.
-        softcap: bound of the logits, or None.
-        sink: float32 ``[B, Hq, R * 64]``, q . k of the first token in rows as of ``q8``: that token is exact, packed K and V
-            hold the centre and 0 for it (`thrift_attn.prefill.pack`). None: it is as all others.
+        centred: whether q . c_b is added.
 
     Raises:
         NotImplementedError: a call the kernel cannot serve, see `why_not`.
         ValueError: packed data that are missing or whose shapes do not fit.
     """
-    problem = why_not(q, k, v, causal=causal, scale=scale)
+    q, k, v = tensors
+    problem = why_not(q, k, v, causal=causal, scale=rules.scale)
     if problem:
         raise NotImplementedError(problem)
+    q8, k8, v8, sink_logits = packed_q.q, packed_kv.k, packed_kv.v, packed_q.sink_logits
     if q8 is None or k8 is None or v8 is None:
         raise ValueError("q, k and v must have been quantised")
-    batch, q_heads, queries, dim = q.shape
-    kv_heads, keys = k.shape[1:3]
-    offset = keys - queries if causal else 0
-    rows = -(-(offset % BLOCK + queries) // BLOCK)
-    blocks = -(-keys // BLOCK)
-    shapes = {
-        "q8": (q8, (batch, q_heads, rows * BLOCK, dim)),
-        "q_scale": (q_scale, (batch, q_heads, rows)),
-        "k8": (k8, (batch, kv_heads, blocks * BLOCK, dim)),
-        "k_scale": (k_scale, (batch, kv_heads, blocks)),
-        "v8": (v8, (batch, kv_heads, dim, blocks * BLOCK)),
-        "v_scale": (v_scale, (batch, kv_heads, blocks)),
-        "out": (out, tuple(q.shape)),
-        "lse": (lse, tuple(q.shape[:3])),
+    capacity = 0 if lists is None else lists.block_indices.shape[-1]
+    given: dict[str, Tensor | None] = {
+        **{"q": q8, "q_scale": packed_q.q_scale, "k": k8, "k_scale": packed_kv.k_scale, "v": v8},
+        **{"v_scale": packed_kv.v_scale, "out": into.out, "lse": into.lse},
     }
-    if centres is not None:
-        shapes["centres"] = (centres, (batch, kv_heads, blocks, dim))
-    if chosen is not None and counts is not None:
-        shapes["chosen"] = (chosen, (batch, q_heads, rows, chosen.shape[-1]))
-        shapes["counts"] = (counts, (batch, q_heads, rows))
-    if sink is not None:
-        shapes["sink"] = (sink, (batch, q_heads, rows * BLOCK))
-    for name, (x, shape) in shapes.items():
-        if x is None or tuple(x.shape) != shape:
-            raise ValueError(f"{name} must have shape {list(shape)}, got {None if x is None else list(x.shape)}")
+    if centred:
+        given["k_block_mean"] = packed_kv.k_block_mean
+    if lists is not None:
+        given |= lists._asdict()
+    if sink_logits is not None:
+        given["sink_logits"] = sink_logits
+    shapes = _expected_shapes(tensors, causal, capacity)
+    for name, x in given.items():
+        if x is None or tuple(x.shape) != shapes[name]:
+            raise ValueError(f"{name} must have shape {list(shapes[name])}, got {None if x is None else list(x.shape)}")
         if name != "out" and not x.is_contiguous():
             raise ValueError(f"{name} must be contiguous")
+    (batch, q_heads, queries, dim), (kv_heads, keys) = q.shape, k.shape[1:3]
+    offset = keys - queries if causal else 0
+    rows, blocks = shapes["q_scale"][2], shapes["k_scale"][2]
     q_tiles = (offset + queries - 1) // TILE - offset // TILE + 1
-    promote = chosen is not None and chosen.shape[-1] > 0
-    spare = counts if counts is not None else torch.empty(1, dtype=torch.int32, device=q.device)
+    promote = lists is not None and capacity > 0
+    spare = torch.empty(1, dtype=torch.int32, device=q.device) if lists is None else lists.block_counts
+    mean = packed_kv.k_block_mean if centred else k[:, :, :1]
     launch(
         attend_fp8_kernel,
         (q_tiles * batch * q_heads,),
-        _describe(q, TILE, dim), _describe(k, BLOCK, dim), _describe(v, BLOCK, dim),
-        _describe(q8.flatten(0, 1), TILE, dim), _describe(k8.flatten(0, 1), TILE, dim),
-        _describe(v8.flatten(0, 1), dim, TILE),
-        _describe((k[:, :, :1] if centres is None else centres).flatten(0, 1), CHUNK.value, dim), _describe(out, BLOCK, dim),
-        out, q_scale, k_scale, v_scale, lse if sink is None else sink, v, chosen if promote else spare, spare, lse,
-        *out.stride()[:3], *v.stride()[:2],
-        float(scale), float(softcap or 0) * math.log2(math.e), int(window or 0), queries, keys, offset, rows, blocks,
-        0 if chosen is None else chosen.shape[-1], q_tiles, kv_heads,
+        *(_describe(q, TILE, dim), _describe(k, BLOCK, dim), _describe(v, BLOCK, dim)),
+        *(_describe(x.flatten(0, 1), *tile) for x, tile in ((q8, (TILE, dim)), (k8, (TILE, dim)), (v8, (dim, TILE)))),
+        *(_describe(mean.flatten(0, 1), CHUNK.value, dim), _describe(into.out, BLOCK, dim)),
+        *(into.out, packed_q.q_scale, packed_kv.k_scale, packed_kv.v_scale),
+        *(into.lse if sink_logits is None else sink_logits, v),
+        *(lists.block_indices if lists is not None and promote else spare, spare, into.lse),
+        *(*into.out.stride()[:3], *v.stride()[:2]),
+        *(float(rules.scale), float(rules.softcap or 0) * math.log2(math.e), int(rules.window or 0)),
+        *(queries, keys, offset, rows, blocks, capacity, q_tiles, kv_heads),
         _sections(batch * kv_heads, 2 * dim * BLOCK * blocks),
-        GROUP=q_heads // kv_heads, D=dim, CAUSAL=causal, WINDOW=window is not None, CAP=softcap is not None,
-        PROMOTE=promote, CENTRED=centres is not None, SINK=sink is not None,
-    )  # fmt: skip
+        GROUP=q_heads // kv_heads,
+        D=dim,
+        CAUSAL=causal,
+        WINDOW=rules.window is not None,
+        CAP=rules.softcap is not None,
+        PROMOTE=promote,
+        CENTRED=centred,
+        SINK=sink_logits is not None,
+    )
