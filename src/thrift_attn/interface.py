@@ -201,7 +201,16 @@ def attention(
             else:
                 sequences = padded(q.shape[2], k.shape[2], causal, kv_lengths.to(q.device))
             out, lse, counts, share = ops.prefill(
-                q, k, v, sequences, config, form, scale=scale, window=window, softcap=softcap, high_fraction=return_stats
+                q,
+                k,
+                v,
+                sequences,
+                config,
+                form,
+                scale=scale,
+                window=window,
+                softcap=softcap,
+                high_fraction=return_stats,
             )
             if return_stats:
                 stats = ops.prefill_stats(sequences, config, q.shape[1], counts, share, window)
@@ -285,9 +294,7 @@ def attention_varlen(
                 max_keys=max_seqlen_k,
                 causal=causal,
             )
-            out, lse, *_ = _ops().prefill(
-                q, k, v, sequences, config, form, scale=scale, window=window, softcap=softcap
-            )
+            out, lse, *_ = _ops().prefill(q, k, v, sequences, config, form, scale=scale, window=window, softcap=softcap)
         else:
             out, lse = torch.empty_like(q), q.new_empty(q.shape[:3], dtype=torch.promote_types(q.dtype, torch.float32))
             starts = (cu_seqlens_q.tolist(), cu_seqlens_k.tolist())
