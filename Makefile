@@ -8,7 +8,7 @@ GLUON := $(VENV)/gluon
 .PHONY: demo test lint install clean
 
 demo: $(VENV)/.eval
-	$(BIN)/thrift demo
+	$(BIN)/thrift demo --mirror pypi
 
 test: $(VENV)/.dev $(VENV)/.gluon lint
 	$(BIN)/pytest -n 2 tests/architecture tests/reference tests/cache tests/transformers tests/lab

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,13 +12,15 @@ from torch import Tensor
 
 from thrift_attn.config import ThriftConfig
 from thrift_attn.transformers import ThriftCache, enable
-from thrift_attn.transformers.generate import stream
-from thrift_lab.eval.models import Loaded
+from thrift_attn.transformers.generate import generate
+from thrift_attn.transformers.versions import cache_keyword
+from thrift_lab.models import Loaded
+from transformers import TextStreamer
 
 
 @dataclass
 class Cost:
-    """What a generation took.
+    """What an answer took.
 
     Args:
         prompt: tokens of the prompt.
@@ -39,7 +41,7 @@ class Cost:
     promoted: float = 0.0
 
     def lines(self) -> list[str]:
-        """In words."""
+        """Return the figures as lines of text."""
         rate = (self.new - 1) / self.decode_s if self.decode_s else 0.0
         held = self.prompt + max(0, self.new - 1)
         return [
@@ -52,7 +54,7 @@ class Cost:
 
 
 def prompt_ids(loaded: Loaded, prompt: str, *, raw: bool) -> Tensor:
-    """Token ids ``[1, S]`` of a prompt, through the chat template if the tokenizer has one and ``raw`` is off.
+    """Return token ids ``[1, S]`` of a prompt, through the chat template if the tokenizer has one and ``raw`` is off.
 
     Raises:
         ValueError: an empty prompt.
@@ -67,82 +69,98 @@ def prompt_ids(loaded: Loaded, prompt: str, *, raw: bool) -> Tensor:
     return tokenizer(prompt, return_tensors="pt").input_ids
 
 
-def sampler(temperature: float, top_p: float) -> Callable[[Tensor], Tensor]:
-    """Logits ``[B, V]`` to tokens ``[B]``: the most likely at temperature 0, else drawn from the likeliest ``top_p``.
+def sampling(temperature: float, top_p: float) -> dict[str, Any]:
+    """Return the options of ``model.generate`` that draw tokens: greedy at temperature 0.
 
     Raises:
         ValueError: values out of range.
     """
     if temperature < 0 or not 0 < top_p <= 1:
         raise ValueError(f"temperature must be >= 0 and top_p in (0, 1], got {temperature} and {top_p}")
+    if temperature == 0:
+        return {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
+    return {"do_sample": True, "temperature": temperature, "top_p": top_p, "top_k": 0}
 
-    def pick(logits: Tensor) -> Tensor:
-        if temperature == 0:
-            return logits.argmax(-1)
-        p, order = (logits.float() / temperature).softmax(-1).sort(descending=True)
-        p = p.masked_fill(p.cumsum(-1) - p >= top_p, 0)
-        return order.gather(-1, torch.multinomial(p, 1))[:, 0]
 
-    return pick
+class _Streamer(TextStreamer):
+    """Hands on finished pieces of text, and notes when tokens come."""
+
+    def __init__(self, tokenizer: Any, show: Callable[[str], None], cost: Cost):
+        super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
+        self.show, self.cost, self.began = show, cost, time.perf_counter()
+
+    def put(self, value: Tensor) -> None:
+        """Take the prompt, then each new token."""
+        if not self.next_tokens_are_prompt:
+            passed = time.perf_counter() - self.began
+            self.cost.new += 1
+            if self.cost.new == 1:
+                self.cost.prefill_s = passed
+            self.cost.decode_s = passed - self.cost.prefill_s
+        super().put(value)
+
+    def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
+        """Hand on a piece of text."""
+        if text:
+            self.show(text)
 
 
 def answer(
     loaded: Loaded,
     ids: Tensor,
-    cost: Cost,
+    show: Callable[[str], None],
     *,
     config: ThriftConfig,
     max_new_tokens: int,
-    pick: Callable[[Tensor], Tensor],
     chunk: int | None = None,
-) -> Iterator[str]:
-    """Yield the answer piece by piece.
+    **options: Any,
+) -> Cost:
+    """Answer a prompt through the cache.
 
     Args:
         loaded: model and tokenizer; the model is switched to thrift.
-        ids: ``[1, S]``.
-        cost: filled in as it goes.
+        ids: int64 ``[1, S]``.
+        show: called with each piece of the answer as soon as it is complete.
         config: of the cache.
         max_new_tokens: tokens at most; the answer also ends with the model's end token.
-        pick: see `sampler`.
-        chunk: tokens of the prompt at a time.
+        chunk: tokens of the prompt at a time; all at once by default.
+        **options: of ``model.generate``, see `sampling`.
+
+    Returns:
+        What it took.
 
     Raises:
-        ValueError: no tokens asked for.
+        ValueError: no tokens asked for, or a chunk below 1.
         NotImplementedError: a model that the cache does not serve.
     """
-    if max_new_tokens < 1:
-        raise ValueError(f"max_new_tokens must be at least 1, got {max_new_tokens}")
+    if max_new_tokens < 1 or (chunk is not None and chunk < 1):
+        raise ValueError(f"max_new_tokens and chunk must be at least 1, got {max_new_tokens} and {chunk}")
     model: Any = loaded.model
     ids = ids.to(model.device)
     cache = ThriftCache(model.config, ids.shape[1] + max_new_tokens, decode=config)
     enable(model, config)
-    ends = _ends(model)
-    made: list[int] = []
-    shown = ""
-    cost.prompt = ids.shape[1]
-    began = time.perf_counter()
-    for new in stream(model, ids, cache, max_new_tokens=max_new_tokens, pick=pick, chunk=chunk):
-        token = int(new)
-        if not made:
-            cost.prefill_s = time.perf_counter() - began
-        made.append(token)
-        cost.new, cost.decode_s = len(made), time.perf_counter() - began - cost.prefill_s
-        if token in ends:
-            break
-        text = loaded.tokenizer.decode(made, skip_special_tokens=True)
-        if not text.endswith("\ufffd"):  # a character of several tokens is not complete yet
-            yield text[len(shown) :]
-            shown = text
+    cost = Cost(prompt=ids.shape[1])
+    model.generate(
+        ids,
+        attention_mask=torch.ones_like(ids),
+        custom_generate=generate,
+        token_streamer=_Streamer(loaded.tokenizer, show, cost),
+        max_new_tokens=max_new_tokens,
+        prefill_chunk_size=chunk,
+        pad_token_id=_pad(model),
+        **{cache_keyword(): cache},
+        **options,
+    )
     layers = cache.paged_layers
     cost.kv_bytes = cache.bytes_per_token()
     cost.plain_bytes = sum(
-        2 * layer.paged.kv_heads * layer.paged.head_dim * layer.paged.tail.element_size() for layer in layers
+        2 * layer.paged.kv_heads * layer.paged.head_dim * next(model.parameters()).element_size() for layer in layers
     )
     cost.promoted = layers[0].decode_stats(heads=1).share
+    return cost
 
 
-def _ends(model: Any) -> set[int]:
-    """Tokens that end an answer."""
-    found = getattr(model.generation_config, "eos_token_id", None)
-    return set(found) if isinstance(found, list) else set() if found is None else {found}
+def _pad(model: Any) -> int | None:
+    """Return a token to pad with, so that ``generate`` does not warn; a batch of one needs none."""
+    ends = model.generation_config.eos_token_id
+    return ends[0] if isinstance(ends, list) else ends

@@ -6,8 +6,10 @@ import importlib.metadata
 import json
 import os
 import platform
+import shutil
 import subprocess
-from collections.abc import Iterable
+import tempfile
+from collections.abc import Iterable, Mapping
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -20,16 +22,67 @@ def now() -> str:
     return datetime.now(timezone.utc).isoformat(timespec="seconds")
 
 
+def write_files(contents: Mapping[Path, bytes]) -> None:
+    """Write several files that belong together, all of them or none; their folders are made.
+
+    Every file is written beside its place and synced first, then all are moved. When a move fails, or is interrupted,
+    the files that were moved before it get back what they held.
+
+    Args:
+        contents: bytes of each file, in the order in which they are moved: a file that names others comes last.
+    """
+    written: dict[Path, Path] = {}
+    kept: dict[Path, Path | None] = {}
+    try:
+        for path, content in contents.items():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
+            written[path] = Path(name)
+            with os.fdopen(handle, "wb") as file:
+                file.write(content)
+                file.flush()
+                os.fsync(file.fileno())
+            written[path].chmod(0o666 & ~_umask())
+        for path in [*contents][:-1]:  # the last one replaces what it finds in one step
+            kept[path] = _second_name(path) if path.exists() else None
+        for path, beside in written.items():
+            os.replace(beside, path)
+    except BaseException:
+        for path, old in kept.items():
+            if not written[path].exists():  # it was moved
+                os.replace(old, path) if old is not None else path.unlink(missing_ok=True)
+        raise
+    finally:
+        for leftover in (*written.values(), *filter(None, kept.values())):
+            leftover.unlink(missing_ok=True)
+
+
+def _umask() -> int:
+    """Return the permissions that new files of this process do not get."""
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def _second_name(path: Path) -> Path:
+    """Give a file a second name beside it, so that what it holds outlives its replacement."""
+    folder = tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}.")
+    os.rmdir(folder)
+    second = Path(f"{folder}.old")
+    try:
+        os.link(path, second)
+    except OSError:  # a file system without hard links
+        shutil.copy2(path, second)
+    return second
+
+
 def write_json(path: Path, content: Any, *, allow_nan: bool = True) -> None:
     """Write a JSON file whole or not at all; its folder is made.
 
     Raises:
         ValueError: ``content`` holds a NaN or an infinity and ``allow_nan`` is False.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_suffix(".tmp")
-    beside.write_text(json.dumps(content, indent=1, allow_nan=allow_nan) + "\n", encoding="utf-8")
-    beside.replace(path)
+    write_files({path: (json.dumps(content, indent=1, allow_nan=allow_nan) + "\n").encode()})
 
 
 def commit() -> str | None:

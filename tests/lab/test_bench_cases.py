@@ -32,7 +32,7 @@ def test_full_covers_the_grid_and_the_targets_once():
 def test_baselines_run_once_per_shape():
     groups = by_shape(TARGET)
     assert len(groups) == 3
-    assert [c.high for c in next(iter(groups.values()))] == ["nested", "16bit"]
+    assert [c.promoted_storage for c in next(iter(groups.values()))] == ["nested", "16bit"]
     assert all(case.shape == shape for shape, cases in groups.items() for case in cases)
 
 
@@ -44,7 +44,7 @@ def test_baselines_run_once_per_shape():
         {"batch": 1, "kv": 64, "tq": 17},
         {"batch": 1, "kv": 64, "dtype": "float32"},
         {"batch": 1, "kv": 64, "budget": "lots"},
-        {"batch": 1, "kv": 64, "high": "double"},
+        {"batch": 1, "kv": 64, "promoted_storage": "double"},
     ],
 )
 def test_bad_cases_are_refused(wrong):
@@ -71,7 +71,7 @@ def test_bytes_of_our_step():
     bits = 4.5 * (1 + case.promoted / case.blocks) + 0.125
     assert ours["step"] == pytest.approx(case.plain_elements * bits / 8, rel=1e-3)
     assert 3.2 < plain_bytes(case, 2) / ours["step"] < 3.4
-    copy = thrift_bytes(DecodeCase(batch=8, kv=131072, high="16bit"))
+    copy = thrift_bytes(DecodeCase(batch=8, kv=131072, promoted_storage="16bit"))
     assert ours["step"] < copy["step"] < 1.2 * ours["step"]
     assert sum(ours[part] for part in ("scores", "select", "attend", "merge")) > ours["step"]
 
@@ -87,18 +87,18 @@ def test_memory():
 
 
 def test_own_grid():
-    cases = grid(batches=iter((1, 2)), lengths=iter((64, 128)), heads=[(4, 2)], head_dim=64, high="nested8")
+    cases = grid(batches=iter((1, 2)), lengths=iter((64, 128)), heads=[(4, 2)], head_dim=64, promoted_storage="nested8")
     assert [(c.batch, c.kv) for c in cases] == [(1, 64), (2, 64), (1, 128), (2, 128)]
-    assert {c.high for c in cases} == {"nested8"}
+    assert {c.promoted_storage for c in cases} == {"nested8"}
 
 
 def test_recipe_of_the_paper() -> None:
     """Another configuration of ours, the same case for baselines."""
-    decode = DecodeCase(batch=1, kv=4096, recipe="paper", high="16bit")
-    prefill = PrefillCase(kv=4096, low="mxfp4", recipe="paper")
+    decode = DecodeCase(batch=1, kv=4096, config_name="paper", promoted_storage="16bit")
+    prefill = PrefillCase(kv=4096, base_format="mxfp4", config_name="paper")
     assert decode.config == ThriftConfig.paper(compute="16bit", promoted_storage="16bit", budget=fraction(0.05))
     assert prefill.config == ThriftConfig.paper(base_format="mxfp4")
     assert decode.shape == DecodeCase(batch=1, kv=4096).shape
     assert prefill.shape == PrefillCase(kv=4096).shape
-    with pytest.raises(ValueError, match="recipe must be one of"):
-        PrefillCase(kv=4096, recipe="mine")
+    with pytest.raises(ValueError, match="config_name must be one of"):
+        PrefillCase(kv=4096, config_name="mine")

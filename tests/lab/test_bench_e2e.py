@@ -14,12 +14,14 @@ from thrift_lab.bench import e2e, e2e_model
 from thrift_lab.bench.e2e_plot import baseline, draw, table
 from thrift_lab.cli import app
 
-CASES = (e2e.Case(256, 1, True), e2e.Case(130, 2, False))
+CASES = (e2e.ModelCase(256, 1, True), e2e.ModelCase(130, 2, False))
 
 
 @pytest.fixture(scope="module")
 def record(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    plan = e2e.Plan("tiny", CASES, tmp_path_factory.mktemp("e2e") / "tiny.json", 4, fused=False, device="cpu", gate=150)
+    plan = e2e.ModelPlan(
+        "tiny", CASES, tmp_path_factory.mktemp("e2e") / "tiny.json", 4, fused=False, device="cpu", check_tokens=150
+    )
     said: list[str] = []
     return plan, e2e.run(plan, said.append), said
 
@@ -32,11 +34,11 @@ def test_every_side_of_every_case_is_timed(record: Any) -> None:
     for row in found.rows:
         assert len(row.decode_ms) == 4, row
         assert (row.prefill_s is not None) == (row.case.prompt and row.side != "transformers")
-    assert found.gate["bf16"] < 0.01  # in its first steps it also reads the slots of the last ones
-    assert found.gate["all"] < 0.01
-    assert found.gate["chunks"] < 0.01
-    assert found.gate["launched"] == 0
-    assert 0 < found.gate["thrift"] < 1
+    assert found.check["bf16"] < 0.01  # in its first steps it also reads the slots of the last ones
+    assert found.check["all"] < 0.01
+    assert found.check["chunks"] < 0.01
+    assert found.check["launched"] == 0
+    assert 0 < found.check["thrift"] < 1
     assert found.largest["thrift"]["tokens"] == 256
     assert any("largest context" in line for line in said)
 
@@ -50,7 +52,7 @@ def test_bytes_are_those_of_the_cache(record: Any) -> None:
 
 def test_records_come_back_and_are_drawn(record: Any, tmp_path: Path) -> None:
     plan, found, _ = record
-    again = e2e.E2ERecord.load(plan.out)
+    again = e2e.ModelRecord.load(plan.out)
     assert again == found
     assert baseline(again, CASES[0]).side in ("bf16", "transformers")
     console = Console(width=140, record=True)
@@ -58,25 +60,35 @@ def test_records_come_back_and_are_drawn(record: Any, tmp_path: Path) -> None:
     assert "B1 x 256" in console.export_text()
     assert draw(again, tmp_path / "a" / "tiny.png").stat().st_size > 10_000
     (tmp_path / "other.json").write_text("{}")
-    with pytest.raises(ValueError, match="not an e2e record"):
-        e2e.E2ERecord.load(tmp_path / "other.json")
+    with pytest.raises(ValueError, match="not a record of kind e2e"):
+        e2e.ModelRecord.load(tmp_path / "other.json")
 
 
 def test_nothing_is_timed_when_the_logits_are_wrong(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     right = e2e_model.bf16_attention
     monkeypatch.setattr(e2e_model, "bf16_attention", lambda *a, **k: (right(*a, **k)[0] * -3, None))
-    plan = e2e.Plan("tiny", CASES[:1], tmp_path / "x.json", 2, fused=False, device="cpu", gate=150, largest=False)
+    plan = e2e.ModelPlan(
+        "tiny", CASES[:1], tmp_path / "x.json", 2, fused=False, device="cpu", check_tokens=150, largest=False
+    )
     with pytest.raises(ValueError, match="bf16: logits"):
         e2e.run(plan, lambda line: None)
     assert not plan.out.exists()
 
 
 def test_an_error_of_one_side_is_a_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    plan = e2e.Plan(
-        "tiny", CASES[:1], tmp_path / "x.json", 2, fused=False, device="cpu", gate=150, largest=False, as_is=False
+    plan = e2e.ModelPlan(
+        "tiny",
+        CASES[:1],
+        tmp_path / "x.json",
+        2,
+        fused=False,
+        device="cpu",
+        check_tokens=150,
+        largest=False,
+        as_is=False,
     )
-    monkeypatch.setattr(e2e.Bench, "kv_bytes", lambda self, cache: 1 / 0)
-    monkeypatch.setattr(e2e.Bench, "decode", lambda *a: (_ for _ in ()).throw(RuntimeError("broken")))
+    monkeypatch.setattr(e2e.ModelBench, "kv_bytes", lambda self, cache: 1 / 0)
+    monkeypatch.setattr(e2e.ModelBench, "decode", lambda *a: (_ for _ in ()).throw(RuntimeError("broken")))
     found = e2e.run(plan, lambda line: None)
     assert [(row.status, row.reason) for row in found.rows] == [("failed", "RuntimeError: broken")] * 2
 

@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 
 from thrift_lab.bench import plots
 from thrift_lab.bench.bench_cli import app, summary
-from thrift_lab.bench.bench_records import KernelTime, Record, Row, make_context
+from thrift_lab.bench.bench_records import BenchRecord, BenchRow, KernelTime, make_context
 from thrift_lab.bench.cases import TARGET, DecodeCase, plain_bytes, thrift_bytes
 from thrift_lab.bench.check import Check
 from thrift_lab.bench.flashinfer_build import Spec, specs_for
@@ -22,7 +22,7 @@ GREEN = [Check("small", 1e-3, 2e-3), Check("big", 1e-3, 2e-3)]
 
 def timed(case, name, kind, us, moved):
     spread = [us * (1 + 0.01 * at) for at in (-2, -1, 0, 1, 2)]
-    return Row(case, name, kind, "words", "timed", bytes=moved, bytes_per_token=9.0, checks=GREEN, runs_us=spread)
+    return BenchRow(case, name, kind, "words", "timed", bytes=moved, bytes_per_token=9.0, checks=GREEN, runs_us=spread)
 
 
 def fake_record(cases=TARGET):
@@ -37,21 +37,23 @@ def fake_record(cases=TARGET):
                 timed(shape, "cuDNN SDPA", "bf16", wide / 2.8e6 + 6, wide),
                 timed(shape, "FlashAttention-3", "bf16", wide / 2.6e6 + 30, wide),
                 timed(shape, "FlashInfer FP8 KV", "fp8", narrow / 2.4e6 + 25, narrow),
-                Row(shape, "FlashAttention-2", "bf16", "words", "absent", "import flash_attn: ModuleNotFoundError"),
+                BenchRow(
+                    shape, "FlashAttention-2", "bf16", "words", "absent", "import flash_attn: ModuleNotFoundError"
+                ),
             ]
         ours = thrift_bytes(case)["step"]
-        row = timed(case, f"thrift {case.high} {case.budget}", "thrift", ours / 2.3e6 + 18, ours)
+        row = timed(case, f"thrift {case.promoted_storage} {case.budget}", "thrift", ours / 2.3e6 + 18, ours)
         rows.append(
             replace(row, kernels=[KernelTime("attend", 10, [5.0, 6.0, 7.0])], profile={"attend_split_kernel": 5.5})
         )
-    return Record(context, 2.97e12, 7.8e14, rows)
+    return BenchRecord(context=context, copy_bytes_per_s=2.97e12, matmul_flop_per_s=7.8e14, rows=rows)
 
 
 def test_round_trip(tmp_path):
     record = fake_record()
     path = tmp_path / "deep" / "decode.json"
     record.save(path)
-    again = Record.load(path)
+    again = BenchRecord.load(path)
     assert again == record
     assert not list(path.parent.glob("*.tmp"))
     plain = json.loads(path.read_text())
@@ -73,8 +75,8 @@ def test_context_names_versions_machine_and_commit(monkeypatch):
 def test_other_files_are_refused(tmp_path):
     path = tmp_path / "other.json"
     path.write_text('{"kind": "nll", "schema": 1}')
-    with pytest.raises(ValueError, match="not a decode or prefill record"):
-        Record.load(path)
+    with pytest.raises(ValueError, match="not a record of kind decode or prefill"):
+        BenchRecord.load(path)
 
 
 def test_speedups_take_the_fastest_of_each_kind():

@@ -9,14 +9,14 @@ import torch
 
 from thrift_lab.bench import run_bench as runner
 from thrift_lab.bench.baselines import BASELINES
-from thrift_lab.bench.bench_records import Record
+from thrift_lab.bench.bench_records import BenchRecord
 from thrift_lab.bench.cases import DecodeCase
 from thrift_lab.bench.inputs import make_inputs
-from thrift_lab.bench.run_bench import Bench, Plan, run
+from thrift_lab.bench.run_bench import BenchPlan, PreparedCase, run
 from thrift_lab.bench.timing import DeviceLost
 
 CASE = DecodeCase(batch=1, kv=200, q_heads=4, kv_heads=2, head_dim=32)
-CASES = (CASE, replace(CASE, high="16bit"), replace(CASE, batch=2))
+CASES = (CASE, replace(CASE, promoted_storage="16bit"), replace(CASE, batch=2))
 
 
 def timer(steps, *, replays, warmup):
@@ -36,17 +36,17 @@ def said(monkeypatch):
 
     def prepared(plan, shape):
         small, big = (make_inputs(replace(shape, kv=kv), device="cpu") for kv in (100, shape.kv))
-        return Bench(small, big, plan.settings, timer=timer, guard=lambda what: None)
+        return PreparedCase(small, big, plan.settings, timer=timer, guard=lambda what: None)
 
     monkeypatch.setattr(runner, "_prepared", prepared)
     return []
 
 
 def test_every_method_gets_a_row(said, tmp_path, monkeypatch):
-    plan = Plan(CASES, tmp_path / "decode.json", profile=False)
+    plan = BenchPlan(CASES, tmp_path / "decode.json", profile=False)
     monkeypatch.setenv("THRIFT_COMMIT", "abc")
-    record = run(plan, say=said.append)
-    assert Record.load(plan.out) == record
+    record = run(plan, log=said.append)
+    assert BenchRecord.load(plan.out) == record
     assert len(record.rows) == 2 * len(BASELINES) + 3
     assert all(bool(row.runs_us) != bool(row.reason) for row in record.rows)
     flash = record.find(CASE.shape, "FlashAttention-3")
@@ -57,27 +57,29 @@ def test_every_method_gets_a_row(said, tmp_path, monkeypatch):
 
 
 def test_only_and_skip(said, tmp_path):
-    plan = Plan(CASES[:1], tmp_path / "decode.json", only=("flash", "thrift"), skip=("flashattention",), profile=False)
-    names = [row.method for row in run(plan, say=said.append).rows]
+    plan = BenchPlan(
+        CASES[:1], tmp_path / "decode.json", only=("flash", "thrift"), skip=("flashattention",), profile=False
+    )
+    names = [row.method for row in run(plan, log=said.append).rows]
     assert names[0].startswith("thrift")
     assert names[1:] == [row.name for row in BASELINES if row.name.startswith("FlashInfer")]
 
 
 def test_what_does_not_fit_is_noted(said, tmp_path):
-    plan = Plan((DecodeCase(batch=32, kv=524288),), tmp_path / "decode.json", only=("cudnn", "thrift"))
-    rows = run(plan, say=said.append).rows
+    plan = BenchPlan((DecodeCase(batch=32, kv=524288),), tmp_path / "decode.json", only=("cudnn", "thrift"))
+    rows = run(plan, log=said.append).rows
     assert [row.status for row in rows] == ["skipped", "skipped"]
     assert "GiB" in rows[0].reason
 
 
 def test_what_was_not_begun_is_noted(said, tmp_path):
-    record = run(Plan(CASES, tmp_path / "decode.json", minutes=-1.0), say=said.append)
+    record = run(BenchPlan(CASES, tmp_path / "decode.json", minutes=-1.0), log=said.append)
     assert not record.rows
     assert record.context["not_begun"] == [case.to_dict() for case in CASES]
 
 
 def test_a_lost_device_leaves_a_record_that_can_be_resumed(said, tmp_path, monkeypatch):
-    plan = Plan(CASES[:1], tmp_path / "decode.json", profile=False)
+    plan = BenchPlan(CASES[:1], tmp_path / "decode.json", profile=False)
     whole = runner.run_method
 
     def fragile(method, *rest, **more):
@@ -87,9 +89,9 @@ def test_a_lost_device_leaves_a_record_that_can_be_resumed(said, tmp_path, monke
 
     monkeypatch.setattr(runner, "run_method", fragile)
     with pytest.raises(DeviceLost):
-        run(plan, say=said.append)
-    rows = Record.load(plan.out).rows
+        run(plan, log=said.append)
+    rows = BenchRecord.load(plan.out).rows
     assert (rows[-1].method, rows[-1].status) == ("FlashAttention-3", "failed")
-    record = run(plan, resume=True, say=said.append)
+    record = run(plan, resume=True, log=said.append)
     names = [row.method for row in record.rows]
     assert len(names) == len(set(names)) == len(BASELINES) + 1

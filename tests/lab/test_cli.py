@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -14,8 +15,7 @@ from typer.testing import CliRunner, Result
 
 from support.tiny_eval import TEXT, save_model
 from thrift_lab import cli
-from thrift_lab.eval import models
-from thrift_lab.eval.fetch import FetchError
+from thrift_lab.assets import MIRROR
 
 
 @pytest.fixture(scope="module")
@@ -83,25 +83,33 @@ def test_errors_are_one_line_and_exit_code_2(folder: Path, arguments: tuple[str,
 
 def test_a_failed_download_is_one_line(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     def refuse(*_: object) -> None:
-        raise FetchError("smollm2-135m: expected sha256 aa, got bb; discarded")
+        raise OSError("no network\nand more")
 
     monkeypatch.setenv("THRIFT_CACHE", str(tmp_path))
-    monkeypatch.setattr(models, "fetch", refuse)
-    (tmp_path / "x.txt").write_text(TEXT)
-    result = thrift("eval", "nll", "--model", "smollm2-135m", "--text", str(tmp_path / "x.txt"), "--length", "64")
+    monkeypatch.setattr("pooch.HTTPDownloader", lambda **_: refuse)
+    result = thrift("eval", "nll", "--model", "x", "--text", "shakespeare", "--length", "64")
     assert result.exit_code == 2
-    assert "error: smollm2-135m: expected sha256 aa, got bb; discarded" in result.output
+    assert result.output.splitlines()[-1].startswith("error: could not fetch shakespeare into")
+    assert result.output.splitlines()[-1].endswith("no network")
 
 
 def test_demo_runs_four_methods_and_budgets(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     asked: dict[str, Any] = {}
-    monkeypatch.setattr(cli, "_nll", lambda model, text, **options: asked.update(options, model=model, text=text))
+
+    def run(model: str, text: str, methods: str, budgets: list[str], **options: Any) -> None:
+        asked.update(options, model=model, text=text, methods=methods, budgets=budgets, mirror=os.environ.get(MIRROR))
+
+    monkeypatch.setattr(cli, "run_nll", run)
+    monkeypatch.setenv(MIRROR, "")
     result = thrift("demo", "--output", str(tmp_path))
     assert result.exit_code == 0, result.output
     assert (asked["model"], asked["text"], asked["length"]) == ("smollm2-135m", "shakespeare", 2048)
-    assert asked["methods"] == "fp16,fp4,paper,thrift"
+    assert (asked["methods"], asked["budgets"]) == ("fp16,fp4,paper,thrift", ["0", "0.15"])
     assert asked["json"] == tmp_path / "record.json"
     assert asked["plot"] == tmp_path / "recovery.png"
+    assert asked["mirror"] == ""
+    thrift("demo", "--mirror", "pypi")
+    assert asked["mirror"] == "pypi"
 
 
 def test_doctor(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -111,7 +119,9 @@ def test_doctor(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     for word in ("python", "torch", "triton", "transformers", "smollm2-135m", "shakespeare", "fetched when first used"):
         assert word in result.output
     assert "emulated" in result.output
+    assert "cached" not in result.output
     (tmp_path / "SmolLM2-135M-Instruct.Q4_1.gguf").touch()
+    monkeypatch.setenv(MIRROR, "pypi")
     assert "cached" in thrift("doctor").output
 
 

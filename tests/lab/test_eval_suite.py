@@ -29,15 +29,15 @@ from thrift_lab.eval.answer import answer, stop_tokens
 from thrift_lab.eval.concentration import FP4, SHARES, measure, of_model
 from thrift_lab.eval.cost import at_equal_cost, costs, decode_cost, prefill_cost
 from thrift_lab.eval.eviction import KERNEL, WINDOW, Eviction, evict, kept_tokens, votes, watching
-from thrift_lab.eval.extras import MissingExtra
 from thrift_lab.eval.methods import Method, described, from_description, parse_method, parse_methods
-from thrift_lab.eval.models import Loaded
 from thrift_lab.eval.nll import run_window
 from thrift_lab.eval.presets import BUDGETS, full, quick, with_baselines
 from thrift_lab.eval.run_nll import evaluate
 from thrift_lab.eval.runs import Run, load_runs
-from thrift_lab.eval.suite import Folder, Plan, key_of, run
+from thrift_lab.eval.suite import Folder, SuitePlan, key_of, run
 from thrift_lab.eval.summary import summarise
+from thrift_lab.extras import MissingExtra
+from thrift_lab.models import Loaded
 
 TEXT = " ".join(
     f"The {a} {b} near the {c} {d}s {n} times."
@@ -64,7 +64,7 @@ def tiny(place: Path) -> Loaded:
     return loaded(place / "model")
 
 
-def a_plan(place: Path, **changes: Any) -> Plan:
+def a_plan(place: Path, **changes: Any) -> SuitePlan:
     options: dict[str, Any] = {
         "model": str(place / "model"),
         "methods": "fp16,fp4,thrift:budget=0.3,topk:budget=0.5,snapkv:keep=0.5",
@@ -78,7 +78,7 @@ def a_plan(place: Path, **changes: Any) -> Plan:
         "data": "standin",
         "concentration": 150,
     }
-    return Plan(**(options | changes))
+    return SuitePlan(**(options | changes))
 
 
 # -- answers ----------------------------------------------------------------------------------------------------------
@@ -314,10 +314,10 @@ import json, sys, time
 from pathlib import Path
 import torch
 torch.set_num_threads(1)
-from thrift_lab.eval.suite import Plan, run
+from thrift_lab.eval.suite import SuitePlan, run
 options = json.loads(sys.argv[1])
 options = {key: tuple(value) if isinstance(value, list) else value for key, value in options.items()}
-run(Plan(**options), Path(sys.argv[2]), device="cpu", progress=lambda *step: time.sleep(0.1))
+run(SuitePlan(**options), Path(sys.argv[2]), device="cpu", progress=lambda *step: time.sleep(0.1))
 """
 
 
@@ -397,6 +397,67 @@ def test_summary_compares_only_what_all_have_finished() -> None:
     assert rows["thrift"]["loss"] == pytest.approx(0.125)
     assert rows["thrift"]["recovered"] == pytest.approx(0.875)
     assert rows["thrift"]["loss_interval"] == pytest.approx((0, 0.25))
+
+
+# -- damaged folders --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("{", "predictions.jsonl, line 2: not JSON"),
+        ("3", "predictions.jsonl, line 2: expected an object; delete it, and a new start makes it again"),
+        ('{"kind": "nll"}', "predictions.jsonl, line 2: no 'task' in it; delete it"),
+        ('{"kind": "nll", "task": "\xff"}', "predictions.jsonl, line 2: not JSON"),
+    ],
+)
+def test_a_broken_line_is_named(line: str, message: str, place: Path, tmp_path: Path) -> None:
+    files = Folder(tmp_path)
+    files.begin(a_plan(place))
+    whole = {"kind": "nll", "task": "x", "length": 1, "index": 0, "method": "fp16"}
+    files.append(whole)
+    with files.lines.open("ab") as file:
+        file.write(line.encode("latin-1") + b"\n")
+    files.append({**whole, "index": 1})
+    with pytest.raises(ValueError, match=re.escape(message)) as caught:
+        Run.load(tmp_path)
+    assert "\n" not in str(caught.value)
+    with pytest.raises(ValueError, match=re.escape(message)):
+        run(a_plan(place), tmp_path, device="cpu")
+
+
+def test_half_a_line_of_the_environment_is_cut_off(place: Path, tmp_path: Path) -> None:
+    files = Folder(tmp_path)
+    files.begin(a_plan(place))
+    files.note({"started": "once"})
+    with files.notes.open("ab") as file:
+        file.write(b'{"started": "tw')
+    assert files.load()[1] == [{"started": "once"}]
+    files.begin(a_plan(place))
+    files.note({"started": "again"})
+    assert files.load()[1] == [{"started": "once"}, {"started": "again"}]
+
+
+def test_a_damaged_plan_is_one_line(place: Path, tmp_path: Path) -> None:
+    Folder(tmp_path).begin(a_plan(place))
+    for content, message in (("{", "is not JSON"), ("[]", "schema"), ('{"schema": 1}', "config.json is damaged")):
+        (tmp_path / "config.json").write_text(content)
+        for call in (lambda: Run.load(tmp_path), lambda: Folder(tmp_path).begin(a_plan(place))):
+            with pytest.raises(ValueError, match=message):
+                call()
+
+
+def test_a_second_run_in_the_same_folder_is_refused(place: Path, tmp_path: Path) -> None:
+    code = "import sys, time; from pathlib import Path; from thrift_lab.eval.suite import Folder\n"
+    code += "with Folder(Path(sys.argv[1])).held(): print('held', flush=True); time.sleep(60)"
+    with subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], stdout=subprocess.PIPE, text=True) as other:
+        assert other.stdout is not None
+        assert other.stdout.readline() == "held\n"
+        with pytest.raises(ValueError, match="another run is at work in"):
+            run(a_plan(place), tmp_path, device="cpu")
+        other.kill()
+    with Folder(tmp_path).held():  # a killed process holds nothing
+        pass
 
 
 # -- report -----------------------------------------------------------------------------------------------------------
@@ -511,7 +572,7 @@ def test_nll_records_join_the_runs_of_their_model(
     assert len(load_runs([record, tmp_path / "other.json"])) == 2
     with pytest.raises(ValueError, match="records of one model expected"):
         Run.of_records([record, tmp_path / "other.json"])
-    with pytest.raises(ValueError, match="is not an NLL record"):
+    with pytest.raises(ValueError, match="is not a record of kind nll"):
         load_runs([finished[0] / "metrics.json"])
 
 
@@ -522,7 +583,7 @@ def test_folders_that_are_no_run(tmp_path: Path, place: Path) -> None:
     config = json.loads((tmp_path / "config.json").read_text())
     assert config["computed"]["fp16"] is None
     assert config["computed"]["snapkv:keep=0.5"] == {"keep": 0.5}
-    config["computed"]["thrift:budget=0.3"]["center"] = "none"  # as if the default had been another one then
+    config["computed"]["thrift:budget=0.3"]["budget"] = "0.2"  # as if the default had been another one then
     (tmp_path / "config.json").write_text(json.dumps(config))
     with pytest.raises(ValueError, match="holds a run of another plan"):
         Folder(tmp_path).begin(a_plan(place))

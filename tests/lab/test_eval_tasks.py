@@ -10,11 +10,11 @@ from typing import Any
 
 import pytest
 
-from thrift_lab.eval.extras import MissingExtra
 from thrift_lab.eval.tasks import longbench, metrics, ruler, standin
 from thrift_lab.eval.tasks.base import Encoder, Sample, dice, fit, sentences, shorten
 from thrift_lab.eval.tasks.helmet import JsonKv, first_answer
 from thrift_lab.eval.tasks.table import NEEDED, Table, table
+from thrift_lab.extras import MissingExtra
 
 ESSAY = " ".join(f"Sentence {n} speaks of the {n}th thing." for n in range(3000))
 SINGLE_1 = (

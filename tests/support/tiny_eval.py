@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from thrift_lab.eval.models import Loaded, load_model
+from thrift_lab.models import Loaded, load_model
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 LIMIT = 512

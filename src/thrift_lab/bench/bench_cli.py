@@ -4,26 +4,34 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
 from rich.table import Table
 
+from thrift_lab.console import errors, numbers, words
+
 if TYPE_CHECKING:
-    from thrift_lab.bench.bench_records import Record
-    from thrift_lab.bench.e2e import Case
-    from thrift_lab.bench.run_bench import Plan
+    from thrift_lab.bench.bench_records import BenchRecord
+    from thrift_lab.bench.e2e import ModelCase
+    from thrift_lab.bench.run_bench import BenchPlan
 
 app = typer.Typer(
     no_args_is_help=True, add_completion=False, help="Time kernels against the baselines, correctness first."
 )
 
+HEADS, HEAD_DIM, TQ, STORAGE, BUDGET, CONFIG = ["32/8"], ["128"], ["1"], ["nested"], ["0.05"], ["default"]
+BASE_FORMAT, COMPUTE = ["fp8"], ["fp4"]
+"""Defaults of options that may be given several times."""
+
 RESTARTS = 4
 """Times a run is taken up again after a method broke the device."""
+
+COUNT = "THRIFT_BENCH_RESTARTS"
+"""Environment variable of a process that took a run up again, set here alone: how often that has happened."""
 
 
 @app.callback()
@@ -31,13 +39,13 @@ def _group() -> None:
     """Keep ``decode`` a subcommand however many there are."""
 
 
-def _run(plan: Plan, console: Console, *, resume: bool, plot: bool) -> None:
+def _run(plan: BenchPlan, console: Console, *, resume: bool, plot: bool) -> None:
     """Run a plan, print its table and draw its pictures beside the record."""
     from thrift_lab.bench.run_bench import run
     from thrift_lab.bench.timing import DeviceLost
 
     try:
-        record = run(plan, resume=resume, say=lambda line: console.print(line, highlight=False, markup=False))
+        record = run(plan, resume=resume, log=lambda line: console.print(line, highlight=False, markup=False))
     except DeviceLost as error:
         _take_up_again(console, error)
         raise typer.Exit(3) from error
@@ -48,6 +56,16 @@ def _run(plan: Plan, console: Console, *, resume: bool, plot: bool) -> None:
 
         draw(record, plan.out.parent)
     console.print(f"wrote {plan.out}", style="dim", highlight=False, markup=False)
+    _judge(record.rows, console)
+
+
+def _judge(rows: Iterable[Any], console: Console) -> None:
+    """End with exit code 1 when one of our own rows is wrong or failed: a benchmark without us is no benchmark."""
+    bad = [row for row in rows if row.ours and row.status in ("wrong", "failed")]
+    for row in bad:
+        console.print(f"{row.case.name}, {row.status}: {row.reason}", style="red", highlight=False, markup=False)
+    if bad:
+        raise typer.Exit(1)
 
 
 @app.command()
@@ -56,16 +74,18 @@ def decode(
         str, typer.Option(help="smoke, target, quick or full; not used when --batch and --kv are given.")
     ] = ("quick"),
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder for the record and the pictures.")] = Path("bench"),
-    batch: Annotated[str, typer.Option(help="Own grid: batch sizes such as 1,8.")] = "",
-    kv: Annotated[str, typer.Option(help="Own grid: cache lengths such as 32768,131072.")] = "",
-    heads: Annotated[str, typer.Option(help="Own grid: Hq/Hkv such as 32/8,28/4.")] = "32/8",
-    head_dim: Annotated[str, typer.Option(help="Own grid: D, several after commas.")] = "128",
-    tq: Annotated[str, typer.Option(help="Own grid: new tokens of each sequence, several after commas.")] = "1",
-    high: Annotated[str, typer.Option(help="Own grid: nested, nested8, 16bit; several after commas.")] = "nested",
-    budget: Annotated[str, typer.Option(help="Own grid: budgets such as 0.05,0.1.")] = "0.05",
-    recipe: Annotated[str, typer.Option(help="Own grid: default, paper; several after commas.")] = "default",
-    only: Annotated[str, typer.Option(help="Only methods whose names begin so, such as thrift,cudnn.")] = "",
-    skip: Annotated[str, typer.Option(help="No methods whose names begin so.")] = "",
+    batch: Annotated[list[str] | None, typer.Option(help="Own grid: batch sizes such as 1,8.")] = None,
+    kv: Annotated[list[str] | None, typer.Option(help="Own grid: cache lengths such as 32768,131072.")] = None,
+    heads: Annotated[list[str], typer.Option(help="Own grid: Hq/Hkv such as 32/8,28/4.")] = HEADS,
+    head_dim: Annotated[list[str], typer.Option(help="Own grid: D.")] = HEAD_DIM,
+    tq: Annotated[list[str], typer.Option(help="Own grid: new tokens of each sequence.")] = TQ,
+    promoted_storage: Annotated[
+        list[str], typer.Option("--promoted-storage", "--high", help="Own grid: nested, nested8, 16bit.")
+    ] = STORAGE,
+    budget: Annotated[list[str], typer.Option(help="Own grid: budgets such as 0.05,0.1.")] = BUDGET,
+    config: Annotated[list[str], typer.Option("--config", "--recipe", help="Own grid: default, paper.")] = CONFIG,
+    only: Annotated[list[str] | None, typer.Option(help="Only methods whose names begin so: thrift,cudnn.")] = None,
+    skip: Annotated[list[str] | None, typer.Option(help="No methods whose names begin so.")] = None,
     replays: Annotated[int, typer.Option(min=5, help="Timed graph replays of the fastest setting.")] = 50,
     minutes: Annotated[float, typer.Option(help="Begin no new shape after this.")] = 60.0,
     compile_seconds: Annotated[float, typer.Option(help="What FlashInfer's compiler may take.")] = 400.0,
@@ -76,43 +96,43 @@ def decode(
 ) -> None:
     """Decode: our whole step and each kernel against the BF16 and FP8 kernels people use, in one run."""
     console = Console(soft_wrap=True, width=None if sys.stdout.isatty() else 150)
-    with _errors():
+    with errors():
         from thrift_lab.bench.timing import Settings, require_cuda
 
         require_cuda()
         from thrift_lab.bench.cases import PRESETS, grid
-        from thrift_lab.bench.run_bench import Plan
+        from thrift_lab.bench.run_bench import BenchPlan
 
         if bool(batch) != bool(kv):
             raise ValueError("an own grid needs both --batch and --kv")
         if batch:
             cases = tuple(
                 case
-                for dim in map(int, _words(head_dim))
-                for new in map(int, _words(tq))
-                for one in _words(high)
-                for share in _words(budget)
-                for what in _words(recipe)
+                for dim in numbers(head_dim)
+                for new in numbers(tq)
+                for storage in words(promoted_storage)
+                for share in words(budget)
+                for name in words(config)
                 for case in grid(
-                    batches=map(int, _words(batch)),
-                    lengths=map(int, _words(kv)),
-                    heads=[_heads(pair) for pair in _words(heads)],
+                    batches=numbers(batch),
+                    lengths=numbers(kv),
+                    heads=map(_heads, words(heads)),
                     head_dim=dim,
                     tq=new,
-                    high=one,
+                    promoted_storage=storage,
                     budget=share,
-                    recipe=what,
+                    config_name=name,
                 )
             )
         elif preset in PRESETS:
             cases = PRESETS[preset]
         else:
             raise ValueError(f"--preset must be one of {', '.join(PRESETS)}, got {preset!r}")
-        plan = Plan(
+        plan = BenchPlan(
             cases=cases,
             out=out / "decode.json",
-            only=tuple(_words(only)),
-            skip=tuple(_words(skip)),
+            only=tuple(words(only)),
+            skip=tuple(words(skip)),
             settings=Settings(replays=replays),
             minutes=minutes,
             compile_seconds=compile_seconds,
@@ -142,7 +162,7 @@ def e2e(
 ) -> None:
     """A whole model: prefill, first token, decode and memory, ours against BF16, CUDA graphs on both sides."""
     console = Console(soft_wrap=True, width=None if sys.stdout.isatty() else 150)
-    with _errors():
+    with errors():
         if device != "cpu":
             from thrift_lab.bench.timing import require_cuda
 
@@ -151,40 +171,45 @@ def e2e(
         from thrift_lab.bench.e2e_plot import draw, table
 
         path = out / f"{Path(model).name}.json"
-        plan = whole.Plan(
-            model, tuple(map(_case, _words(cases))), path, new, budget, fused, largest, device, seed, as_is
+        plan = whole.ModelPlan(
+            model, tuple(map(_case, words(cases))), path, new, budget, fused, largest, device, seed, as_is
         )
-        record = whole.run(plan, say=lambda line: console.print(line, highlight=False, markup=False))
+        record = whole.run(plan, log=lambda line: console.print(line, highlight=False, markup=False))
         console.print()
         console.print(table(record))
         draw(record, path.with_suffix(".png"))
         console.print(f"wrote {path}", style="dim", highlight=False, markup=False)
+        _judge(record.rows, console)
 
 
-def _case(text: str) -> Case:
+def _case(text: str) -> ModelCase:
     """``131072x3:fill`` as a case."""
-    from thrift_lab.bench.e2e import Case
+    from thrift_lab.bench.e2e import ModelCase
 
     sizes, _, how = text.partition(":")
     parts = sizes.split("x")
     if len(parts) != 2 or not all(part.isdigit() and int(part) for part in parts) or how not in ("", "fill"):
         raise ValueError(f"a case must look like 131072x1 or 131072x3:fill, got {text!r}")
-    return Case(int(parts[0]), int(parts[1]), not how)
+    return ModelCase(int(parts[0]), int(parts[1]), not how)
 
 
 @app.command()
 def prefill(
     preset: Annotated[str, typer.Option(help="smoke, target or full; not used when --kv is given.")] = "target",
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder for the record and the picture.")] = Path("bench"),
-    kv: Annotated[str, typer.Option(help="Own grid: prompt lengths such as 32768,131072.")] = "",
-    low: Annotated[str, typer.Option(help="Own grid: formats such as fp8,nvfp4.")] = "fp8",
-    math: Annotated[str, typer.Option(help="Own grid: fp4 or 16bit.")] = "fp4",
-    heads: Annotated[str, typer.Option(help="Own grid: Hq/Hkv such as 32/8.")] = "32/8",
+    kv: Annotated[list[str] | None, typer.Option(help="Own grid: prompt lengths such as 32768,131072.")] = None,
+    base_format: Annotated[
+        list[str], typer.Option("--base-format", "--low", help="Own grid: formats such as fp8,nvfp4.")
+    ] = BASE_FORMAT,
+    compute: Annotated[list[str], typer.Option("--compute", "--math", help="Own grid: fp4 or 16bit.")] = COMPUTE,
+    heads: Annotated[list[str], typer.Option(help="Own grid: Hq/Hkv such as 32/8.")] = HEADS,
     head_dim: Annotated[int, typer.Option(help="Own grid: D.")] = 128,
-    budget: Annotated[str, typer.Option(help="Own grid: budgets such as 0.05,0.1.")] = "0.05",
-    recipe: Annotated[str, typer.Option(help="Own grid: default, paper; several after commas.")] = "default",
-    only: Annotated[str, typer.Option(help="Only methods whose names begin so, such as thrift,cudnn.")] = "",
-    skip: Annotated[str, typer.Option(help="No methods whose names begin so; NAME@131072 at one length.")] = "",
+    budget: Annotated[list[str], typer.Option(help="Own grid: budgets such as 0.05,0.1.")] = BUDGET,
+    config: Annotated[list[str], typer.Option("--config", "--recipe", help="Own grid: default, paper.")] = CONFIG,
+    only: Annotated[list[str] | None, typer.Option(help="Only methods whose names begin so: thrift,cudnn.")] = None,
+    skip: Annotated[
+        list[str] | None, typer.Option(help="No methods whose names begin so; NAME@131072 at one length.")
+    ] = None,
     replays: Annotated[int, typer.Option(min=5, help="Timed graph replays.")] = 9,
     minutes: Annotated[float, typer.Option(help="Begin no new shape after this.")] = 60.0,
     seed: Annotated[int, typer.Option(help="Of the inputs.")] = 0,
@@ -193,32 +218,32 @@ def prefill(
 ) -> None:
     """Prefill: our whole call and each stage against the BF16 and 8-bit kernels people use, in one run."""
     console = Console(soft_wrap=True, width=None if sys.stdout.isatty() else 150)
-    with _errors():
+    with errors():
         from thrift_lab.bench.timing import Settings, require_cuda
 
         require_cuda()
         from thrift_lab.bench.cases import PREFILL_PRESETS, prefill_grid
-        from thrift_lab.bench.run_bench import Plan
+        from thrift_lab.bench.run_bench import BenchPlan
 
         if kv:
             cases = prefill_grid(
-                map(int, _words(kv)),
-                lows=_words(low),
-                maths=_words(math),
-                heads=[_heads(pair) for pair in _words(heads)],
-                budgets=_words(budget),
-                recipes=_words(recipe),
+                numbers(kv),
+                base_formats=words(base_format),
+                computes=words(compute),
+                heads=map(_heads, words(heads)),
+                budgets=words(budget),
+                config_names=words(config),
                 head_dim=head_dim,
             )
         elif preset in PREFILL_PRESETS:
             cases = PREFILL_PRESETS[preset]
         else:
             raise ValueError(f"--preset must be one of {', '.join(PREFILL_PRESETS)}, got {preset!r}")
-        plan = Plan(
+        plan = BenchPlan(
             cases=cases,
             out=out / "prefill.json",
-            only=tuple(_words(only)),
-            skip=tuple(_words(skip)),
+            only=tuple(words(only)),
+            skip=tuple(words(skip)),
             settings=Settings(replays=replays, warmup=1, trial_replays=5),
             minutes=minutes,
             profile=False,
@@ -236,14 +261,12 @@ def compile_kernels(
     workers: Annotated[int, typer.Option(min=1, help="Processes.")] = 2,
 ) -> None:
     """Compile the prefill kernels for every GPU they are meant for, no GPU needed: instructions, registers, spills."""
-    with _errors():
+    with errors():
         from thrift_attn.dispatch import HEAD_DIMS
         from thrift_lab.bench.compile import CAPABILITIES, KERNELS, compile_all, save, targets
 
-        found = targets(
-            tuple(map(int, _words(dims))) or HEAD_DIMS, tuple(map(int, _words(capabilities))) or CAPABILITIES
-        )
-        wanted = _words(kernels) or list(KERNELS)
+        found = targets(numbers(dims) or HEAD_DIMS, numbers(capabilities) or CAPABILITIES)
+        wanted = words(kernels) or list(KERNELS)
         listed = sorted((one for one in found if one.kernel in wanted), key=lambda one: wanted.index(one.kernel))
         rows = []
         for row in compile_all(listed, workers):
@@ -265,23 +288,25 @@ def plot_record(
     ] = None,
 ) -> None:
     """Draw the pictures of a record again."""
-    with _errors():
+    with errors():
         import json
 
         if json.loads(record.read_text()).get("kind") == "e2e":
             from thrift_lab.bench import e2e_plot
-            from thrift_lab.bench.e2e import E2ERecord
+            from thrift_lab.bench.e2e import ModelRecord
 
-            typer.echo(f"wrote {e2e_plot.draw(E2ERecord.load(record), (out or record.parent) / f'{record.stem}.png')}")
+            typer.echo(
+                f"wrote {e2e_plot.draw(ModelRecord.load(record), (out or record.parent) / f'{record.stem}.png')}"
+            )
             return
-        from thrift_lab.bench.bench_records import Record
+        from thrift_lab.bench.bench_records import BenchRecord
         from thrift_lab.bench.plots import draw
 
-        for path in draw(Record.load(record), out or record.parent):
+        for path in draw(BenchRecord.load(record), out or record.parent):
             typer.echo(f"wrote {path}")
 
 
-def summary(record: Record) -> Table:
+def summary(record: BenchRecord) -> Table:
     """The rows of a run as a table, and how far ahead of the fastest baselines we are."""
     prefill = record.kind == "prefill"
     table = Table(
@@ -304,9 +329,9 @@ def summary(record: Record) -> Table:
         ratios = ["" if not ahead or (x := ahead.over(kind)) is None else f"{x:.2f}x" for kind in ("bf16", "fp8")]
         rate = row.case.flops / row.p50_us * 1e6
         if prefill:
-            shown = (f"{rate / 1e12:.0f}", f"{rate / record.matmul:.0%}")
+            shown = (f"{rate / 1e12:.0f}", f"{rate / record.matmul_flop_per_s:.0%}")
         else:
-            shown = (f"{row.bytes / row.p50_us * 1e6 / record.copy:.0%}", f"{row.bytes_per_token:,.0f}")
+            shown = (f"{row.bytes / row.p50_us * 1e6 / record.copy_bytes_per_s:.0%}", f"{row.bytes_per_token:,.0f}")
         table.add_row(
             row.case.name,
             f"[bold]{row.method}[/bold]" if row.kind == "thrift" else row.method,
@@ -316,10 +341,6 @@ def summary(record: Record) -> Table:
             *ratios,
         )
     return table
-
-
-def _words(text: str) -> list[str]:
-    return [word.strip() for word in text.split(",") if word.strip()]
 
 
 def _heads(text: str) -> tuple[int, int]:
@@ -332,11 +353,11 @@ def _heads(text: str) -> tuple[int, int]:
 
 def _take_up_again(console: Console, error: Exception) -> None:
     """Start this command anew in place of this process: a broken CUDA context cannot be mended from within."""
-    count = int(os.environ.get("THRIFT_BENCH_RESTARTS", "0"))
+    count = int(os.environ.get(COUNT, "0"))
     console.print(f"{error}", style="red", highlight=False, markup=False)
     if count >= RESTARTS:
         return
-    os.environ["THRIFT_BENCH_RESTARTS"] = str(count + 1)
+    os.environ[COUNT] = str(count + 1)
     arguments = [word for word in sys.argv[1:] if word not in ("--resume", "--no-resume")]
     sys.stdout.flush()
     os.execv(sys.executable, [sys.executable, "-m", _entry(), *arguments, "--resume"])
@@ -347,13 +368,3 @@ def _entry() -> str:
     spec = getattr(sys.modules["__main__"], "__spec__", None)
     name = getattr(spec, "name", None) or "thrift_attn"
     return name.removesuffix(".__main__")
-
-
-@contextmanager
-def _errors() -> Iterator[None]:
-    """Known errors become one line on stderr and exit code 2; others keep their traceback."""
-    try:
-        yield
-    except (ValueError, NotImplementedError, OSError, ImportError) as error:
-        Console(stderr=True).print(f"error: {error}", style="red", highlight=False, markup=False, soft_wrap=True)
-        raise typer.Exit(2) from error

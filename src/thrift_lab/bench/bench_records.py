@@ -2,25 +2,35 @@
 
 from __future__ import annotations
 
-import json
+import statistics
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
+
+from pydantic import Field, InstanceOf
 
 from thrift_attn.config import check_choice
+from thrift_lab import records
 from thrift_lab.bench.cases import Case, DecodeCase, PrefillCase
 from thrift_lab.bench.check import Check
-from thrift_lab.bench.timing import percentile
 from thrift_lab.bench.variants import Kind
-from thrift_lab.provenance import commit, machine, now, versions, write_json
-
-SCHEMA = 1
 
 CASES: dict[str, type[DecodeCase] | type[PrefillCase]] = {"decode": DecodeCase, "prefill": PrefillCase}
 """Kinds of records, and what their rows are about."""
 
+OLD_NAMES = {"high": "promoted_storage", "low": "base_format", "math": "compute", "recipe": "config_name"}
+"""What older records call the fields of a case."""
+
 Status = Literal["timed", "absent", "failed", "wrong", "skipped"]
-"""``wrong``: the correctness gate was red, so there is no speed; ``skipped``: not asked for, no memory or no time."""
+"""``wrong``: the correctness check failed, so there is no speed; ``skipped``: not asked for, no memory or no time."""
+
+
+def percentile(runs: Sequence[float], percent: int) -> float:
+    """Return a percentile of some runs by linear interpolation, 1 to 99; a single run is its own."""
+    if len(runs) == 1:
+        return runs[0]
+    return statistics.quantiles(runs, n=100, method="inclusive")[percent - 1]
 
 
 @dataclass(frozen=True)
@@ -39,12 +49,12 @@ class KernelTime:
 
     @property
     def p50_us(self) -> float:
-        """Median."""
-        return percentile(self.runs_us, 0.5)
+        """Median microseconds."""
+        return statistics.median(self.runs_us)
 
 
 @dataclass(frozen=True)
-class Row:
+class BenchRow:
     """One method on one case.
 
     Args:
@@ -90,77 +100,67 @@ class Row:
         if (self.status == "timed") != bool(self.runs_us):
             raise ValueError(f"a row has times exactly when its status is 'timed', got {self.status!r}")
         if self.runs_us and not (self.checks and all(check.ok for check in self.checks)):
-            raise ValueError(f"{self.method} on {self.case.name}: no speed without a green correctness gate")
+            raise ValueError(f"{self.method} on {self.case.name}: no speed without a passed correctness check")
         if self.status != "timed" and not self.reason:
             raise ValueError(f"{self.method} on {self.case.name} has no times and no reason why")
 
     @property
+    def ours(self) -> bool:
+        """Whether the row is one of ours, not a baseline."""
+        return self.kind == "thrift"
+
+    @property
     def p50_us(self) -> float:
         """Median microseconds; only of a timed row."""
-        return percentile(self.runs_us, 0.5)
+        return statistics.median(self.runs_us)
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain JSON values, percentiles included."""
-        found = asdict(self)
+        """Return plain JSON values, percentiles included."""
+        row = asdict(self)
         if self.runs_us:
-            found |= {f"p{at}_us": percentile(self.runs_us, at / 100) for at in (20, 50, 80)}
-        return found
+            row |= {f"p{at}_us": percentile(self.runs_us, at) for at in (20, 50, 80)}
+        return row
 
     @classmethod
-    def from_dict(cls, found: dict[str, Any], kind: str = "decode") -> Row:
-        """The inverse of `to_dict`."""
-        rest = {key: value for key, value in found.items() if not (key.startswith("p") and key.endswith("0_us"))}
-        rest["case"] = CASES[kind](**rest["case"])
-        rest["checks"] = [Check(**check) for check in rest["checks"]]
-        rest["kernels"] = [KernelTime(**kernel) for kernel in rest["kernels"]]
-        return cls(**rest)
+    def from_dict(cls, row: dict[str, Any], kind: str = "decode") -> BenchRow:
+        """Return the row that `to_dict` wrote, in this or an older version."""
+        row = {key: value for key, value in row.items() if not (key.startswith("p") and key.endswith("0_us"))}
+        case: dict[str, Any] = {OLD_NAMES.get(key, key): value for key, value in row["case"].items()}
+        row["case"] = CASES[kind](**case)
+        row["checks"] = [Check(**check) for check in row["checks"]]
+        row["kernels"] = [KernelTime(**kernel) for kernel in row["kernels"]]
+        return cls(**row)
 
 
-@dataclass
-class Record:
-    """A run: where, when, with what, and its rows.
+class BenchRecord(records.Record):
+    """A run of kernels: where, when, with what, and its rows.
 
     Args:
         context: machine, versions, commit, settings.
-        copy: bytes per second of a device-to-device copy (read and written), measured in this run.
-        matmul: FLOP per second of a bfloat16 matrix product, measured in this run.
+        copy_bytes_per_s: rate of a device-to-device copy (read and written), measured in this run.
+        matmul_flop_per_s: rate of a bfloat16 matrix product, measured in this run.
         rows: results in the order they were made.
         kind: ``"decode"`` or ``"prefill"``.
     """
 
-    context: dict[str, Any]
-    copy: float
-    matmul: float
-    rows: list[Row] = field(default_factory=list)
-    kind: str = "decode"
+    KINDS: ClassVar[tuple[str, ...]] = tuple(CASES)
 
-    def save(self, path: Path) -> None:
-        """Write the JSON file whole or not at all; its folder is made."""
-        found = {
-            "kind": self.kind,
-            "schema": SCHEMA,
-            "context": self.context,
-            "copy_bytes_per_s": self.copy,
-            "matmul_flop_per_s": self.matmul,
-            "rows": [row.to_dict() for row in self.rows],
-        }
-        write_json(path, found)
+    kind: str = "decode"
+    copy_bytes_per_s: float
+    matmul_flop_per_s: float
+    rows: list[InstanceOf[BenchRow]] = Field(default_factory=list)
 
     @classmethod
-    def load(cls, path: Path) -> Record:
-        """Read a file that `save` wrote.
+    def from_json(cls, found: dict[str, Any], path: Path) -> BenchRecord:
+        """See `Record.from_json`."""
+        return cls(**{**found, "rows": [BenchRow.from_dict(row, found["kind"]) for row in found["rows"]]})
 
-        Raises:
-            ValueError: another kind of file or an unknown schema.
-        """
-        found = json.loads(path.read_text())
-        kind = found.get("kind") if isinstance(found, dict) else None
-        if kind not in CASES or found.get("schema") != SCHEMA:
-            raise ValueError(f"{path} is not a {' or '.join(CASES)} record of schema {SCHEMA}")
-        rows = [Row.from_dict(row, kind) for row in found["rows"]]
-        return cls(found["context"], found["copy_bytes_per_s"], found["matmul_flop_per_s"], rows, kind)
+    def to_json(self) -> dict[str, Any]:
+        """Return plain JSON values, percentiles of the rows included."""
+        head = self.model_copy(update={"rows": []})
+        return {**super(BenchRecord, head).to_json(), "rows": [row.to_dict() for row in self.rows]}
 
-    def find(self, case: Case, method: str) -> Row | None:
+    def find(self, case: Case, method: str) -> BenchRow | None:
         """The row of a method on a case."""
         return next((row for row in self.rows if row.case == case and row.method == method), None)
 
@@ -185,9 +185,9 @@ class Record:
 class Speedup:
     """One of our rows and the fastest baselines beside it; None where no baseline of that precision was timed."""
 
-    ours: Row
-    bf16: Row | None
-    fp8: Row | None
+    ours: BenchRow
+    bf16: BenchRow | None
+    fp8: BenchRow | None
 
     def over(self, kind: Literal["bf16", "fp8"]) -> float | None:
         """How many times faster than the fastest baseline of that kind."""
@@ -204,15 +204,9 @@ PACKAGES = ("torch", "triton", "fa3_fwd", "flash_attn", "flashinfer-python", "sa
 
 
 def make_context(settings: dict[str, Any]) -> dict[str, Any]:
-    """Everything needed to know what was measured.
+    """Return everything needed to know what was measured.
 
     Args:
         settings: of the run.
     """
-    return {
-        "created": now(),
-        "commit": commit(),
-        "machine": machine(),
-        "versions": versions(PACKAGES),
-        "settings": settings,
-    }
+    return records.make_context(PACKAGES, settings=settings)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, replace
-from typing import Any, Literal, TypeVar, get_args
+from typing import Any, Literal, TypeVar
 
 import torch
 
@@ -19,12 +19,12 @@ from thrift_attn.config import (
     ThriftConfig,
     check_choice,
 )
-from thrift_attn.reference.budget import blocks_per_row
+from thrift_attn.reference.budget import promoted_in_decode
 from thrift_attn.reference.formats import FORMATS, RESIDUALS
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 
-Recipe = Literal["default", "paper"]
+ConfigName = Literal["default", "paper"]
 """What our side computes: `ThriftConfig` as it is, or `ThriftConfig.paper`, to see what the additions cost in time."""
 
 
@@ -42,7 +42,7 @@ class Case:
     head_dim: int
     dtype: str
     budget: str
-    recipe: Recipe
+    config_name: ConfigName
 
     def _check(self) -> None:
         for name in ("batch", "kv", "q_heads", "kv_heads", "head_dim"):
@@ -52,11 +52,11 @@ class Case:
             raise ValueError(f"kv_heads must divide q_heads, got {self.q_heads}/{self.kv_heads}")
         if self.dtype not in DTYPES:
             raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {self.dtype!r}")
-        check_choice("recipe", self.recipe, Recipe)
+        check_choice("config_name", self.config_name, ConfigName)
         Budget.parse(self.budget)
 
     def _configured(self, **options: Any) -> ThriftConfig:
-        make = ThriftConfig if self.recipe == "default" else ThriftConfig.paper
+        make = ThriftConfig if self.config_name == "default" else ThriftConfig.paper
         return make(budget=Budget.parse(self.budget), **options)
 
     @property
@@ -125,8 +125,8 @@ class DecodeCase(Case):
         dtype: ``"bfloat16"`` or ``"float16"``.
         tq: new tokens of each sequence, 1 to 16.
         budget: text that `Budget.parse` reads.
-        high: how promoted blocks are stored, see `ThriftConfig`.
-        recipe: see `Recipe`.
+        promoted_storage: how promoted blocks are stored, see `ThriftConfig`.
+        config_name: see `ConfigName`.
 
     Raises:
         ValueError: a number out of range, heads that do not divide, an unknown choice.
@@ -140,24 +140,24 @@ class DecodeCase(Case):
     dtype: str = "bfloat16"
     tq: int = 1
     budget: str = "0.05"
-    high: PromotedStorage = "nested"
-    recipe: Recipe = "default"
+    promoted_storage: PromotedStorage = "nested"
+    config_name: ConfigName = "default"
 
     def __post_init__(self) -> None:
         self._check()
         if not 1 <= self.tq <= min(DECODE_ROWS, self.kv):
             raise ValueError(f"tq must be in [1, {min(DECODE_ROWS, self.kv)}], got {self.tq}")
-        check_choice("high", self.high, PromotedStorage)
+        check_choice("promoted_storage", self.promoted_storage, PromotedStorage)
 
     @property
     def config(self) -> ThriftConfig:
         """What our side computes."""
-        return self._configured(math="16bit", high=self.high)
+        return self._configured(compute="16bit", promoted_storage=self.promoted_storage)
 
     @property
     def shape(self) -> DecodeCase:
-        """The case as a baseline sees it: without budget, recipe and storage of the promoted blocks."""
-        return replace(self, budget="0", high="nested", recipe="default")
+        """The case as a baseline sees it: without budget, configuration and storage of the promoted blocks."""
+        return replace(self, budget="0", promoted_storage="nested", config_name="default")
 
     @property
     def flops(self) -> int:
@@ -166,9 +166,8 @@ class DecodeCase(Case):
 
     @property
     def promoted(self) -> int:
-        """KV blocks of a sequence and KV head that the budget promotes; the incomplete newest block comes on top."""
-        full = max(1, self.kv // BLOCK)
-        return int(blocks_per_row(self.config.budget, torch.tensor([full]), full)[0])
+        """Complete KV blocks that a KV head promotes in one step; the incomplete newest one comes on top, in 16 bits."""
+        return promoted_in_decode(self.config.budget, self.kv, new_tokens=self.tq)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -183,9 +182,9 @@ class PrefillCase(Case):
         head_dim: D.
         dtype: ``"bfloat16"`` or ``"float16"``.
         budget: text that `Budget.parse` reads.
-        low: format of the low path.
-        math: arithmetic of the low path, see `ThriftConfig`.
-        recipe: see `Recipe`.
+        base_format: format of the 4-bit or 8-bit base.
+        compute: arithmetic on it, see `ThriftConfig`.
+        config_name: see `ConfigName`.
 
     Raises:
         ValueError: a number out of range, heads that do not divide, an unknown choice.
@@ -198,14 +197,14 @@ class PrefillCase(Case):
     head_dim: int = 128
     dtype: str = "bfloat16"
     budget: str = "0.05"
-    low: BaseFormat = "fp8"
-    math: Compute = "fp4"
-    recipe: Recipe = "default"
+    base_format: BaseFormat = "fp8"
+    compute: Compute = "fp4"
+    config_name: ConfigName = "default"
 
     def __post_init__(self) -> None:
         self._check()
-        check_choice("low", self.low, BaseFormat)
-        check_choice("math", self.math, Compute)
+        check_choice("base_format", self.base_format, BaseFormat)
+        check_choice("compute", self.compute, Compute)
 
     @property
     def tq(self) -> int:  # pyright: ignore[reportIncompatibleVariableOverride]
@@ -215,12 +214,12 @@ class PrefillCase(Case):
     @property
     def config(self) -> ThriftConfig:
         """What our side computes."""
-        return self._configured(low=self.low, math=self.math)
+        return self._configured(base_format=self.base_format, compute=self.compute)
 
     @property
     def shape(self) -> PrefillCase:
-        """The case as a baseline sees it: without budget, recipe, format and arithmetic."""
-        return replace(self, budget="0", low="fp8", math="fp4", recipe="default")
+        """The case as a baseline sees it: without budget, configuration, format and arithmetic."""
+        return replace(self, budget="0", base_format="fp8", compute="fp4", config_name="default")
 
     @property
     def flops(self) -> int:
@@ -256,13 +255,13 @@ def thrift_bytes(case: DecodeCase) -> dict[str, int]:
     heads = case.batch * case.kv_heads
     rows = case.group * case.tq
     full, tail = divmod(case.kv, BLOCK)
-    promoted = min(case.promoted, full)
+    promoted = case.promoted
     block = 2 * BLOCK * case.head_dim  # elements of K and V in one block
     base = FORMATS[case.config.base_format].bits_per_element(case.head_dim) / 8 * block
-    if case.high == "16bit":
+    if case.promoted_storage == "16bit":
         stored = (full - promoted) * base + promoted * 2 * block
     else:
-        stored = full * base + promoted * RESIDUALS[case.high].bits_per_element(case.head_dim) / 8 * block
+        stored = full * base + promoted * RESIDUALS[case.promoted_storage].bits_per_element(case.head_dim) / 8 * block
     stored += tail * 2 * case.head_dim * 2
     centres = full * case.head_dim * 2
     logits = rows * case.blocks * 4
@@ -296,7 +295,7 @@ def grid(
 
 TARGET = (
     DecodeCase(batch=8, kv=131072),
-    DecodeCase(batch=8, kv=131072, high="16bit"),
+    DecodeCase(batch=8, kv=131072, promoted_storage="16bit"),
     DecodeCase(batch=1, kv=131072),
     DecodeCase(batch=1, kv=32768),
 )
@@ -311,13 +310,13 @@ PRESETS: dict[str, tuple[DecodeCase, ...]] = {
 
 
 PREFILL_PRESETS: dict[str, tuple[PrefillCase, ...]] = {
-    "smoke": (PrefillCase(kv=4096), PrefillCase(kv=4096, low="nvfp4")),
-    "target": (PrefillCase(kv=65536), PrefillCase(kv=131072), PrefillCase(kv=131072, low="nvfp4")),
+    "smoke": (PrefillCase(kv=4096), PrefillCase(kv=4096, base_format="nvfp4")),
+    "target": (PrefillCase(kv=65536), PrefillCase(kv=131072), PrefillCase(kv=131072, base_format="nvfp4")),
     "full": (
         *(PrefillCase(kv=2**n, head_dim=dim) for dim in (128, 64) for n in range(12, 20)),
-        *(PrefillCase(kv=2**n, low="nvfp4") for n in (15, 17)),
-        *(PrefillCase(kv=2**n, low="mxfp4") for n in (15, 17)),
-        *(PrefillCase(kv=2**n, low="nvfp4", math="16bit") for n in (15, 17)),
+        *(PrefillCase(kv=2**n, base_format="nvfp4") for n in (15, 17)),
+        *(PrefillCase(kv=2**n, base_format="mxfp4") for n in (15, 17)),
+        *(PrefillCase(kv=2**n, base_format="nvfp4", compute="16bit") for n in (15, 17)),
     ),
 }
 
@@ -325,24 +324,33 @@ PREFILL_PRESETS: dict[str, tuple[PrefillCase, ...]] = {
 def prefill_grid(
     lengths: Iterable[int],
     *,
-    lows: Iterable[str] = ("fp8",),
-    maths: Iterable[str] = ("fp4",),
+    base_formats: Iterable[str] = ("fp8",),
+    computes: Iterable[str] = ("fp4",),
     heads: Iterable[tuple[int, int]] = ((32, 8),),
     budgets: Iterable[str] = ("0.05",),
-    recipes: Iterable[str] = ("default",),
+    config_names: Iterable[str] = ("default",),
     **rest: Any,
 ) -> tuple[PrefillCase, ...]:
-    """All combinations, heads outermost, then lengths, formats, arithmetics, budgets and recipes."""
-    lengths, lows, maths = tuple(lengths), tuple(lows), tuple(maths)
-    budgets, recipes = tuple(budgets), tuple(recipes)
+    """All combinations, heads outermost, then lengths, formats, arithmetics, budgets and config_names."""
+    lengths, base_formats, computes = tuple(lengths), tuple(base_formats), tuple(computes)
+    budgets, config_names = tuple(budgets), tuple(config_names)
     found: list[dict[str, Any]] = [
-        {"q_heads": hq, "kv_heads": hkv, "kv": kv, "low": low, "math": one, "budget": budget, "recipe": recipe, **rest}
+        {
+            "q_heads": hq,
+            "kv_heads": hkv,
+            "kv": kv,
+            "base_format": base_format,
+            "compute": compute,
+            "budget": budget,
+            "config_name": config_name,
+            **rest,
+        }
         for hq, hkv in heads
         for kv in lengths
-        for low in lows
-        for one in maths
+        for base_format in base_formats
+        for compute in computes
         for budget in budgets
-        for recipe in recipes
+        for config_name in config_names
     ]
     return tuple(PrefillCase(**fields) for fields in found)
 
@@ -374,6 +382,3 @@ def memory_needed(case: Case) -> int:
     )
     ours = (low + high + 16 / 2 / BLOCK) / 8
     return int(case.plain_elements * (2 + max(1.0, ours)) * 1.05) + (1 << 30)
-
-
-HIGHS = get_args(PromotedStorage)

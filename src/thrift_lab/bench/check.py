@@ -1,4 +1,4 @@
-"""The correctness gate: float64 attention over the original K and V, and how much error each precision may show."""
+"""The correctness check: float64 attention over the original K and V, and how much error each precision may show."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ SLACK_OURS = 1.2
 
 SLACK_THEIRS = 3.0
 """Allowed error of a baseline over that of attention in float64 with its operands rounded: their inner order and
-intermediate formats differ, and the gate is there to catch a wrong call, not to rank them."""
+intermediate formats differ, and the check is there to catch a wrong call, not to rank them."""
 
 P_TOP = 256.0
 """Probabilities are scaled by this before they are rounded to 8 bits, as 8-bit kernels do."""
@@ -106,7 +106,7 @@ def pick_samples(batch: int, kv_heads: int, most: int) -> list[tuple[int, int]]:
 
 
 @dataclass
-class Truth:
+class Reference:
     """Float64 results for samples of one input set, and the error budgets that follow from them.
 
     Args:

@@ -12,7 +12,7 @@ from thrift_attn.reference.formats import FORMATS, RESIDUALS
 from thrift_lab.bench.cases import DecodeCase, thrift_bytes
 from thrift_lab.bench.inputs import Inputs
 from thrift_lab.bench.timing import Step
-from thrift_lab.bench.variants import Absent, Launch, Method, Variant
+from thrift_lab.bench.variants import Launch, Method, Variant
 
 APPEND = 8192
 """Tokens appended at a time."""
@@ -24,10 +24,10 @@ def method(case: DecodeCase) -> Method:
     The inputs that the runner hands out belong to the case's shape and know neither, so both are bound here.
     """
     return Method(
-        name=f"thrift {case.high} {case.budget}" + (" paper" if case.recipe == "paper" else ""),
+        name=f"thrift {case.promoted_storage} {case.budget}" + (" paper" if case.config_name == "paper" else ""),
         kind="thrift",
         package="thrift-attn",
-        precision=f"16-bit Q, {case.config.base_format} K, V, {case.high} for {case.budget} of the blocks",
+        precision=f"16-bit Q, {case.config.base_format} K, V, {case.promoted_storage} for {case.budget} of the blocks",
         computes=case.config,
         bytes=lambda _: thrift_bytes(case)["step"],
         bytes_per_token=lambda _: _bytes_per_token(case),
@@ -39,25 +39,20 @@ def method(case: DecodeCase) -> Method:
 def _bytes_per_token(case: DecodeCase) -> float:
     """Cache bytes per token of one layer by the formats: base, high plane and block centres."""
     low = FORMATS[case.config.base_format].bits_per_element(case.head_dim)
-    high = 16 if case.high == "16bit" else RESIDUALS[case.high].bits_per_element(case.head_dim)
+    high = 16 if case.promoted_storage == "16bit" else RESIDUALS[case.promoted_storage].bits_per_element(case.head_dim)
     return case.kv_heads * case.head_dim * (2 * (low + high) + 16 / 64) / 8
 
 
 def fill(config: ThriftConfig, inputs: Inputs, at: int) -> Any:
-    """A cache that holds one input set.
+    """Return a cache that holds one input set.
 
     Args:
         config: what is stored and computed.
         inputs: of the shape.
         at: which set.
-
-    Raises:
-        Absent: the cache is not there.
     """
-    try:
-        from thrift_attn.cache import PagedThriftCache
-    except ImportError as error:
-        raise Absent(f"thrift_attn.cache.PagedThriftCache: {error}") from error
+    from thrift_attn.cache import PagedThriftCache
+
     case = inputs.case
     cache = PagedThriftCache(
         num_pages=case.batch * case.blocks,

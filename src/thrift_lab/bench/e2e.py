@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import gc
-import json
+import statistics
 import time
-from collections.abc import Callable
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
+from pydantic import Field
 from torch import Tensor
 
 from thrift_attn.config import BLOCK, ThriftConfig, fraction
@@ -20,12 +20,11 @@ from thrift_attn.transformers import ThriftCache, disable, enable
 from thrift_attn.transformers.decode_graph import DecodeGraph
 from thrift_attn.transformers.generate import prefill
 from thrift_lab.bench import e2e_model
-from thrift_lab.bench.bench_records import make_context
+from thrift_lab.bench.bench_records import make_context, percentile
 from thrift_lab.bench.inputs import BIAS, NOISE, TOPIC
-from thrift_lab.bench.timing import percentile
-from thrift_lab.provenance import write_json
+from thrift_lab.console import Log
+from thrift_lab.records import Record
 
-SCHEMA = 1
 Side = Literal["transformers", "bf16", "thrift"]
 SIDES: dict[Side, str] = {
     "transformers": "SDPA and StaticCache as transformers has them",
@@ -46,11 +45,9 @@ BOUNDS = {"bf16": 0.3, "all": 0.3, "chunks": 0.3, "launched": 1e-3, "thrift": fl
 and every block from the nested plane 0.08; unrelated logits are 1.4 apart. At 5% the distance is recorded, not judged: the
 quality of a random network says nothing."""
 
-Say = Callable[[str], None]
-
 
 @dataclass(frozen=True)
-class Case:
+class ModelCase:
     """What is run.
 
     Args:
@@ -70,7 +67,7 @@ class Case:
 
 
 @dataclass(frozen=True)
-class Row:
+class ModelRow:
     """One side of one case.
 
     Args:
@@ -87,7 +84,7 @@ class Row:
         weights: bytes of the weights.
     """
 
-    case: Case
+    case: ModelCase
     side: Side
     status: Literal["timed", "skipped", "failed"]
     reason: str = ""
@@ -100,53 +97,47 @@ class Row:
     weights: int = 0
 
     @property
+    def ours(self) -> bool:
+        """Whether the row is ours, not a baseline."""
+        return self.side == "thrift"
+
+    @property
     def p50_ms(self) -> float:
         """Median milliseconds of a step."""
-        return percentile(self.decode_ms, 0.5)
+        return statistics.median(self.decode_ms)
 
 
-@dataclass
-class E2ERecord:
-    """A run.
+class ModelRecord(Record):
+    """A run of a whole model.
 
     Args:
         context: machine, versions, commit, settings.
         model: its name.
-        gate: relative distance of logits, see `check`.
+        check: relative distance of logits, see `check`.
         rows: results.
         largest: for each side the longest context that was held and decoded, with bytes and milliseconds.
     """
 
-    context: dict[str, Any]
-    model: str
-    gate: dict[str, float] = field(default_factory=dict)
-    rows: list[Row] = field(default_factory=list)
-    largest: dict[str, dict[str, float]] = field(default_factory=dict)
+    KINDS: ClassVar[tuple[str, ...]] = ("e2e",)
 
-    def save(self, path: Path) -> None:
-        """Write the JSON file whole or not at all."""
-        write_json(path, {"kind": "e2e", "schema": SCHEMA, **asdict(self)})
+    kind: str = "e2e"
+    model: str
+    check: dict[str, float] = Field(default_factory=dict)
+    rows: list[ModelRow] = Field(default_factory=list)
+    largest: dict[str, dict[str, float]] = Field(default_factory=dict)
 
     @classmethod
-    def load(cls, path: Path) -> E2ERecord:
-        """Read what `save` wrote.
+    def from_json(cls, found: dict[str, Any], path: Path) -> ModelRecord:
+        """See `Record.from_json`; ``check`` was called ``gate``."""
+        return cls.model_validate({**found, "check": found.get("check", found.get("gate", {}))})
 
-        Raises:
-            ValueError: another kind of file.
-        """
-        found = json.loads(path.read_text())
-        if not isinstance(found, dict) or (found.pop("kind", None), found.pop("schema", None)) != ("e2e", SCHEMA):
-            raise ValueError(f"{path} is not an e2e record of schema {SCHEMA}")
-        found["rows"] = [Row(**{**row, "case": Case(**row["case"])}) for row in found["rows"]]
-        return cls(**found)
-
-    def row(self, case: Case, side: Side) -> Row | None:
+    def row(self, case: ModelCase, side: Side) -> ModelRow | None:
         """The timed row of a side."""
         return next((r for r in self.rows if (r.case, r.side, r.status) == (case, side, "timed")), None)
 
 
 @dataclass(frozen=True)
-class Plan:
+class ModelPlan:
     """What to run.
 
     Args:
@@ -160,11 +151,11 @@ class Plan:
         device: where; times are only meaningful on a CUDA device.
         seed: of weights, prompts and fillings.
         as_is: whether transformers' own step is timed too, on the cases with a prompt.
-        gate: tokens of the prompt that `check` compares logits after; above 1,024 it is attended as the timed one is.
+        check_tokens: tokens of the prompt that `check` compares logits after; above 1,024 it is attended as the timed one is.
     """
 
     model: str
-    cases: tuple[Case, ...]
+    cases: tuple[ModelCase, ...]
     out: Path
     new: int = 32
     budget: float = 0.05
@@ -173,7 +164,7 @@ class Plan:
     device: str = "cuda"
     seed: int = 0
     as_is: bool = True
-    gate: int = 1500
+    check_tokens: int = 1500
 
     @property
     def config(self) -> ThriftConfig:
@@ -181,10 +172,10 @@ class Plan:
         return ThriftConfig.for_cache(budget=fraction(self.budget))
 
 
-class Bench:
+class ModelBench:
     """A model, ready to be switched between the sides."""
 
-    def __init__(self, plan: Plan):
+    def __init__(self, plan: ModelPlan):
         self.plan, self.device = plan, torch.device(plan.device)
         self.cuda = self.device.type == "cuda"
         dtype = torch.bfloat16 if self.cuda else torch.float32
@@ -310,7 +301,7 @@ class Bench:
         return torch.cuda.max_memory_allocated() if self.cuda else None
 
 
-def check(bench: Bench, length: int, steps: int = 8) -> dict[str, float]:
+def check(bench: ModelBench, length: int, steps: int = 8) -> dict[str, float]:
     """Logits of the sides after a prompt and some steps, as relative distance from transformers' own.
 
     Returns:
@@ -348,10 +339,10 @@ def check(bench: Bench, length: int, steps: int = 8) -> dict[str, float]:
     return errors
 
 
-def run(plan: Plan, say: Say = print) -> E2ERecord:
+def run(plan: ModelPlan, log: Log = print) -> ModelRecord:
     """Build the model, check, time all cases, and write the record as it grows."""
     began = time.perf_counter()
-    bench = Bench(plan)
+    bench = ModelBench(plan)
     settings = {
         "model": plan.model,
         "new": plan.new,
@@ -362,29 +353,29 @@ def run(plan: Plan, say: Say = print) -> E2ERecord:
         "seed": plan.seed,
         "timing": "CUDA graph replays between events" if bench.cuda else "wall clock, no graph",
     }
-    record = E2ERecord(make_context(settings), plan.model)
-    say(f"{plan.model}: {bench.weights / 2**30:.1f} GiB of weights after {time.perf_counter() - began:.0f} s")
-    record.gate = check(bench, plan.gate)
-    say("logits off transformers': " + ", ".join(f"{name} {error:.4f}" for name, error in record.gate.items()))
+    record = ModelRecord(context=make_context(settings), model=plan.model)
+    log(f"{plan.model}: {bench.weights / 2**30:.1f} GiB of weights after {time.perf_counter() - began:.0f} s")
+    record.check = check(bench, plan.check_tokens)
+    log("logits off transformers': " + ", ".join(f"{name} {error:.4f}" for name, error in record.check.items()))
     record.save(plan.out)
-    work: list[tuple[Case, Side]] = [(case, side) for case in plan.cases for side in ("bf16", "thrift")]
+    work: list[tuple[ModelCase, Side]] = [(case, side) for case in plan.cases for side in ("bf16", "thrift")]
     for case, side in work:
-        _add(bench, record, case, side, say)
+        _add(bench, record, case, side, log)
     if plan.largest:
         for side in ("bf16", "thrift"):
-            record.largest[side] = largest(bench, side, say)
+            record.largest[side] = largest(bench, side, log)
             record.save(plan.out)
     for case in plan.cases:
         if plan.as_is and case.prompt:
-            _add(bench, record, case, "transformers", say)
+            _add(bench, record, case, "transformers", log)
     record.context["seconds"] = round(time.perf_counter() - began, 1)
     record.save(plan.out)
     return record
 
 
-def _add(bench: Bench, record: E2ERecord, case: Case, side: Side, say: Say) -> None:
+def _add(bench: ModelBench, record: ModelRecord, case: ModelCase, side: Side, log: Log) -> None:
     """Time one side of one case and note it in the record."""
-    row = Row(case, side, "failed", weights=bench.weights)
+    row = ModelRow(case, side, "failed", weights=bench.weights)
     bench.fresh()
     try:
         with torch.no_grad():
@@ -396,10 +387,10 @@ def _add(bench: Bench, record: E2ERecord, case: Case, side: Side, say: Say) -> N
     bench.fresh()
     record.rows.append(row)
     record.save(bench.plan.out)
-    say(describe(row))
+    log(describe(row))
 
 
-def _timed(bench: Bench, case: Case, side: Side, row: Row) -> Row:
+def _timed(bench: ModelBench, case: ModelCase, side: Side, row: ModelRow) -> ModelRow:
     """The steps of transformers' own side start from a filled cache: it would read a prompt as the BF16 side does."""
     steps = bench.plan.new if side != "transformers" else max(4, bench.plan.new // 4)
     held = case.context - steps - 4  # and some for warming up
@@ -426,7 +417,7 @@ def _timed(bench: Bench, case: Case, side: Side, row: Row) -> Row:
     return replace(row, status="timed", decode_ms=runs, kv_bytes=bench.kv_bytes(cache), peak_decode=bench.peak())
 
 
-def largest(bench: Bench, side: Side, say: Say) -> dict[str, float]:
+def largest(bench: ModelBench, side: Side, log: Log) -> dict[str, float]:
     """The longest context of one sequence that fits: the cache is filled with random K and V and decoded from."""
     bench.use(side)
     bench.fresh()
@@ -441,14 +432,14 @@ def largest(bench: Bench, side: Side, say: Say) -> dict[str, float]:
         found = _held(bench, side, tokens)
         bench.fresh()
         if found is not None:
-            say(f"largest context, {side}: {tokens:,} tokens, {found['decode_ms']:.2f} ms a token")
+            log(f"largest context, {side}: {tokens:,} tokens, {found['decode_ms']:.2f} ms a token")
             return {"tokens": tokens, "bytes_per_token": per_token, **found}
         tokens = int(0.985 * tokens) // BLOCK * BLOCK
     raise RuntimeError(f"{side}: no context near {tokens:,} tokens fits")
 
 
 @torch.no_grad()
-def _held(bench: Bench, side: Side, tokens: int) -> dict[str, float] | None:
+def _held(bench: ModelBench, side: Side, tokens: int) -> dict[str, float] | None:
     """Bytes of a cache that holds so many tokens, and milliseconds of a step; None without memory for it."""
     try:
         cache = bench.cache(side, tokens)
@@ -456,16 +447,16 @@ def _held(bench: Bench, side: Side, tokens: int) -> dict[str, float] | None:
         runs = bench.decode(cache, tokens - 16, bench.prompt(1, 1), 8)
     except torch.OutOfMemoryError:
         return None
-    return {"kv_bytes": bench.kv_bytes(cache), "decode_ms": percentile(runs, 0.5)}
+    return {"kv_bytes": bench.kv_bytes(cache), "decode_ms": statistics.median(runs)}
 
 
-def describe(row: Row) -> str:
+def describe(row: ModelRow) -> str:
     """A row as a line of text."""
     head = f"{row.case.name:<22} {row.side:<13}"
     if row.status != "timed":
         return f"{head} {row.status}: {row.reason}"
     first = "" if row.prefill_s is None else f"prefill {row.prefill_s:.2f} s, first token {row.first_token_s:.2f} s, "
-    low, high = (percentile(row.decode_ms, share) for share in (0.2, 0.8))
+    low, high = (percentile(row.decode_ms, share) for share in (20, 80))
     peaks = [f"{x / 2**30:.1f}" for x in (row.peak_prefill, row.peak_decode) if x]
     return (
         f"{head} {first}decode {row.p50_ms:.2f} ms ({low:.2f} to {high:.2f}), KV {row.kv_bytes / 2**30:.2f} GiB, "

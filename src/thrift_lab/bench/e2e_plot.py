@@ -8,7 +8,7 @@ from typing import Any
 
 from rich.table import Table
 
-from thrift_lab.bench.e2e import Case, E2ERecord, Row, Side
+from thrift_lab.bench.e2e import ModelCase, ModelRecord, ModelRow, Side
 from thrift_lab.bench.plots import BF16, GREY, OURS
 
 COLOURS: dict[Side, str] = {"transformers": GREY, "bf16": BF16, "thrift": OURS}
@@ -19,18 +19,18 @@ WORDS: dict[Side, str] = {
 }
 
 
-def cases(record: E2ERecord) -> list[Case]:
+def cases(record: ModelRecord) -> list[ModelCase]:
     """Cases in order."""
     return list(dict.fromkeys(row.case for row in record.rows))
 
 
-def baseline(record: E2ERecord, case: Case) -> Row | None:
+def baseline(record: ModelRecord, case: ModelCase) -> ModelRow | None:
     """The fastest timed baseline of a case."""
     rows = [row for side in ("bf16", "transformers") if (row := record.row(case, side))]
     return min(rows, key=lambda row: row.p50_ms, default=None)
 
 
-def table(record: E2ERecord) -> Table:
+def table(record: ModelRecord) -> Table:
     """All rows, and how far ahead of the fastest baseline we are."""
     machine = record.context["machine"]["gpu"] or record.context["machine"]["cpu"]
     out = Table(title=f"{record.model} on {machine}", box=None, padding=(0, 1), header_style="bold")
@@ -59,7 +59,7 @@ def table(record: E2ERecord) -> Table:
     return out
 
 
-def draw(record: E2ERecord, path: Path) -> Path:
+def draw(record: ModelRecord, path: Path) -> Path:
     """Milliseconds per token, seconds of prefill and bytes of the cache, side by side.
 
     Raises:
@@ -92,9 +92,9 @@ def draw(record: E2ERecord, path: Path) -> Path:
     return path
 
 
-def _bars(axis: Any, record: E2ERecord, value: Any) -> None:
+def _bars(axis: Any, record: ModelRecord, value: Any) -> None:
     """A group of bars for every case that has the value, one for each side; transformers' own is cut where it dwarfs them."""
-    shown: list[tuple[Case, list[tuple[Side, float]]]] = [
+    shown: list[tuple[ModelCase, list[tuple[Side, float]]]] = [
         (case, [(side, x) for side in WORDS if (row := record.row(case, side)) and (x := value(row)) is not None])
         for case in cases(record)
     ]

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from thrift_lab.bench.bench_records import Record, Row, Speedup
+from thrift_lab.bench.bench_records import BenchRecord, BenchRow, Speedup
 
 OURS, BF16, FP8, GREY = "#0b6e8f", "#b8860b", "#d1603d", "#6b6b6b"
 COLOURS = {"thrift": OURS, "bf16": BF16, "fp8": FP8}
@@ -37,14 +37,14 @@ def _save(figure: Any, path: Path) -> None:
     figure.savefig(path)
 
 
-def _title(axes: Any, text: str, record: Record) -> None:
+def _title(axes: Any, text: str, record: BenchRecord) -> None:
     machine, versions = record.context["machine"], record.context["versions"]
     where = f"{machine['gpu']}, torch {versions['torch']}, medians of CUDA graph replays in one run"
     axes.set_title(text, loc="left", fontsize=11, fontweight="bold", pad=22)
     axes.annotate(where, (0, 1), (0, 7), xycoords="axes fraction", textcoords="offset points", fontsize=8, color=GREY)
 
 
-def speedup(record: Record, path: Path) -> None:
+def speedup(record: BenchRecord, path: Path) -> None:
     """Bars of our speed-up over the fastest BF16 and the fastest FP8 baseline, one pair per case, with the byte ceiling.
 
     Args:
@@ -107,7 +107,7 @@ def _bar(axes: Any, one: Speedup, kind: Any, y: float, height: float, widest: fl
     axes.annotate(words, at, (8, 0), textcoords="offset points", va="center", fontsize=7.5, color="#333333", bbox=clear)
 
 
-def _timed(record: Record) -> list[Row]:
+def _timed(record: BenchRecord) -> list[BenchRow]:
     """The timed rows of a record; ValueError if there is none."""
     rows = [row for row in record.rows if row.status == "timed"]
     if not rows:
@@ -115,7 +115,7 @@ def _timed(record: Record) -> list[Row]:
     return rows
 
 
-def roofline(record: Record, path: Path) -> None:
+def roofline(record: BenchRecord, path: Path) -> None:
     """FLOP rate against FLOP per byte that must move, under the copy bandwidth and matrix rate of the same run.
 
     Args:
@@ -128,12 +128,12 @@ def roofline(record: Record, path: Path) -> None:
     """
     rows = _timed(record)
     figure, axes = _canvas(8.2, 5.2)
-    intensity: Callable[[Row], float] = lambda row: row.case.flops / row.bytes  # noqa: E731
-    rate: Callable[[Row], float] = lambda row: row.case.flops / row.p50_us / 1e6  # noqa: E731
+    intensity: Callable[[BenchRow], float] = lambda row: row.case.flops / row.bytes  # noqa: E731
+    rate: Callable[[BenchRow], float] = lambda row: row.case.flops / row.p50_us / 1e6  # noqa: E731
     xs, ys = [intensity(row) for row in rows], [rate(row) for row in rows]
     left, right = min(xs) / 1.6, max(xs) * 2.2
-    roof = record.copy / 1e12
-    peak = record.matmul / 1e12
+    roof = record.copy_bytes_per_s / 1e12
+    peak = record.matmul_flop_per_s / 1e12
     ends = (left, min(right, peak / roof))
     axes.plot(ends, [roof * x for x in ends], color="#333333", linewidth=1.6, zorder=2)
     if right > peak / roof:
@@ -188,7 +188,9 @@ def _slope(axes: Any, left: float, right: float, bottom: float, top: float) -> f
     return math.degrees(math.atan2(rise, run))
 
 
-def _label_ours(axes: Any, rows: list[Row], intensity: Callable[[Row], float], rate: Callable[[Row], float]) -> None:
+def _label_ours(
+    axes: Any, rows: list[BenchRow], intensity: Callable[[BenchRow], float], rate: Callable[[BenchRow], float]
+) -> None:
     """Case names beside our points, moved apart where they would overlap."""
     points = sorted(((rate(row), intensity(row), row) for row in rows if row.kind == "thrift"), key=lambda p: -p[0])
     if len(points) > 14:
@@ -202,7 +204,7 @@ def _label_ours(axes: Any, rows: list[Row], intensity: Callable[[Row], float], r
                       arrowprops={"arrowstyle": "-", "color": OURS, "linewidth": 0.4, "shrinkB": 2})  # fmt: skip
 
 
-def throughput(record: Record, path: Path) -> None:
+def throughput(record: BenchRecord, path: Path) -> None:
     """Bars of every timed method's rate, one group per shape, in order of the record.
 
     Args:
@@ -215,7 +217,7 @@ def throughput(record: Record, path: Path) -> None:
     """
     rows = _timed(record)
     names = list(dict.fromkeys(row.case.name for row in rows))
-    places: list[tuple[float, Row | None, str]] = []
+    places: list[tuple[float, BenchRow | None, str]] = []
     y = 0.0
     for name in names:
         places.append((y, None, name))
@@ -247,7 +249,7 @@ def throughput(record: Record, path: Path) -> None:
     _save(figure, path)
 
 
-def draw(record: Record, folder: Path) -> list[Path]:
+def draw(record: BenchRecord, folder: Path) -> list[Path]:
     """The pictures of the record's kind, as far as it has what they need.
 
     Args:

@@ -15,13 +15,13 @@ from thrift_attn.config import BLOCK, ThriftConfig, top_k
 from thrift_attn.reference.formats import FORMATS
 from thrift_lab.bench.baselines import BF16, FP8, fa3_module, import_module
 from thrift_lab.bench.cases import Case, PrefillCase
-from thrift_lab.bench.check import Rounding, Truth
+from thrift_lab.bench.check import Reference, Rounding
 from thrift_lab.bench.inputs import Inputs
 from thrift_lab.bench.timing import Step
 from thrift_lab.bench.variants import Absent, Launch, Method, Variant
 
 SMALL_KV = 1000
-"""Tokens of the small case of the gate: odd, with an incomplete block."""
+"""Tokens of the small case of the check: odd, with an incomplete block."""
 
 SAMPLED_HEADS, SAMPLED_ROWS = 2, 4
 """Heads and query rows (64 queries) of each that are compared on the timed case, first and last row included."""
@@ -34,15 +34,15 @@ def _spread(total: int, most: int) -> list[int]:
 
 
 @dataclass
-class PrefillTruth(Truth):
+class PrefillReference(Reference):
     """Float64 results of sampled query rows. A sample is (sequence, KV head, row of 64 queries) with all heads of the group.
 
     A row stands alone: it sees the keys up to its end, and its share of the budget is a number of blocks.
     """
 
     @classmethod
-    def of(cls, inputs: Inputs, *, whole: bool) -> PrefillTruth:
-        """Truth of all rows of, or of `SAMPLED_ROWS` rows of, `SAMPLED_HEADS` KV heads."""
+    def of(cls, inputs: Inputs, *, whole: bool) -> PrefillReference:
+        """Reference of all rows of, or of `SAMPLED_ROWS` rows of, `SAMPLED_HEADS` KV heads."""
         case = inputs.case
         heads = _spread(case.batch * case.kv_heads, SAMPLED_HEADS)
         rows = _spread(case.blocks, case.blocks if whole else SAMPLED_ROWS)
@@ -88,10 +88,10 @@ class PrefillTruth(Truth):
 
 def method(case: PrefillCase) -> Method:
     """The row of our method for the format and budget of a case."""
-    quantised = f"{case.low} Q, K, V, P" if case.math == "fp4" else f"16-bit Q, {case.low} K, V"
-    rare = [case.math] * (case.math != "fp4") + [case.recipe] * (case.recipe != "default")
+    quantised = f"{case.base_format} Q, K, V, P" if case.compute == "fp4" else f"16-bit Q, {case.base_format} K, V"
+    rare = [case.compute] * (case.compute != "fp4") + [case.config_name] * (case.config_name != "default")
     return Method(
-        name=" ".join(["thrift", case.low, case.budget, *rare]),
+        name=" ".join(["thrift", case.base_format, case.budget, *rare]),
         kind="thrift",
         package="thrift-attn",
         precision=f"{quantised}, 16-bit for {case.budget} of the blocks",
@@ -107,7 +107,7 @@ def _heads_first(inputs: Inputs) -> list[tuple[Tensor, Tensor, Tensor]]:
     """q, k, v ``[B, H, T, D]``, contiguous; copied outside the timing."""
     kv = inputs.case.kv
     return [
-        (q, *(x[:, :kv].transpose(1, 2).contiguous() for x in (k, v)))
+        (q, k[:, :kv].transpose(1, 2).contiguous(), v[:, :kv].transpose(1, 2).contiguous())
         for q, k, v in zip(inputs.q, inputs.k, inputs.v, strict=True)
     ]
 

@@ -57,15 +57,6 @@ def check_alive(what: str) -> None:
         raise DeviceLost(f"{what}: {error}") from error
 
 
-def percentile(runs: Sequence[float], share: float) -> float:
-    """Linear interpolation between the sorted runs, ``share`` in [0, 1]."""
-    ordered = sorted(runs)
-    at = share * (len(ordered) - 1)
-    low = int(at)
-    high = min(low + 1, len(ordered) - 1)
-    return ordered[low] + (at - low) * (ordered[high] - ordered[low])
-
-
 def time_steps(steps: Sequence[Step], *, replays: int, warmup: int) -> tuple[list[float], Any]:
     """Microseconds of one step, from replays of a CUDA graph that walks through all steps.
 

@@ -7,30 +7,26 @@ answers of both are compared.
 
 from __future__ import annotations
 
-import json
 import random
-from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
-from pathlib import Path
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, ClassVar
 
 import torch
+from pydantic import Field
 from torch import Tensor
 
 from thrift_attn.config import ThriftConfig
 from thrift_attn.transformers import ThriftCache, disable, enable
 from thrift_attn.transformers.decode_graph import DecodeGraph
 from thrift_attn.transformers.generate import prefill, stream
-from thrift_lab.eval.models import Loaded
-from thrift_lab.provenance import commit, machine, now, versions, write_json
+from thrift_lab.console import Log, silent
+from thrift_lab.models import Loaded
+from thrift_lab.records import Record, make_context
 
-SCHEMA = 1
 NEEDLE = " The secret number of the harbour is {number}. "
 QUESTION = "\n\nThe secret number of the harbour is"
 ANSWER = 12
 """Tokens of an answer."""
-
-Say = Callable[[str], None]
 
 
 @dataclass(frozen=True)
@@ -74,13 +70,14 @@ class Needle:
         return self.number in self.plain and self.number not in self.cached
 
 
-@dataclass
-class DecodeRecord:
-    """A run."""
+class DecodeRecord(Record):
+    """A run: divergences after prompts of a text, and hidden numbers."""
 
-    context: dict[str, Any]
-    continuations: list[Continuation] = field(default_factory=list)
-    needles: list[Needle] = field(default_factory=list)
+    KINDS: ClassVar[tuple[str, ...]] = ("decode-quality",)
+
+    kind: str = "decode-quality"
+    continuations: list[Continuation] = Field(default_factory=list)
+    needles: list[Needle] = Field(default_factory=list)
 
     @property
     def kl(self) -> float:
@@ -109,26 +106,11 @@ class DecodeRecord:
             f"{len(self.needles)} needles: the plain model finds {self.found}, of which the cache loses {self.lost}"
         )
 
-    def save(self, path: Path) -> None:
-        """Write the JSON file whole or not at all."""
+    def to_json(self) -> dict[str, Any]:
+        """Return plain JSON values, the means with them."""
+        content = super().to_json()
         summary = {"kl": self.kl, "same_top": self.same_top, "found": self.found, "lost": self.lost}
-        write_json(path, {"kind": "decode-quality", "schema": SCHEMA, "summary": summary, **asdict(self)})
-
-    @classmethod
-    def load(cls, path: Path) -> DecodeRecord:
-        """Read what `save` wrote.
-
-        Raises:
-            ValueError: another kind of file.
-        """
-        found = json.loads(path.read_text())
-        if not isinstance(found, dict) or (found.get("kind"), found.get("schema")) != ("decode-quality", SCHEMA):
-            raise ValueError(f"{path} is not a decode-quality record of schema {SCHEMA}")
-        return cls(
-            found["context"],
-            [Continuation(**one) for one in found["continuations"]],
-            [Needle(**one) for one in found["needles"]],
-        )
+        return {"kind": content.pop("kind"), "schema": content.pop("schema"), "summary": summary, **content}
 
 
 def _mean(values: list[float]) -> float:
@@ -215,7 +197,7 @@ def evaluate(
     needles: int = 10,
     seed: int = 0,
     text_name: str = "",
-    say: Say = lambda line: None,
+    log: Log = silent,
 ) -> DecodeRecord:
     """Both measurements.
 
@@ -230,7 +212,7 @@ def evaluate(
         needles: depths, evenly from 0 to 1.
         seed: of the hidden numbers.
         text_name: for the record.
-        say: told what happens.
+        log: called with a line of text about each text and needle.
 
     Raises:
         ValueError: a text that is too short, or sizes out of range.
@@ -241,29 +223,26 @@ def evaluate(
         raise ValueError(f"the text has {ids.shape[1]} tokens, {sum(sizes) + prompts * new} are needed")
     device = loaded.model.device
     record = DecodeRecord(
-        {
-            "created": now(),
-            "commit": commit(),
-            "machine": machine(),
-            "versions": versions(("torch", "triton", "transformers")),
-            "model": loaded.spec,
-            "sha256": loaded.sha256,
-            "dtype": str(loaded.model.dtype).removeprefix("torch."),
-            "text": text_name,
-            "config": config.to_dict(),
-            "prefill": ThriftCache(loaded.model.config, longest, decode=config).prefill_on(device).to_dict(),
-            "seed": seed,
-        }
+        context=make_context(
+            ("torch", "triton", "transformers"),
+            model=loaded.spec,
+            sha256=loaded.sha256,
+            dtype=str(loaded.model.dtype).removeprefix("torch."),
+            text=text_name,
+            config=config.to_dict(),
+            prefill=ThriftCache(loaded.model.config, longest, decode=config).prefill_on(device).to_dict(),
+            seed=seed,
+        )
     )
     start = 0
     for size in sizes:
         record.continuations.append(continuation(loaded, ids[:, start : start + size + new], start, new, config))
-        say(f"{size} tokens: KL {_mean(record.continuations[-1].kl):.4f}")
+        log(f"{size} tokens: KL {_mean(record.continuations[-1].kl):.4f}")
         start += size + new
     draw = random.Random(seed)
     for i, size in enumerate(lengths(needles, shortest, longest) if needles else []):
         number, depth = str(draw.randrange(1000, 10000)), i / max(1, needles - 1)
         found = needle(loaded, hide(loaded, text, size, depth, number), depth, number, config)
-        say(f"{number} at {depth:.0%} of {size} tokens: {found.plain!r}, cached {found.cached!r}")
+        log(f"{number} at {depth:.0%} of {size} tokens: {found.plain!r}, cached {found.cached!r}")
         record.needles.append(found)
     return record

@@ -1,4 +1,4 @@
-"""The commands ``thrift eval suite``, ``thrift eval report`` and ``thrift eval harness``."""
+"""``thrift eval``: the commands."""
 
 from __future__ import annotations
 
@@ -11,26 +11,173 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
-from thrift_lab.eval.console import Device, Dtype, Model, errors, shown
+from thrift_lab.console import (
+    Device,
+    Dtype,
+    Model,
+    Promoted,
+    Storage,
+    TextSource,
+    errors,
+    logging_to,
+    numbers,
+    shown,
+    words,
+)
+
+app = typer.Typer(
+    no_args_is_help=True, add_completion=False, help="Measure what a method costs on a real model and text."
+)
+
+METHODS = "fp16,fp4,paper,thrift"
+Methods = Annotated[
+    str, typer.Option(help="With commas, options after a colon: fp16,fp4,thrift:budget=0.1,promoted_storage=nested")
+]
 
 
-def _numbers(text: str) -> tuple[int, ...]:
-    """Whole numbers from a comma-separated list.
+@app.command()
+def nll(
+    model: Model = "smollm2-135m",
+    text: TextSource = "pg19",
+    length: Annotated[int, typer.Option(help="Tokens of a window.")] = 8192,
+    windows: Annotated[int, typer.Option(help="Windows, one after the other from the start of the text.")] = 1,
+    methods: Methods = METHODS,
+    budgets: Annotated[
+        list[str] | None,
+        typer.Option(help="Also run every method that has a budget and names none at these: 0.01, 5%, top_k(4)."),
+    ] = None,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+    json: Annotated[Path | None, typer.Option(help="Write the record here, the NLL of every token beside it.")] = None,
+    plot: Annotated[Path | None, typer.Option(help="Write the picture of recovery against budget here.")] = None,
+) -> None:
+    """NLL of methods on long windows of a text, against the model's own attention."""
+    sizes = {"length": length, "windows": windows, "device": device, "dtype": dtype}
+    run_nll(model, text, methods, words(budgets), json=json, plot=plot, **sizes)
 
-    Raises:
-        ValueError: something else.
+
+def run_nll(
+    model: str, text: str, methods: str, budgets: list[str], *, json: Path | None, plot: Path | None, **sizes: Any
+) -> None:
+    """Run methods on a text, print the table, write the record and the picture.
+
+    Args:
+        model: see `thrift_lab.models.load_model`.
+        text: see `thrift_lab.eval.texts.load_text`.
+        methods: see `thrift_lab.eval.methods.parse_methods`.
+        budgets: texts that `Budget.parse` reads.
+        json: path of the record.
+        plot: path of the picture.
+        **sizes: ``length``, ``windows``, ``device`` and ``dtype`` of `thrift_lab.eval.run_nll.evaluate`.
     """
-    try:
-        return tuple(int(piece) for piece in text.split(",") if piece.strip())
-    except ValueError as error:
-        raise ValueError(f"expected whole numbers with commas between them, got {text!r}") from error
+    out = table_console()
+    with errors():
+        from thrift_attn.config import Budget
+        from thrift_lab.eval.methods import parse_methods, sweep
+        from thrift_lab.extras import need
+
+        rows = sweep(parse_methods(methods), list(map(Budget.parse, budgets)))
+        if plot is not None:
+            need("matplotlib", "plot")  # better now than after the run
+
+        from thrift_lab.eval import nll_report
+        from thrift_lab.eval.run_nll import beside, evaluate
+
+        with shown(Console(file=sys.stderr)) as (log, progress):
+            record = evaluate(model, text, rows, log=log, progress=progress, **sizes)
+        out.print()
+        out.print(nll_report.table(record))
+        out.print()
+        for note in nll_report.notes(record):
+            out.print(note, style="yellow", highlight=False, markup=False)
+        out.print(nll_report.sentence(record), highlight=False, markup=False)
+        if json is not None:
+            record.save(json)
+            out.print(f"wrote {json} and {beside(json)}", style="dim", highlight=False, markup=False)
+        if plot is not None:
+            from thrift_lab.eval.plot import draw
+
+            draw(record, plot)
+            out.print(f"wrote {plot}", style="dim", highlight=False, markup=False)
+
+
+def table_console() -> Console:
+    """Return where tables go; a pipe or a file gets the width that they need."""
+    return Console() if sys.stdout.isatty() else Console(width=118)
+
+
+@app.command()
+def show(
+    record: Annotated[Path, typer.Argument(help="JSON record of `thrift eval nll`.")],
+    methods: Annotated[
+        str, typer.Option(help="Only these at any budget (paper,thrift:compute=16bit); fp16 and fp4 always.")
+    ] = "",
+    markdown: Annotated[bool, typer.Option(help="Print the table as Markdown.")] = False,
+    plot: Annotated[Path | None, typer.Option(help="Draw the picture again.")] = None,
+) -> None:
+    """Print and draw a record again."""
+    with errors():
+        from thrift_lab.eval import nll_report
+        from thrift_lab.eval.methods import parse_methods
+        from thrift_lab.eval.run_nll import NLLRecord, is_fp4
+
+        result = NLLRecord.load(record)
+        wanted = parse_methods(methods) if methods else [row.method for row in result.rows]
+        families = {method.family for method in wanted}
+        kept = [r for r in result.rows if r.method.config is None or is_fp4(r.method) or r.method.family in families]
+        result = result.model_copy(update={"rows": kept})
+        if markdown:
+            print(nll_report.markdown(result))
+        else:
+            table_console().print(nll_report.table(result))
+        if plot is not None:
+            from thrift_lab.eval.plot import draw
+
+            draw(result, plot)
+
+
+@app.command()
+def decode(
+    model: Model = "smollm2-135m",
+    text: TextSource = "shakespeare",
+    prompts: Annotated[int, typer.Option(help="Texts, one after the other.")] = 10,
+    shortest: Annotated[int, typer.Option(help="Tokens of the shortest prompt.")] = 4096,
+    longest: Annotated[int, typer.Option(help="Tokens of the longest prompt.")] = 8000,
+    new: Annotated[int, typer.Option(help="Teacher-forced steps after each prompt.")] = 64,
+    needles: Annotated[int, typer.Option(help="Depths at which a number is hidden.")] = 10,
+    budget: Promoted = "0.05",
+    promoted_storage: Storage = "nested",
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+    seed: Annotated[int, typer.Option(help="Of the hidden numbers.")] = 0,
+    json: Annotated[Path | None, typer.Option(help="Write the record here.")] = None,
+) -> None:
+    """Decoding through the 4-bit cache against the same model without it: teacher-forced KL, and hidden needles."""
+    with errors():
+        from thrift_attn.config import Budget, ThriftConfig
+        from thrift_lab.eval.decode_quality import evaluate
+        from thrift_lab.eval.texts import load_text
+        from thrift_lab.models import load_model
+
+        config = ThriftConfig.for_cache(budget=Budget.parse(budget), promoted_storage=promoted_storage)
+        log = logging_to(Console(stderr=True))
+        loaded = load_model(model, device=device, dtype=dtype, log=log)
+        source = load_text(text, 8 * prompts * (longest + new), log)
+        record = evaluate(
+            loaded, source.content, config=config, prompts=prompts, shortest=shortest, longest=longest, new=new,
+            needles=needles, seed=seed, text_name=source.name, log=log,
+        )  # fmt: skip
+        print(record.sentence())
+        if json is not None:
+            record.save(json)
 
 
 def _changed(plan: Any, **given: Any) -> Any:
-    """The plan with what was given on the command line."""
+    """Return the plan with what was given on the command line."""
     return replace(plan, **{key: value for key, value in given.items() if value is not None})
 
 
+@app.command()
 def suite(
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder of the run; an unfinished one goes on.")],
     preset: Annotated[str, typer.Option(help="quick (CPU, minutes) or full (GPU).")] = "quick",
@@ -41,13 +188,13 @@ def suite(
     baselines: Annotated[
         str | None, typer.Option(help="Add quest, topk, local and snapkv at the cost of this method.")
     ] = None,
-    texts: Annotated[str | None, typer.Option(help="For NLL; the first is also RULER's haystack.")] = None,
-    nll_lengths: Annotated[str | None, typer.Option(help="Tokens of NLL windows, with commas; '' for none.")] = None,
+    texts: Annotated[list[str] | None, typer.Option(help="For NLL; the first is also RULER's haystack.")] = None,
+    nll_lengths: Annotated[list[str] | None, typer.Option(help="Tokens of NLL windows; '' for none.")] = None,
     windows: Annotated[int | None, typer.Option(help="NLL windows of each text and length.")] = None,
     tasks: Annotated[
-        str | None, typer.Option(help="Names, families (ruler, helmet, longbench) or all; '' for none.")
+        list[str] | None, typer.Option(help="Names, families (ruler, helmet, longbench) or all; '' for none.")
     ] = None,
-    lengths: Annotated[str | None, typer.Option(help="Most tokens of a task's samples, with commas.")] = None,
+    lengths: Annotated[list[str] | None, typer.Option(help="Most tokens of a task's samples.")] = None,
     samples: Annotated[int | None, typer.Option(help="Samples of each task and length.")] = None,
     max_new: Annotated[int | None, typer.Option(help="Most tokens of an answer; as published if not given.")] = None,
     chat: Annotated[bool | None, typer.Option("--chat/--no-chat", help="Use the tokenizer's chat template.")] = None,
@@ -60,7 +207,10 @@ def suite(
     device: Device = "auto",
     dtype: Dtype = "auto",
 ) -> None:
-    """Tasks, NLL and error concentration of many methods; started again it goes on where it stopped."""
+    """Tasks, NLL and error concentration of many methods; started again it goes on where it stopped.
+
+    Options that take several values are given several times, or with commas.
+    """
     with errors():
         from thrift_lab.eval.presets import PRESETS, with_baselines
         from thrift_lab.eval.suite import run
@@ -70,11 +220,11 @@ def suite(
         plan = _changed(
             PRESETS[preset](model),
             methods=methods,
-            texts=None if texts is None else tuple(filter(None, texts.split(","))),
-            nll_lengths=None if nll_lengths is None else _numbers(nll_lengths),
+            texts=None if texts is None else tuple(words(texts)),
+            nll_lengths=None if nll_lengths is None else numbers(nll_lengths),
             windows=windows,
-            tasks=tasks,
-            lengths=None if lengths is None else _numbers(lengths),
+            tasks=None if tasks is None else ",".join(words(tasks)),
+            lengths=None if lengths is None else numbers(lengths),
             samples=samples,
             max_new=max_new,
             chat=chat,
@@ -85,11 +235,12 @@ def suite(
         )
         if baselines is not None:
             plan = replace(plan, methods=with_baselines([plan.methods], baselines))
-        with shown(Console(file=sys.stderr)) as (notify, progress):
-            run(plan, output, device=device, dtype=dtype, notify=notify, progress=progress)
+        with shown(Console(file=sys.stderr)) as (log, progress):
+            run(plan, output, device=device, dtype=dtype, log=log, progress=progress)
         _written([output], output / "report.html", None)
 
 
+@app.command()
 def report(
     runs: Annotated[list[Path], typer.Argument(help="Folders of runs, and JSON records of `thrift eval nll`.")],
     html: Annotated[Path | None, typer.Option(help="Write the page here; beside the run by default.")] = None,
@@ -103,27 +254,28 @@ def report(
 
 
 def _written(runs: list[Path], html: Path | None, markdown: Path | None) -> None:
-    """Write the reports and say what they say."""
+    """Write the reports and print what they say."""
     from thrift_lab.eval import page
     from thrift_lab.eval.runs import load_runs
+    from thrift_lab.provenance import write_files
 
     loaded = load_runs(runs)
     for path, text in ((html, page.html), (markdown, page.markdown)):
         if path is not None:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text(text(loaded), encoding="utf-8")
-    for one in loaded:
-        print(one.plan["model"])
-        for sentence in page.findings(one):
+            write_files({path: text(loaded).encode()})
+    for run in loaded:
+        print(run.plan["model"])
+        for sentence in page.findings(run):
             print(f"  {sentence}")
     for path in filter(None, (html, markdown)):
         print(f"wrote {path}")
 
 
+@app.command()
 def harness(
-    tasks: Annotated[str, typer.Option(help="Tasks of lm-evaluation-harness, with commas.")],
+    tasks: Annotated[list[str], typer.Option(help="Tasks of lm-evaluation-harness.")],
     model: Model = "smollm2-135m",
-    methods: Annotated[str, typer.Option(help="See `thrift eval nll`.")] = "fp16,fp4,thrift",
+    methods: Methods = "fp16,fp4,thrift",
     limit: Annotated[int | None, typer.Option(help="Samples of each task; all if not given.")] = None,
     output: Annotated[Path | None, typer.Option("--output", "-o", help="Write the results here as JSON.")] = None,
     device: Device = "auto",
@@ -133,21 +285,16 @@ def harness(
     with errors():
         from thrift_lab.eval.harness import evaluate
         from thrift_lab.eval.methods import parse_methods
-        from thrift_lab.eval.models import load_model
+        from thrift_lab.models import load_model
+        from thrift_lab.provenance import write_files
 
         loaded = load_model(model, device=device, dtype=dtype)
-        names = [name for name in tasks.split(",") if name.strip()]
-        results = {method.name: evaluate(loaded, method, names, limit=limit) for method in parse_methods(methods)}
+        results = {
+            method.name: evaluate(loaded, method, words(tasks), limit=limit) for method in parse_methods(methods)
+        }
         text = json.dumps(results, indent=1, default=str)
         if output is None:
             print(text)
         else:
-            output.parent.mkdir(parents=True, exist_ok=True)
-            output.write_text(text + "\n", encoding="utf-8")
+            write_files({output: f"{text}\n".encode()})
             print(f"wrote {output}")
-
-
-def add_to(app: typer.Typer) -> None:
-    """Add the commands to ``thrift eval``."""
-    for command in (suite, report, harness):
-        app.command()(command)

@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from typing import Any
 
 from thrift_lab.eval.apply import applied, served
-from thrift_lab.eval.extras import need
 from thrift_lab.eval.methods import Method
-from thrift_lab.eval.models import Loaded
+from thrift_lab.extras import need
+from thrift_lab.models import Loaded
 
 
 def evaluate(loaded: Loaded, method: Method, tasks: Sequence[str], *, limit: int | None = None, **options: Any) -> Any:

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from rich.table import Table
 
-from thrift_lab.eval.run_nll import Result, Row, is_fp4
+from thrift_lab.eval.run_nll import NLLRecord, NLLRow, is_fp4
 
 
-def table(result: Result) -> Table:
+def table(result: NLLRecord) -> Table:
     """The rows of a run as a rich table."""
     context = result.context
     size = context["bootstrap"]["block"]
@@ -37,7 +37,7 @@ def table(result: Result) -> Table:
     return drawn
 
 
-def markdown(result: Result) -> str:
+def markdown(result: NLLRecord) -> str:
     """The rows of a run as a Markdown table."""
     lines = ["| method | NLL | vs fp16 | recovered [95% interval] | blocks | mass |", "|---|---|---|---|---|---|"]
     for row in result.rows:
@@ -53,7 +53,7 @@ def markdown(result: Result) -> str:
     return "\n".join(lines)
 
 
-def _recovered(row: Row) -> str:
+def _recovered(row: NLLRow) -> str:
     if is_fp4(row.method) and row.loss is not None:
         return "0%" + " " * 11  # by definition
     if row.recovered is None:
@@ -66,7 +66,7 @@ def _or_dash(value: float | None, form: str) -> str:
     return "-" if value is None else form.format(value)
 
 
-def notes(result: Result) -> list[str]:
+def notes(result: NLLRecord) -> list[str]:
     """What the reader of the table has to know besides."""
     found: list[str] = []
     gap = next((row for row in result.rows if is_fp4(row.method)), None)
@@ -81,7 +81,7 @@ def notes(result: Result) -> list[str]:
     return found
 
 
-def sentence(result: Result) -> str:
+def sentence(result: NLLRecord) -> str:
     """What the run says, in plain words."""
     gap = next((row for row in result.rows if is_fp4(row.method)), None)
     if gap is None or gap.loss is None:
@@ -93,7 +93,7 @@ def sentence(result: Result) -> str:
     return f"{lost}; of that, " + ", and ".join(map(_brings_back, named)) + "."
 
 
-def _brings_back(row: Row) -> str:
+def _brings_back(row: NLLRow) -> str:
     assert row.recovered is not None
     sure = ""
     if row.recovered_interval:

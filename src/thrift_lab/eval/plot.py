@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from thrift_attn.config import ThriftConfig, fraction
-from thrift_lab.eval.extras import need
-from thrift_lab.eval.run_nll import Result, Row, is_fp4
+from thrift_lab.eval.run_nll import NLLRecord, NLLRow, is_fp4
+from thrift_lab.extras import need
 
 _COLOURS = ("#0b6e8f", "#d1603d", "#5b8c3a", "#7a4f9a", "#b8860b", "#4a4a4a", "#b03a6e")
 _MARKERS = "osD^vPX"
@@ -15,9 +15,9 @@ _WIDE = 30.0  # per cent; budgets beyond it make the axis logarithmic
 _LOWEST = -50.0  # per cent; what lies below is drawn at the edge, with its value
 
 
-def families(rows: list[Row]) -> dict[str, list[Row]]:
+def families(rows: list[NLLRow]) -> dict[str, list[NLLRow]]:
     """Rows that differ only in budget, by the name of the first of them without its budget, in order of budget."""
-    groups: dict[ThriftConfig, list[Row]] = {}
+    groups: dict[ThriftConfig, list[NLLRow]] = {}
     for row in rows:
         if (
             row.method.config is not None
@@ -25,7 +25,7 @@ def families(rows: list[Row]) -> dict[str, list[Row]]:
             and (row.recovered is not None or is_fp4(row.method))
         ):
             groups.setdefault(row.method.config.with_(budget=fraction(1)), []).append(row)
-    named: dict[str, list[Row]] = {}
+    named: dict[str, list[NLLRow]] = {}
     for group in groups.values():
         others = [row for row in group if not is_fp4(row.method)]
         if others:
@@ -33,11 +33,11 @@ def families(rows: list[Row]) -> dict[str, list[Row]]:
     return named
 
 
-def _share(row: Row) -> float:
+def _share(row: NLLRow) -> float:
     return row.spent.share if row.spent else 0.0
 
 
-def draw(result: Result, path: Path) -> None:
+def draw(result: NLLRecord, path: Path) -> None:
     """Write the PNG (or what the suffix says).
 
     Args:
@@ -72,7 +72,7 @@ def draw(result: Result, path: Path) -> None:
     figure.savefig(path)
 
 
-def _line(axes: Any, name: str, rows: list[Row], aside: float, colour: str, marker: str) -> None:
+def _line(axes: Any, name: str, rows: list[NLLRow], aside: float, colour: str, marker: str) -> None:
     """One family: points, 95% bars where known, a thin line between."""
     xs = [100 * _share(row) * (1 + aside) for row in rows]
     true = [100 * (row.recovered or 0.0) for row in rows]
@@ -104,7 +104,7 @@ def _line(axes: Any, name: str, rows: list[Row], aside: float, colour: str, mark
             )
 
 
-def _frame(axes: Any, result: Result, base: Row, gap: Row, shares: list[float]) -> None:
+def _frame(axes: Any, result: NLLRecord, base: NLLRow, gap: NLLRow, shares: list[float]) -> None:
     """Reference lines, axes and words."""
     context = result.context
     for y, side, words in ((100, 0, f"fp16, NLL {base.nll:.4f}"), (0, 1, f"fp4 everywhere, NLL {gap.nll:.4f}")):

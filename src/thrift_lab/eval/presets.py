@@ -5,7 +5,7 @@ from __future__ import annotations
 from thrift_attn.config import fraction
 from thrift_lab.eval.cost import at_equal_cost
 from thrift_lab.eval.methods import Method, parse_method
-from thrift_lab.eval.suite import STANDIN, Plan
+from thrift_lab.eval.suite import STANDIN, SuitePlan
 
 SPARSE = ("quest", "topk", "local", "snapkv")
 BUDGETS = ("0.01", "0.02", "0.05", "0.1", "0.25", "paper")
@@ -24,13 +24,13 @@ def equal(kind: str, to: str) -> Method:
     return at_equal_cost(kind, parse_method(to))
 
 
-def quick(model: str = "smollm2-135m") -> Plan:
+def quick(model: str = "smollm2-135m") -> SuitePlan:
     """Every family of tasks and methods once, in minutes on a CPU: a check that all of it runs, too small to rank methods.
 
     832 tokens are 13 blocks, so the budget is a quarter of them.
     """
     specs = ["fp16", "fp4", "paper:budget=0.25", "thrift:budget=0.25"]
-    return Plan(
+    return SuitePlan(
         model=model,
         methods=with_baselines(specs, "thrift:budget=0.25"),
         texts=("shakespeare",),
@@ -44,11 +44,11 @@ def quick(model: str = "smollm2-135m") -> Plan:
     )
 
 
-def full(model: str = "smollm2-135m", longest: int = 8192) -> Plan:
+def full(model: str = "smollm2-135m", longest: int = 8192) -> SuitePlan:
     """Every task, every method and budget, up to the context of the model; for a GPU.
 
     Args:
-        model: see `thrift_lab.eval.models.load_model`.
+        model: see `thrift_lab.models.load_model`.
         longest: most tokens; a half and a quarter of it are run as well.
     """
     specs = ["fp16", "fp4", "fp4:low=mxfp4"]
@@ -58,7 +58,7 @@ def full(model: str = "smollm2-135m", longest: int = 8192) -> Plan:
             same = budget != "paper" and default.config is not None and fraction(float(budget)) == default.config.budget
             specs.append(kind if same else f"{kind}:budget={budget}")
     specs.append("thrift:math=16bit")
-    return Plan(
+    return SuitePlan(
         model=model,
         methods=with_baselines(specs, "thrift"),
         texts=("shakespeare", "pg19"),

@@ -2,22 +2,20 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from pydantic import Field
 
 from thrift_attn.config import ThriftConfig, fraction
 from thrift_attn.stats import Stats
+from thrift_lab.console import Log, Progress, silent, unseen
 from thrift_lab.eval.bootstrap import BOOTSTRAP_BLOCK, LEVEL, RESAMPLES, Bootstrap, Interval, interval, recovery
-from thrift_lab.eval.fetch import Notify
 from thrift_lab.eval.methods import Method, check_distinct, config_of
-from thrift_lab.eval.models import Loaded, load_model
 from thrift_lab.eval.nll import (
     Window,
     chars_needed,
@@ -30,12 +28,9 @@ from thrift_lab.eval.nll import (
     windows_of,
 )
 from thrift_lab.eval.texts import Text, load_text
+from thrift_lab.models import Loaded, load_model
 from thrift_lab.provenance import commit, device_name, now, versions
-
-Progress = Callable[[str, int, int], None]
-"""Called with what runs now, steps done and steps in all."""
-
-SCHEMA = 1
+from thrift_lab.records import Record, digest, load_arrays, pack_arrays
 
 PACKAGES = ("torch", "triton", "transformers", "tokenizers", "numpy", "gguf")
 
@@ -56,7 +51,7 @@ class Spent(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Row:
+class NLLRow:
     """One method's line of the result; None where a figure does not exist.
 
     Args:
@@ -100,7 +95,7 @@ class Row:
         }
 
     @classmethod
-    def from_dict(cls, row: dict[str, Any]) -> Row:
+    def from_dict(cls, row: dict[str, Any]) -> NLLRow:
         """The inverse of `to_dict`."""
 
         def interval(name: str) -> Interval | None:
@@ -123,47 +118,52 @@ class Row:
         )
 
 
-@dataclass(frozen=True)
-class Result:
-    """All rows of a run, the NLL of every token, and the circumstances as plain JSON values."""
+class NLLRecord(Record):
+    """All rows of a run, the NLL of every token, and the circumstances.
 
-    rows: list[Row]
-    tokens: NDArray[np.int64]
-    nll: dict[str, NDArray[np.float32]]
-    context: dict[str, Any]
+    Args:
+        context: what was run, on what, with what.
+        rows: one for each method.
+        tokens: int64 ``[windows, length]``.
+        nll: float32 ``[windows, length - 1]`` by method, in nats.
+    """
 
-    def save(self, path: Path) -> Path:
-        """Write the record and, beside it, the NLL of every token.
+    KINDS: ClassVar[tuple[str, ...]] = ("nll",)
+
+    kind: str = "nll"
+    rows: list[NLLRow]
+    tokens: np.ndarray[Any, Any] = Field(exclude=True)
+    nll: dict[str, np.ndarray[Any, Any]] = Field(exclude=True)
+
+    def to_json(self) -> dict[str, Any]:
+        """Return plain JSON values; the context lies flat in the file, arrays are beside it."""
+        methods = [row.to_dict() for row in self.rows]
+        return {"kind": self.kind, "schema": self.SCHEMA, **self.context, "methods": methods}
+
+    def save(self, path: Path) -> None:
+        """Write the record and, beside it, the NLL of every token: both or neither.
 
         Args:
-            path: of the JSON record; its folder is made.
-
-        Returns:
-            Path of the ``.npz`` file: ``tokens`` `[windows, length]` and one array `[windows, length - 1]` per method.
+            path: of the JSON record; its folder is made. The arrays go where `beside` says: ``tokens`` and one array for
+                each method.
         """
-        path.parent.mkdir(parents=True, exist_ok=True)
-        beside = path.with_suffix(".npz")
-        arrays: dict[str, Any] = {"tokens": self.tokens, **self.nll}
-        np.savez_compressed(beside, **arrays)
-        record = {**self.context, "per_token": beside.name, "methods": [row.to_dict() for row in self.rows]}
-        path.write_text(json.dumps(record, indent=2, allow_nan=False) + "\n", encoding="utf-8")
-        return beside
+        arrays = pack_arrays({"tokens": self.tokens, **self.nll})
+        names = {"per_token": beside(path).name, "per_token_sha256": digest(arrays)}
+        self.model_copy(update={"context": {**self.context, **names}})._write(path, {beside(path): arrays})
 
     @classmethod
-    def load(cls, path: Path) -> Result:
-        """A result from its record and the NLL of every token beside it.
+    def from_json(cls, found: dict[str, Any], path: Path) -> NLLRecord:
+        """See `Record.from_json`; records of before 2026-11 do not know the digest of their arrays."""
+        arrays = load_arrays(path.with_name(found.pop("per_token")), found.pop("per_token_sha256", None))
+        rows = [NLLRow.from_dict(row) for row in found.pop("methods")]
+        tokens = arrays.pop("tokens")
+        del found["kind"]
+        return cls(context=found, rows=rows, tokens=tokens, nll=arrays)
 
-        Raises:
-            FileNotFoundError: no such record.
-            ValueError: not a record of this kind.
-        """
-        record = json.loads(path.read_text(encoding="utf-8"))
-        if not isinstance(record, dict) or record.get("kind") != "nll" or record.get("schema") != SCHEMA:
-            raise ValueError(f"{path} is not an NLL record of schema {SCHEMA}")
-        with np.load(path.with_name(record.pop("per_token"))) as arrays:
-            nll = {name: arrays[name] for name in arrays.files if name != "tokens"}
-            tokens = arrays["tokens"]
-        return cls([Row.from_dict(row) for row in record.pop("methods")], tokens, nll, record)
+
+def beside(path: Path) -> Path:
+    """Return the path of the arrays that belong to a record."""
+    return path.with_suffix(".npz")
 
 
 def is_fp4(method: Method) -> bool:
@@ -180,20 +180,20 @@ def evaluate(
     windows: int = 1,
     device: str = "auto",
     dtype: str = "auto",
-    notify: Notify = lambda message: None,
-    progress: Progress = lambda what, done, total: None,
-) -> Result:
+    log: Log = silent,
+    progress: Progress = unseen,
+) -> NLLRecord:
     """NLL of every method on the same windows of a text.
 
     Args:
-        model: see `thrift_lab.eval.models.load_model`.
+        model: see `thrift_lab.models.load_model`.
         text: see `thrift_lab.eval.texts.load_text`.
         methods: what to compare; ``fp16`` and ``fp4`` among them give losses and recovered shares.
         length: tokens of a window.
         windows: number of windows.
         device: see `load_model`.
         dtype: see `load_model`.
-        notify: called with a line of text when something slow starts.
+        log: called with a line of text when something slow starts.
         progress: called after every layer.
 
     Raises:
@@ -204,16 +204,18 @@ def evaluate(
         check_reads_text(method)
     if length < 2 or windows < 1:
         raise ValueError(f"expected a length of at least 2 and at least 1 window, got {length} and {windows}")
-    source = load_text(text, chars_needed(length, windows), notify)
-    loaded = load_model(model, device=device, dtype=dtype, notify=notify)
+    source = load_text(text, chars_needed(length, windows), log)
+    loaded = load_model(model, device=device, dtype=dtype, log=log)
     check_length(loaded.model, length)
-    notify("tokenising")
+    log("tokenising")
     tokens = windows_of(loaded.tokenizer, source.content, length, windows)
     check_head(loaded.model, tokens)
-    notify("")
+    log("")
     runs = _run(loaded, methods, tokens, progress)
     nll = {name: torch.stack([window.nll for window in row]).numpy() for name, row in runs.items()}
-    return Result(_rows(methods, runs, nll), tokens.numpy(), nll, _context(loaded, source, tokens))
+    return NLLRecord(
+        context=_context(loaded, source, tokens), rows=_rows(methods, runs, nll), tokens=tokens.numpy(), nll=nll
+    )
 
 
 def _run(loaded: Loaded, methods: list[Method], tokens: torch.Tensor, progress: Progress) -> dict[str, list[Window]]:
@@ -239,13 +241,13 @@ def _run(loaded: Loaded, methods: list[Method], tokens: torch.Tensor, progress: 
     return runs
 
 
-def _rows(methods: list[Method], runs: dict[str, list[Window]], nll: dict[str, NDArray[np.float32]]) -> list[Row]:
+def _rows(methods: list[Method], runs: dict[str, list[Window]], nll: dict[str, NDArray[np.float32]]) -> list[NLLRow]:
     """Figures and intervals of every method."""
     values = {name: array.astype(np.float64) for name, array in nll.items()}
     base = next((values[method.name] for method in methods if method.plain), None)
     fp4 = next((values[method.name] for method in methods if is_fp4(method)), None)
     boot = Bootstrap.over(*next(iter(values.values())).shape)
-    rows: list[Row] = []
+    rows: list[NLLRow] = []
     for method in methods:
         mine, run = values[method.name], runs[method.name]
         loss = None if base is None or method.plain else mine - base
@@ -253,7 +255,7 @@ def _rows(methods: list[Method], runs: dict[str, list[Window]], nll: dict[str, N
         if loss is not None and base is not None and fp4 is not None and not is_fp4(method):
             back = recovery(boot, loss, fp4 - base)
         rows.append(
-            Row(
+            NLLRow(
                 method=method,
                 nll=float(mine.mean()),
                 loss=None if loss is None else float(loss.mean()),
@@ -275,8 +277,6 @@ def _context(loaded: Loaded, text: Text, tokens: torch.Tensor) -> dict[str, Any]
     keys = ("num_hidden_layers", "num_attention_heads", "num_key_value_heads", "hidden_size", "head_dim")
     keys += ("max_position_embeddings", "vocab_size")
     return {
-        "kind": "nll",
-        "schema": SCHEMA,
         "created": now(),
         "model": {
             "spec": loaded.spec,

@@ -11,8 +11,8 @@ import numpy as np
 
 from thrift_lab.eval.bootstrap import BOOTSTRAP_BLOCK
 from thrift_lab.eval.methods import from_description
-from thrift_lab.eval.run_nll import Result
-from thrift_lab.eval.suite import Folder, Plan
+from thrift_lab.eval.run_nll import NLLRecord
+from thrift_lab.eval.suite import Folder, SuitePlan
 from thrift_lab.eval.summary import summarise
 
 Row = dict[str, Any]
@@ -50,12 +50,12 @@ class Run:
             FileNotFoundError: no such record.
             ValueError: not such records, or records of different models.
         """
-        results = [Result.load(path) for path in paths]
+        results = [NLLRecord.load(path) for path in paths]
         contexts = [result.context for result in results]
         if len({context["model"]["spec"] for context in contexts}) > 1:
             raise ValueError(f"records of one model expected, got {', '.join(c['model']['spec'] for c in contexts)}")
         methods = {row.method.name: row.method for result in results for row in result.rows}
-        plan = Plan(
+        plan = SuitePlan(
             model=contexts[0]["model"]["spec"],
             methods=",".join(methods),
             texts=tuple(dict.fromkeys(context["text"]["spec"] for context in contexts)),
@@ -120,7 +120,7 @@ class Run:
         return {row["name"]: row for row in self.metrics["methods"]}
 
 
-def lines_of(result: Result) -> list[dict[str, Any]]:
+def lines_of(result: NLLRecord) -> list[dict[str, Any]]:
     """An NLL record as lines of a run."""
     found: list[dict[str, Any]] = []
     context = result.context
@@ -160,7 +160,7 @@ def load_runs(paths: Sequence[Path]) -> list[Run]:
     records: dict[str, list[Path]] = {}
     for path in paths:
         if path.suffix == ".json":
-            records.setdefault(Result.load(path).context["model"]["spec"], []).append(path)
+            records.setdefault(NLLRecord.load(path).context["model"]["spec"], []).append(path)
     for spec, found in records.items():
         by_model.setdefault(spec, []).append(Run.of_records(found))
     for path in paths:

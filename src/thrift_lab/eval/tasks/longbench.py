@@ -15,11 +15,11 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from thrift_lab.eval.extras import need
 from thrift_lab.eval.tasks import metrics
 from thrift_lab.eval.tasks.base import Encoder, Sample, shorten
 from thrift_lab.eval.tasks.helmet import read_jsonl
 from thrift_lab.eval.tasks.metrics import best
+from thrift_lab.extras import need
 
 HUB = ("THUDM/LongBench", "data.zip")
 

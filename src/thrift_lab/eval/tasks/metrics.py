@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from difflib import SequenceMatcher
 
-from thrift_lab.eval.extras import need
+from thrift_lab.extras import need
 
 Metric = Callable[[str, str], float]
 

@@ -20,9 +20,9 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
-from thrift_lab.eval.extras import need
 from thrift_lab.eval.tasks.base import Encoder, Sample, dice, fit, sentences
 from thrift_lab.eval.tasks.metrics import found_all, found_any
+from thrift_lab.extras import need
 
 NOISE = "The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again."
 NEEDLE = "One of the special magic {kind} for {key} is: {value}."

