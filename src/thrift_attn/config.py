@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import functools
-import math
 import warnings
 from dataclasses import asdict, dataclass, field, replace
+from decimal import Decimal
 from typing import Any, Literal, TypeVar, get_args
 
 BLOCK = 64
@@ -13,6 +13,9 @@ BLOCK = 64
 
 DECODE_ROWS = 16
 """Largest number of new tokens that is treated as decode: one list of promoted blocks per KV head."""
+
+MAX_BLOCKS = 2**31 - 1
+"""Largest number of blocks that an option may name; what a call can hold is far less."""
 
 BaseFormat = Literal["nvfp4", "mxfp4", "fp8", "drop"]
 Compute = Literal["fp4", "16bit"]
@@ -61,8 +64,8 @@ class Budget:
             raise TypeError(f"budget value must be a number, got {type(self.value).__name__}")
         if self.kind == "fraction" and not 0.0 <= self.value <= 1.0:
             raise ValueError(f"budget fraction must be in [0, 1], got {self.value!r}")
-        if self.kind == "top_k" and not (self.value >= 0 and float(self.value).is_integer()):
-            raise ValueError(f"budget top_k must be a whole number >= 0, got {self.value!r}")
+        if self.kind == "top_k" and not (0 <= self.value <= MAX_BLOCKS and float(self.value).is_integer()):
+            raise ValueError(f"budget top_k must be a whole number >= 0 and at most {MAX_BLOCKS}, got {self.value!r}")
         if self.kind == "paper" and self.value != 0:
             raise ValueError(f"the paper's budget rule takes no value, got {self.value!r}")
 
@@ -80,6 +83,25 @@ class Budget:
         return cls("paper")
 
     @classmethod
+    def of(cls, value: Budget | float | str) -> Budget:
+        """Return a budget from a share such as 0.05, from text (`parse`), or a budget as it is.
+
+        Raises:
+            TypeError: a value of another type.
+            ValueError: text of another form, or a value out of range.
+        """
+        if isinstance(value, Budget):
+            return value
+        if isinstance(value, str):
+            return cls.parse(value)
+        if isinstance(value, bool) or not isinstance(value, (int, float)):
+            raise TypeError(
+                "budget must be a Budget such as top_k(8), a share such as 0.05, or text such as '5%', "
+                f"got {type(value).__name__}"
+            )
+        return fraction(value)
+
+    @classmethod
     def parse(cls, text: str) -> Budget:
         """Budget from text: ``0.05``, ``5%``, ``top_k(8)`` or ``paper``.
 
@@ -92,8 +114,8 @@ class Budget:
         try:
             if text.startswith("top_k(") and text.endswith(")"):
                 return top_k(int(text[6:-1]))
-            return fraction(float(text[:-1]) / 100 if text.endswith("%") else float(text))
-        except ValueError as error:
+            return fraction(float(Decimal(text[:-1]).scaleb(-2) if text.endswith("%") else text))
+        except (ValueError, ArithmeticError) as error:
             raise ValueError(f"budget must be a share like 0.05 or 5%, top_k(8), or paper; got {text!r}") from error
 
 
@@ -184,7 +206,7 @@ class ThriftConfig:
     """What is computed: formats, arithmetic, centring, selection, storage of the high-precision plane.
 
     Args:
-        low: format of the low-precision path, ``"nvfp4"``, ``"mxfp4"`` or ``"fp8"``; ``"drop"`` leaves the blocks out
+        base_format: format of the low-precision path, ``"nvfp4"``, ``"mxfp4"`` or ``"fp8"``; ``"drop"`` leaves the blocks out
             that are not promoted, which turns the method into the sparse baselines.
         compute: ``"fp4"`` quantises Q and P in the low format as well (what low-precision tensor cores do);
             ``"16bit"`` widens K and V and multiplies with the given Q and P.
@@ -201,16 +223,18 @@ class ThriftConfig:
         scales: ``"max"`` derives every group scale from the group maximum as the format defines it; ``"best"`` also tries
             the format's other tops (for nvfp4: Four Over Six) when K, V, Q and residuals are quantised, and keeps the scale
             with the smaller squared error. Costs time when data are packed, none when they are read.
-        total: where P is quantised to 4 bits, the output is divided by its sum before (``"exact"``) or after rounding
+        normalize: where P is quantised to 4 bits, the output is divided by its sum before (``"exact"``) or after rounding
             (``"rounded"``, weights then sum to one). The LSE is that of P before rounding.
-        budget: how many blocks are promoted, see `fraction`, `top_k`, `paper`.
+        budget: how many blocks are promoted: a `fraction`, `top_k` or `paper` budget, a share such as 0.05, or text such as
+            ``"5%"``.
         score: which blocks are promoted: ``"mean"`` (mean(Q_i).c_b), ``"quest"`` (min/max bound), ``"local"`` (nearest
-            blocks), ``"oracle"`` (true attention mass).
+            blocks to the query's own), ``"oracle"`` (true attention mass).
         force_first: this many first blocks come before all others inside the budget; without an exact sink the first one is
             worth it.
-        force_last: this many last visible blocks, the diagonal one included, come next.
-        high: how promoted blocks are stored: ``"16bit"`` copy, ``"nested"`` (nvfp4 residual of the base) or ``"nested8"``
-            (e4m3 residual with group scales).
+        force_last: this many blocks come next, those nearest to the query's own, that one included; under a causal mask these
+            are the last visible ones.
+        promoted_storage: how promoted blocks are stored: ``"16bit"`` copy, ``"nested"`` (nvfp4 residual of the base) or
+            ``"nested8"`` (e4m3 residual with group scales).
 
     Raises:
         ValueError: an unknown choice, a value out of range or a combination that has no meaning.
@@ -235,14 +259,13 @@ class ThriftConfig:
     def __post_init__(self) -> None:
         for name, choices in _CHOICES.items():
             check_choice(name, getattr(self, name), choices)
-        if not isinstance(self.budget, Budget):
-            raise TypeError(f"budget must be a Budget such as fraction(0.05), got {type(self.budget).__name__}")
+        object.__setattr__(self, "budget", Budget.of(self.budget))
         for name in ("force_first", "force_last"):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int):
                 raise TypeError(f"{name} must be an int, got {type(value).__name__}")
-            if value < 0:
-                raise ValueError(f"{name} must be >= 0, got {value}")
+            if not 0 <= value <= MAX_BLOCKS:
+                raise ValueError(f"{name} must be >= 0 and at most {MAX_BLOCKS}, got {value}")
         if self.base_format == "drop" and (self.center, self.scales, self.promoted_storage) != ("none", "max", "16bit"):
             raise ValueError(
                 "base_format='drop' quantises nothing: it needs center='none', scales='max' and promoted_storage='16bit'"
@@ -301,24 +324,3 @@ class ThriftConfig:
     def to_dict(self) -> dict[str, Any]:
         """All options as plain JSON values; the budget as the text that `Budget.parse` reads."""
         return {**asdict(self), "budget": str(self.budget)}
-
-
-def check_logits(scale: float | None, window: int | None, softcap: float | None, causal: bool = True) -> None:
-    """Check what shapes the logits: scale and softcap are None or finite and positive, the window None or a positive int.
-
-    A window counts back from the position of the query, so it needs ``causal``.
-
-    Raises:
-        TypeError: a window that is no int.
-        ValueError: a value out of range.
-    """
-    for name, value in (("scale", scale), ("softcap", softcap)):
-        if value is not None and not (math.isfinite(value) and value > 0):
-            raise ValueError(f"{name} must be a finite number > 0, got {value!r}")
-    if window is not None:
-        if isinstance(window, bool) or not isinstance(window, int):
-            raise TypeError(f"window must be an int number of tokens, got {type(window).__name__}")
-        if window < 1:
-            raise ValueError(f"window must be at least 1 token, got {window}")
-        if not causal:
-            raise ValueError("window needs causal=True: it counts back from the position of the query")

@@ -148,7 +148,16 @@ MAX_KEYS = 1 << 20
 """Most keys of one sequence that the prefill kernels choose blocks among."""
 
 
-def check_prefill(config: ThriftConfig, head_dim: int, dtype: torch.dtype, device: torch.device, keys: int = 1) -> Form:
+def check_prefill(
+    config: ThriftConfig,
+    head_dim: int,
+    dtype: torch.dtype,
+    device: torch.device,
+    keys: int = 1,
+    *,
+    causal: bool = True,
+    window: int | None = None,
+) -> Form:
     """How the prefill kernels would multiply on this device.
 
     Raises:
@@ -167,6 +176,8 @@ def check_prefill(config: ThriftConfig, head_dim: int, dtype: torch.dtype, devic
             "backend='triton' with base_format='fp8' promotes to promoted_storage='16bit', "
             f"got promoted_storage={config.promoted_storage!r}"
         )
+    if window is not None and not causal:
+        raise NotImplementedError("backend='triton' serves a window with causal=True, got causal=False")
     if keys > MAX_KEYS:
         raise NotImplementedError(f"backend='triton' serves up to {MAX_KEYS} keys, got {keys}")
     if importlib.util.find_spec("triton") is None:
@@ -185,7 +196,15 @@ def check_prefill(config: ThriftConfig, head_dim: int, dtype: torch.dtype, devic
 
 
 def pick_backend(
-    asked: str, config: ThriftConfig, head_dim: int, dtype: torch.dtype, device: torch.device, keys: int
+    asked: str,
+    config: ThriftConfig,
+    head_dim: int,
+    dtype: torch.dtype,
+    device: torch.device,
+    keys: int,
+    *,
+    causal: bool = True,
+    window: int | None = None,
 ) -> tuple[Literal["reference", "triton"], Form]:
     """Backend for a call of `thrift_attn.attention`: with ``"auto"`` the kernels on a CUDA device if they serve the call.
 
@@ -201,7 +220,7 @@ def pick_backend(
     if asked == "reference" or (asked == "auto" and device.type != "cuda"):
         return "reference", "wide"
     try:
-        return "triton", check_prefill(config, head_dim, dtype, device, keys)
+        return "triton", check_prefill(config, head_dim, dtype, device, keys, causal=causal, window=window)
     except NotImplementedError:
         if asked == "triton":
             raise

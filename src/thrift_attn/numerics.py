@@ -8,7 +8,7 @@ that asks for something the configuration never computes is named in ``ignored``
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from thrift_attn.config import BaseFormat, Budget, PromotedStorage, Score, ThriftConfig
 
@@ -99,6 +99,11 @@ class PrefillNumerics(_Shared):
 @dataclass(frozen=True, kw_only=True)
 class DecodeNumerics(_Shared):
     """What `thrift_attn.cache.PagedThriftCache` stores and computes; Q and P always stay in 16 bits."""
+
+    quantise_qp: ClassVar[bool] = False
+    subtract_query_mean: ClassVar[bool] = False
+    normalize_rounded: ClassVar[bool] = False
+    min_blocks: ClassVar[int] = 0
 
     @classmethod
     def resolve(cls, config: ThriftConfig) -> DecodeNumerics:

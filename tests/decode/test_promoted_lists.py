@@ -43,9 +43,11 @@ def lists_of_reference(q, means, table, lengths, config, window, block0_mean):
         own = torch.zeros(KV_HEADS, blocks, DIM)
         own[:, : tokens // 64] = means[table[b, : tokens // 64].long()].transpose(0, 1).float()
         others = None if block0_mean is None or tokens < 64 else block0_mean[b].float().cpu()
-        planes = reference.Planes(empty, empty, empty, empty, own, others=others, exact_tail=True)
+        planes = reference.Planes(empty, empty, empty, empty, own, block0_mean=others, exact_tail=True)
         mask = reference.Mask(q.shape[2], tokens, True, window)
-        promoted = reference.promoted_blocks(q[b].float().cpu(), planes, config, mask, 0.125)[::GROUP, 0]
+        promoted = reference.promoted_blocks(q[b].float().cpu(), planes, DecodeNumerics.resolve(config), mask, 0.125)[
+            ::GROUP, 0
+        ]
         found.append([row.nonzero()[:, 0].tolist() for row in promoted])
     return found
 

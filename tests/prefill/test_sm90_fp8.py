@@ -12,6 +12,7 @@ from torch import Tensor
 
 from thrift_attn.config import BLOCK, ThriftConfig, fraction, top_k
 from thrift_attn.dispatch import interpreted
+from thrift_attn.numerics import PrefillNumerics
 from thrift_attn.prefill.bundles import BlockLists, LogitRules, PrefillOutput, PrefillTensors
 from thrift_attn.prefill.pack import PackedKV, PackedQ
 from thrift_attn.reference import attention as reference
@@ -125,10 +126,11 @@ def _expected(q, k, v, config, *, causal, scale, window, softcap):
     outs, lses, chosen = [], [], []
     for b in range(len(q)):
         mask = Mask(q.shape[2], k.shape[2], causal, window)
-        planes = build_planes(k[b], v[b], config)
+        numerics = PrefillNumerics.resolve(config)
+        planes = build_planes(k[b], v[b], numerics)
         wide = {f.name: getattr(planes, f.name) for f in fields(planes)}
         planes = Planes(**{name: None if x is None else x.double() for name, x in wide.items()})
-        sequence = _Sequence(q[b], planes, config, mask, scale, softcap)
+        sequence = _Sequence(q[b], planes, numerics, mask, scale, softcap)
         out, lse, _ = sequence.attend()
         outs.append(out)
         lses.append(lse)

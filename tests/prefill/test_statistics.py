@@ -12,7 +12,7 @@ from thrift_attn.numerics import PrefillNumerics
 from thrift_attn.prefill.bundles import KernelNumerics, PrefillTensors
 from thrift_attn.prefill.statistics import NO_STATISTICS, measure
 from thrift_attn.reference import channel_scales as fitting
-from thrift_attn.reference.channel_scales import Fit, fit
+from thrift_attn.reference.channel_scales import Fit, measure_call
 from thrift_attn.seq_layout import SeqLayout, dense, packed, padded
 
 DTYPE = torch.float16
@@ -32,7 +32,7 @@ def found_by(q: Tensor, k: Tensor, v: Tensor, layout: SeqLayout, config: ThriftC
 
 def check(found: Fit, row: int, q: Tensor, k: Tensor, v: Tensor, config: ThriftConfig) -> None:
     """One sequence of what was found, against the reference on the queries that see something."""
-    want = fit(q.float(), k.float(), v.float(), config)
+    want = measure_call(q.float(), k.float(), v.float(), PrefillNumerics.resolve(config))
     for name in ("keys", "values"):
         one, other = getattr(found, name), getattr(want, name)
         assert (one is None) == (other is None)

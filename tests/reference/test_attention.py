@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from thrift_attn import Stats, ThriftConfig, attention, fraction, merge, top_k
+from thrift_attn.numerics import PrefillNumerics
 from thrift_attn.reference import attention as reference
 from thrift_attn.reference.formats import FORMATS
 from thrift_attn.reference.quantize import block_means, roundtrip
@@ -185,8 +186,8 @@ def test_one_list_per_kv_head_in_decode(name):
     q, k, v = qkv(3, 700, hq=6)
     config = CONFIGS[name].with_(budget=top_k(4))
     mask = reference.Mask(3, 700, True, None)
-    planes = reference.build_planes(k[0], v[0], config)
-    promoted, _ = reference._Sequence(q[0], planes, config, mask, 0.125, None).select()
+    planes = reference.build_planes(k[0], v[0], PrefillNumerics.resolve(config))
+    promoted, _ = reference._Sequence(q[0], planes, PrefillNumerics.resolve(config), mask, 0.125, None).select()
     assert promoted.shape == (6, 1, 11)
     assert torch.equal(promoted[0], promoted[1])
     assert torch.equal(promoted[3], promoted[5])

@@ -6,9 +6,14 @@ import pytest
 import torch
 
 from thrift_attn import ThriftConfig
+from thrift_attn.numerics import PrefillNumerics
 from thrift_attn.reference import channel_scales as fitting
-from thrift_attn.reference.channel_scales import LEVEL, SLACK, Fit, fit, key_bias
+from thrift_attn.reference.channel_scales import LEVEL, SLACK, CallStatistics, key_bias, measure_call
 from thrift_attn.reference.quantize import block_means
+
+
+def fit(q, k, v, config: ThriftConfig) -> CallStatistics:
+    return measure_call(q, k, v, PrefillNumerics.resolve(config))
 
 
 def draw(*shape: int) -> torch.Tensor:
@@ -35,7 +40,7 @@ def test_the_parts_add_up_to_the_logit(tokens: int):
 
 def test_only_many_queries_in_four_bits_have_a_mean():
     q, k = draw(2, 40, 16), draw(1, 40, 16)
-    mean = fit(q, k, k, ThriftConfig()).mean
+    mean = fit(q, k, k, ThriftConfig()).query_mean
     assert mean is not None
     torch.testing.assert_close(mean, q.mean(1))
     for few, config in (
@@ -45,12 +50,12 @@ def test_only_many_queries_in_four_bits_have_a_mean():
         (q, ThriftConfig(center="block")),
         (None, ThriftConfig()),
     ):
-        assert fit(few, k, k, config).mean is None
+        assert fit(few, k, k, config).query_mean is None
 
 
 def test_only_four_bit_formats_are_balanced():
     q, k = draw(2, 40, 16), draw(1, 40, 16)
-    assert fit(q, k, k, ThriftConfig(base_format="fp8", smooth="channel")) == Fit()
+    assert fit(q, k, k, ThriftConfig(base_format="fp8", smooth="channel")) == CallStatistics()
     assert fit(q, k, k, ThriftConfig(smooth="none"))[1:] == (None, None)
     by_k = fit(None, k, k, ThriftConfig(smooth="channel"))
     for config in (ThriftConfig(smooth="channel"), ThriftConfig(smooth="channel", compute="16bit")):
@@ -83,7 +88,7 @@ def test_powers_are_finite_and_positive_whatever_comes(value: float):
     q, k = draw(4, 80, 16), draw(2, 80, 16)
     q[:2], k[0] = value, value
     found = fit(q, k, k, ThriftConfig(smooth="channel"))
-    for power in (found.keys, found.values):
+    for power in (found.k_channel_scale, found.v_head_scale):
         assert power is not None
         assert bool((power > 0).all() & power.isfinite().all())
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from thrift_attn import ThriftConfig, attention, attention_varlen, fraction, top_k
+from thrift_attn.numerics import PrefillNumerics
 from thrift_attn.reference.attention import Mask, _Sequence, build_planes
 
 LOW = ThriftConfig(budget=fraction(0))
@@ -106,8 +107,9 @@ def test_its_block_is_judged_without_it(score, queries: int) -> None:
     config = ThriftConfig(budget=top_k(1), score=score, force_last=0)
 
     def chosen(config: ThriftConfig) -> Tensor:
-        planes = build_planes(k[0], v[0], config, q[0])
-        return _Sequence(q[0], planes, config, Mask(queries, 640, True, None), 0.125, None).select()[0]
+        numerics = PrefillNumerics.resolve(config)
+        planes = build_planes(k[0], v[0], numerics, q[0])
+        return _Sequence(q[0], planes, numerics, Mask(queries, 640, True, None), 0.125, None).select()[0]
 
     assert chosen(config)[..., 5].all()
     assert chosen(config.with_(sink_token="none"))[..., 0].all() == (score == "oracle")

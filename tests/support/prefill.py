@@ -46,12 +46,17 @@ def written(k: Tensor, v: Tensor, layout: SeqLayout, config: ThriftConfig) -> di
     statistics = measure(PrefillTensors(k, k, v), layout=layout, numerics=options)
     packed = quantise_kv(k, v, layout=layout, numerics=options, statistics=statistics)
     rest = numerics.residual
-    found = {"low_k": packed.k, "low_v": packed.v, "centres": packed.k_block_mean, "stretch": statistics[1]}
+    found = {
+        "low_k": packed.k,
+        "low_v": packed.v,
+        "k_block_mean": packed.k_block_mean,
+        "k_channel_scale": statistics[1],
+    }
     if rest is not None:
-        mean = packed.k_block_mean.float().repeat_interleave(64, 2) if config.centred else 0
+        mean = packed.k_block_mean.float().repeat_interleave(64, 2) if numerics.centred else 0
         found |= {"high_k": mean + packed.k.float() + packed.k_residual.float()}
         found |= {"high_v": packed.v.float() + packed.v_residual.float()}
-        if config.exact_sink:
+        if numerics.exact_sink:
             found["high_v"][:, :, 0] = v[:, :, 0]
     return {name: x.float().cpu() for name, x in found.items() if x is not None}
 
@@ -64,8 +69,9 @@ def expected(
     Where P is rounded, the reference takes exp(S - max) and the kernel exp2(S' - ceil(max)), S' = S log2(e).
     """
     mask = Mask(q.shape[1], k.shape[1], causal, window)
-    planes = replace(reference.build_planes(k, v, config, q[:, max(0, -mask.offset) :]), **own)
-    one = reference._Sequence(q, planes, config, mask, q.shape[-1] ** -0.5, softcap)
+    numerics = PrefillNumerics.resolve(config)
+    planes = replace(reference.build_planes(k, v, numerics, q[:, mask.hidden :]), **own)
+    one = reference._Sequence(q, planes, numerics, mask, q.shape[-1] ** -0.5, softcap)
     promoted, _ = one.select()
     chunk = reference._Chunk(slice(0, promoted.shape[1]), 0, one.q.shape[1], 0, promoted.shape[2])
     exact = one._logits(planes.high_k, chunk)
@@ -79,7 +85,7 @@ def expected(
     total = p.sum(-1, keepdim=True)
     group = len(q) // len(k)
     sink = torch.zeros_like(p)
-    if planes.others is not None:
+    if planes.block0_mean is not None:
         sink[..., 0] = p[..., 0].masked_fill(high[..., 0], 0)
     high_p, p = torch.where(high, p, 0) + sink, torch.where(high, 0, p) - sink
     rounded = p.float()
@@ -89,11 +95,11 @@ def expected(
     out = rounded.double() @ low_v.double().repeat_interleave(group, 0)
     out += high_p @ planes.high_v.double().repeat_interleave(group, 0)
     norm = torch.where(total == 0, 1, total)
-    if config.normalize == "rounded" and config.four_bit_queries:
+    if numerics.normalize_rounded:
         norm = norm + (rounded.double() - p).sum(-1, keepdim=True)
-    pad = (0, 0, one.skipped, 0)
+    pad = (0, 0, mask.hidden, 0)
     out = torch.nn.functional.pad(out / norm, pad)
-    lse = torch.nn.functional.pad((peak + total.log())[..., 0], (one.skipped, 0), value=-torch.inf)
+    lse = torch.nn.functional.pad((peak + total.log())[..., 0], (mask.hidden, 0), value=-torch.inf)
     mass = float((high_p.sum(-1, keepdim=True) / torch.where(total == 0, 1, total)).sum())
     return out, lse, promoted, mass
 

@@ -19,7 +19,8 @@ from torch import Tensor
 
 from thrift_attn.cache.cache_scales import CacheLevels
 from thrift_attn.cache.page_table import PageTable
-from thrift_attn.config import BLOCK, DECODE_ROWS, ThriftConfig, check_logits
+from thrift_attn.checks import check_logits, check_no_gradients
+from thrift_attn.config import BLOCK, DECODE_ROWS, ThriftConfig
 from thrift_attn.decode.tensors import MAX_BLOCKS, CacheTensors, check_sizes
 from thrift_attn.dispatch import check_cache
 from thrift_attn.numerics import DecodeNumerics
@@ -482,7 +483,7 @@ class PagedThriftCache:
             tokens = self.table.tokens(row)
             if tokens:
                 mask = reference.Mask(q.shape[2], tokens, True, window)
-                result = reference.attend_planes(q[row], self._planes(row), self.config, mask, scale, softcap)
+                result = reference.attend_planes(q[row], self._planes(row), self.numerics, mask, scale, softcap)
                 out[row], lse[row] = result[0].to(q.dtype), result[1]
         if self.levels is not None:
             out = self.levels.outputs(out)
@@ -501,7 +502,7 @@ class PagedThriftCache:
             low_v, high_v = (torch.cat([x, kept[1]], 1) for x in (low_v, high_v))
             centres = torch.cat([centres, torch.zeros_like(kept[0, :, :1])], 1)
         others = self.block0_mean[row].float() if self.config.exact_sink and tokens >= BLOCK else None
-        return reference.Planes(low_k, low_v, high_k, high_v, centres, others=others, exact_tail=True)
+        return reference.Planes(low_k, low_v, high_k, high_v, centres, block0_mean=others, exact_tail=True)
 
     def _read(self, row: int, pages: Tensor, first: int) -> Blocks:
         """What pages of a sequence decode to, those of the blocks from ``first`` on."""
@@ -529,5 +530,6 @@ class PagedThriftCache:
             raise ValueError(f"{name} must have 4 dimensions [B, H, T, D], got shape {list(x.shape)}")
         if x.dtype != self.dtype:
             raise TypeError(f"{name} must have the dtype of the cache, {self.dtype}, got {x.dtype}")
+        check_no_gradients(x)
         if x.device != self.device:
             raise ValueError(f"{name} must be on the device of the cache, {self.device}, got {x.device}")

@@ -107,13 +107,20 @@ def select_rows_kernel(
                 score = tl.load(scratch + mine[:, None] * PAD + index, mask=seen, other=0.0)
                 key = score.to(tl.int32, bitcast=True)
                 key = key ^ ((key >> 31) & 0x7FFFFFFF)
-                # Forced blocks: from the beginning, then from the end; the scores decide about what is left.
+                # Forced blocks: from the beginning, then nearest to the row's own; the scores decide about what is left.
                 size = end - begin
                 wanted = tl.minimum(wanted, size)
                 leading = tl.minimum(wanted, tl.minimum(tl.maximum(FIRST - begin, 0), size))
                 rest = tl.maximum(end - tl.maximum(begin, FIRST), 0)
                 trailing = tl.minimum(wanted - leading, tl.minimum(rest, LAST))
-                forced = (index < (begin + leading)[:, None]) | (index >= (end - trailing)[:, None])
+                if CAUSAL:
+                    forced = (index < (begin + leading)[:, None]) | (index >= (end - trailing)[:, None])
+                else:  # around the block of the row's last query, of two equally near the earlier one
+                    near = tl.minimum(tl.maximum(keys - queries + last - 1, 0) // 64 - trailing // 2, end - trailing)
+                    near = tl.maximum(near, tl.maximum(begin, FIRST))[:, None]
+                    forced = (index < (begin + leading)[:, None]) | (
+                        (index >= near) & (index < near + trailing[:, None])
+                    )
                 room = wanted - leading - trailing
                 open_ = seen & ~forced
                 key = tl.where(open_, key, -0x7FFFFFFF - 1)

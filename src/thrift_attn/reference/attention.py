@@ -9,19 +9,24 @@ Q queries and C keys of a chunk.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from thrift_attn.config import BLOCK, DECODE_ROWS, ThriftConfig
+from thrift_attn.config import BLOCK, DECODE_ROWS
+from thrift_attn.numerics import DecodeNumerics, PrefillNumerics
 from thrift_attn.reference import quantize as quant
 from thrift_attn.reference import scores as score
 from thrift_attn.reference.budget import asked_share, blocks_per_row, promote
-from thrift_attn.reference.channel_scales import fit, key_bias
+from thrift_attn.reference.channel_scales import key_bias, measure_call
 from thrift_attn.reference.formats import FORMATS, RESIDUALS, Format
 from thrift_attn.stats import Stats
+
+Numerics = PrefillNumerics | DecodeNumerics
 
 CHUNK_BYTES = {"cpu": 2**24, "cuda": 2**30}
 """Size of one [H, Q, C] tensor of a chunk: near the cache on CPU, large enough to fill a GPU."""
@@ -29,24 +34,41 @@ CHUNK_BYTES = {"cpu": 2**24, "cuda": 2**30}
 
 @dataclass(frozen=True)
 class Mask:
-    """Which keys a query sees: causal, sliding window, and where the queries sit."""
+    """Which keys a query of one sequence sees.
+
+    Args:
+        queries: Tq.
+        keys: Tk.
+        causal: whether a query sees only keys up to its own position.
+        window: a query at position p sees keys j with |p - j| < window; None for all.
+        decode: whether a KV head has one list of promoted blocks; None: for up to `DECODE_ROWS` queries.
+    """
 
     queries: int
     keys: int
     causal: bool
     window: int | None
-    decode: bool | None = None  # one list of promoted blocks per KV head; None: for up to `DECODE_ROWS` queries
+    decode: bool | None = None
 
     @property
     def offset(self) -> int:
-        """Position of query 0; negative positions see nothing."""
-        return self.keys - self.queries if self.causal else 0
+        """Position of query 0: queries are right-aligned with the keys, so it may be negative."""
+        return self.keys - self.queries
+
+    @property
+    def hidden(self) -> int:
+        """How many first queries see nothing, since causal queries before position 0 have no keys."""
+        return max(0, -self.offset) if self.causal else 0
 
     def bounds(self, positions: Tensor) -> tuple[Tensor, Tensor]:
-        """First visible key and one past the last visible key of each position."""
-        last = (positions + 1).clamp(max=self.keys) if self.causal else torch.full_like(positions, self.keys)
-        first = (positions + 1 - self.window).clamp(min=0) if self.window else torch.zeros_like(positions)
-        return first, last
+        """First visible key and one past the last visible key of each position; equal where there is none."""
+        first, last = torch.zeros_like(positions), torch.full_like(positions, self.keys)
+        if self.causal:
+            last = (positions + 1).clamp(max=self.keys)
+        if self.window is not None:
+            first = (positions + 1 - self.window).clamp(min=0)
+            last = last.minimum(positions + self.window)
+        return first, last.maximum(first)
 
 
 @dataclass(frozen=True)
@@ -57,61 +79,72 @@ class Planes:
     low_v: Tensor | None
     high_k: Tensor
     high_v: Tensor
-    centres: Tensor  # c_b [Hkv, N, D], for scores and, with centring, for the low logits
+    k_block_mean: Tensor  # c_b [Hkv, N, D], for scores and, with centring, for the low logits
     query_mean: Tensor | None = None  # [H, D], what Q is quantised less of
     key_bias: Tensor | None = None  # [H, N * 64], what that mean makes of each key, unscaled
-    stretch: Tensor | None = None  # [Hkv, D], powers of two: K is quantised times it, Q divided by it
-    others: Tensor | None = None  # [Hkv, D], mean of block 0 without token 0, which is then exact wherever its block is
+    k_channel_scale: Tensor | None = None  # [Hkv, D], powers of two: K is quantised times it, Q divided by it
+    block0_mean: Tensor | None = None  # [Hkv, D], mean of block 0 without token 0, which is then exact wherever it is
     exact_tail: bool = False  # a cache: the incomplete newest block is exact in both planes and outside of the budget
 
 
-def build_planes(k: Tensor, v: Tensor, config: ThriftConfig, q: Tensor | None = None) -> Planes:
-    """Quantise K and V ``[Hkv, T, D]`` of one sequence into the planes of ``config``.
+def build_planes(k: Tensor, v: Tensor, numerics: PrefillNumerics, q: Tensor | None = None) -> Planes:
+    """Quantise K and V ``[Hkv, T, D]`` of one sequence into the planes that ``numerics`` asks for.
 
     Args:
         k: keys.
         v: values.
-        config: what is computed.
-        q: the queries ``[H, Tq, D]`` that see something, for what ``config`` takes from a call
-        (`thrift_attn.reference.channel_scales`);
-            None takes nothing from queries.
+        numerics: what is computed.
+        q: the queries ``[H, Tq, D]`` that see something, for the statistics of a call
+            (`thrift_attn.reference.channel_scales`); None takes nothing from queries.
     """
     work = torch.float64 if k.dtype == torch.float64 else torch.float32
     tokens, pad = k.shape[-2], (0, 0, 0, -k.shape[-2] % BLOCK)
-    centres, others = quant.block_means(k).to(work), None
-    if config.exact_sink:
-        centres[:, 0], others = k[:, 0], quant.mean_of_others(k).to(work)
+    k_block_mean, block0_mean = quant.block_means(k).to(work), None
+    if numerics.exact_sink:
+        k_block_mean[:, 0], block0_mean = k[:, 0], quant.mean_of_others(k).to(work)
     k, v = (torch.nn.functional.pad(x.to(work), pad) for x in (k, v))
-    if config.base_format == "drop":
-        return Planes(None, None, k, v, centres)
-    fmt = FORMATS[config.base_format]
+    if numerics.base_format == "drop":
+        return Planes(None, None, k, v, k_block_mean)
+    fmt, best = FORMATS[numerics.base_format], numerics.best_scales
     mean = torch.zeros((), dtype=work, device=k.device)
-    if config.centred:
-        mean = centres[:, :, None].expand(-1, -1, BLOCK, -1).flatten(1, 2).clone()
+    if numerics.centred:
+        mean = k_block_mean[:, :, None].expand(-1, -1, BLOCK, -1).flatten(1, 2).clone()
         mean[:, mean.shape[1] - pad[3] :] = 0  # padding stays zero
     delta, base_v = k - mean, v
-    if config.exact_sink:  # dK is 0 as it is
+    if numerics.exact_sink:  # dK is 0 as it is
         base_v = v.clone()
         base_v[:, 0] = 0
-    found = fit(None if q is None else q.to(work), k[:, :tokens], v[:, :tokens], config)
+    taken = measure_call(None if q is None else q.to(work), k[:, :tokens], v[:, :tokens], numerics)
     bias = None
-    if found.mean is not None:
-        bias = key_bias(found.mean, k, centres if config.centred else torch.zeros_like(centres))
+    if taken.query_mean is not None:
+        bias = key_bias(taken.query_mean, k, k_block_mean if numerics.centred else torch.zeros_like(k_block_mean))
         bias[:, tokens:] = 0
     one = torch.ones((), dtype=work, device=k.device)
-    of_k = one if found.keys is None else found.keys[:, None]
-    of_v = one if found.values is None else found.values[:, None, None]
-    best = config.scales == "best"
-    low_k = quant.roundtrip(delta * of_k, fmt, best=best)
-    low_v = quant.roundtrip_head(base_v) if fmt.group is None else quant.roundtrip(base_v * of_v, fmt, -2, best=best)
+    k_scale = one if taken.k_channel_scale is None else taken.k_channel_scale[:, None]
+    v_scale = one if taken.v_head_scale is None else taken.v_head_scale[:, None, None]
+    low_k = quant.roundtrip(delta * k_scale, fmt, best=best)
+    if fmt.group is None:
+        low_v = quant.roundtrip_head(base_v)
+    else:
+        low_v = quant.roundtrip(base_v * v_scale, fmt, -2, best=best)
     high_k, high_v = k, v
-    if config.promoted_storage != "16bit":
-        plane = RESIDUALS[config.promoted_storage]
-        high_k = mean + (low_k + quant.residual(delta * of_k, low_k, plane, best=best)) / of_k
-        high_v = (low_v + quant.residual(base_v * of_v, low_v, plane, -2, best=best)) / of_v
-        if config.exact_sink:
+    if numerics.residual is not None:
+        plane = RESIDUALS[numerics.residual]
+        high_k = mean + (low_k + quant.residual(delta * k_scale, low_k, plane, best=best)) / k_scale
+        high_v = (low_v + quant.residual(base_v * v_scale, low_v, plane, -2, best=best)) / v_scale
+        if numerics.exact_sink:
             high_v[:, 0] = v[:, 0]
-    return Planes(low_k / of_k, low_v / of_v, high_k, high_v, centres, found.mean, bias, found.keys, others)
+    return Planes(
+        low_k / k_scale,
+        low_v / v_scale,
+        high_k,
+        high_v,
+        k_block_mean,
+        query_mean=taken.query_mean,
+        key_bias=bias,
+        k_channel_scale=taken.k_channel_scale,
+        block0_mean=block0_mean,
+    )
 
 
 def _round_probabilities(p: Tensor, fmt: Format) -> Tensor:
@@ -144,27 +177,26 @@ class _Chunk:
 class _Sequence:
     """One sequence: its planes, its query blocks and the chosen blocks."""
 
-    def __init__(
-        self, q: Tensor, planes: Planes, config: ThriftConfig, mask: Mask, scale: float, softcap: float | None
-    ):
-        self.config, self.mask, self.scale, self.softcap = config, mask, scale, softcap
+    def __init__(self, q: Tensor, planes: Planes, numerics: Numerics, mask: Mask, scale: float, softcap: float | None):
+        self.numerics, self.mask, self.scale, self.softcap = numerics, mask, scale, softcap
         self.planes = planes
-        work = planes.high_k.dtype
-        self.skipped = max(0, -mask.offset)  # queries before position 0 see nothing
-        self.q = q[:, self.skipped :].to(work)
+        self.q = q[:, mask.hidden :].to(planes.high_k.dtype)
         self.kv_heads = len(planes.high_k)
-        self.positions = torch.arange(self.skipped, mask.queries, device=q.device) + mask.offset
-        self.first, self.last = mask.bounds(self.positions)
         self.decode = mask.queries <= DECODE_ROWS if mask.decode is None else mask.decode
         self.blocks = -(-mask.keys // BLOCK)
-        # Query blocks are cut at absolute positions, so that each has one diagonal block and chunked prefill cuts alike.
-        row = torch.zeros_like(self.positions) if self.decode else self.positions // BLOCK - self.positions[0] // BLOCK
+        index = torch.arange(mask.hidden, mask.queries, device=q.device)
+        positions = index + mask.offset
+        self.first, self.last = mask.bounds(positions)
+        # Causal query blocks are cut at absolute positions, so that each has one diagonal block and chunked prefill cuts alike.
+        self.cut_at = positions if mask.causal else index
+        row = torch.zeros_like(index) if self.decode else self.cut_at // BLOCK - self.cut_at[0] // BLOCK
         self.row_of = row  # [Tq] query block of each query
         self.row_sizes = torch.bincount(row)
         self.row_ends = self.row_sizes.cumsum(0)
-        ends = torch.stack([self.first[self.row_ends - self.row_sizes], self.last[self.row_ends - 1]])
-        index = torch.arange(self.blocks, device=q.device)
-        self.visible = (index >= ends[0, :, None] // BLOCK) & (index < -(-ends[1, :, None] // BLOCK))  # [R, N]
+        self.own = (positions[self.row_ends - 1] // BLOCK).clamp(0, self.blocks - 1)  # [R] block of a row's last query
+        begin, end = self.first[self.row_ends - self.row_sizes, None], self.last[self.row_ends - 1, None]
+        block = torch.arange(self.blocks, device=q.device)
+        self.visible = (block >= begin // BLOCK) & (block < -(-end // BLOCK)) & (begin < end)  # [R, N]
 
     # -- selection ---------------------------------------------------------------------------------------------------
 
@@ -177,23 +209,22 @@ class _Sequence:
 
     def _scores(self) -> Tensor:
         """Scores ``[H, R, N]``; for decode one list per KV head, ``[Hkv, 1, N]``."""
-        kind = self.config.score
+        kind = self.numerics.score
         if kind == "local":
-            rows = len(self.row_sizes)
-            return score.local_score(self.kv_heads if self.decode else len(self.q), rows, self.blocks, self.q.device)
+            return score.local_score(self.kv_heads if self.decode else len(self.q), self.own, self.blocks)
         if kind == "oracle":
             scores = self._true_mass()
             return scores.unflatten(0, (self.kv_heads, -1)).sum(1) if self.decode else scores
-        queries, others = self._mean_queries(), self.planes.others
+        queries, block0_mean = self._mean_queries(), self.planes.block0_mean
         if kind == "mean":
-            centres = self.planes.centres
-            if others is not None:
-                centres = torch.cat([others[:, None], centres[:, 1:]], 1)
-            scores = score.mean_score(queries, centres, self.scale)
+            means = self.planes.k_block_mean
+            if block0_mean is not None:
+                means = torch.cat([block0_mean[:, None], means[:, 1:]], 1)
+            scores = score.mean_score(queries, means, self.scale)
         else:
             keys = self.planes.high_k[:, : self.mask.keys]
-            if others is not None:
-                keys = torch.cat([others[:, None], keys[:, 1:]], 1)  # no extreme
+            if block0_mean is not None:
+                keys = torch.cat([block0_mean[:, None], keys[:, 1:]], 1)  # no extreme
             scores = score.quest_score(queries, *score.block_extremes(keys), self.scale)
         return scores.unflatten(0, (self.kv_heads, -1)).flatten(1, 2).amax(1, keepdim=True) if self.decode else scores
 
@@ -203,7 +234,7 @@ class _Sequence:
         for chunk in self._chunks():
             logits = self._masked(self._logits(self.planes.high_k, chunk), chunk)
             weights = logits.softmax(-1)
-            if self.planes.others is not None and chunk.b0 == 0:
+            if self.planes.block0_mean is not None and chunk.b0 == 0:
                 weights[..., 0] = 0
             per_block = _by_block(weights).sum(-1)
             rows = self.row_of[chunk.q0 : chunk.q1]
@@ -212,7 +243,7 @@ class _Sequence:
 
     def select(self) -> tuple[Tensor, Tensor]:
         """Promoted blocks, bool ``[H, R, N]``, and the number of blocks asked for in a row, summed over rows."""
-        visible, blocks, last = self.visible, self.blocks, self.config.force_last
+        numerics, visible, blocks, last = self.numerics, self.visible, self.blocks, self.numerics.force_last
         if self.planes.exact_tail:  # `thrift_attn.reference.budget.promoted_in_decode`
             if self.mask.keys % BLOCK:
                 visible = visible.clone()
@@ -220,17 +251,14 @@ class _Sequence:
                 last = max(0, last - 1)
             blocks = int(visible.sum(-1).max())
         counts = visible.sum(-1)
-        budget = self.config.budget
-        asked = asked_share(budget, counts, blocks) * counts.sum()
-        wanted = blocks_per_row(budget, counts, blocks)
-        if self.config.base_format == "drop":
-            wanted = wanted.clamp(min=1)  # a row that attends to nothing has no output
+        asked = asked_share(numerics.budget, counts, blocks) * counts.sum()
+        wanted = blocks_per_row(numerics.budget, counts, blocks).clamp(min=numerics.min_blocks).minimum(counts)
         if not wanted.any():
             return torch.zeros(len(self.q), *visible.shape, dtype=torch.bool, device=self.q.device), asked
         if torch.equal(wanted, counts):
             return visible.expand(len(self.q), -1, -1), asked
-        chosen = promote(self._scores(), visible, wanted, first=self.config.force_first, last=last)
-        return chosen.repeat_interleave(len(self.q) // len(chosen), 0), asked
+        promoted = promote(self._scores(), visible, wanted, first=numerics.force_first, last=last, own=self.own)
+        return promoted.repeat_interleave(len(self.q) // len(promoted), 0), asked
 
     # -- attention ---------------------------------------------------------------------------------------------------
 
@@ -267,24 +295,23 @@ class _Sequence:
         return self._cap(self._against(self.q[:, chunk.q0 : chunk.q1], keys[:, self._keys(chunk)]) * self.scale)
 
     def _low_logits(self, low_k: Tensor, chunk: _Chunk) -> Tensor:
-        config, queries = self.config, self.q[:, chunk.q0 : chunk.q1]
+        numerics, queries, planes = self.numerics, self.q[:, chunk.q0 : chunk.q1], self.planes
         rounded = queries
-        if config.compute == "fp4":
-            fmt = FORMATS[config.base_format]
-            # A block-scaled format shares the scale of a query block, which starts at a multiple of 64 positions.
-            lead = int(self.positions[chunk.q0]) % BLOCK if fmt.group is None else 0
-            planes = self.planes
-            rest = queries if planes.query_mean is None else queries - planes.query_mean[:, None]
-            wide = rest.new_ones(())
-            if planes.stretch is not None:
-                wide = planes.stretch[:, None].repeat_interleave(len(queries) // self.kv_heads, 0)  # [H, 1, D]
-            padded = torch.nn.functional.pad(rest / wide, (0, 0, lead, 0))
-            rounded = quant.roundtrip(padded, fmt, best=config.scales == "best")[:, lead:] * wide
+        if numerics.quantise_qp:
+            fmt = FORMATS[numerics.base_format]
+            # A block-scaled format shares the scale of a query block, which starts at a multiple of 64.
+            lead = int(self.cut_at[chunk.q0]) % BLOCK if fmt.group is None else 0
+            delta = queries if planes.query_mean is None else queries - planes.query_mean[:, None]
+            k_scale = delta.new_ones(())
+            if planes.k_channel_scale is not None:  # [H, 1, D]
+                k_scale = planes.k_channel_scale[:, None].repeat_interleave(len(queries) // self.kv_heads, 0)
+            padded = torch.nn.functional.pad(delta / k_scale, (0, 0, lead, 0))
+            rounded = quant.roundtrip(padded, fmt, best=numerics.best_scales)[:, lead:] * k_scale
         logits = self._against(rounded, low_k[:, self._keys(chunk)])
-        if self.planes.key_bias is not None:
-            logits += self.planes.key_bias[:, None, self._keys(chunk)]
-        if config.centred:
-            bias = self._against(queries, self.planes.centres[:, chunk.b0 : chunk.b1])  # q.c_b [H, Q, blocks]
+        if planes.key_bias is not None:
+            logits += planes.key_bias[:, None, self._keys(chunk)]
+        if numerics.centred:
+            bias = self._against(queries, planes.k_block_mean[:, chunk.b0 : chunk.b1])  # q.c_b [H, Q, blocks]
             _by_block(logits).add_(bias.unsqueeze(-1))
         return self._cap(logits.mul_(self.scale))
 
@@ -328,14 +355,14 @@ class _Sequence:
             out = self._weighted(p_high, planes.high_v[:, keys])
             mass = (p_high.sum(-1, keepdim=True) / norm).squeeze(-1)
             _by_block(p).masked_fill_(high, 0)
-        if planes.others is not None and chunk.b0 == 0:  # its logit is exact, since it is the centre of its block
+        if planes.block0_mean is not None and chunk.b0 == 0:  # its logit is exact, since it is the centre of its block
             p_sink = p[..., :1].clone()  # where the block is promoted it is 0 by now
             out = out + self._weighted(p_sink, planes.high_v[:, :1])
             mass += (p_sink / norm).squeeze(-1)
             p[..., 0] = 0
-        if self.config.compute == "fp4":
-            rounded = _round_probabilities(p, FORMATS[self.config.base_format])
-            if self.config.normalize == "rounded" and self.config.four_bit_queries:
+        if self.numerics.quantise_qp:
+            rounded = _round_probabilities(p, FORMATS[self.numerics.base_format])
+            if self.numerics.normalize_rounded:
                 norm = norm + (rounded - p).sum(-1, keepdim=True)
             p = rounded
         return (out + self._weighted(p, planes.low_v[:, keys])) / norm, lse, mass
@@ -344,8 +371,8 @@ class _Sequence:
         """Output ``[H, Tq, D]`` and LSE ``[H, Tq]`` in the compute dtype, and statistics."""
         promoted, asked = self.select()
         heads = len(self.q)
-        outs = [self.q.new_zeros(heads, self.skipped, self.q.shape[-1])]
-        lses = [self.q.new_full((heads, self.skipped), -torch.inf)]
+        outs = [self.q.new_zeros(heads, self.mask.hidden, self.q.shape[-1])]
+        lses = [self.q.new_full((heads, self.mask.hidden), -torch.inf)]
         mass = self.q.new_zeros(())
         for chunk in self._chunks():
             out, lse, chunk_mass = self._attend_chunk(chunk, promoted)
@@ -357,20 +384,20 @@ class _Sequence:
             promoted=int(promoted.sum()),
             asked=heads * float(asked),
             mass=float(mass),
-            rows=heads * self.q.shape[1],
+            rows=heads * int((self.first < self.last).sum()),
         )
         return torch.cat(outs, 1), torch.cat(lses, 1), stats
 
 
 def attend_planes(
-    q: Tensor, planes: Planes, config: ThriftConfig, mask: Mask, scale: float, softcap: float | None = None
+    q: Tensor, planes: Planes, numerics: Numerics, mask: Mask, scale: float, softcap: float | None = None
 ) -> tuple[Tensor, Tensor, Stats]:
-    """One sequence over planes that exist already (a cache).
+    """Attend to one sequence over planes that exist already (a cache).
 
     Args:
         q: ``[H, Tq, D]``.
         planes: of ``mask.keys`` tokens.
-        config: what is computed; its formats and storage only say what the planes hold.
+        numerics: what is computed; its formats and storage only say what the planes hold.
         mask: which keys each query sees.
         scale: factor of the logits.
         softcap: bound of the logits, or None.
@@ -378,39 +405,76 @@ def attend_planes(
     Returns:
         Output ``[H, Tq, D]`` and LSE ``[H, Tq]`` in the dtype of the planes, and `Stats`.
     """
-    return _Sequence(q, planes, config, mask, scale, softcap).attend()
+    return _Sequence(q, planes, numerics, mask, scale, softcap).attend()
 
 
-def promoted_blocks(q: Tensor, planes: Planes, config: ThriftConfig, mask: Mask, scale: float) -> Tensor:
+class Span(NamedTuple):
+    """Where one sequence of a call lies: queries ``q[part, :, q0:q1]``, keys and values ``k[part, :, k0:k1]``."""
+
+    part: int
+    q0: int
+    q1: int
+    k0: int
+    k1: int
+
+
+def batch_spans(q: Tensor, k: Tensor, kv_lengths: Tensor | None) -> list[Span]:
+    """Return the spans of a batch ``[B, H, T, D]`` whose sequence b has ``kv_lengths[b]`` keys, or all of them."""
+    lengths = [k.shape[2]] * len(q) if kv_lengths is None else kv_lengths.tolist()
+    return [Span(b, 0, q.shape[2], 0, length) for b, length in enumerate(lengths)]
+
+
+def packed_spans(cu_seqlens_q: Tensor, cu_seqlens_k: Tensor) -> list[Span]:
+    """Return the spans of sequences end to end ``[1, H, tokens, D]``, from their starts and the end of the last."""
+    q, k = cu_seqlens_q.tolist(), cu_seqlens_k.tolist()
+    return [Span(0, *queries, *keys) for queries, keys in zip(pairwise(q), pairwise(k), strict=True)]
+
+
+def promoted_blocks(q: Tensor, planes: Planes, numerics: Numerics, mask: Mask, scale: float) -> Tensor:
     """The choice that `attend_planes` makes, bool ``[H, R, N]``: which KV blocks each row of query blocks promotes."""
-    return _Sequence(q, planes, config, mask, scale, None).select()[0]
+    return _Sequence(q, planes, numerics, mask, scale, None).select()[0]
 
 
 def attend(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    config: ThriftConfig,
+    numerics: PrefillNumerics,
+    spans: Sequence[Span],
     *,
     causal: bool,
     scale: float,
     window: int | None = None,
     softcap: float | None = None,
-    kv_lengths: Tensor | None = None,
+    decode: bool | None = None,
 ) -> tuple[Tensor, Tensor, Stats]:
-    """The method on checked input; see `thrift_attn.attention` for the arguments.
+    """Attend to the sequences of a call, one by one, on checked input.
+
+    Args:
+        q: ``[P, Hq, Tq, D]``.
+        k: ``[P, Hkv, Tk, D]``.
+        v: the shape of ``k``.
+        numerics: what is computed.
+        spans: where the sequences lie; queries of none give 0 and LSE -inf, and so do those of a sequence without keys.
+        causal: see `thrift_attn.attention`, also for the following.
+        scale: factor of the logits.
+        window: sliding window in tokens.
+        softcap: bound of the logits.
+        decode: see `Mask`.
 
     Returns:
-        Output ``[B, Hq, Tq, D]`` in the dtype of ``q``, LSE ``[B, Hq, Tq]`` (natural logarithm; float32, float64 for
+        Output ``[P, Hq, Tq, D]`` in the dtype of ``q``, LSE ``[P, Hq, Tq]`` (natural logarithm; float32, float64 for
         float64 input) and `Stats`.
     """
-    lengths = [k.shape[2]] * len(q) if kv_lengths is None else kv_lengths.tolist()
-    outs, lses, stats = [], [], Stats()
-    for row, length in enumerate(lengths):
-        mask = Mask(q.shape[2], length, causal, window)
-        planes = build_planes(k[row, :, :length], v[row, :, :length], config, q[row, :, max(0, -mask.offset) :])
-        out, lse, row_stats = attend_planes(q[row], planes, config, mask, scale, softcap)
-        outs.append(out.to(q.dtype))
-        lses.append(lse)
-        stats += row_stats
-    return torch.stack(outs), torch.stack(lses), stats
+    out, stats = torch.zeros_like(q), Stats()
+    lse = torch.full(q.shape[:3], -torch.inf, dtype=torch.promote_types(q.dtype, torch.float32), device=q.device)
+    for part, q0, q1, k0, k1 in spans:
+        if q0 == q1 or k0 == k1:
+            continue
+        queries, keys, values = q[part, :, q0:q1], k[part, :, k0:k1], v[part, :, k0:k1]
+        mask = Mask(q1 - q0, k1 - k0, causal, window, decode)
+        planes = build_planes(keys, values, numerics, queries[:, mask.hidden :])
+        found = attend_planes(queries, planes, numerics, mask, scale, softcap)
+        out[part, :, q0:q1], lse[part, :, q0:q1] = found[0].to(q.dtype), found[1]
+        stats += found[2]
+    return out, lse, stats

@@ -109,25 +109,33 @@ def asked_share(budget: Budget, visible: Tensor, blocks: int) -> float:
     return float(blocks_per_row(budget, visible, blocks).sum() / visible.sum().clamp(min=1))
 
 
-def promote(scores: Tensor, visible: Tensor, counts: Tensor, *, first: int = 0, last: int = 0) -> Tensor:
+def promote(
+    scores: Tensor, visible: Tensor, counts: Tensor, *, first: int = 0, last: int = 0, own: Tensor | None = None
+) -> Tensor:
     """Choose the promoted KV blocks: forced ones first, then the highest scores, ties to the lower index.
 
-    Where the budget is below the forced blocks, those nearest to the beginning go first, then those nearest to the end.
+    Where the budget is below the forced blocks, those nearest to the beginning go first, then those nearest to the row's own.
 
     Args:
         scores: float ``[H, R, N]``, higher is more important.
         visible: bool ``[R, N]``.
         counts: int64 ``[R]``, blocks to promote in each row, see `blocks_per_row`.
         first: the blocks with an index below this come before all others wherever they are visible.
-        last: so many last visible blocks of each row come next.
+        last: so many of the other blocks come next, those nearest to the row's own, of two equally near the earlier one.
+            Under a causal mask these are the last visible ones.
+        own: int64 ``[R]``, the block in which each row's last query sits; by default the last visible one.
 
     Returns:
         bool ``[H, R, N]``, True where the block is promoted.
     """
     blocks = scores.shape[-1]
     index = torch.arange(blocks, device=scores.device)
-    ends = torch.where(visible, index, -1).amax(-1, keepdim=True)  # [R, 1] last visible block of each row
-    tier = 1 + (last - ends + index).clamp(min=0)  # [R, N]: 1 by score, above it the forced last ones
+    if own is None:
+        own = torch.where(visible, index, -1).amax(-1)
+    distance = 2 * (index - own[:, None]).abs() - (index < own[:, None]).long()  # the earlier of two is nearer
+    distance = torch.where(visible & (index >= first), distance, 2 * blocks + 2)
+    rank = distance.argsort(dim=-1, stable=True).argsort(dim=-1, stable=True)
+    tier = 1 + (last - rank).clamp(min=0)  # [R, N]: 1 by score, above it the forced near ones
     tier = torch.where(index < first, first - index + last + 1, tier)
     tier = torch.where(visible, tier, 0)  # 0 hidden
     by_score = scores.argsort(dim=-1, descending=True, stable=True)

@@ -16,7 +16,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from thrift_attn.config import BLOCK, DECODE_ROWS, ThriftConfig
+from thrift_attn.config import BLOCK, DECODE_ROWS
+from thrift_attn.numerics import PrefillNumerics
 
 SAMPLE = 4096
 """Most tokens that the statistics are taken from, evenly spaced; of K and V whole blocks."""
@@ -40,18 +41,37 @@ LARGEST = 60.0
 """Exponents stay within this."""
 
 
-class Fit(NamedTuple):
+class CallStatistics(NamedTuple):
     """What is taken from a call, or None: float32 (float64 for float64 input).
 
     Args:
-        mean: m ``[..., H, D]``.
-        keys: s ``[..., Hkv, D]``, powers of two: K less its block means is quantised times this, Q less its mean through it.
-        values: ``[..., Hkv]``, powers of two: V is quantised times this. Only of nvfp4: scales of mxfp4 reach everywhere.
+        query_mean: m ``[..., H, D]``.
+        k_channel_scale: s ``[..., Hkv, D]``, powers of two: K less its block means is quantised times this, Q less its mean
+            divided by it.
+        v_head_scale: ``[..., Hkv]``, powers of two: V is quantised times this.
     """
 
-    mean: Tensor | None = None
-    keys: Tensor | None = None
-    values: Tensor | None = None
+    query_mean: Tensor | None = None
+    k_channel_scale: Tensor | None = None
+    v_head_scale: Tensor | None = None
+
+    @property
+    def mean(self) -> Tensor | None:
+        """The former name of ``query_mean``."""
+        return self.query_mean
+
+    @property
+    def keys(self) -> Tensor | None:
+        """The former name of ``k_channel_scale``."""
+        return self.k_channel_scale
+
+    @property
+    def values(self) -> Tensor | None:
+        """The former name of ``v_head_scale``."""
+        return self.v_head_scale
+
+
+Fit = CallStatistics
 
 
 def _sample(x: Tensor) -> Tensor:
@@ -119,26 +139,26 @@ def level_values(squares: Squares) -> Tensor:
     return _power(LEVEL - squares.values.log2() / 2)
 
 
-def fit(q: Tensor | None, k: Tensor, v: Tensor, config: ThriftConfig) -> Fit:
-    """What ``config`` takes from one sequence, or from a batch of equal lengths.
+def measure_call(q: Tensor | None, k: Tensor, v: Tensor, numerics: PrefillNumerics) -> CallStatistics:
+    """Take what ``numerics`` asks for from one sequence, or from a batch of equal lengths.
 
     Args:
         q: ``[..., H, Tq, D]``, only queries that see something; None for a cache.
         k: ``[..., Hkv, Tk, D]``.
         v: likewise.
-        config: what is wanted. The mean is taken of more than `DECODE_ROWS` queries that are quantised to 4 bits: the mean of
-            few is nearly the queries themselves, and its product with the keys would be 16-bit attention.
+        numerics: what is wanted. The mean is taken of more than `DECODE_ROWS` queries: the mean of few is nearly the queries
+            themselves, and its product with the keys would be 16-bit attention.
 
     Source: docs/method.md. Removing the mean of Q: SageAttention2, arXiv 2411.10958, there per block of queries; a factor
     per channel between two operands: SmoothQuant, arXiv 2211.10438.
     """
     mean = None
-    if q is not None and q.shape[-2] > DECODE_ROWS and config.four_bit_queries and config.center == "all":
+    if q is not None and q.shape[-2] > DECODE_ROWS and numerics.subtract_query_mean:
         mean = _sample(q).mean(-2)
-    if not config.balanced:
-        return Fit(mean)
-    squares = mean_squares(k, v, config.centred)
-    return Fit(mean, level_keys(squares), None if config.base_format == "mxfp4" else level_values(squares))
+    if not numerics.channel_scales:
+        return CallStatistics(mean)
+    squares = mean_squares(k, v, numerics.centred)
+    return CallStatistics(mean, level_keys(squares), level_values(squares) if numerics.v_head_scales else None)
 
 
 def key_bias(mean: Tensor, k: Tensor, centres: Tensor) -> Tensor:

@@ -47,9 +47,16 @@ def quest_score(queries: Tensor, low: Tensor, high: Tensor, scale: float) -> Ten
     return bound.view(*queries.shape[:2], -1) * scale
 
 
-def local_score(heads: int, rows: int, blocks: int, device: torch.device) -> Tensor:
-    """Nearest blocks first: the score of a block is its index."""
-    return torch.arange(blocks, device=device, dtype=torch.float32).expand(heads, rows, blocks)
+def local_score(heads: int, own: Tensor, blocks: int) -> Tensor:
+    """Score the nearest blocks highest: minus the distance in blocks from the row's own.
+
+    Args:
+        heads: H.
+        own: int64 ``[R]``, the block in which each row's last query sits.
+        blocks: N.
+    """
+    index = torch.arange(blocks, device=own.device)
+    return -(index - own[:, None]).abs().float().expand(heads, -1, -1)
 
 
 def block_extremes(k: Tensor) -> tuple[Tensor, Tensor]:

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from thrift_attn.config import BLOCK, ThriftConfig, top_k
+from thrift_attn.numerics import PrefillNumerics
 from thrift_attn.reference.formats import FORMATS
 from thrift_lab.bench.baselines import BF16, FP8, fa3_module, import_module
 from thrift_lab.bench.cases import Case, PrefillCase
@@ -74,7 +75,7 @@ class PrefillReference(Reference):
         q, k, v = self._operands(sample)
         blocks = self.inputs.case.blocks
         wanted = blocks_per_row(config.budget, torch.arange(1, blocks + 1), blocks)[sample[2]]
-        own = config.with_(budget=top_k(int(wanted)))
+        own = PrefillNumerics.resolve(config.with_(budget=top_k(int(wanted))))
         mask = reference.Mask(q.shape[1], len(k), True, None, decode=False)
         b, h, _ = sample
         every = self.inputs.q[0][b, h * self.inputs.case.group : (h + 1) * self.inputs.case.group]

@@ -21,9 +21,10 @@ import torch
 from torch import Tensor
 
 from thrift_attn.config import BLOCK, ThriftConfig, fraction
+from thrift_attn.numerics import PrefillNumerics
 from thrift_attn.reference import quantize as quant
 from thrift_attn.reference.attention import build_planes
-from thrift_attn.reference.formats import E2M1_MAX, E4M3_MAX, FORMATS
+from thrift_attn.reference.formats import FORMATS
 from thrift_lab.eval.watch import watched
 
 SHARES = (0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0)
@@ -72,6 +73,7 @@ def measure(
     Raises:
         ValueError: another configuration.
     """
+    numerics = PrefillNumerics.resolve(config)
     plain = config.center in ("none", "block") and (config.sink_token, config.smooth, config.normalize) == (
         "none",
         "none",
@@ -83,15 +85,15 @@ def measure(
             "smooth='none' and normalize='exact', got "
             f"{config.base_format}, {config.compute}, {config.center}, {config.sink_token}, {config.smooth}, {config.normalize}"
         )
-    planes = build_planes(k, v, config)
+    planes = build_planes(k, v, numerics)
     assert planes.low_k is not None
     assert planes.low_v is not None
     q = q.to(planes.high_k.dtype)
-    rounded = quant.roundtrip(q, FORMATS[config.base_format], best=config.scales == "best")
+    rounded = quant.roundtrip(q, FORMATS[config.base_format], best=numerics.best_scales)
     found = []
     for head in range(len(q)):
         own = head * len(k) // len(q)
-        centres = planes.centres[own] if config.center == "block" else None
+        centres = planes.k_block_mean[own] if numerics.centred else None
         low = (rounded[head], planes.low_k[own], planes.low_v[own])
         exact = (q[head], planes.high_k[own], planes.high_v[own])
         error, mass, total, norm = _pairs(low, exact, centres, scale, config, k.shape[1])
@@ -154,7 +156,7 @@ def _softmax(logits: Tensor, hidden: Tensor, config: ThriftConfig | None) -> Ten
     p = (logits - logits.amax(-1, keepdim=True)).exp()
     total = p.sum(-1, keepdim=True)
     if config is not None:
-        factor = E4M3_MAX * E2M1_MAX
+        factor = FORMATS[config.base_format].p_factor or 1.0
         p = quant.roundtrip(p * factor, FORMATS[config.base_format]) / factor
     return p / total
 
