@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import importlib.util
 import os
+import sys
 from typing import Literal, NamedTuple
 
 import torch
@@ -70,6 +72,15 @@ def _prefill_rows(device: torch.device) -> list[Row]:
             rows.append(Row(feature, "no", str(error)))
             continue
         timed = torch.cuda.get_device_capability(device) == (9, 0)
+        if low == "fp8":
+            lacking = sm90_fp8_toolchain(device)
+            dims_fp8 = ", ".join(map(str, SM90_FP8_HEAD_DIMS))
+            own = Row(
+                "the FP8 kernel of sm_90", "native", f"head_dim {dims_fp8}, batches of one length, timed on this GPU"
+            )
+            rows.append(
+                own if lacking is None else Row(own.feature, "no", f"{lacking}; fp8 runs on the kernel of every GPU")
+            )
         if form == "native":
             status, why = (
                 ("native", "timed on this GPU") if timed else ("compiled", "compiled for this GPU, not timed on one")
@@ -193,6 +204,69 @@ def check_prefill(
         if units and config.compute == "fp4" and config.promoted_storage == "16bit" and config.base_format != "drop"
         else "wide"
     )
+
+
+SM90_FP8_HEAD_DIMS = (64, 128)
+"""Head dims of the FP8 kernel of sm_90."""
+
+SM90_FP8_TRITON = "3.6."
+"""The Triton whose Gluon that kernel is written in; names and rules have changed since."""
+
+_TMA_ALIGNMENT = 16
+
+
+def sm90_fp8_toolchain(device: torch.device) -> str | None:
+    """Why this GPU and this Triton cannot run the FP8 kernel of sm_90 (`thrift_attn.prefill.sm90_fp8`), or None."""
+    if device.type != "cuda":
+        return f"the FP8 kernel needs a CUDA device, got {device}"
+    if torch.cuda.get_device_capability(device)[0] != 9:
+        return f"the FP8 kernel needs compute capability 9.0, got {torch.cuda.get_device_capability(device)}"
+    version = triton_version()
+    if version is None or not version.startswith(SM90_FP8_TRITON):
+        return f"the FP8 kernel of sm_90 is written in the Gluon of Triton {SM90_FP8_TRITON}*, got Triton {version}"
+    return None
+
+
+def triton_version() -> str | None:
+    """Version of the Triton that is loaded or would be, or None; does not import it."""
+    if "triton" in sys.modules:
+        return sys.modules["triton"].__version__
+    try:
+        return importlib.metadata.version("triton")
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def why_not_sm90_fp8(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, causal: bool, scale: float) -> str | None:
+    """Why the FP8 kernel of sm_90 cannot serve a call with base_format='fp8', compute='fp4', or None.
+
+    It serves batches of one length, longer than decode, without statistics: what packed sequences, ``kv_lengths`` and
+    ``return_stats`` ask for runs on the kernel of every GPU.
+
+    Args:
+        q: ``[B, Hq, Tq, D]``.
+        k: ``[B, Hkv, Tk, D]``.
+        v: the shape of ``k``.
+        causal: whether queries are right-aligned and see only keys up to their own position.
+        scale: factor of the logits.
+    """
+    lacking = sm90_fp8_toolchain(q.device)
+    if lacking is not None:
+        return lacking
+    if q.dtype not in (torch.float16, torch.bfloat16):
+        return f"the FP8 kernel takes float16 or bfloat16, got {q.dtype}"
+    if q.shape[-1] not in SM90_FP8_HEAD_DIMS:
+        return f"the FP8 kernel serves head dims {SM90_FP8_HEAD_DIMS}, got {q.shape[-1]}"
+    if causal and q.shape[2] > k.shape[2]:
+        return f"the FP8 kernel needs Tq <= Tk when causal, got {q.shape[2]} and {k.shape[2]}"
+    if not scale > 0:
+        return f"the FP8 kernel needs a positive scale, got {scale}"
+    for name, x in (("q", q), ("k", k), ("v", v)):
+        steps = list(zip(x.stride(), x.shape, strict=True))[:-1]
+        aligned = all(n * x.element_size() % _TMA_ALIGNMENT == 0 and (n > 0 or size == 1) for n, size in steps)
+        if x.stride(-1) != 1 or not aligned or x.data_ptr() % _TMA_ALIGNMENT:
+            return f"the FP8 kernel needs {name} with contiguous rows on {_TMA_ALIGNMENT}-byte boundaries"
+    return None
 
 
 def pick_backend(

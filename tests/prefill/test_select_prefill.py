@@ -12,15 +12,13 @@ from thrift_attn.prefill.bundles import BlockPlan
 from thrift_attn.prefill.pack import PackedKV
 from thrift_attn.prefill.select import (
     MAX_BLOCKS,
-    budget_rows,
-    list_capacity,
     plan_blocks,
     select_rows,
     select_shared,
     visible_blocks,
 )
 from thrift_attn.reference.attention import Mask
-from thrift_attn.reference.budget import blocks_per_row, promote
+from thrift_attn.reference.budget import blocks_per_row, list_capacity, promote
 from thrift_attn.seq_layout import SeqLayout, dense, packed, padded
 
 DEV = torch.device(DEVICE)
@@ -60,7 +58,7 @@ def test_budget_of_many_sequences(budget: Budget) -> None:
     lengths = [(1000, 1000), (130, 5000), (64, 64), (300, 200)]
     queries, keys = (torch.tensor(x) for x in zip(*lengths, strict=True))
     visible = visible_blocks(queries, keys, 18, causal=True, window=None)
-    got = budget_rows(budget, visible, -(-keys // BLOCK))
+    got = blocks_per_row(budget, visible, -(-keys // BLOCK))
     for one, seen, (_, tokens) in zip(got, visible, lengths, strict=True):
         want = blocks_per_row(budget, seen, -(-tokens // BLOCK))
         assert one.tolist() == want.tolist()

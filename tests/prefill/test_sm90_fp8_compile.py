@@ -11,10 +11,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from thrift_attn import dispatch
 from thrift_attn.prefill.bundles import LogitRules, PrefillOutput, PrefillTensors
 from thrift_attn.prefill.pack import PackedKV, PackedQ
-from thrift_attn.prefill.sm90_fp8 import launch as hopper_launch
-from thrift_attn.prefill.sm90_fp8.launch import attend_fp8, why_not
+from thrift_attn.prefill.sm90_fp8.launch import attend_fp8
 
 # Kernels that were imported for the interpreter cannot be compiled, so this runs in a process of its own.
 _PROGRAM = """
@@ -61,7 +61,10 @@ print(json.dumps(dict(
 """
 
 
-@pytest.mark.skipif(not hopper_launch.KNOWN_GLUON, reason="written in the Gluon of Triton 3.6")
+@pytest.mark.skipif(
+    not (dispatch.triton_version() or "").startswith(dispatch.SM90_FP8_TRITON),
+    reason="written in the Gluon of Triton 3.6",
+)
 @pytest.mark.parametrize(
     "options",
     [
@@ -89,7 +92,7 @@ def test_compiles_for_hopper(options: dict, tmp_path: Path) -> None:
 
 
 def test_refuses_what_it_cannot_serve(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(hopper_launch, "KNOWN_GLUON", True)
+    monkeypatch.setattr(dispatch, "triton_version", lambda: "3.6.0")
     x = torch.zeros(1, 2, 128, 128, dtype=torch.bfloat16)
     with pytest.raises(NotImplementedError, match="CUDA device"):
         attend_fp8(
@@ -109,7 +112,7 @@ def test_refuses_what_it_cannot_serve(monkeypatch: pytest.MonkeyPatch) -> None:
         return t.as_subclass(Cuda)
 
     y = on_gpu(x)
-    assert why_not(y, y, y, causal=True, scale=1.0) is None
+    assert dispatch.why_not_sm90_fp8(y, y, y, causal=True, scale=1.0) is None
     for q, options, reason in [
         (y.float(), {}, "float16 or bfloat16"),
         (y[..., :80].contiguous(), {}, "head dims"),
@@ -117,11 +120,13 @@ def test_refuses_what_it_cannot_serve(monkeypatch: pytest.MonkeyPatch) -> None:
         (y[:, :, :, 1:65], {}, "q with contiguous rows"),
         (torch.cat([y, y], 2), {}, "Tq <= Tk"),
     ]:
-        problem = why_not(on_gpu(q), y, y, **{"causal": True, "scale": 1.0, **options})
+        problem = dispatch.why_not_sm90_fp8(on_gpu(q), y, y, **{"causal": True, "scale": 1.0, **options})
         assert problem is not None, reason
         assert reason in problem
-    monkeypatch.setattr(hopper_launch, "KNOWN_GLUON", False)
-    assert "Gluon of Triton 3.6" in (why_not(y, y, y, causal=True, scale=1.0) or "")
-    monkeypatch.setattr(hopper_launch, "KNOWN_GLUON", True)
+    monkeypatch.setattr(dispatch, "triton_version", lambda: "3.7.1")
+    assert "Gluon of Triton 3.6.*, got Triton 3.7.1" in (
+        dispatch.why_not_sm90_fp8(y, y, y, causal=True, scale=1.0) or ""
+    )
+    monkeypatch.setattr(dispatch, "triton_version", lambda: "3.6.0")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 9))
-    assert "compute capability 9.0" in (why_not(y, y, y, causal=True, scale=1.0) or "")
+    assert "compute capability 9.0" in (dispatch.why_not_sm90_fp8(y, y, y, causal=True, scale=1.0) or "")

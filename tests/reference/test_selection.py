@@ -11,6 +11,7 @@ from thrift_attn.reference.budget import (
     blocks_in_decode,
     blocks_per_row,
     decode_budget,
+    list_capacity,
     promote,
     promoted_in_decode,
 )
@@ -35,6 +36,24 @@ def test_a_fraction_promotes_that_share_of_the_causal_pairs(rows, share):
 def test_a_fraction_of_any_visible_counts(visible, share):
     counts = blocks_per_row(fraction(share), torch.tensor(visible), 40)
     assert abs(int(counts.sum()) - share * sum(visible)) <= 0.5 + 1e-6
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    st.lists(st.lists(st.integers(0, 40), min_size=5, max_size=5), min_size=1, max_size=6),
+    st.one_of(st.floats(0, 1).map(fraction), st.integers(0, 50).map(top_k), st.just(paper())),
+)
+def test_sequences_of_a_batch_get_what_they_get_alone(visible, budget):
+    """One rule: rows of many sequences at once, one sequence, one row (decode), and the room of a list agree."""
+    seen = torch.tensor(visible)
+    blocks = seen.amax(1)
+    batch = blocks_per_row(budget, seen, blocks)
+    for row, own, n in zip(seen, batch, blocks, strict=True):
+        assert torch.equal(blocks_per_row(budget, row, int(n)), own)
+        assert int(own.max()) <= list_capacity(budget, int(n))
+    table = decode_budget(budget, 40)
+    for n in range(1, 41):
+        assert int(table[n]) == int(blocks_per_row(budget, torch.tensor([n]), n)) <= list_capacity(budget, n)
 
 
 def test_the_ends_of_the_range():

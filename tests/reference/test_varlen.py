@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from thrift_attn import ThriftConfig, attention, attention_varlen, fraction, support, top_k
+from thrift_attn import ThriftConfig, attention, attention_varlen, dispatch, fraction, support, top_k
 from thrift_attn.dispatch import check_prefill, pick_backend
 
 CONFIG = ThriftConfig(budget=fraction(0.4))
@@ -120,3 +120,16 @@ def test_forms_by_compute_capability(monkeypatch: pytest.MonkeyPatch) -> None:
     ):
         with pytest.raises(NotImplementedError, match=words):
             check_prefill(CONFIG, dim, dtype, device, keys)
+
+
+@pytest.mark.parametrize(
+    ("capability", "version", "words"),
+    [((9, 0), "3.6.0", None), ((9, 0), "3.7.1", "Triton 3.6.*, got Triton 3.7.1"), ((8, 9), "3.6.0", "capability 9.0")],
+)
+def test_the_table_says_why_fp8_runs_on_which_kernel(monkeypatch, capability, version, words) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _device: capability)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _device: "a GPU")
+    monkeypatch.setattr(dispatch, "triton_version", lambda: version)
+    row = next(row for row in support(torch.device("cuda", 0)) if "sm_90" in row.feature)
+    assert row.status == ("native" if words is None else "no")
+    assert words is None or words in row.why

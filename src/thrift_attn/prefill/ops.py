@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from thrift_attn.config import BLOCK, DECODE_ROWS, ThriftConfig
-from thrift_attn.dispatch import Form
+from thrift_attn.dispatch import Form, why_not_sm90_fp8
 from thrift_attn.kernels.launcher import on_device_of
 from thrift_attn.numerics import PrefillNumerics
 from thrift_attn.prefill.attend import attend_prefill
@@ -87,9 +87,7 @@ def on_sm90_fp8(
     served = served and numerics.residual is None and not plan.shared and layout.lengths is not None and not stats
     if not served or torch.cuda.get_device_capability(tensors.q.device)[0] != 9:
         return False
-    from thrift_attn.prefill.sm90_fp8.launch import why_not  # Gluon, which not every Triton has
-
-    return why_not(*tensors, causal=layout.causal, scale=rules.scale) is None
+    return why_not_sm90_fp8(*tensors, causal=layout.causal, scale=rules.scale) is None
 
 
 def attend(

@@ -6,7 +6,6 @@ A row is 64 queries (`thrift_attn.seq_layout`). Its score for block b is mean(Q)
 
 from __future__ import annotations
 
-import math
 from functools import lru_cache
 
 import torch
@@ -20,7 +19,7 @@ from thrift_attn.numerics import PrefillNumerics
 from thrift_attn.prefill.bundles import BlockLists, BlockPlan
 from thrift_attn.prefill.pack import PackedKV
 from thrift_attn.prefill.select_kernel import select_rows_kernel
-from thrift_attn.reference.budget import blocks_per_row, promote
+from thrift_attn.reference.budget import blocks_per_row, list_capacity, promote
 from thrift_attn.seq_layout import SeqLayout, may_keep
 
 MAX_BLOCKS = 16384
@@ -55,49 +54,6 @@ def visible_blocks(queries: Tensor, keys: Tensor, rows: int, *, causal: bool, wi
     begin = (first + 1 - window).clamp(min=0) if window else torch.zeros_like(first)
     count = -(-end // BLOCK) - begin // BLOCK
     return torch.where(first < last, count, 0)
-
-
-def budget_rows(budget: Budget, visible: Tensor, blocks: Tensor) -> Tensor:
-    """`blocks_per_row` of several sequences at once, without a copy to the host.
-
-    Args:
-        budget: the budget.
-        visible: int64 ``[B, R]``; rows that a sequence does not have see 0 blocks.
-        blocks: int64 ``[B]``, N of each sequence.
-
-    Returns:
-        int64 ``[B, R]``.
-    """
-    if budget.kind == "top_k":
-        return visible.clamp(max=int(budget.value))
-    if budget.kind == "paper":
-        return visible.minimum((blocks // BLOCK).clamp(min=1)[:, None])
-    counts = visible.double()
-    total = budget.value * counts.sum(1, keepdim=True)
-    ordered = counts.sort(1).values
-    rows = counts.shape[1]
-    below = ordered.cumsum(1) - ordered
-    left = torch.arange(rows, 0, -1, device=counts.device, dtype=counts.dtype)
-    first = (below + ordered * left < total).sum(1, keepdim=True)  # rows that the level exceeds
-    at = first.clamp(max=rows - 1)
-    level = (total - below.gather(1, at)) / (rows - at)
-    level = torch.where(first == rows, ordered[:, -1:], level)
-    ends = (counts.minimum(level).cumsum(1) + 0.5).floor().long()
-    return torch.diff(ends, prepend=torch.zeros_like(ends[:, :1])).minimum(visible)
-
-
-def list_capacity(budget: Budget, blocks: int) -> int:
-    """Upper limit of the promoted blocks of a row that sees at most ``blocks`` blocks.
-
-    The share of rows grows concavely with the level, so the level is at most fraction * blocks; carried rounding adds 1.
-    """
-    if budget.kind == "top_k":
-        most = int(budget.value)
-    elif budget.kind == "paper":
-        most = max(1, blocks // BLOCK)
-    else:
-        most = math.floor(budget.value * blocks) + 2
-    return max(1, min(most, blocks))
 
 
 def decode_bounds(queries: Tensor, keys: Tensor, *, causal: bool, window: int | None) -> tuple[Tensor, Tensor]:
@@ -141,7 +97,7 @@ def plan_blocks(
         return BlockPlan(wanted, capacity, shared)
     rules = {"shared": shared, "causal": layout.causal, "window": window}
     visible = visible_counts(layout.q_len, layout.k_len, layout.max_rows, **rules)
-    wanted = budget_rows(numerics.budget, visible, -(-layout.k_len.long() // BLOCK))
+    wanted = blocks_per_row(numerics.budget, visible, -(-layout.k_len.long() // BLOCK))
     return BlockPlan(wanted.clamp(min=least).minimum(visible).int(), capacity, shared)
 
 

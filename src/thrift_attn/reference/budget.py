@@ -2,59 +2,60 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
 from thrift_attn.config import BLOCK, Budget
 
 
-def _level(visible: Tensor, total: float) -> float:
-    """The level that solves ``sum(min(level, visible)) == total``, exactly: the sum is piecewise linear in the level."""
-    counts = visible.sort().values
-    rows = len(counts)
-    below = torch.cat([counts.new_zeros(1), counts.cumsum(0)])
-    sums = below[:-1] + counts * torch.arange(
-        rows, 0, -1, device=counts.device, dtype=counts.dtype
-    )  # at level = counts
-    first = int(torch.searchsorted(sums, total))  # the first row count at which the sum reaches the total
-    if first == rows:
-        return float(counts[-1])
-    return (total - float(below[first])) / (rows - first)
+def blocks_per_row(budget: Budget, visible: Tensor, blocks: int | Tensor) -> Tensor:
+    """Return the number of promoted KV blocks of each query row: the one rule of budgets, for prefill and decode.
 
-
-def blocks_per_row(budget: Budget, visible: Tensor, blocks: int) -> Tensor:
-    """Number of promoted KV blocks for each query row.
-
-    A `fraction` gives every row the same real-valued number of blocks (as far as it sees that many) such that the total is
-    the asked share of all visible pairs; rounding is carried from row to row, so the total is right within half a block.
+    A `fraction` gives every row of a sequence the same real-valued number of blocks, the level (as far as the row sees that
+    many), such that the total is the asked share of all visible pairs. Rounding is carried from row to row, so that the
+    total is right within half a block. The level solves ``sum(min(level, visible)) == total`` exactly, since the sum is piecewise
+    linear in it. Nothing is copied to the host.
 
     Args:
         budget: the budget.
-        visible: int64 ``[R]``, the number of KV blocks each row of query blocks sees, in order.
-        blocks: N, the number of KV blocks of the sequence (for the paper's rule).
+        visible: int64 ``[..., R]``, the number of KV blocks each row of query blocks sees, in order; rows that a sequence
+            does not have see 0.
+        blocks: N, the number of KV blocks of each sequence (for the paper's rule), an int or int64 ``[...]``.
 
     Returns:
-        int64 ``[R]``, between 0 and ``visible``.
+        int64 ``[..., R]``, between 0 and ``visible``.
 
     Source: design of the budget: paper section 3; `fraction`: docs/method.md.
     """
     if budget.kind == "top_k":
         return visible.clamp(max=int(budget.value))
     if budget.kind == "paper":
-        return visible.clamp(max=max(1, blocks // BLOCK))
+        whole = torch.as_tensor(blocks, device=visible.device)
+        return visible.minimum((whole // BLOCK).clamp(min=1).unsqueeze(-1))
     counts = visible.double()
-    shares = counts.clamp(max=_level(counts, budget.value * float(counts.sum())))
-    ends = (shares.cumsum(0) + 0.5).floor().long()
-    return torch.diff(ends, prepend=ends.new_zeros(1)).minimum(visible)
+    total = budget.value * counts.sum(-1, keepdim=True)
+    ordered = counts.sort(-1).values
+    rows = counts.shape[-1]
+    below = ordered.cumsum(-1) - ordered
+    left = torch.arange(rows, 0, -1, device=counts.device, dtype=counts.dtype)
+    first = (below + ordered * left < total).sum(-1, keepdim=True)  # rows that the level exceeds
+    at = first.clamp(max=rows - 1)
+    level = (total - below.gather(-1, at)) / (rows - at)
+    level = torch.where(first == rows, ordered[..., -1:], level)
+    ends = (counts.minimum(level).cumsum(-1) + 0.5).floor().long()
+    return torch.diff(ends, prepend=torch.zeros_like(ends[..., :1])).minimum(visible)
 
 
-def _of_one_row(budget: Budget, blocks: Tensor) -> Tensor:
-    """Promoted blocks of a single query row that sees ``blocks`` blocks, int64 in the shape of ``blocks``."""
-    if budget.kind == "top_k":
-        return blocks.clamp(max=int(budget.value))
-    if budget.kind == "paper":
-        return (blocks // BLOCK).clamp(min=1).minimum(blocks)
-    return (budget.value * blocks.double() + 0.5).floor().long()
+def list_capacity(budget: Budget, blocks: int) -> int:
+    """Return an upper limit of `blocks_per_row` for rows that see at most ``blocks`` blocks, at least 1.
+
+    The share of rows grows concavely with the level, so the level is at most fraction * blocks; carried rounding adds 1.
+    """
+    if budget.kind == "fraction":
+        return max(1, min(math.floor(budget.value * blocks) + 2, blocks))
+    return max(1, int(blocks_per_row(budget, torch.tensor([blocks]), blocks)))
 
 
 def decode_budget(budget: Budget, max_blocks: int) -> Tensor:
@@ -63,7 +64,8 @@ def decode_budget(budget: Budget, max_blocks: int) -> Tensor:
     Returns:
         int32 ``[max_blocks + 1]``: entry n equals ``blocks_per_row(budget, [n], n)``.
     """
-    return _of_one_row(budget, torch.arange(max_blocks + 1)).int()
+    seen = torch.arange(max_blocks + 1)
+    return blocks_per_row(budget, seen[:, None], seen)[:, 0].int()
 
 
 def blocks_in_decode(tokens: int, *, new_tokens: int = 1, window: int | None = None) -> range:
@@ -99,7 +101,7 @@ def promoted_in_decode(budget: Budget, tokens: int, *, new_tokens: int = 1, wind
         window: tokens that a query sees, or None.
     """
     seen = len(blocks_in_decode(tokens, new_tokens=new_tokens, window=window))
-    return int(_of_one_row(budget, torch.tensor(seen)))
+    return int(blocks_per_row(budget, torch.tensor([seen]), seen))
 
 
 def asked_share(budget: Budget, visible: Tensor, blocks: int) -> float:

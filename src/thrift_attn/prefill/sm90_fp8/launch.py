@@ -5,12 +5,12 @@ from __future__ import annotations
 import math
 
 import torch
-import triton
 from torch import Tensor
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from thrift_attn.config import BLOCK
+from thrift_attn.dispatch import why_not_sm90_fp8
 from thrift_attn.kernels.launcher import launch
 from thrift_attn.prefill.bundles import BlockLists, LogitRules, PrefillOutput, PrefillTensors
 from thrift_attn.prefill.pack import PackedKV, PackedQ
@@ -20,16 +20,8 @@ from thrift_attn.prefill.sm90_fp8.loader import CHUNK
 TILE = 128
 """Query rows and tokens of a tile: two blocks."""
 
-HEAD_DIMS = (64, 128)
-"""Head dims the kernel serves."""
-
 L2_BYTES = 24 << 20
 """K and V of the heads that run side by side should fit in this much of the L2 cache."""
-
-_TMA_ALIGNMENT = 16
-
-KNOWN_GLUON = triton.__version__.startswith("3.6.")
-"""Whether this Triton has the Gluon that the kernel is written in, that of 3.6; names and rules have changed since."""
 
 
 def _describe(x: Tensor, rows: int, columns: int) -> TensorDescriptor:
@@ -42,38 +34,6 @@ def _sections(heads: int, head_bytes: int) -> int:
     """KV heads that run side by side: the most that divide their number and fit the cache."""
     room = max(1, L2_BYTES // head_bytes)
     return max(n for n in range(1, min(heads, room) + 1) if heads % n == 0)
-
-
-def why_not(q: Tensor, k: Tensor, v: Tensor, *, causal: bool, scale: float) -> str | None:
-    """Why the kernel cannot serve this call, or None.
-
-    Args:
-        q: ``[B, Hq, Tq, D]``.
-        k: ``[B, Hkv, Tk, D]``.
-        v: the shape of ``k``.
-        causal: whether queries are right-aligned and see only keys up to their own position.
-        scale: factor of the logits.
-    """
-    if not KNOWN_GLUON:
-        return f"the FP8 kernel of sm_90 is written in the Gluon of Triton 3.6, got Triton {triton.__version__}"
-    if q.device.type != "cuda":
-        return f"the FP8 kernel needs a CUDA device, got {q.device}"
-    if torch.cuda.get_device_capability(q.device)[0] != 9:
-        return f"the FP8 kernel needs compute capability 9.0, got {torch.cuda.get_device_capability(q.device)}"
-    if q.dtype not in (torch.float16, torch.bfloat16):
-        return f"the FP8 kernel takes float16 or bfloat16, got {q.dtype}"
-    if q.shape[-1] not in HEAD_DIMS:
-        return f"the FP8 kernel serves head dims {HEAD_DIMS}, got {q.shape[-1]}"
-    if causal and q.shape[2] > k.shape[2]:
-        return f"the FP8 kernel needs Tq <= Tk when causal, got {q.shape[2]} and {k.shape[2]}"
-    if not scale > 0:
-        return f"the FP8 kernel needs a positive scale, got {scale}"
-    for name, x in (("q", q), ("k", k), ("v", v)):
-        steps = list(zip(x.stride(), x.shape, strict=True))[:-1]
-        aligned = all(n * x.element_size() % _TMA_ALIGNMENT == 0 and (n > 0 or size == 1) for n, size in steps)
-        if x.stride(-1) != 1 or not aligned or x.data_ptr() % _TMA_ALIGNMENT:
-            return f"the FP8 kernel needs {name} with contiguous rows on {_TMA_ALIGNMENT}-byte boundaries"
-    return None
 
 
 def _expected_shapes(tensors: PrefillTensors, causal: bool, capacity: int) -> dict[str, tuple[int, ...]]:
@@ -127,11 +87,11 @@ def attend_fp8(
         centred: whether q . c_b is added.
 
     Raises:
-        NotImplementedError: a call the kernel cannot serve, see `why_not`.
+        NotImplementedError: a call the kernel cannot serve, see `thrift_attn.dispatch.why_not_sm90_fp8`.
         ValueError: packed data that are missing or whose shapes do not fit.
     """
     q, k, v = tensors
-    problem = why_not(q, k, v, causal=causal, scale=rules.scale)
+    problem = why_not_sm90_fp8(q, k, v, causal=causal, scale=rules.scale)
     if problem:
         raise NotImplementedError(problem)
     q8, k8, v8, sink_logits = packed_q.q, packed_kv.k, packed_kv.v, packed_q.sink_logits
