@@ -452,9 +452,11 @@ def test_errors_of_a_call() -> None:
 def test_unknown_tensors_are_refused() -> None:
     module = causal_module()
     q = torch.randn(1, 2, 8, 16)
-    for name in ("position_bias", "indices", "cu_seq_lens_q"):
+    for name in ("position_bias", "cu_seq_lens_q"):
         with pytest.raises(NotImplementedError, match=f"what Module passes to its attention: {name}"):
             thrift_attention(module, q, q, q, None, **{name: torch.zeros(1)})
+    with pytest.raises(NotImplementedError, match="4D mask"):
+        thrift_attention(module, q, q, q, None, indices=torch.zeros(1, 8, 2, dtype=torch.long))
     with pytest.raises(NotImplementedError, match="continuous batching"):
         thrift_attention(module, q, q, q, None, cache=SimpleNamespace())
     with pytest.raises(NotImplementedError, match="2 or 4 dimensions, got SimpleNamespace"):

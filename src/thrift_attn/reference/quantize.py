@@ -165,7 +165,7 @@ def quantise(x: Tensor, fmt: Format, dim: int = -1, *, best: bool = False) -> Qu
 def decode_elements(codes: Tensor, fmt: Format) -> Tensor:
     """Float32 values of codes in units of their scale."""
     if fmt.element == "e2m1":
-        magnitudes = torch.tensor(E2M1_VALUES, device=codes.device)
+        magnitudes = torch.tensor(E2M1_VALUES, dtype=torch.float32, device=codes.device)
         return torch.cat([magnitudes, -magnitudes])[codes.int()]
     return codes.view(torch.float8_e4m3fn).float()
 

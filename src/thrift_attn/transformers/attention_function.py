@@ -32,8 +32,7 @@ from thrift_attn.transformers.dense import attend_masked, autocast_dtype
 from thrift_attn.transformers.fallback import attend_exactly
 from thrift_attn.transformers.layer_state import state_of
 from thrift_attn.transformers.lazy_kv import Cached, pending_of, widened
-from thrift_attn.transformers.masks import has_holes, plain_mask
-from thrift_attn.transformers.thrift_layer import ThriftLayer
+from thrift_attn.transformers.masks import has_holes, only_indexed, plain_mask
 
 _HARMLESS = {"position_ids", "cache_position", "token_type_ids", "mm_token_type_ids", "num_items_in_batch"}
 
@@ -52,6 +51,7 @@ def thrift_attention(
     sliding_window: int | None = None,
     softcap: float | None = None,
     s_aux: Tensor | None = None,
+    indices: Tensor | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """Attention of one layer: by thrift, or by SDPA under the rule of this module.
@@ -68,6 +68,7 @@ def thrift_attention(
         sliding_window: the window of the layer, if it has one.
         softcap: logits become softcap * tanh(logits / softcap).
         s_aux: ``[Hq]``, logits of attention sinks.
+        indices: int ``[B, Tq, k]``, the slots that each query sees (DeepSeek's sparse attention), with a 4D mask.
         **kwargs: what other implementations need.
 
     Returns:
@@ -75,12 +76,14 @@ def thrift_attention(
 
     Raises:
         NotImplementedError: attention weights asked for, tensors of an unknown meaning (position biases, packed lengths,
-            indices of sparse attention), continuous batching, gradients.
+            indices without a 4D mask), continuous batching, gradients.
     """
     pending = pending_of(key, value)
     try:
         _check_extras(module, attention_mask, kwargs)
         mask = plain_mask(attention_mask)
+        if indices is not None:
+            mask = attention_mask = only_indexed(attention_mask, indices, key.shape[2])
         dtype = autocast_dtype(query.device)
         query = query if dtype is None else query.to(dtype)
         state = state_of(module)
@@ -89,7 +92,8 @@ def thrift_attention(
         options = {"scale": scaling, "softcap": softcap, "backend": state.backend}
         counted = state.counts(query.device)
         if pending is not None:
-            layer: ThriftLayer = pending.layer
+            layer = pending.layer
+            layer.state = state
             tokens = mask if mask is not None and mask.ndim == 2 else None
             reason = reason or layer.why_not(pending, query, tokens)
             if reason is None:

@@ -7,6 +7,7 @@ graphs the same steps are launched one by one.
 from __future__ import annotations
 
 import inspect
+import warnings
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 from thrift_attn.config import BLOCK
 from thrift_attn.transformers.thrift_cache import ThriftCache
 from thrift_attn.transformers.thrift_layer import ThriftLayer
+from thrift_attn.transformers.versions import cache_keyword
 
 
 class DecodeGraph:
@@ -22,7 +24,8 @@ class DecodeGraph:
 
     The first ``warmup`` steps are launched one by one, for what a first call compiles and allocates must stay out of the
     capture; they are steps like all others. The cache may be cropped or its rows reordered between steps, as long as the
-    batch stays the same.
+    batch stays the same; where it has got other tensors since (after `reset` with another batch, `load`), the step is captured
+    again.
 
     Args:
         model: a decoder of transformers. Its attention must not wait for the device: with `enable` and a `ThriftCache`
@@ -37,11 +40,16 @@ class DecodeGraph:
 
     Raises:
         ValueError: an empty cache, or no position.
-        NotImplementedError: a cache with sliding-window layers, or transformers before 5.4 on a CUDA device, whose masks
-            wait for the device.
+        NotImplementedError: a cache with sliding-window layers, a model on several devices, or transformers before 5.4 on
+            a CUDA device, whose masks wait for the device.
     """
 
     def __init__(self, model: nn.Module, cache: Any, *, position: int | None = None, warmup: int = 1):
+        devices = {x.device for x in (*model.parameters(), *model.buffers())}
+        if len(devices) != 1:
+            names = ", ".join(sorted(map(str, devices))) or "none"
+            raise NotImplementedError(f"a decode graph needs a model on one device, this one is on {names}")
+        (self.device,) = devices
         self.model, self.cache, self.warmup = model, cache, warmup
         self._ours = cache if isinstance(cache, ThriftCache) else None
         if self._ours is not None:
@@ -54,16 +62,18 @@ class DecodeGraph:
             raise ValueError("the position of the next token must be given for a cache other than ThriftCache")
         else:
             positions = [position] * int(cache.layers[0].keys.shape[0])
-        self.device: torch.device = next(model.parameters()).device
         parameters = inspect.signature(type(model).forward).parameters
         if self.device.type == "cuda" and "cache_position" in parameters:
             raise NotImplementedError("decode graphs need transformers >= 5.4")
-        self._options = {"logits_to_keep": 1} if "logits_to_keep" in parameters else {}
+        self._options: dict[str, Any] = {"use_cache": True, "return_dict": True, cache_keyword(model): cache}
+        if "logits_to_keep" in parameters:
+            self._options["logits_to_keep"] = 1
         self.ids = torch.zeros(len(positions), 1, dtype=torch.long, device=self.device)
         self.positions = torch.tensor(positions, device=self.device)[:, None]
         self._at = positions
         self._steps = 0
         self._graph: torch.cuda.CUDAGraph | None = None
+        self._held: tuple[Tensor, ...] = ()  # what the graph has the addresses of, kept alive with it
         self._logits: Tensor | None = None
 
     @property
@@ -89,6 +99,9 @@ class DecodeGraph:
         ours = self._ours
         if ours is not None:
             known = self._known()
+            if len(known) != len(self._at):
+                raise ValueError(f"the graph is for {len(self._at)} sequences, the cache holds {len(known)} by now")
+            ours.check_room(1)
             if known != self._at:  # cropped or reordered
                 self.positions.copy_(torch.tensor(known)[:, None])
                 self._at = known
@@ -98,8 +111,11 @@ class DecodeGraph:
         if self.device.type != "cuda" or self._steps < self.warmup:
             self._logits = self._launched()
         else:
-            self._graph = self._graph or self._captured()
-            self._graph.replay()
+            if self._graph is None or self._moved():
+                self._graph = None  # its memory is free before another is captured
+                self._graph = self._captured()
+            with torch.cuda.device(self.device):
+                self._graph.replay()
             if ours is not None:
                 ours.advance(1)
         self._steps += 1
@@ -113,31 +129,44 @@ class DecodeGraph:
         return [first.tokens(row) for row in range(first.paged.batch)]
 
     def _step(self) -> Tensor:
-        out = self.model(
-            input_ids=self.ids,
-            position_ids=self.positions,
-            past_key_values=self.cache,
-            use_cache=True,
-            return_dict=True,
-            **self._options,
-        )
+        out = self.model(input_ids=self.ids, position_ids=self.positions, **self._options)
         self.positions.add_(1)
         return out.logits[:, -1]
+
+    def _tensors(self) -> tuple[Tensor, ...]:
+        """What the kernels of a step read and write besides the weights: they have its addresses."""
+        if self._ours is not None:
+            bundles = [layer.paged.tensors() for layer in self._ours.paged_layers if layer.is_initialized]
+            return tuple(x for bundle in bundles for x in vars(bundle).values() if isinstance(x, Tensor))
+        return tuple(x for layer in self.cache.layers for x in (layer.keys, layer.values))
+
+    def _moved(self) -> bool:
+        """Whether the cache has other tensors than when the step was captured."""
+        now = self._tensors()
+        return len(now) != len(self._held) or any(
+            (x.data_ptr(), x.shape) != (y.data_ptr(), y.shape) for x, y in zip(now, self._held, strict=True)
+        )
 
     @torch.no_grad()
     def _launched(self) -> Tensor:
         if self.device.type != "cuda":
             return self._step()
-        side = torch.cuda.Stream(self.device)  # as in the capture: what is allocated per stream is there by then
-        side.wait_stream(torch.cuda.current_stream(self.device))
-        with torch.cuda.stream(side):
-            logits = self._step()
-        torch.cuda.current_stream(self.device).wait_stream(side)
+        with torch.cuda.device(self.device):
+            side = torch.cuda.Stream(self.device)  # as in the capture: what is allocated per stream is there by then
+            side.wait_stream(torch.cuda.current_stream(self.device))
+            with torch.cuda.stream(side):
+                logits = self._step()
+            torch.cuda.current_stream(self.device).wait_stream(side)
+        logits.record_stream(torch.cuda.current_stream(self.device))
         return logits
 
     @torch.no_grad()
     def _captured(self) -> torch.cuda.CUDAGraph:
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            self._logits = self._step()
+        with warnings.catch_warnings():
+            # torch says so and goes on; replays would give the same logits for ever.
+            warnings.filterwarnings("error", message=".*CUDA Graph is empty")
+            with torch.cuda.device(self.device), torch.cuda.graph(graph):
+                self._logits = self._step()
+        self._held = self._tensors()
         return graph

@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+import torch.autograd.forward_ad as fwAD
 from torch import Tensor
 
 from thrift_attn.interface import attention
@@ -25,6 +26,19 @@ def autocast_dtype(device: torch.device) -> torch.dtype | None:
     if torch.is_autocast_enabled(device.type):
         return torch.get_autocast_dtype(device.type)
     return None
+
+
+def check_no_gradients(*tensors: Tensor) -> None:
+    """Refuse tensors that gradients are asked of, reverse or forward: a cache would keep them without a word.
+
+    Raises:
+        NotImplementedError: a tensor that requires gradients, or has a tangent.
+    """
+    reverse = torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
+    if reverse or any(fwAD.unpack_dual(x).tangent is not None for x in tensors):
+        raise NotImplementedError(
+            "ThriftCache is for inference only: call the model under torch.no_grad() or torch.inference_mode()"
+        )
 
 
 def attend_counted(q: Tensor, k: Tensor, v: Tensor, counted: bool, **options: Any) -> tuple[Tensor, Stats]:

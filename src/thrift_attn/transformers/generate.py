@@ -12,19 +12,22 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers.generation.configuration_utils import GenerationMode
 
 from thrift_attn.transformers.decode_graph import DecodeGraph
 from thrift_attn.transformers.thrift_cache import ThriftCache
+from thrift_attn.transformers.versions import cache_keyword
 
 
 def prefill(
-    model: nn.Module, ids: Tensor, cache: Any, *, attention_mask: Tensor | None = None, chunk: int | None = None
+    model: nn.Module, prompt: Tensor, cache: Any, *, attention_mask: Tensor | None = None, chunk: int | None = None
 ) -> Tensor:
     """Run the part of a prompt that the cache does not hold yet.
 
     Args:
         model: a decoder of transformers.
-        ids: int64 ``[B, S]``, the whole prompt, what the cache holds included.
+        prompt: the whole prompt, what the cache holds included: token ids, int64 ``[B, S]``, or their embeddings
+            ``[B, S, hidden]``.
         cache: a cache of transformers.
         attention_mask: ``[B, S]``, 1 at tokens.
         chunk: tokens at a time; all at once by default.
@@ -35,15 +38,16 @@ def prefill(
     Raises:
         ValueError: nothing left to run, or a chunk below 1.
     """
-    start, stop = int(cache.get_seq_length()), ids.shape[1]
+    start, stop = int(cache.get_seq_length()), prompt.shape[1]
     if start >= stop:
         raise ValueError(f"the cache holds {start} tokens, the prompt has no more than {stop}")
     if chunk is not None and chunk < 1:
         raise ValueError(f"chunk must be at least 1 token, got {chunk}")
     padded = attention_mask is not None and not bool(attention_mask.all())
-    options: dict[str, Any] = {"past_key_values": cache, "use_cache": True, "return_dict": True}
+    options: dict[str, Any] = {cache_keyword(model): cache, "use_cache": True, "return_dict": True}
     if "logits_to_keep" in inspect.signature(type(model).forward).parameters:
         options["logits_to_keep"] = 1
+    name = "inputs_embeds" if prompt.is_floating_point() else "input_ids"
     logits: Tensor | None = None
     for at in range(start, stop, chunk or stop):
         part = slice(at, min(at + (chunk or stop), stop))
@@ -52,14 +56,14 @@ def prefill(
             options["attention_mask"] = attention_mask[:, : part.stop]
             options["position_ids"] = (attention_mask.cumsum(-1) - 1).clamp(min=0)[:, part]
         with torch.no_grad():
-            logits = model(ids[:, part], **options).logits[:, -1]
+            logits = model(**{name: prompt[:, part]}, **options).logits[:, -1]
     assert logits is not None  # at least one part has run
     return logits
 
 
 def stream(
     model: nn.Module,
-    ids: Tensor,
+    prompt: Tensor,
     cache: ThriftCache,
     *,
     max_new_tokens: int,
@@ -71,7 +75,7 @@ def stream(
 
     Args:
         model: a decoder of transformers after `enable`.
-        ids: int64 ``[B, S]``, the prompt.
+        prompt: token ids, int64 ``[B, S]``, or embeddings ``[B, S, hidden]``.
         cache: empty, or with the beginning of the prompt.
         max_new_tokens: steps.
         pick: logits ``[B, V]`` to tokens ``[B]``; the most likely by default.
@@ -82,7 +86,7 @@ def stream(
         int64 ``[B]``. After the last one the cache holds all tokens but it.
     """
     pick = pick or _most_likely
-    new = pick(prefill(model, ids, cache, attention_mask=attention_mask, chunk=chunk))
+    new = pick(prefill(model, prompt, cache, attention_mask=attention_mask, chunk=chunk))
     step: Callable[[Tensor], Tensor] | None = None
     for left in range(max_new_tokens - 1, -1, -1):
         yield new
@@ -117,20 +121,24 @@ def generate(
         stopping_criteria: of ``generate``.
         generation_config: of ``generate``; ``prefill_chunk_size`` cuts the prompt.
         token_streamer: what ``streamer`` is elsewhere (``generate`` keeps that one from functions like this).
-        **model_kwargs: ``past_key_values`` (``cache`` since transformers 5.24), a `ThriftCache`, and ``attention_mask``.
+        **model_kwargs: ``cache`` (``past_key_values`` before transformers 5.24), a `ThriftCache`, ``attention_mask`` and
+            ``inputs_embeds`` in the place of ``input_ids``.
 
     Returns:
-        int64 ``[B, S + new]``.
+        int64 ``[B, S + new]``; with ``inputs_embeds`` the new tokens alone.
 
     Raises:
         TypeError: another cache.
-        NotImplementedError: beams, or dictionaries as results.
+        NotImplementedError: another way of decoding than greedy search and sampling, dictionaries as results, or inputs
+            that this loop does not hand to the model (images).
     """
-    cache = model_kwargs.get("past_key_values", model_kwargs.get("cache"))
+    cache = model_kwargs.get("cache", model_kwargs.get("past_key_values"))
     if not isinstance(cache, ThriftCache):
-        raise TypeError(f"past_key_values must be a ThriftCache, got {type(cache).__name__}")
-    if generation_config.num_beams > 1 or generation_config.return_dict_in_generate:
-        raise NotImplementedError("this decoding loop gives the tokens of greedy search and sampling, nothing else")
+        raise TypeError(f"{cache_keyword(model)} must be a ThriftCache, got {type(cache).__name__}")
+    embeds = model_kwargs.get("inputs_embeds")
+    if embeds is not None and input_ids.shape[1]:
+        raise NotImplementedError("this decoding loop takes inputs_embeds without input_ids")
+    _check_mode(generation_config, (input_ids if embeds is None else embeds).shape[1], model_kwargs)
     ids, pad = input_ids, generation_config._pad_token_tensor
     going = torch.ones(ids.shape[0], dtype=torch.bool, device=ids.device)
     ends = any(hasattr(one, "eos_token_id") for one in stopping_criteria)
@@ -146,7 +154,7 @@ def generate(
     if token_streamer is not None:
         token_streamer.put(ids.cpu())
     options = {"attention_mask": model_kwargs.get("attention_mask"), "chunk": generation_config.prefill_chunk_size}
-    for new in stream(model, ids, cache, max_new_tokens=1 << 62, pick=pick, **options):
+    for new in stream(model, ids if embeds is None else embeds, cache, max_new_tokens=1 << 62, pick=pick, **options):
         ids = torch.cat([ids, new[:, None]], 1)
         if token_streamer is not None:
             token_streamer.put(new.cpu())
@@ -156,3 +164,32 @@ def generate(
     if token_streamer is not None:
         token_streamer.end()
     return ids
+
+
+_KNOWN = {"cache", "past_key_values", "attention_mask", "inputs_embeds", "use_cache", "logits_to_keep", "position_ids"}
+
+
+def _check_mode(config: Any, length: int, model_kwargs: dict[str, Any]) -> None:
+    """Refuse what the loop would leave out without a word."""
+    mode = config.get_generation_mode()
+    if mode not in (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE) or config.return_dict_in_generate:
+        got = "return_dict_in_generate" if config.return_dict_in_generate else mode.value
+        raise NotImplementedError(
+            f"this decoding loop gives the tokens of greedy search and sampling, nothing else, got {got}"
+        )
+    if (config.num_return_sequences or 1) > 1 and not config.do_sample:
+        raise NotImplementedError("greedy search has one sequence to return: num_return_sequences must be 1")
+    unknown = sorted(name for name, x in model_kwargs.items() if isinstance(x, Tensor) and name not in _KNOWN)
+    if unknown:
+        raise NotImplementedError(f"this decoding loop does not hand {', '.join(unknown)} to the model")
+    positions, mask = model_kwargs.get("position_ids"), model_kwargs.get("attention_mask")
+    if positions is None:
+        return
+    usual = torch.arange(length, device=positions.device)[None]
+    if mask is not None:
+        usual = torch.where(mask.bool(), mask.cumsum(-1) - 1, -1)
+    new = usual[..., -positions.shape[-1] :]
+    if positions.ndim != 2 or not bool(((positions == new) | (new < 0)).all()):
+        raise NotImplementedError(
+            "this decoding loop counts the tokens of a row from 0, other position_ids are not served"
+        )

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import inspect
+import weakref
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -42,12 +43,24 @@ class LayerState:
         backend: for `thrift_attn.attention`.
         stats: whether to count what is promoted; None: on a CPU.
         tallies: calls by who served them and why.
+        model: the model that the module is part of; copies do not know it.
     """
 
     config: ThriftConfig | None
     backend: str = "auto"
     stats: bool | None = None
     tallies: dict[tuple[ServedBy, str], Tally] = field(default_factory=dict)
+    model: weakref.ref[nn.Module] | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "model": None}
+
+    def layers_of_model(self) -> frozenset[int] | None:
+        """The numbers of the attention layers that the model has now; None if that is not known."""
+        model = None if self.model is None else self.model()
+        if model is None:
+            return None
+        return frozenset(index for m in model.modules() if dispatches(m) and (index := layer_idx(m)) is not None)
 
     def counts(self, device: torch.device) -> bool:
         """Whether a call on this device counts what it promotes."""

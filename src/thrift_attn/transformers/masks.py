@@ -76,6 +76,23 @@ def plain_mask(mask: Tensor | None) -> Tensor | None:
     return found[0]
 
 
+def only_indexed(mask: Tensor | None, indices: Tensor, slots: int) -> Tensor:
+    """A float or bool mask ``[B, 1, Tq, S]`` that shows only the slots ``[B, Tq, k]`` of an index.
+
+    Raises:
+        NotImplementedError: no such mask, or indices of another shape.
+    """
+    if mask is None or mask.ndim != 4 or indices.ndim != 3 or indices.shape[1] != mask.shape[2]:
+        raise NotImplementedError(
+            f"indices of sparse attention must have shape [B, Tq, k] and come with a 4D mask, got {list(indices.shape)}"
+        )
+    hidden = torch.ones(*indices.shape[:2], slots, dtype=torch.bool, device=mask.device)
+    hidden = hidden.scatter(-1, indices.long().to(mask.device), False)[:, None]
+    if mask.dtype == torch.bool:
+        return mask & ~hidden
+    return mask.masked_fill(hidden, torch.finfo(mask.dtype).min)
+
+
 def has_holes(tokens: Tensor) -> bool:
     """Whether there is padding between the tokens of a row of a bool mask ``[B, S]``."""
     runs = getattr(tokens, _RUNS, None)

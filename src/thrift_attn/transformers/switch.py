@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -79,7 +80,7 @@ def enable(
             chosen = layers.get(index, config) if isinstance(layers, Mapping) else layers(index)
         if chosen is not None and not isinstance(chosen, ThriftConfig):
             raise TypeError(f"config must be a ThriftConfig, got {type(chosen).__name__}")
-        states.append((module, LayerState(chosen, backend, stats)))
+        states.append((module, LayerState(chosen, backend, stats, model=weakref.ref(model))))
 
     register()
     enabled = vars(model).get(_MODEL) or _snapshot(model)

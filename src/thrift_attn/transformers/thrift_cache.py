@@ -44,7 +44,7 @@ class ThriftCache(Cache):
 
     Args:
         config: of the model. Layers of full attention are paged, sliding-window layers are those of transformers.
-        max_tokens: most tokens of a sequence, rounded up to blocks of 64.
+        max_tokens: most tokens of a sequence.
         pool_tokens: tokens for which there are pages in every layer, all sequences together; by default ``max_tokens`` for
             each sequence of the first batch. Sequences that share a prefix need its pages once.
         decode: what is stored, and computed for up to 16 new tokens.
@@ -84,17 +84,9 @@ class ThriftCache(Cache):
             if size is not None and size < 1:
                 raise ValueError(f"{name} must be at least 1, got {size}")
         text = config.get_text_config(decoder=True)
-        dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-        if dim % 16:
-            raise NotImplementedError(f"ThriftCache needs a head dimension that is a multiple of 16, got {dim}")
+        _check_kind(config, text)
         self.options = CacheOptions(max_tokens, pool_tokens, decode, prefill, exact_tokens)
         reader = MaskReader()
-        kinds = set(getattr(text, "layer_types", None) or ()) - {"full_attention", "sliding_attention"}
-        if kinds:
-            raise NotImplementedError(
-                f"ThriftCache serves full and sliding-window attention; {type(text).__name__} has layers of "
-                f"{', '.join(sorted(kinds))}"
-            )
         layers: list[Any] = DynamicCache(config=config).layers
         for at, layer in enumerate(layers):
             if type(layer) is DynamicLayer:
@@ -104,12 +96,19 @@ class ThriftCache(Cache):
                     f"ThriftCache serves full and sliding-window attention; {type(text).__name__} needs a "
                     f"{type(layer).__name__} for layer {at}"
                 )
+        _check_head_dims(text, [at for at, layer in enumerate(layers) if isinstance(layer, ThriftLayer)])
         super().__init__(layers=layers)
+        self._last_layer = -1  # the layer that has got tokens last
+        self._forward_begins = False  # whether a mask has been asked for since
 
     @property
     def paged_layers(self) -> list[ThriftLayer]:
         """The layers whose K and V lie in pages."""
         return [layer for layer in self.layers if isinstance(layer, ThriftLayer)]
+
+    def _filled(self) -> list[ThriftLayer]:
+        """The paged layers that have got tokens, which are those of the model."""
+        return [layer for layer in self.paged_layers if layer.is_initialized]
 
     def prefill_on(self, device: torch.device, tokens: int | None = None) -> ThriftConfig:
         """What a prompt is attended with on a device: a long one, or one of so many tokens."""
@@ -118,18 +117,47 @@ class ThriftCache(Cache):
     # -- what transformers calls ---------------------------------------------------------------------------------------
 
     def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> Any:
-        """Hand new K and V to a layer; the first layer of a forward takes back what an interrupted one has left."""
-        if layer_idx == 0:
-            self._mend()
+        """Hand new K and V to a layer; the first layer of a forward takes back what an interrupted one has left.
+
+        K and V of a forward are ``[B, Hkv, T, D]``; they may as well be put in by hand (prefix tuning).
+
+        Raises:
+            ValueError: a layer that the config of the cache does not have.
+            RuntimeError: some layers hold tokens, others have never got any, and it is not known why.
+            NotImplementedError: gradients.
+        """
+        if layer_idx >= len(self.layers):
+            raise ValueError(
+                f"the model runs layer {layer_idx}, the cache was made for {len(self.layers)} layers: make it from the "
+                f"config of this model"
+            )
+        if layer_idx <= self._last_layer:
+            self._mend(by_hand=not self._forward_begins)
+        self._last_layer, self._forward_begins = layer_idx, False
         return self.layers[layer_idx].update(key_states, value_states, *args, **kwargs)
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
-        """Slots (tokens and padding) that all layers hold."""
-        return min(layer.get_seq_length() for layer in self.layers)
+        """Slots (tokens and padding) that all layers hold, those apart that the model does not run."""
+        return min(layer.get_seq_length() for layer in self._running())
+
+    def _running(self) -> list[Any]:
+        """The layers of the config less those that the model is known not to have."""
+        untouched = [at for at, layer in enumerate(self.layers) if not layer.is_initialized]
+        if 0 < len(untouched) < len(self.layers) and (known := self._layers_of_model()) is not None:
+            return [layer for at, layer in enumerate(self.layers) if at in known or layer.is_initialized]
+        return self.layers
+
+    def _layers_of_model(self) -> frozenset[int] | None:
+        """The attention layers of the model that fills the cache; None before its attention has been seen."""
+        for layer in self.paged_layers:
+            if layer.state is not None and (found := layer.state.layers_of_model()) is not None:
+                return found
+        return None
 
     def get_mask_sizes(self, query_length: Any, layer_idx: int) -> tuple[int, int]:
         """Slots that a layer attends to and the first of them."""
         layer, there = self.layers[layer_idx], self.get_seq_length()
+        self._forward_begins = True
         if layer.get_seq_length() != there and not isinstance(layer, ThriftLayer):
             raise RuntimeError(
                 f"an interrupted forward left tokens in sliding-window layer {layer_idx}: call crop(0), or reset()"
@@ -150,21 +178,41 @@ class ThriftCache(Cache):
             elif keep < there or getattr(layer, "record_past", False):
                 layer.crop(keep - there)
 
-    def _mend(self) -> None:
-        """Take back what not all layers hold."""
-        there = self.get_seq_length()
-        for at, layer in enumerate(self.layers):
-            extra = layer.get_seq_length() - there
-            if extra and isinstance(layer, ThriftLayer):
+    def _mend(self, *, by_hand: bool = False) -> None:
+        """Take back what not all layers hold.
+
+        Args:
+            by_hand: K and V that no attention has seen may have been put in by hand, so they stay.
+        """
+        running = self._running()
+        there = min(layer.get_seq_length() for layer in running)
+        if by_hand:
+            running = [layer for layer in running if not (isinstance(layer, ThriftLayer) and layer.is_pending)]
+        extra = {at: layer.get_seq_length() - there for at, layer in enumerate(self.layers) if layer in running}
+        if any(extra.values()) and self._layers_of_model() is None:
+            self._check_all_have_begun()
+        for at, count in extra.items():
+            layer = self.layers[at]
+            if count and isinstance(layer, ThriftLayer):
                 layer.keep(there)
-            elif extra:
+            elif count:
                 try:
-                    layer.crop(-extra)
+                    layer.crop(-count)
                 except RuntimeError as error:
                     raise RuntimeError(
-                        f"an interrupted forward left {extra} tokens in sliding-window layer {at} that it cannot take "
+                        f"an interrupted forward left {count} tokens in sliding-window layer {at} that it cannot take "
                         f"back: call reset() and start again"
                     ) from error
+
+    def _check_all_have_begun(self) -> None:
+        """Raise RuntimeError if some layers have never got a token: the model may lack them."""
+        begun = sum(layer.is_initialized for layer in self.layers)
+        if begun < len(self.layers):
+            raise RuntimeError(
+                f"{begun} layers hold tokens and {len(self.layers) - begun} of the {len(self.layers)} that the config has "
+                f"never got any: call reset() if a forward was interrupted; if the model has only {begun} layers, make the "
+                f"cache from a config with num_hidden_layers={begun}"
+            )
 
     def reorder_cache(self, beam_idx: Any) -> None:
         """Row i becomes what row ``beam_idx[i]`` was; complete blocks are shared."""
@@ -179,18 +227,23 @@ class ThriftCache(Cache):
             ValueError: more tokens than a sequence may have.
             RuntimeError: the pages are exhausted.
         """
-        for layer in self.paged_layers:
+        for layer in self._filled():
             layer.paged.reserve(tokens)
+
+    def check_room(self, tokens: int) -> None:
+        """Raise ValueError if a sequence would be longer than ``max_tokens`` with so many more tokens."""
+        for layer in self._filled():
+            layer.check_room([tokens] * layer.batch_size)
 
     def advance(self, tokens: int) -> None:
         """Note that a replayed graph has appended ``tokens`` tokens to every sequence."""
-        for layer in self.paged_layers:
+        for layer in self._filled():
             layer.paged.advance(tokens)
             layer.slots += tokens
 
     def tokens(self, row: int) -> int:
         """Tokens of a sequence, without padding."""
-        return min((layer.tokens(row) for layer in self.paged_layers), default=0)
+        return min((layer.tokens(row) for layer in self._running() if isinstance(layer, ThriftLayer)), default=0)
 
     def fork(self) -> ThriftCache:
         """Another cache that begins with what this one holds: complete blocks are shared, what follows is its own.
@@ -210,13 +263,13 @@ class ThriftCache(Cache):
 
     def nbytes(self) -> int:
         """Bytes that the cache has allocated on its devices."""
-        paged = sum(layer.paged.nbytes() for layer in self.paged_layers if layer.is_initialized)
+        paged = sum(layer.paged.nbytes() for layer in self._filled())
         others = [layer for layer in self.layers if not isinstance(layer, ThriftLayer) and layer.is_initialized]
         return paged + sum(x.numel() * x.element_size() for layer in others for x in (layer.keys, layer.values))
 
     def bytes_per_token(self) -> float:
         """Bytes of pages for one token in all paged layers."""
-        return sum(layer.paged.bytes_per_token() for layer in self.paged_layers)
+        return sum(layer.paged.bytes_per_token() for layer in self._filled())
 
     @property
     def decode(self) -> ThriftConfig:
@@ -232,3 +285,34 @@ class ThriftCache(Cache):
         """Fill this cache, which must be empty, from a file on a device; see `thrift_attn.transformers.files`."""
         load(self, path, device)
         return self
+
+
+def _check_kind(config: Any, text: Any) -> None:
+    """Refuse models whose K and V are not one pair for each token, head and layer."""
+    name = type(text).__name__
+    if getattr(config, "is_encoder_decoder", False) or getattr(text, "is_encoder_decoder", False):
+        raise NotImplementedError(
+            f"ThriftCache serves decoder-only models; {name} is of an encoder-decoder model, whose cross-attention would "
+            f"write into the same layers"
+        )
+    if getattr(text, "kv_lora_rank", None):
+        raise NotImplementedError(
+            f"ThriftCache holds K and V of each head; {name} has latent attention (kv_lora_rank={text.kv_lora_rank})"
+        )
+    kinds = set(getattr(text, "layer_types", None) or ()) - {"full_attention", "sliding_attention"}
+    if kinds:
+        raise NotImplementedError(
+            f"ThriftCache serves full and sliding-window attention; {name} has layers of {', '.join(sorted(kinds))}"
+        )
+
+
+def _check_head_dims(text: Any, layers: list[int]) -> None:
+    """Refuse a head dimension that pages cannot hold; it may differ by layer."""
+    every = getattr(text, "per_layer_config", None)
+    for at in layers:
+        one = text if every is None else every[at]
+        dim = getattr(one, "head_dim", None) or one.hidden_size // one.num_attention_heads
+        if dim % 16:
+            raise NotImplementedError(
+                f"ThriftCache needs a head dimension that is a multiple of 16, got {dim} in layer {at}"
+            )

@@ -13,7 +13,8 @@ from thrift_attn.cache import PagedThriftCache
 from thrift_attn.config import BLOCK, DECODE_ROWS, ThriftConfig, fraction
 from thrift_attn.reference.budget import promoted_in_decode
 from thrift_attn.stats import Stats
-from thrift_attn.transformers.dense import as_given, attend_counted, autocast_dtype
+from thrift_attn.transformers.dense import as_given, attend_counted, autocast_dtype, check_no_gradients
+from thrift_attn.transformers.layer_state import LayerState
 from thrift_attn.transformers.lazy_kv import PendingKV
 from thrift_attn.transformers.padding import MaskReader, Padding, gather, spread
 
@@ -63,9 +64,12 @@ class ThriftLayer(CacheLayerMixin):
     def __init__(self, options: CacheOptions, reader: MaskReader):
         super().__init__()
         self.options, self.reader = options, reader
+        self.batch_size = 0
         self.slots = 0
         """Slots that are written."""
         self.paddings: list[Padding] = []
+        self.state: LayerState | None = None
+        """That of the attention module which has looked at the tokens."""
         self._pending: PendingKV | None = None
         self._paged: PagedThriftCache | None = None
 
@@ -92,16 +96,17 @@ class ThriftLayer(CacheLayerMixin):
         sizes = self.options
         max_pages = -(-sizes.max_tokens // BLOCK)
         pages = batch * max_pages if sizes.pool_tokens is None else -(-sizes.pool_tokens // BLOCK)
-        self._paged = PagedThriftCache(
-            batch=batch,
-            kv_heads=heads,
-            head_dim=dim,
-            num_pages=pages,
-            max_pages=max_pages,
-            config=sizes.decode,
-            dtype=key_states.dtype,
-            device=key_states.device,
-        )
+        with torch.inference_mode(False):  # its tensors are written to in any mode
+            self._paged = PagedThriftCache(
+                batch=batch,
+                kv_heads=heads,
+                head_dim=dim,
+                num_pages=pages,
+                max_pages=max_pages,
+                config=sizes.decode,
+                dtype=key_states.dtype,
+                device=key_states.device,
+            )
         self.dtype, self.device, self.batch_size = key_states.dtype, key_states.device, batch
         self.is_initialized = True
 
@@ -111,7 +116,9 @@ class ThriftLayer(CacheLayerMixin):
         Raises:
             ValueError: another shape than that of the tokens before.
             TypeError: another dtype.
+            NotImplementedError: gradients.
         """
+        check_no_gradients(key_states, value_states)
         if (dtype := autocast_dtype(key_states.device)) is not None:
             key_states, value_states = key_states.to(dtype), value_states.to(dtype)
         self.settle()
@@ -124,13 +131,29 @@ class ThriftLayer(CacheLayerMixin):
         if key_states.shape != want or value_states.shape != want:
             got = f"{list(key_states.shape)} and {list(value_states.shape)}"
             raise ValueError(f"K and V must have shape {list(want)} like the tokens before them, got {got}")
+        if (key_states.dtype, value_states.dtype) != (paged.dtype, paged.dtype):
+            raise TypeError(
+                f"K and V must have the dtype of the cache, {paged.dtype}, got {key_states.dtype} and {value_states.dtype}"
+            )
         self._pending = PendingKV(self, key_states, value_states, self.slots)
         return self._pending.handles()
+
+    @property
+    def is_pending(self) -> bool:
+        """Whether there are new tokens that no attention has looked at."""
+        return self._pending is not None
 
     def settle(self) -> None:
         """Write pending tokens that no attention has looked at; all of them are tokens then."""
         if self._pending is not None:
             self._write(self._pending, None)
+
+    def check_room(self, new: list[int]) -> None:
+        """Raise ValueError if a sequence would be longer than ``max_tokens`` with so many more tokens."""
+        paged, limit = self._pages(), self.options.max_tokens
+        for row, n in enumerate(new):
+            if n and (total := paged.tokens(row) + n) > limit:
+                raise ValueError(f"sequence {row} would have {total} tokens, more than max_tokens={limit}")
 
     def drop(self, pending: PendingKV) -> None:
         """Forget new tokens of a call that failed, unless they are written."""
@@ -142,6 +165,7 @@ class ThriftLayer(CacheLayerMixin):
         if pending.written:
             return
         paged, k, v = self._pages(), pending.k, pending.v
+        self.check_room([pending.count] * paged.batch if padding is None else padding.counts)
         if padding is None:
             paged.append(k, v)
         else:
@@ -210,7 +234,8 @@ class ThriftLayer(CacheLayerMixin):
         before = self._before(pending)
         totals = [old + n for old, n in zip(before, new, strict=True)]
         if not pending.written:
-            paged.reserve(new)  # nothing is half done without room
+            self.check_room(new)  # nothing is half done without room
+            paged.reserve(new)
         if padding is None and count <= DECODE_ROWS and any(before):
             self._write(pending, None)
             with as_given(query.device):
@@ -356,7 +381,8 @@ class ThriftLayer(CacheLayerMixin):
         """Make row i what row ``rows[i]`` was; equal rows share their complete blocks."""
         if self._paged is None:
             return
-        self.paged.select(rows)
+        with torch.inference_mode(False):
+            self.paged.select(rows)
         index = torch.tensor(rows, device=self.device)
         self.paddings = [
             Padding(padding.start, padding.is_token[index], [padding.counts[row] for row in rows])
@@ -370,11 +396,11 @@ class ThriftLayer(CacheLayerMixin):
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Every row ``repeats`` times."""
-        self.select([row for row in range(self._pages().batch) for _ in range(repeats)])
+        self.select([row for row in range(self.batch_size) for _ in range(repeats)])
 
     def batch_select_indices(self, indices: Tensor) -> None:
         """Only these rows."""
-        rows = torch.arange(self._pages().batch)[torch.as_tensor(indices).cpu()]
+        rows = torch.arange(self.batch_size)[torch.as_tensor(indices).cpu()]
         self.select(rows.tolist())
 
     def offload(self) -> None:
@@ -386,7 +412,7 @@ class ThriftLayer(CacheLayerMixin):
         self.settle()
         other = ThriftLayer(self.options, reader)
         mine = {name: value for name, value in vars(self).items() if name not in ("options", "reader", "_paged")}
-        vars(other).update(mine)
+        other.__dict__.update(mine)
         other.paddings = list(self.paddings)
         other._paged = None if self._paged is None else self._paged.branch()
         return other

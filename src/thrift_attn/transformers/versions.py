@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import inspect
+
+from torch import nn
+
 try:
     import transformers
 except ImportError as error:
@@ -27,6 +31,6 @@ if SUPPORTED[0] > VERSION:
     raise ImportError(f"thrift_attn.transformers needs transformers {RANGE}, got {transformers.__version__}")
 
 
-def cache_keyword() -> str:
-    """The name under which models take a cache: ``past_key_values``, ``cache`` since transformers 5.24."""
-    return "cache" if VERSION >= (5, 24) else "past_key_values"
+def cache_keyword(model: nn.Module) -> str:
+    """The name under which a model takes a cache: ``cache`` since transformers 5.24, ``past_key_values`` before."""
+    return "cache" if "cache" in inspect.signature(type(model).forward).parameters else "past_key_values"
