@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from thrift_attn.cache import PagedThriftCache
 from thrift_attn.config import BLOCK
 from thrift_attn.transformers.thrift_cache import ThriftCache
 from thrift_attn.transformers.thrift_layer import ThriftLayer
@@ -73,7 +74,7 @@ class DecodeGraph:
         self._at = positions
         self._steps = 0
         self._graph: torch.cuda.CUDAGraph | None = None
-        self._held: tuple[Tensor, ...] = ()  # what the graph has the addresses of, kept alive with it
+        self._held: list[Any] = []  # what the graph has the addresses of, kept alive with it
         self._logits: Tensor | None = None
 
     @property
@@ -133,19 +134,16 @@ class DecodeGraph:
         self.positions.add_(1)
         return out.logits[:, -1]
 
-    def _tensors(self) -> tuple[Tensor, ...]:
+    def _tensors(self) -> list[Any]:
         """What the kernels of a step read and write besides the weights: they have its addresses."""
         if self._ours is not None:
-            bundles = [layer.paged.tensors() for layer in self._ours.paged_layers if layer.is_initialized]
-            return tuple(x for bundle in bundles for x in vars(bundle).values() if isinstance(x, Tensor))
-        return tuple(x for layer in self.cache.layers for x in (layer.keys, layer.values))
+            return [x for layer in self._ours.paged_layers if layer.is_initialized for x in _held_by(layer.paged)]
+        return [x for layer in self.cache.layers for x in (layer.keys, layer.values)]
 
     def _moved(self) -> bool:
-        """Whether the cache has other tensors than when the step was captured."""
+        """Whether the cache has other tensors than when the step was captured; asks nothing of the device."""
         now = self._tensors()
-        return len(now) != len(self._held) or any(
-            (x.data_ptr(), x.shape) != (y.data_ptr(), y.shape) for x, y in zip(now, self._held, strict=True)
-        )
+        return len(now) != len(self._held) or any(x is not y for x, y in zip(now, self._held, strict=True))
 
     @torch.no_grad()
     def _launched(self) -> Tensor:
@@ -170,3 +168,11 @@ class DecodeGraph:
                 self._logits = self._step()
         self._held = self._tensors()
         return graph
+
+
+def _held_by(paged: PagedThriftCache) -> list[Any]:
+    """The tensors of a paged cache and what holds them, one level deep: it is asked for in every step."""
+    mine = list(vars(paged).values())
+    holders = [x for x in mine if type(x).__module__.startswith("thrift_attn.cache")]
+    parts = mine + [x for holder in holders for x in vars(holder).values()]
+    return [paged, *holders, *(x for x in parts if type(x) is Tensor or isinstance(x, tuple))]

@@ -3,19 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map_only
-
-
-class KVSource(Protocol):
-    """A layer of a cache that new K and V are on their way to (`thrift_attn.transformers.thrift_layer.ThriftLayer`)."""
-
-    def full(self, pending: PendingKV, tokens: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """K and V of all slots in 16 bits."""
-        ...
 
 
 @dataclass(eq=False)
@@ -23,7 +15,7 @@ class PendingKV:
     """The new K and V of one layer in one forward.
 
     Args:
-        layer: where they go.
+        layer: where they go, a `thrift_attn.transformers.thrift_layer.ThriftLayer`.
         k: ``[B, Hkv, T, D]``.
         v: likewise.
         held: slots of the layer before them.
@@ -31,7 +23,7 @@ class PendingKV:
         widened: K and V of all slots, once an operation has asked for them.
     """
 
-    layer: KVSource
+    layer: Any
     k: Tensor
     v: Tensor
     held: int
