@@ -7,8 +7,9 @@ import torch
 
 from support.device import DEVICE
 from thrift_attn.config import BLOCK
+from thrift_attn.kernels.token_order import position_of
 from thrift_attn.prefill.bundles import KernelNumerics
-from thrift_attn.prefill.pack import PackedKV, position_of, quantise_kv, quantise_q
+from thrift_attn.prefill.pack import PackedKV, quantise_kv, quantise_q
 from thrift_attn.prefill.statistics import NO_STATISTICS
 from thrift_attn.reference.channel_scales import Fit
 from thrift_attn.reference.formats import FORMATS, RESIDUALS, Format

@@ -7,8 +7,8 @@ from typing import NamedTuple
 from thrift_attn.decode.attend_kernel import attend_split_kernel
 from thrift_attn.decode.tensors import DecodeStep, launch_on, padded_queries
 from thrift_attn.dispatch import interpreted
+from thrift_attn.kernels.arithmetic import LOG2E
 from thrift_attn.kernels.launcher import launch
-from thrift_attn.kernels.online_softmax import LOG2E
 from thrift_attn.reference.page_layout import HIGH, TILE, plane_size
 
 

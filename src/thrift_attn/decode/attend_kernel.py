@@ -20,9 +20,7 @@ import triton.language as tl
 from thrift_attn.decode.block_steps import (
     add_k,
     add_v,
-    cap,
     cap_block,
-    dot16,
     hide,
     hide_block,
     load_chunk,
@@ -42,6 +40,7 @@ from thrift_attn.decode.fragments import (
     split_query_operand,
     v_copy_operand,
 )
+from thrift_attn.kernels.arithmetic import dot, softcapped
 from thrift_attn.reference.page_layout import HIGH
 
 _NESTED: tl.constexpr = tl.constexpr(HIGH["nested"])
@@ -245,10 +244,10 @@ def attend_split_kernel(
             s3 = tl.zeros([16, N], tl.float32)
             for j in tl.static_range(PIECES):
                 k_ptr = c_ptr + CHUNKS[j][0] * 1024
-                s0 = dot16(k_copy_operand(load_copy(k_ptr, 0, CHUNKS[j][1]), CHUNKS[j][1]), raw[j], s0, PORTABLE)
-                s1 = dot16(k_copy_operand(load_copy(k_ptr, 1, CHUNKS[j][1]), CHUNKS[j][1]), raw[j], s1, PORTABLE)
-                s2 = dot16(k_copy_operand(load_copy(k_ptr, 2, CHUNKS[j][1]), CHUNKS[j][1]), raw[j], s2, PORTABLE)
-                s3 = dot16(k_copy_operand(load_copy(k_ptr, 3, CHUNKS[j][1]), CHUNKS[j][1]), raw[j], s3, PORTABLE)
+                s0 = dot(k_copy_operand(load_copy(k_ptr, 0, CHUNKS[j][1]), CHUNKS[j][1]), raw[j], PORTABLE, s0)
+                s1 = dot(k_copy_operand(load_copy(k_ptr, 1, CHUNKS[j][1]), CHUNKS[j][1]), raw[j], PORTABLE, s1)
+                s2 = dot(k_copy_operand(load_copy(k_ptr, 2, CHUNKS[j][1]), CHUNKS[j][1]), raw[j], PORTABLE, s2)
+                s3 = dot(k_copy_operand(load_copy(k_ptr, 3, CHUNKS[j][1]), CHUNKS[j][1]), raw[j], PORTABLE, s3)
             s0, s1, s2, s3, left = cap_block(s0, s1, s2, s3, scale, CAP)
             if MASKED:
                 start = number * 64
@@ -259,10 +258,10 @@ def attend_split_kernel(
             for j in tl.static_range(PIECES):
                 v_ptr = c_ptr + 64 * D + CHUNKS[j][0] * 1024
                 o = out[j] * decay[None, :]
-                o = dot16(v_copy_operand(load_copy(v_ptr, 0, CHUNKS[j][1]), CHUNKS[j][1]), b0, o, PORTABLE)
-                o = dot16(v_copy_operand(load_copy(v_ptr, 1, CHUNKS[j][1]), CHUNKS[j][1]), b1, o, PORTABLE)
-                o = dot16(v_copy_operand(load_copy(v_ptr, 2, CHUNKS[j][1]), CHUNKS[j][1]), b2, o, PORTABLE)
-                o = dot16(v_copy_operand(load_copy(v_ptr, 3, CHUNKS[j][1]), CHUNKS[j][1]), b3, o, PORTABLE)
+                o = dot(v_copy_operand(load_copy(v_ptr, 0, CHUNKS[j][1]), CHUNKS[j][1]), b0, PORTABLE, o)
+                o = dot(v_copy_operand(load_copy(v_ptr, 1, CHUNKS[j][1]), CHUNKS[j][1]), b1, PORTABLE, o)
+                o = dot(v_copy_operand(load_copy(v_ptr, 2, CHUNKS[j][1]), CHUNKS[j][1]), b2, PORTABLE, o)
+                o = dot(v_copy_operand(load_copy(v_ptr, 3, CHUNKS[j][1]), CHUNKS[j][1]), b3, PORTABLE, o)
                 grown = grown + (o,)
             out = grown
 
@@ -278,9 +277,9 @@ def attend_split_kernel(
         for j in tl.static_range(PIECES):
             d = CHUNKS[j][0] * 16 + tl.arange(0, 16 * CHUNKS[j][1])
             k_tile = tl.load(tail_ptr + tail_at[:, None] + d[None, :], mask=there[:, None], other=0.0)
-            s0 = dot16(split_order(k_tile, CHUNKS[j][1]), raw[j], s0, PORTABLE)
+            s0 = dot(split_order(k_tile, CHUNKS[j][1]), raw[j], PORTABLE, s0)
         if CAP > 0:
-            s0 = cap(s0, scale, CAP)
+            s0 = softcapped(s0 * scale, CAP)
         else:
             s0 = s0 * scale
         s0 = hide(s0, length - tail + tokens, position, first)
@@ -293,7 +292,7 @@ def attend_split_kernel(
         for j in tl.static_range(PIECES):
             d = CHUNKS[j][0] * 16 + tl.arange(0, 16 * CHUNKS[j][1])
             v_tile = tl.load(v_tail_ptr + tail_at[None, :] + d[:, None], mask=there[None, :], other=0.0)
-            grown = grown + (dot16(v_tile, p0.to(DTYPE), out[j] * decay[None, :], PORTABLE),)
+            grown = grown + (dot(v_tile, p0.to(DTYPE), PORTABLE, out[j] * decay[None, :]),)
         out = grown
 
     # -- this split's result --

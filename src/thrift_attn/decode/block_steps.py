@@ -21,29 +21,18 @@ from thrift_attn.decode.fragments import (
     widen4,
     widen8,
 )
-
-
-@triton.jit
-def dot16(a, b, acc, PORTABLE: tl.constexpr):
-    """Product of 16-bit operands (the interpreter is wrong on bf16)."""
-    if PORTABLE:
-        return tl.dot(a.to(tl.float32), b.to(tl.float32), acc, input_precision="ieee")
-    else:
-        return tl.dot(a, b, acc)
-
-
-@triton.jit
-def cap(s, factor, CAP: tl.constexpr):
-    """Logits from accumulators under the soft cap CAP, all in base 2."""
-    t = tl.exp2(s * factor * (2.8853900817779268 / CAP))  # exp(2 x / cap)
-    return CAP - 2.0 * CAP / (t + 1.0)
+from thrift_attn.kernels.arithmetic import softcapped
 
 
 @triton.jit
 def cap_block(s0, s1, s2, s3, factor, CAP: tl.constexpr):
     """What turns accumulators into logits, and the factor that is left to apply."""
     if CAP > 0:
-        return cap(s0, factor, CAP), cap(s1, factor, CAP), cap(s2, factor, CAP), cap(s3, factor, CAP), 1.0
+        s0 = softcapped(s0 * factor, CAP)
+        s1 = softcapped(s1 * factor, CAP)
+        s2 = softcapped(s2 * factor, CAP)
+        s3 = softcapped(s3 * factor, CAP)
+        return s0, s1, s2, s3, 1.0
     else:
         return s0, s1, s2, s3, factor
 

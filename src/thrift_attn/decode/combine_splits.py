@@ -13,8 +13,8 @@ import triton
 
 from thrift_attn.decode.combine_splits_kernel import combine_splits_kernel
 from thrift_attn.decode.tensors import DecodeStep, launch_on
+from thrift_attn.kernels.arithmetic import LOG2E
 from thrift_attn.kernels.launcher import launch
-from thrift_attn.kernels.online_softmax import LOG2E
 
 
 def combine_splits(step: DecodeStep) -> None:

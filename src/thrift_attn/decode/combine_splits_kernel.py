@@ -5,7 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from thrift_attn.decode.block_steps import cap
+from thrift_attn.kernels.arithmetic import softcapped
 
 
 @triton.jit(do_not_specialize=["stride_vc", "num_splits", "window", "blocks", "tq"])
@@ -59,7 +59,7 @@ def combine_splits_kernel(
         bias_at = bh.to(tl.int64) * blocks * RP + row
         sink_logit = tl.load(bias_ptr + bias_at, mask=seen, other=float("-inf"), cache_modifier=".cg")
         if CAP > 0:
-            sink_logit = tl.where(seen, cap(sink_logit, 1.0, CAP), sink_logit)
+            sink_logit = tl.where(seen, softcapped(sink_logit, CAP), sink_logit)
         visible = d < tl.where(seen, D, 0)
         sink_value = tl.load(sink_value_ptr + bh.to(tl.int64) * D + d, mask=visible, other=0.0, cache_modifier=".cg")
         sink_value = sink_value.to(tl.float32)

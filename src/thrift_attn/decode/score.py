@@ -7,8 +7,8 @@ import triton
 from thrift_attn.decode.score_kernel import block_scores_kernel
 from thrift_attn.decode.tensors import DecodeStep, launch_on
 from thrift_attn.dispatch import interpreted
+from thrift_attn.kernels.arithmetic import LOG2E
 from thrift_attn.kernels.launcher import launch
-from thrift_attn.kernels.online_softmax import LOG2E
 
 BLOCKS_PER_PROGRAM = 64
 

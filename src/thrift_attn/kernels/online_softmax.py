@@ -1,4 +1,4 @@
-"""Device functions of the prefill kernel on a tile of logits: softcap, masks, one step of the online softmax, P in 4 bits."""
+"""Device functions of the prefill kernel on a tile of logits: masks, one step of the online softmax, P in 4 bits."""
 
 from __future__ import annotations
 
@@ -10,17 +10,6 @@ from thrift_attn.reference.formats import FORMATS
 
 P_NVFP4 = tl.constexpr(FORMATS["nvfp4"].p_factor)
 P_MXFP4 = tl.constexpr(FORMATS["mxfp4"].p_factor)
-
-LOG2E = 1.4426950408889634
-"""Kernels work with exponentials to base 2: logits are multiplied by this, LSEs divided."""
-
-
-@triton.jit
-def capped(s, CAP: tl.constexpr):
-    """softcap * tanh(s / softcap) of logits that carry log2(e)."""
-    BOUND: tl.constexpr = CAP * 1.4426950408889634
-    e = tl.exp2(s * (2.0 / CAP))  # exp(2 x / softcap), x the logit
-    return BOUND - 2.0 * BOUND / (e + 1.0)
 
 
 @triton.jit

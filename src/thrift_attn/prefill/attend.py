@@ -10,8 +10,8 @@ from torch import Tensor
 
 from thrift_attn.config import BLOCK
 from thrift_attn.dispatch import Form, interpreted
+from thrift_attn.kernels.arithmetic import LOG2E
 from thrift_attn.kernels.launcher import check_rows, launch
-from thrift_attn.kernels.online_softmax import LOG2E
 from thrift_attn.prefill.attend_kernel import attend_prefill_kernel
 from thrift_attn.prefill.bundles import BlockLists, KernelNumerics, LogitRules, PrefillOutput, PrefillTensors
 from thrift_attn.prefill.pack import PackedKV, PackedQ, casts_to_e4m3
@@ -125,7 +125,7 @@ def attend_prefill(
         CAUSAL=layout.causal,
         ONE_PART=layout.packed_batch == 1,
         WINDOW=rules.window is not None,
-        CAP=rules.softcap or 0.0,
+        CAP=(rules.softcap or 0.0) * LOG2E,
         LOW=base,
         QUANT=numerics.quantise_qp,
         NATIVE=native,

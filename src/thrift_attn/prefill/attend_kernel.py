@@ -14,19 +14,13 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from thrift_attn.kernels.online_softmax import P_MXFP4, P_NVFP4, capped, online, p_native, p_wide, visible
+from thrift_attn.kernels.arithmetic import dot, softcapped
+from thrift_attn.kernels.online_softmax import P_MXFP4, P_NVFP4, online, p_native, p_wide, visible
 from thrift_attn.kernels.rounding import round_e4m3
 from thrift_attn.kernels.spans import BLOCK_START, K_LEN, K_START, Q_LEN, Q_START, ROW_START, SPAN
+from thrift_attn.kernels.token_order import token_at
 
 _LN2 = tl.constexpr(0.6931471805599453)
-
-
-@triton.jit
-def _dot(a, b, PORTABLE: tl.constexpr, acc=None):
-    if PORTABLE:  # the interpreter's product of bfloat16 is wrong
-        return tl.dot(a.to(tl.float32), b.to(tl.float32), acc, input_precision="ieee")
-    else:
-        return tl.dot(a, b, acc)
 
 
 @triton.jit(do_not_specialize=["most_rows", "rows", "blocks", "most", "window"])
@@ -79,7 +73,7 @@ def attend_prefill_kernel(
     CAUSAL: tl.constexpr,
     ONE_PART: tl.constexpr,
     WINDOW: tl.constexpr,
-    CAP: tl.constexpr,
+    CAP: tl.constexpr,  # soft cap times log2(e), or 0
     LOW: tl.constexpr,  # format, or "drop"
     QUANT: tl.constexpr,  # Q and P are quantised
     NATIVE: tl.constexpr,
@@ -182,7 +176,7 @@ def attend_prefill_kernel(
                 factor_q = of_row * scale
             order = token
             if NATIVE and LOW == "fp8":  # tokens in the order of V's positions
-                order = (token & 0x31) | ((token & 2) << 2) | ((token & 12) >> 1)
+                order = token_at(token)
             if KEY_BIAS:  # the sum of three parts as a product with 1
                 third = tl.arange(0, 16)[:, None]
                 ones = tl.full([BM, 16], 1.0, tl.float32).to(tl.bfloat16)
@@ -200,7 +194,7 @@ def attend_prefill_kernel(
                         c = n - column + tl.arange(0, CENTRES)
                         at_c = centre_ptr + (first_block + c)[None, :] * D + d[:, None]
                         centre = tl.load(at_c, mask=(c < high)[None, :] & (d < D)[:, None], other=0.0)
-                        qc = _dot(q, centre, PORTABLE)
+                        qc = dot(q, centre, PORTABLE)
                 hidden = tl.zeros([BM], tl.int1) | (n == upcoming)
                 listed += (n == upcoming).to(tl.int32)
                 upcoming = tl.load(at_list + listed, mask=listed < count, other=-1)
@@ -221,7 +215,7 @@ def attend_prefill_kernel(
                     s_row = at * 64 + i * BN + order
                     if KEY_BIAS:
                         at_bias = ((head * blocks + block_start + n) * 3 + third) * 64 + i * BN + order[None, :]
-                        s = _dot(ones, tl.load(key_bias_ptr + at_bias, mask=third < 3, other=0.0), PORTABLE)
+                        s = dot(ones, tl.load(key_bias_ptr + at_bias, mask=third < 3, other=0.0), PORTABLE)
                     elif NATIVE and LOW != "fp8":
                         # Zero at run time: Triton 3.6 cannot compile a scaled product for sm_100 without an accumulator.
                         s = tl.zeros([BM, BN], tl.float32) + scale * 0.0
@@ -235,10 +229,10 @@ def attend_prefill_kernel(
                         s = tl.dot_scaled(ql, qs, "e2m1", tl.trans(kc), ks, "e2m1", s)
                     else:
                         kc = tl.load(kp_ptr + s_row[:, None] * D + d[None, :], mask=(d < D)[None, :], other=0.0)
-                        s = _dot(ql, tl.trans(kc), PORTABLE, s)
+                        s = dot(ql, tl.trans(kc), PORTABLE, s)
                     shift = bias
                     if CAP > 0.0:
-                        s, shift = capped(s * unit[:, None] + bias[:, None], CAP), zero
+                        s, shift = softcapped(s * unit[:, None] + bias[:, None], CAP), zero
                     shift = tl.where(hidden, float("-inf"), shift)
                     key = n * 64 + i * BN + order
                     edge = (n >= masked_from) | (n < masked_to)
@@ -276,13 +270,13 @@ def attend_prefill_kernel(
                                     p = (p * 448.0).to(tl.float8e4nv).to(tl.float32)
                                 else:
                                     p = round_e4m3(p * 448.0)
-                            acc = acc * factor[:, None] + _dot(p.to(DTYPE), vc, PORTABLE) * unit_v
+                            acc = acc * factor[:, None] + dot(p.to(DTYPE), vc, PORTABLE) * unit_v
                         else:
                             if QUANT:
                                 p = p_wide(p, LOW, CAST)
                                 if ROUNDED:
                                     weight = weight * factor + tl.sum(p, 1)
-                            acc = acc * factor[:, None] + _dot(p.to(DTYPE), vc, PORTABLE)
+                            acc = acc * factor[:, None] + dot(p.to(DTYPE), vc, PORTABLE)
             if QUANT and LOW != "fp8":
                 FACTOR: tl.constexpr = P_MXFP4 if LOW == "mxfp4" else P_NVFP4
                 acc = acc * (1.0 / FACTOR)
@@ -303,7 +297,7 @@ def attend_prefill_kernel(
             at_sink = (head * rows + row_start + r) * 64 + tl.arange(0, BM)
             first = tl.load(sink_ptr + at_sink, mask=r * 64 + tl.arange(0, BM) < own * 64, other=0.0)
             if CAP > 0.0:
-                first = capped(first * scale, CAP)
+                first = softcapped(first * scale, CAP)
             alone = inside & (position >= 0) & (keys > 0)
             if WINDOW:
                 alone = alone & (position < window)
@@ -335,16 +329,16 @@ def attend_prefill_kernel(
                         at_k = (at * 64 + i * BN + token)[:, None] * D + d[None, :]
                         kc = tl.load(kp_ptr + at_k, mask=(d < D)[None, :], other=0.0)
                         kr = tl.load(k_rest_ptr + at_k, mask=(d < D)[None, :], other=0.0)
-                        s = _dot(q, tl.trans(kc), PORTABLE) + _dot(q, tl.trans(kr), PORTABLE)
+                        s = dot(q, tl.trans(kc), PORTABLE) + dot(q, tl.trans(kr), PORTABLE)
                         if CENTRED:
                             centre = tl.load(centre_ptr + at * D + d, mask=d < D, other=0.0)
                             s += tl.sum(q.to(tl.float32) * centre.to(tl.float32)[None, :], 1)[:, None]
                     else:
                         at_k = k_head + key.to(tl.int64)[:, None] * stride_kt + d[None, :]
                         kc = tl.load(at_k, mask=(key < keys)[:, None] & (d < D)[None, :], other=0.0)
-                        s = _dot(q, tl.trans(kc), PORTABLE)
+                        s = dot(q, tl.trans(kc), PORTABLE)
                     if CAP > 0.0:
-                        s = capped(s * scale, CAP)
+                        s = softcapped(s * scale, CAP)
                     s = visible(s, key, keys, position, window, CAUSAL, WINDOW, SINK and REST)
                     if HALVES == 2:
                         s = tl.where((upper if side == 0 else ~upper)[:, None], s, float("-inf"))
@@ -358,12 +352,12 @@ def attend_prefill_kernel(
                         at_v = (at * 64 + i * BN + token)[:, None] * D + e[None, :]
                         vc = tl.load(vp_ptr + at_v, mask=(e < D)[None, :], other=0.0)
                         vr = tl.load(v_rest_ptr + at_v, mask=(e < D)[None, :], other=0.0)
-                        acc += _dot(p.to(DTYPE), vc, PORTABLE)
-                        acc += _dot(p.to(DTYPE), vr, PORTABLE)
+                        acc += dot(p.to(DTYPE), vc, PORTABLE)
+                        acc += dot(p.to(DTYPE), vr, PORTABLE)
                     else:
                         at_v = v_head + key.to(tl.int64)[:, None] * stride_vt + e[None, :]
                         vc = tl.load(at_v, mask=(key < keys)[:, None] & (e < D)[None, :], other=0.0)
-                        acc += _dot(p.to(DTYPE), vc, PORTABLE)
+                        acc += dot(p.to(DTYPE), vc, PORTABLE)
 
         empty = total == 0.0
         norm = tl.where(empty, 1.0, total)

@@ -13,12 +13,8 @@ native   e2m1 [P, Hkv, N*64, D/2]     [..., N*64, G]  e2m1 [P, Hkv, D, N*32], tr
          e4m3 [P, Hkv, N*64, D]       f32 [..., N]    e4m3 [P, Hkv, D, N*64], transposed  f32 [..., N]
 =======  ===========================  ==============  ==================================  ==============
 
-Native e2m1 has the even element in the low nibble. Native e4m3 V has the tokens of each 16 in the order of
-`position_of`, in which an accumulator of a tensor core product already is the operand of the next: token bits 3 2 1 0
-become position bits 2 1 3 0::
-
-    token     0 1 2 3 4 5 6 7 8 9 10 11 12 13 14 15
-    position  0 1 4 5 8 9 12 13 2 3 6 7 10 11 14 15
+Native e2m1 has the even element in the low nibble. Native e4m3 V has its tokens in the order of
+`thrift_attn.kernels.token_order`.
 """
 
 from __future__ import annotations
@@ -82,16 +78,6 @@ class PackedQ(NamedTuple):
     q: Tensor | None = None
     q_scale: Tensor | None = None
     sink_logits: Tensor | None = None
-
-
-def position_of(tokens: int) -> Tensor:
-    """Return where each token lies in native e4m3 V: int64 ``[tokens]``, in the order of tokens.
-
-    Args:
-        tokens: a multiple of 16.
-    """
-    t = torch.arange(tokens)
-    return (t & ~15) | (t & 1) | ((t & 8) >> 2) | ((t & 6) << 1)
 
 
 def _check(numerics: KernelNumerics, dim: int) -> None:

@@ -8,6 +8,7 @@ import triton.language as tl
 from thrift_attn.kernels.groups import store_columns, store_rest, store_rows
 from thrift_attn.kernels.rounding import bits, cut, from_bits
 from thrift_attn.kernels.spans import BLOCK_START, K_LEN, K_START, Q_LEN, Q_START, ROW_START, SPAN
+from thrift_attn.kernels.token_order import token_at
 
 
 @triton.jit
@@ -118,7 +119,7 @@ def quantise_kv_kernel(
                 if REST != "none":
                     store_rest(x - wide, k_rest_ptr, row, back, 1, D, REST, BEST)
                 if NATIVE and LOW == "fp8":  # rows in the order of positions
-                    token = (token & 0x31) | ((token & 2) << 2) | ((token & 12) >> 1)
+                    token = token_at(token)
                     present = (n * 64 + token < length) & (d < D)
                 if SINK:
                     present = present & (n * 64 + token > 0)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from thrift_attn.kernels.arithmetic import threshold_of_largest
 from thrift_attn.kernels.spans import BLOCK_START, K_LEN, Q_LEN, ROW_START, SPAN
 
 
@@ -124,18 +125,7 @@ def select_rows_kernel(
                 room = wanted - leading - trailing
                 open_ = seen & ~forced
                 key = tl.where(open_, key, -0x7FFFFFFF - 1)
-                # The largest threshold that at least `room` keys reach, bit by bit (the sign bit counts the other way
-                # round), or one that exactly so many reach.
-                reached = tl.sum((key >= 0).to(tl.int32), 1)
-                threshold = tl.where(reached >= room, 0, -0x7FFFFFFF - 1)
-                held = tl.where(reached >= room, reached, PAD)
-                bit = 30
-                while (bit >= 0) & (tl.max((held != room).to(tl.int32), 0) > 0):
-                    trial = threshold + (1 << bit)
-                    reached = tl.sum((key >= trial[:, None]).to(tl.int32), 1)
-                    threshold = tl.where(reached >= room, trial, threshold)
-                    held = tl.where(reached >= room, reached, held)
-                    bit -= 1
+                threshold = threshold_of_largest(key, room, PAD)
                 above = open_ & (key > threshold[:, None])
                 ties = open_ & (key == threshold[:, None])
                 need = room - tl.sum(above.to(tl.int32), 1)
