@@ -15,10 +15,18 @@ import triton
 import triton.language as tl
 
 from thrift_attn.kernels.arithmetic import dot, softcapped
-from thrift_attn.kernels.online_softmax import P_MXFP4, P_NVFP4, online, p_native, p_wide, visible
-from thrift_attn.kernels.rounding import round_e4m3
+from thrift_attn.kernels.online_softmax import P_MXFP4, P_NVFP4, online, visible
 from thrift_attn.kernels.spans import BLOCK_START, K_LEN, K_START, Q_LEN, Q_START, ROW_START, SPAN
 from thrift_attn.kernels.token_order import token_at
+from thrift_attn.prefill.attend_steps_kernel import (
+    add_residual_values,
+    add_values,
+    load_low_q,
+    logits,
+    low_logits,
+    low_values,
+    residual_logits,
+)
 
 _LN2 = tl.constexpr(0.6931471805599453)
 
@@ -155,21 +163,10 @@ def attend_prefill_kernel(
 
         # -- low precision --
         if LOW != "drop":
-            G: tl.constexpr = 32 if LOW == "mxfp4" else 16
             first_row = (head * rows + row_start + r) * 64
             row = first_row + tl.arange(0, BM)
             row_there = (r * 64 + tl.arange(0, BM) < own * 64)[:, None]
-            if not QUANT:
-                ql = q
-            elif NATIVE and LOW != "fp8":
-                half = tl.arange(0, DP // 2)[None, :]
-                group = tl.arange(0, DP // G)[None, :]
-                ql = tl.load(qp_ptr + row[:, None] * (D // 2) + half, mask=row_there & (half < D // 2), other=0)
-                qs = tl.load(qs_ptr + row[:, None] * (D // G) + group, mask=row_there & (group < D // G), other=0)
-                if LOW == "nvfp4":
-                    qs = qs.to(tl.float8e4nv, bitcast=True)
-            else:
-                ql = tl.load(qp_ptr + row[:, None] * D + d[None, :], mask=row_there & (d < D)[None, :], other=0.0)
+            ql, qs = load_low_q(q, qp_ptr, qs_ptr, row, row_there, D, DP, LOW, QUANT, NATIVE)
             factor_q = one * scale
             if QUANT and LOW == "fp8":
                 of_row = tl.load(qs_ptr + row // 64, mask=r * 64 + tl.arange(0, BM) < own * 64, other=0.0)
@@ -177,9 +174,6 @@ def attend_prefill_kernel(
             order = token
             if NATIVE and LOW == "fp8":  # tokens in the order of V's positions
                 order = token_at(token)
-            if KEY_BIAS:  # the sum of three parts as a product with 1
-                third = tl.arange(0, 16)[:, None]
-                ones = tl.full([BM, 16], 1.0, tl.float32).to(tl.bfloat16)
             listed = 0
             upcoming = tl.load(at_list, mask=count > 0, other=-1)
             if HALVES == 2:
@@ -213,23 +207,10 @@ def attend_prefill_kernel(
                 for i in range(PARTS):
                     t = i * BN + token  # columns in the order of V
                     s_row = at * 64 + i * BN + order
-                    if KEY_BIAS:
-                        at_bias = ((head * blocks + block_start + n) * 3 + third) * 64 + i * BN + order[None, :]
-                        s = dot(ones, tl.load(key_bias_ptr + at_bias, mask=third < 3, other=0.0), PORTABLE)
-                    elif NATIVE and LOW != "fp8":
-                        # Zero at run time: Triton 3.6 cannot compile a scaled product for sm_100 without an accumulator.
-                        s = tl.zeros([BM, BN], tl.float32) + scale * 0.0
-                    else:
-                        s = None
-                    if NATIVE and LOW != "fp8":
-                        kc = tl.load(kp_ptr + s_row[:, None] * (D // 2) + half, mask=half < D // 2, other=0)
-                        ks = tl.load(ks_ptr + s_row[:, None] * (D // G) + group, mask=group < D // G, other=0)
-                        if LOW == "nvfp4":
-                            ks = ks.to(tl.float8e4nv, bitcast=True)
-                        s = tl.dot_scaled(ql, qs, "e2m1", tl.trans(kc), ks, "e2m1", s)
-                    else:
-                        kc = tl.load(kp_ptr + s_row[:, None] * D + d[None, :], mask=(d < D)[None, :], other=0.0)
-                        s = dot(ql, tl.trans(kc), PORTABLE, s)
+                    s = low_logits(
+                        ql, qs, kp_ptr, ks_ptr, s_row, key_bias_ptr, head * blocks + block_start + n, i * BN + order, scale,
+                        BM, BN, D, DP, LOW, NATIVE, KEY_BIAS, PORTABLE,
+                    )  # fmt: skip
                     shift = bias
                     if CAP > 0.0:
                         s, shift = softcapped(s * unit[:, None] + bias[:, None], CAP), zero
@@ -241,42 +222,10 @@ def attend_prefill_kernel(
                     if edge:
                         s = visible(s, key, keys, position, window, CAUSAL, WINDOW, SINK)
                     p, peak, total, factor = online(s, one if CAP > 0.0 else unit, shift, peak, total)
-                    if NATIVE:
-                        UNIT: tl.constexpr = 64 if LOW == "fp8" else 32
-                        at_v = (kv_head * D + e) * blocks + block_start + n  # [COLUMNS], in blocks
-                        if LOW == "fp8":
-                            vt = tl.load(vp_ptr + at_v[:, None] * UNIT + t[None, :], mask=(e < D)[:, None], other=0.0)
-                            new = tl.dot((p * 448.0).to(tl.float8e4nv), tl.trans(vt))
-                            acc = acc * factor[:, None] + new * (tl.load(vs_ptr + at) * (1.0 / 448.0))
-                        else:
-                            pair = tl.arange(0, 32)[None, :]
-                            vt = tl.load(vp_ptr + at_v[:, None] * UNIT + pair, mask=(e < D)[:, None], other=0)
-                            g = tl.arange(0, 64 // G)[None, :]
-                            vs = tl.load(vs_ptr + at_v[:, None] * (64 // G) + g, mask=(e < D)[:, None], other=0)
-                            if LOW == "nvfp4":
-                                vs = vs.to(tl.float8e4nv, bitcast=True)
-                            pc, ps, more = p_native(p, LOW, CAST)
-                            if ROUNDED:
-                                weight = weight * factor + more
-                            acc = tl.dot_scaled(pc, ps, "e2m1", tl.trans(vt), vs, "e2m1", acc * factor[:, None])
-                    else:
-                        at_v = vp_ptr + (at * 64 + t)[:, None] * D + e[None, :]
-                        vc = tl.load(at_v, mask=(e < D)[None, :], other=0.0)
-                        if LOW == "fp8":
-                            unit_v = tl.load(vs_ptr + at)
-                            if QUANT:
-                                unit_v *= 1.0 / 448.0
-                                if CAST:
-                                    p = (p * 448.0).to(tl.float8e4nv).to(tl.float32)
-                                else:
-                                    p = round_e4m3(p * 448.0)
-                            acc = acc * factor[:, None] + dot(p.to(DTYPE), vc, PORTABLE) * unit_v
-                        else:
-                            if QUANT:
-                                p = p_wide(p, LOW, CAST)
-                                if ROUNDED:
-                                    weight = weight * factor + tl.sum(p, 1)
-                            acc = acc * factor[:, None] + dot(p.to(DTYPE), vc, PORTABLE)
+                    acc, weight = low_values(
+                        acc, weight, p, factor, vp_ptr, vs_ptr, at, (kv_head * D + e) * blocks + block_start + n, e, t,
+                        D, LOW, QUANT, NATIVE, ROUNDED, CAST, PORTABLE, DTYPE,
+                    )  # fmt: skip
             if QUANT and LOW != "fp8":
                 FACTOR: tl.constexpr = P_MXFP4 if LOW == "mxfp4" else P_NVFP4
                 acc = acc * (1.0 / FACTOR)
@@ -326,17 +275,11 @@ def attend_prefill_kernel(
                 for i in range(PARTS):
                     key = n * 64 + i * BN + token
                     if REST:
-                        at_k = (at * 64 + i * BN + token)[:, None] * D + d[None, :]
-                        kc = tl.load(kp_ptr + at_k, mask=(d < D)[None, :], other=0.0)
-                        kr = tl.load(k_rest_ptr + at_k, mask=(d < D)[None, :], other=0.0)
-                        s = dot(q, tl.trans(kc), PORTABLE) + dot(q, tl.trans(kr), PORTABLE)
-                        if CENTRED:
-                            centre = tl.load(centre_ptr + at * D + d, mask=d < D, other=0.0)
-                            s += tl.sum(q.to(tl.float32) * centre.to(tl.float32)[None, :], 1)[:, None]
+                        s = residual_logits(
+                            q, kp_ptr, k_rest_ptr, centre_ptr, at, i * BN + token, D, DP, CENTRED, PORTABLE
+                        )
                     else:
-                        at_k = k_head + key.to(tl.int64)[:, None] * stride_kt + d[None, :]
-                        kc = tl.load(at_k, mask=(key < keys)[:, None] & (d < D)[None, :], other=0.0)
-                        s = dot(q, tl.trans(kc), PORTABLE)
+                        s = logits(q, k_head, key, keys, stride_kt, D, DP, PORTABLE)
                     if CAP > 0.0:
                         s = softcapped(s * scale, CAP)
                     s = visible(s, key, keys, position, window, CAUSAL, WINDOW, SINK and REST)
@@ -349,15 +292,11 @@ def attend_prefill_kernel(
                         weight = weight * factor + tl.sum(p, 1)
                     acc = acc * factor[:, None]
                     if REST:
-                        at_v = (at * 64 + i * BN + token)[:, None] * D + e[None, :]
-                        vc = tl.load(vp_ptr + at_v, mask=(e < D)[None, :], other=0.0)
-                        vr = tl.load(v_rest_ptr + at_v, mask=(e < D)[None, :], other=0.0)
-                        acc += dot(p.to(DTYPE), vc, PORTABLE)
-                        acc += dot(p.to(DTYPE), vr, PORTABLE)
+                        acc = add_residual_values(
+                            acc, p.to(DTYPE), vp_ptr, v_rest_ptr, at, i * BN + token, e, D, PORTABLE
+                        )
                     else:
-                        at_v = v_head + key.to(tl.int64)[:, None] * stride_vt + e[None, :]
-                        vc = tl.load(at_v, mask=(key < keys)[:, None] & (e < D)[None, :], other=0.0)
-                        acc += dot(p.to(DTYPE), vc, PORTABLE)
+                        acc = add_values(acc, p.to(DTYPE), v_head, key, keys, e, stride_vt, D, PORTABLE)
 
         empty = total == 0.0
         norm = tl.where(empty, 1.0, total)
