@@ -17,7 +17,7 @@ def main(name: str, prompt: str, max_new_tokens: int = 100) -> str:
     inputs = tokenizer(prompt, return_tensors="pt").to(model.device)
     enable(model)
     cache = ThriftCache(model.config, max_tokens=inputs.input_ids.shape[1] + max_new_tokens)
-    tokens = model.generate(**inputs, past_key_values=cache, max_new_tokens=max_new_tokens)
+    tokens = model.generate(**inputs, cache=cache, max_new_tokens=max_new_tokens)
     return tokenizer.decode(tokens[0, inputs.input_ids.shape[1] :], skip_special_tokens=True)
 
 

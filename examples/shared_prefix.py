@@ -35,7 +35,7 @@ def answers(
     ids = torch.cat([first.expand(len(questions), -1), asked.input_ids.to(model.device)], 1)
     mask = torch.cat([torch.ones_like(first).expand(len(questions), -1), asked.attention_mask.to(model.device)], 1)
     tokens = model.generate(
-        ids, attention_mask=mask, past_key_values=cache, custom_generate=generate, max_new_tokens=most,
+        ids, attention_mask=mask, cache=cache, custom_generate=generate, max_new_tokens=most,
         pad_token_id=tokenizer.pad_token_id,
     )  # fmt: skip
     return tokenizer.batch_decode(tokens[:, ids.shape[1] :], skip_special_tokens=True), cache

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 import weakref
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -9,6 +10,7 @@ from typing import Any
 
 from torch import nn
 
+import transformers
 from thrift_attn.config import ThriftConfig
 from thrift_attn.transformers.attention_function import thrift_attention
 from thrift_attn.transformers.layer_state import (
@@ -22,6 +24,7 @@ from thrift_attn.transformers.layer_state import (
     set_state,
 )
 from thrift_attn.transformers.masks import thrift_mask
+from thrift_attn.transformers.versions import RANGE, SUPPORTED, VERSION
 from transformers import AttentionInterface, AttentionMaskInterface
 
 LayerConfigs = Mapping[int, ThriftConfig | None] | Callable[[int], ThriftConfig | None]
@@ -68,6 +71,8 @@ def enable(
         NotImplementedError: the model does not dispatch its attention through transformers' AttentionInterface.
     """
     check_model(model)
+    if SUPPORTED[1] < VERSION:
+        warnings.warn(f"thrift is tested with transformers {RANGE}, not with {transformers.__version__}", stacklevel=2)
     modules = dict(model.named_modules())
     known = {layer_idx(m) for m in modules.values() if dispatches(m)} - {None}
     if isinstance(layers, Mapping) and (unknown := set(layers) - known):
