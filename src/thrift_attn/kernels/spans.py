@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import triton.language as tl
 
-from thrift_attn import seq_layout
+import thrift_attn.seq_layout as seq_layout
 
 SPAN = tl.constexpr(seq_layout.SPAN)
 Q_START = tl.constexpr(seq_layout.Q_START)
