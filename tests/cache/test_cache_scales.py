@@ -44,7 +44,7 @@ def levels_of(cache: PagedThriftCache) -> CacheLevels:
 @pytest.mark.parametrize("count", [1, 63, 64, 65, 200])
 def test_what_is_read_is_what_was_appended(count: int, dtype: torch.dtype) -> None:
     """The newest blocks bit for bit; pages of the copy as well."""
-    cache, (k, v) = make(dtype=dtype, high="16bit"), tokens(count, dtype=dtype)
+    cache, (k, v) = make(dtype=dtype, promoted_storage="16bit"), tokens(count, dtype=dtype)
     cache.append(k, v)
     found = levels_of(cache)
     assert found.taken
@@ -99,12 +99,12 @@ def test_levels_are_saved_with_what_they_belong_to() -> None:
     cache, (k, v) = make(), tokens(150)
     cache.append(k, v)
     saved = dump(cache)
-    again, plain = make(), make(balance="none")
+    again, plain = make(), make(smooth="none")
     for target in (again, plain):
         restore(target, saved)
         for got, want in zip(target.read(0), cache.read(0), strict=True):
             assert torch.equal(got, want)
-    plain = make(balance="none")
+    plain = make(smooth="none")
     plain.append(k, v)
     assert plain.levels is None
     old = make()

@@ -11,6 +11,7 @@ from support.kernel_caches import both, check, make, query, tokens
 from thrift_attn import fraction, top_k
 from thrift_attn.config import ThriftConfig
 from thrift_attn.decode import ops
+from thrift_attn.reference.budget import promoted_in_decode
 
 
 @pytest.mark.parametrize(("high", "scales"), [("nested", "best"), ("nested8", "max"), ("16bit", "best")])
@@ -132,9 +133,10 @@ def test_attention_over_ragged_batches(high, budget):
 @pytest.mark.parametrize("tq", [4])
 def test_options(options, tq):
     k, v = tokens(140, heads=1)
-    kernels, plain = both(heads=1)
+    kernels, plain = both(heads=1, config=ThriftConfig.for_cache(budget=top_k(1)))
     for cache in (kernels, plain):
         cache.append(k, v)
+    assert promoted_in_decode(top_k(1), 140, new_tokens=tq, window=options.get("window")) == 1  # of two that are seen
     check(kernels, plain, query(tq), **options)
 
 
