@@ -17,6 +17,7 @@ from thrift_attn.cache import PagedThriftCache
 from thrift_attn.config import ThriftConfig
 from thrift_attn.decode import ops, tensors
 from thrift_attn.decode.append import write_tail
+from thrift_attn.decode.gather import gather_pages
 from thrift_attn.decode.pack import pack_blocks
 from thrift_attn.decode.score import score_blocks
 
@@ -251,3 +252,32 @@ def test_a_cache_on_a_gpu_that_is_not_the_current_one():
         got = cache.attend(query(heads=2).to("cuda:1"))
     want = plain.attend(query(heads=2))
     assert (got.cpu().float() - want.cpu().float()).norm() <= 2e-3 * want.float().norm()
+
+
+def test_sequences_may_have_channel_scales_of_their_own():
+    """K and V times powers of two of each sequence, everything in 16 bits: what is read is what was written."""
+    config = ThriftConfig.for_cache(promoted_storage="16bit", budget=fraction(1.0), smooth="none")
+    k, v = tokens(70, batch=2, heads=2)
+    cache, plain = (make("triton", batch=2, config=config) for _ in range(2))
+    cache.reserve(70)
+    plain.append(k[:, :, :64], v[:, :, :64])
+    plain.append(k[:, :, 64:], v[:, :, 64:])
+    powers = 2.0 ** torch.arange(-2, 2, dtype=torch.float16, device=DEVICE)
+    of_k = powers.repeat(64).view(2, 2, 64)
+    of_k[1] *= 2
+    of_v = powers.view(2, 2)
+    own = {"k_channel_scale": of_k, "v_head_scale": of_v, "inv_k_channel_scale": 1 / of_k, "inv_v_head_scale": 1 / of_v}
+    state = dataclasses.replace(cache.tensors(), **own)
+    for part in (slice(0, 64), slice(64, 70)):
+        ops.append(k[:, :, part], v[:, :, part], state, cache.numerics)
+    q = query(batch=2)
+    for got, want in zip(
+        ops.attend(q, state, cache.numerics, scale=0.125),
+        plain.attend(q, scale=0.125, return_lse=True),
+        strict=True,
+    ):
+        torch.testing.assert_close(got, want, rtol=2e-3, atol=2e-3)
+    out = torch.zeros(2, 2, 2, 70, 64, dtype=torch.float16, device=DEVICE)
+    gather_pages(out[0], out[1], cache=state, numerics=cache.numerics, tokens=70)
+    assert torch.equal(out[0], k)
+    assert torch.equal(out[1], v)
