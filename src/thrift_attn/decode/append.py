@@ -7,8 +7,8 @@ from torch import Tensor
 
 from thrift_attn.config import BLOCK
 from thrift_attn.decode.append_kernel import write_tail_kernel
-from thrift_attn.decode.tensors import CacheTensors, launch_on
-from thrift_attn.kernels.launcher import launch
+from thrift_attn.decode.tensors import CacheTensors
+from thrift_attn.kernels.launcher import check_rows, launch, on_device_of
 
 
 def write_tail(
@@ -32,13 +32,11 @@ def write_tail(
     batch, kv_heads, tokens, dim = k.shape
     if tokens > BLOCK:
         raise ValueError(f"one step writes at most {BLOCK} tokens, got {tokens}")
-    if k.stride(-1) != 1 or v.stride(-1) != 1 or not cache.tail.is_contiguous():
-        raise ValueError(
-            f"k and v must be contiguous in D, and the tail altogether; got strides {k.stride()}, {v.stride()} and "
-            f"{cache.tail.stride()}"
-        )
+    check_rows(k=k, v=v)
+    if not cache.tail.is_contiguous():
+        raise ValueError(f"the tail must be contiguous, got strides {cache.tail.stride()}")
     k_scale, v_scale = cache.k_channel_scale, cache.v_head_scale
-    with launch_on(k.device):
+    with on_device_of(k):
         launch(
             write_tail_kernel,
             (batch,),

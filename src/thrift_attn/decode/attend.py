@@ -5,10 +5,10 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from thrift_attn.decode.attend_kernel import attend_split_kernel
-from thrift_attn.decode.tensors import DecodeStep, launch_on, padded_queries
+from thrift_attn.decode.tensors import DecodeStep, padded_queries
 from thrift_attn.dispatch import interpreted
 from thrift_attn.kernels.arithmetic import LOG2E
-from thrift_attn.kernels.launcher import launch
+from thrift_attn.kernels.launcher import launch, on_device_of
 from thrift_attn.reference.page_layout import HIGH, TILE, plane_size
 
 
@@ -91,7 +91,7 @@ def attend_pages(step: DecodeStep, *, tuned: Tuning | None = None) -> None:
     plane, tile = numerics.promoted_storage, column_tile(step.group, tq, dim)
     tuned = tuned or tuning_of(step.group, tq, dim, step.window, plane)
     grid = step.partial_out.shape[2], step.q_rows // tile, batch * cache.kv_heads
-    with launch_on(q.device):
+    with on_device_of(q):
         launch(
             attend_split_kernel,
             grid,

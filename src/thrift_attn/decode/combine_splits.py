@@ -12,9 +12,9 @@ from __future__ import annotations
 import triton
 
 from thrift_attn.decode.combine_splits_kernel import combine_splits_kernel
-from thrift_attn.decode.tensors import DecodeStep, launch_on
+from thrift_attn.decode.tensors import DecodeStep
 from thrift_attn.kernels.arithmetic import LOG2E
-from thrift_attn.kernels.launcher import launch
+from thrift_attn.kernels.launcher import launch, on_device_of
 
 
 def combine_splits(step: DecodeStep) -> None:
@@ -26,7 +26,7 @@ def combine_splits(step: DecodeStep) -> None:
     batch, _, tq, dim = out.shape
     num_splits = step.partial_out.shape[2]
     block_d = 32 if num_splits > 16 else min(triton.next_power_of_2(dim), 128)
-    with launch_on(out.device):
+    with on_device_of(out):
         launch(
             combine_splits_kernel,
             (step.group * tq, batch * cache.kv_heads, triton.cdiv(dim, block_d)),

@@ -7,8 +7,8 @@ from torch import Tensor
 
 from thrift_attn.config import BLOCK
 from thrift_attn.decode.gather_kernel import gather_pages_kernel
-from thrift_attn.decode.tensors import CacheTensors, launch_on
-from thrift_attn.kernels.launcher import launch
+from thrift_attn.decode.tensors import CacheTensors
+from thrift_attn.kernels.launcher import launch, on_device_of
 from thrift_attn.numerics import DecodeNumerics
 from thrift_attn.reference.page_layout import HIGH
 
@@ -35,7 +35,7 @@ def gather_pages(k: Tensor, v: Tensor, *, cache: CacheTensors, numerics: DecodeN
         return
     plane, k_scale, v_scale = numerics.promoted_storage, cache.inv_k_channel_scale, cache.inv_v_head_scale
     high = cache.base if cache.high is None else cache.high
-    with launch_on(k.device):
+    with on_device_of(k):
         launch(
             gather_pages_kernel,
             (-(-tokens // BLOCK), dim // 16, batch * kv_heads),

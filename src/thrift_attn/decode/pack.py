@@ -11,8 +11,8 @@ from torch import Tensor
 
 from thrift_attn.config import BLOCK
 from thrift_attn.decode.pack_kernel import pack_blocks_kernel
-from thrift_attn.decode.tensors import CacheTensors, launch_on
-from thrift_attn.kernels.launcher import launch
+from thrift_attn.decode.tensors import CacheTensors
+from thrift_attn.kernels.launcher import check_rows, launch, on_device_of
 from thrift_attn.numerics import DecodeNumerics
 from thrift_attn.reference.page_layout import HIGH, TILE, plane_size
 
@@ -54,13 +54,12 @@ def pack_blocks(
             f"expected k and v [n, Hkv, {BLOCK}, D], pages [n] and base [*, {kv_heads}, {words}]; got {list(k.shape)}, "
             f"{list(v.shape)}, {list(pages.shape)}, {list(cache.base.shape)}"
         )
-    if k.stride(-1) != 1 or v.stride(-1) != 1:
-        raise ValueError(f"k and v must be contiguous in D, got strides {k.stride()} and {v.stride()}")
+    check_rows(k=k, v=v)
     if base_format == "mxfp4" and dim % 32:
         raise ValueError(f"mxfp4 pages need a head dimension that is a multiple of 32, got {dim}")
     sink = numerics.exact_sink and firsts is not None
     high = cache.base if cache.high is None else cache.high
-    with launch_on(k.device):
+    with on_device_of(k):
         launch(
             pack_blocks_kernel,
             (count, kv_heads, dim // TILE),

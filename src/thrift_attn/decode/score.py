@@ -5,10 +5,10 @@ from __future__ import annotations
 import triton
 
 from thrift_attn.decode.score_kernel import block_scores_kernel
-from thrift_attn.decode.tensors import DecodeStep, launch_on
+from thrift_attn.decode.tensors import DecodeStep
 from thrift_attn.dispatch import interpreted
 from thrift_attn.kernels.arithmetic import LOG2E
-from thrift_attn.kernels.launcher import launch
+from thrift_attn.kernels.launcher import launch, on_device_of
 
 BLOCKS_PER_PROGRAM = 64
 
@@ -22,7 +22,7 @@ def score_blocks(step: DecodeStep) -> None:
     q, cache, block0_mean, inv_scale = step.q, step.cache, step.block0_mean, step.cache.inv_k_channel_scale
     batch, _, tq, dim = q.shape
     grid = triton.cdiv(cache.max_blocks, BLOCKS_PER_PROGRAM), batch * cache.kv_heads
-    with launch_on(q.device):
+    with on_device_of(q):
         launch(
             block_scores_kernel,
             grid,

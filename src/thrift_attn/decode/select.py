@@ -5,9 +5,9 @@ from __future__ import annotations
 import triton
 
 from thrift_attn.decode.select_kernel import select_blocks_kernel, select_many_blocks_kernel
-from thrift_attn.decode.tensors import DecodeStep, launch_on
+from thrift_attn.decode.tensors import DecodeStep
 from thrift_attn.dispatch import interpreted
-from thrift_attn.kernels.launcher import launch
+from thrift_attn.kernels.launcher import launch, on_device_of
 
 HELD_BLOCKS = 16384
 """Most entries of a page table whose scores one program holds in registers; for more it reads them in every round."""
@@ -62,7 +62,7 @@ def select_blocks(step: DecodeStep) -> None:
         "launch_pdl": step.overlap,
     }
     grid = (batch * kv_heads,)
-    with launch_on(step.q.device):
+    with on_device_of(step.q):
         if capacity > HELD_BLOCKS:
             launch(select_many_blocks_kernel, grid, *tensors, **options, CHUNK=CHUNK, num_warps=16)
             return

@@ -2,25 +2,20 @@
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from thrift_attn.config import BLOCK
+from thrift_attn.kernels.launcher import MAX_GRID, check_rows
 from thrift_attn.numerics import DecodeNumerics
 
 MAX_BLOCKS = 65536
 """Most KV blocks of one sequence that promoted ones are chosen among."""
 
-MAX_HEADS = 65535
-"""Most (sequence, KV head) pairs of one launch: CUDA starts no more programs along the second and third axis of a grid."""
-
-
-def launch_on(device: torch.device) -> AbstractContextManager[object]:
-    """Make ``device`` the current one: Triton launches on the current device, wherever the tensors are. Nothing on a CPU."""
-    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+MAX_HEADS = MAX_GRID
+"""Most (sequence, KV head) pairs of one launch: they lie along the second or third axis of a grid."""
 
 
 def check_sizes(sequences: int, kv_heads: int, max_blocks: int) -> None:
@@ -155,10 +150,7 @@ class DecodeStep:
         if tail.shape != (2, batch, 2, kv_heads, BLOCK, dim) or not tail.is_contiguous():
             want = [2, batch, 2, kv_heads, BLOCK, dim]
             raise ValueError(f"expected a contiguous tail {want}, got {list(tail.shape)} with strides {tail.stride()}")
-        if self.q.stride(-1) != 1 or self.out.stride(-1) != 1:
-            raise ValueError(
-                f"q and out must be contiguous in D, got strides {self.q.stride()} and {self.out.stride()}"
-            )
+        check_rows(q=self.q, out=self.out)
         rows = padded_rows(heads // kv_heads, tq)
         if self.bias.shape[-1] != rows or self.partial_out.shape[3:] != (rows, dim):
             raise ValueError(
