@@ -47,8 +47,8 @@ def write_tail_kernel(
     entry = length // 64
     full = (length % 64 + count) >= 64
     page = tl.load(page_table_ptr + b.to(tl.int64) * blocks + entry, mask=full & (entry < blocks), other=-1)
-    lost = full & (page < 0)
-    count = tl.where(lost, 0, count)
+    lost = tl.where(full, page, 0) < 0
+    kept = tl.where(lost, 0, count)
     d = tl.arange(0, DP)[None, :]
     for start in range(0, count * HKV, ROWS):
         row = (start + tl.arange(0, ROWS))[:, None]
@@ -63,14 +63,15 @@ def write_tail_kernel(
             v = (v.to(tl.float32) * v_scale.to(tl.float32)).to(v.dtype)
         at = length + token
         out = (((b.to(tl.int64) * 2 + at // 64 % 2) * HKV + head) * 64 + at % 64) * D + d
-        tl.store(tail_ptr + out, k, mask=there)
-        tl.store(tail_ptr + batch.to(tl.int64) * 2 * HKV * 64 * D + out, v, mask=there)
+        stored = (row < kept * HKV) & (d < D)
+        tl.store(tail_ptr + out, k, mask=stored)
+        tl.store(tail_ptr + batch.to(tl.int64) * 2 * HKV * 64 * D + out, v, mask=stored)
     slot = entry % 2
     tl.store(pages_ptr + b * 2 + slot, page)
     tl.store(pages_ptr + b * 2 + 1 - slot, -1)
     tl.store(firsts_ptr + b * 2 + slot, tl.where(length < 64, b, -1))
     tl.store(firsts_ptr + b * 2 + 1 - slot, -1)
     tl.debug_barrier()  # every warp has read the old length
-    tl.store(lengths_ptr + b, length + count)  # no other program reads it
+    tl.store(lengths_ptr + b, length + kept)  # no other program reads it
     if lost:
         tl.store(overrun_ptr, 1)
