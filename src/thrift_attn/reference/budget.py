@@ -15,8 +15,8 @@ def blocks_per_row(budget: Budget, visible: Tensor, blocks: int | Tensor) -> Ten
 
     A `fraction` gives every row of a sequence the same real-valued number of blocks, the level (as far as the row sees that
     many), such that the total is the asked share of all visible pairs. Rounding is carried from row to row, so that the
-    total is right within half a block. The level solves ``sum(min(level, visible)) == total`` exactly, since the sum is piecewise
-    linear in it. Nothing is copied to the host.
+    total is right within half a block. The level solves ``sum(min(level, visible)) == total`` exactly, since the sum is
+    piecewise linear in it. Nothing is copied to the host.
 
     Args:
         budget: the budget.
