@@ -103,6 +103,7 @@ def test_a_mask_that_was_asked_for_is_served_until_it_changes(inference: bool) -
 # -- K and V ----------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.skipif(VERSION < (5, 10), reason="this DiffLlama has attention classes of its own, and enable() says so")
 @torch.no_grad()
 def test_v_changed_after_the_cache_has_got_it() -> None:
     model, ids = model_of("diffllama"), tokens(1, 150)
@@ -221,7 +222,8 @@ def test_autocast(family: str) -> None:
         got = [model(part, **with_cache(model, cache)).logits for part in ids.split([100, 49, 1], dim=1)]
         close(torch.cat(got, 1).float(), want, 0.05)
     assert cache.paged_layers[0].paged.dtype == torch.bfloat16
-    with pytest.raises(TypeError, match="dtype of the cache"):
+    # transformers 5.0 calls a forward again that has raised TypeError; a sliding-window layer then has its tokens twice.
+    with pytest.raises((TypeError, RuntimeError), match=r"dtype of the cache|interrupted"):
         model(ids[:, :1], **with_cache(model, cache))
 
 
