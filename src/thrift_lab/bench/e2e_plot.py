@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import importlib
 from pathlib import Path
 from typing import Any
 
 from rich.table import Table
 
 from thrift_lab.bench.e2e import ModelCase, ModelRecord, ModelRow, Side
-from thrift_lab.bench.plots import BF16, GREY, OURS
+from thrift_lab.style import COLOURS, SMALL, canvas, legend, save
 
-COLOURS: dict[Side, str] = {"transformers": GREY, "bf16": BF16, "thrift": OURS}
 WORDS: dict[Side, str] = {
     "transformers": "SDPA, static cache (transformers)",
     "bf16": "BF16, cuDNN over the static cache",
@@ -60,21 +58,12 @@ def table(record: ModelRecord) -> Table:
 
 
 def draw(record: ModelRecord, path: Path) -> Path:
-    """Milliseconds per token, seconds of prefill and bytes of the cache, side by side.
+    """Draw milliseconds per token, seconds of prefill and bytes of the cache, side by side.
 
     Raises:
-        ImportError: matplotlib is not installed.
+        MissingExtra: matplotlib is not installed.
     """
-    try:
-        importlib.import_module("matplotlib")
-    except ModuleNotFoundError as error:
-        raise ImportError("matplotlib is not installed: pip install 'thrift-attn[plot]'") from error
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(11, 3.6), dpi=160, layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.subplots(1, 3)
+    figure, axes = canvas(11, 3.6, columns=3)
     wanted: list[tuple[str, Any]] = [
         ("decode, ms per token", lambda row: row.p50_ms),
         ("prompt, s", lambda row: row.prefill_s),
@@ -82,14 +71,17 @@ def draw(record: ModelRecord, path: Path) -> Path:
     ]
     for axis, (title, value) in zip(axes, wanted, strict=True):
         _bars(axis, record, value)
-        axis.set_title(title, fontsize=10, loc="left")
-        axis.spines[["top", "right"]].set_visible(False)
-    figure.legend(*axes[0].get_legend_handles_labels(), frameon=False, fontsize=8, loc="outside lower center", ncols=3)
+        axis.set_title(title, loc="left")
+    legend(
+        figure,
+        *axes[0].get_legend_handles_labels(),
+        frameon=False,
+        loc="outside lower center",
+        ncols=3,
+    )
     machine = record.context["machine"]
     figure.suptitle(f"{record.model}, {machine['gpu'] or machine['cpu']}, random weights", fontsize=11)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path)
-    return path
+    return save(figure, path)
 
 
 def _bars(axis: Any, record: ModelRecord, value: Any) -> None:
@@ -106,6 +98,6 @@ def _bars(axis: Any, record: ModelRecord, value: Any) -> None:
             first = at == 0 or all(side not in dict(other) for _, other in shown[:at])
             axis.bar(where, min(x, top), 0.26, color=COLOURS[side], label=WORDS[side] if first else None)
             words = f"{x:.3g}" if x <= top else f"{x:.3g}, cut"
-            axis.text(where, min(x, top), words, ha="center", va="bottom", fontsize=7)
+            axis.text(where, min(x, top), words, ha="center", va="bottom", fontsize=SMALL)
     axis.set_xticks(range(len(shown)), [case.name for case, _ in shown], fontsize=8)
     axis.margins(y=0.18)

@@ -2,46 +2,21 @@
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from thrift_lab.bench.bench_records import BenchRecord, BenchRow, Speedup
+from thrift_lab.style import COLOURS, INK, SMALL, canvas, legend, save, title
+from thrift_lab.style import WORDS as POINTS
 
-OURS, BF16, FP8, GREY = "#0b6e8f", "#b8860b", "#d1603d", "#6b6b6b"
-COLOURS = {"thrift": OURS, "bf16": BF16, "fp8": FP8}
 WORDS = {"thrift": "thrift", "bf16": "BF16 baselines", "fp8": "FP8 baselines"}
 MARKERS = {"thrift": "o", "bf16": "s", "fp8": "D"}
 
 
-def _canvas(width: float, height: float) -> tuple[Any, Any]:
-    """A figure and its axes, without touching pyplot's state."""
-    try:
-        importlib.import_module("matplotlib")
-    except ModuleNotFoundError as error:
-        raise ImportError("matplotlib is not installed: pip install 'thrift-attn[plot]'") from error
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(width, height), dpi=160, layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.add_subplot()
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.set_axisbelow(True)
-    return figure, axes
-
-
-def _save(figure: Any, path: Path) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path)
-
-
 def _title(axes: Any, text: str, record: BenchRecord) -> None:
     machine, versions = record.context["machine"], record.context["versions"]
-    where = f"{machine['gpu']}, torch {versions['torch']}, medians of CUDA graph replays in one run"
-    axes.set_title(text, loc="left", fontsize=11, fontweight="bold", pad=22)
-    axes.annotate(where, (0, 1), (0, 7), xycoords="axes fraction", textcoords="offset points", fontsize=8, color=GREY)
+    title(axes, text, f"{machine['gpu']}, torch {versions['torch']}, medians of CUDA graph replays in one run")
 
 
 def speedup(record: BenchRecord, path: Path) -> None:
@@ -53,58 +28,57 @@ def speedup(record: BenchRecord, path: Path) -> None:
 
     Raises:
         ValueError: nothing to draw.
-        ImportError: matplotlib is not installed.
+        MissingExtra: matplotlib is not installed.
     """
     found = [one for one in record.speedups() if one.bf16 or one.fp8]
     if not found:
         raise ValueError("nothing to draw: it takes a timed row of ours and a timed baseline on the same shape")
     found.reverse()  # the first case on top
-    figure, axes = _canvas(8.2, 1.5 + 0.62 * len(found))
+    figure, axes = canvas(8.2, 1.5 + 0.62 * len(found))
     height = 0.34
     widest = max(max(one.over(kind) or 0, one.ceiling(kind) or 0) for one in found for kind in ("bf16", "fp8"))
     for kind, offset in (("bf16", height / 2), ("fp8", -height / 2)):
         for at, one in enumerate(found):
             _bar(axes, one, kind, at + offset, height, widest)
-    axes.axvline(1, color="#333333", linewidth=1, zorder=3)
-    axes.set_yticks(range(len(found)), [f"{one.ours.case.name}\n{one.ours.method}" for one in found], fontsize=8.5)
+    axes.axvline(1, color=INK, linewidth=1, zorder=3)
+    axes.set_yticks(range(len(found)), [f"{one.ours.case.name}\n{one.ours.method}" for one in found], fontsize=POINTS)
     axes.set_ylim(-0.6, len(found) - 0.4)
     axes.set_xlim(0, widest * 1.42)
     axes.set_xlabel("times faster than the fastest baseline of its kind (1 = equal)")
     axes.xaxis.set_major_formatter(lambda value, position: f"{value:g}x")
-    axes.grid(axis="x", color="#dddddd", linewidth=0.6)
+    axes.grid(axis="x")
     axes.tick_params(axis="y", length=0)
     handles = [axes.barh([-9], [0], color=COLOURS[kind], label=f"over {WORDS[kind]}") for kind in ("bf16", "fp8")]
-    handles += axes.plot([], [], "|", color="#333333", markersize=11, markeredgewidth=2, label="if only bytes counted")
-    axes.legend(
-        handles=handles, fontsize=8.5, ncols=3, loc="upper center", bbox_to_anchor=(0.45, -0.9 / (0.9 + 0.62 * len(found))),
-        edgecolor="none",
+    handles += axes.plot([], [], "|", color=INK, markersize=11, markeredgewidth=2, label="if only bytes counted")
+    legend(axes,
+        handles=handles, ncols=3, loc="upper center", bbox_to_anchor=(0.45, -0.9 / (0.9 + 0.62 * len(found)))
     )  # fmt: skip
     _title(axes, "Decode: whole step against the fastest baseline", record)
-    _save(figure, path)
+    save(figure, path)
 
 
 def _bar(axes: Any, one: Speedup, kind: Any, y: float, height: float, widest: float) -> None:
     """One bar, its ceiling mark, and in words what it is measured against."""
     ratio, ceiling, other = one.over(kind), one.ceiling(kind), getattr(one, kind)
     if ratio is None or ceiling is None or other is None:
-        axes.annotate(f"no {kind} baseline", (0, y), (4, 0), textcoords="offset points", va="center", fontsize=7.5)
+        axes.annotate(f"no {kind} baseline", (0, y), (4, 0), textcoords="offset points", va="center", fontsize=SMALL)
         return
     axes.barh(y, ratio, height * 0.92, color=COLOURS[kind], alpha=0.9, zorder=2)
-    axes.plot([ceiling], [y], "|", color="#333333", markersize=11, markeredgewidth=2, zorder=4)
+    axes.plot([ceiling], [y], "|", color=INK, markersize=11, markeredgewidth=2, zorder=4)
     axes.annotate(
         f"{ratio:.2f}x",
         (0, y),
         (5, 0),
         textcoords="offset points",
         va="center",
-        fontsize=8.5,
+        fontsize=POINTS,
         fontweight="bold",
         color="white",
     )
     words = f"{other.method}: {other.p50_us:,.0f} us, ours {one.ours.p50_us:,.0f} us"
     at = (max(ratio, ceiling), y)
     clear = {"facecolor": "white", "edgecolor": "none", "pad": 0.6}
-    axes.annotate(words, at, (8, 0), textcoords="offset points", va="center", fontsize=7.5, color="#333333", bbox=clear)
+    axes.annotate(words, at, (8, 0), textcoords="offset points", va="center", fontsize=SMALL, color=INK, bbox=clear)
 
 
 def _timed(record: BenchRecord) -> list[BenchRow]:
@@ -124,10 +98,10 @@ def roofline(record: BenchRecord, path: Path) -> None:
 
     Raises:
         ValueError: nothing to draw.
-        ImportError: matplotlib is not installed.
+        MissingExtra: matplotlib is not installed.
     """
     rows = _timed(record)
-    figure, axes = _canvas(8.2, 5.2)
+    figure, axes = canvas(8.2, 5.2)
     intensity: Callable[[BenchRow], float] = lambda row: row.case.flops / row.bytes  # noqa: E731
     rate: Callable[[BenchRow], float] = lambda row: row.case.flops / row.p50_us / 1e6  # noqa: E731
     xs, ys = [intensity(row) for row in rows], [rate(row) for row in rows]
@@ -135,15 +109,15 @@ def roofline(record: BenchRecord, path: Path) -> None:
     roof = record.copy_bytes_per_s / 1e12
     peak = record.matmul_flop_per_s / 1e12
     ends = (left, min(right, peak / roof))
-    axes.plot(ends, [roof * x for x in ends], color="#333333", linewidth=1.6, zorder=2)
+    axes.plot(ends, [roof * x for x in ends], color=INK, linewidth=1.6, zorder=2)
     if right > peak / roof:
-        axes.plot((peak / roof, right), (peak, peak), color="#333333", linewidth=1.6, zorder=2)
+        axes.plot((peak / roof, right), (peak, peak), color=INK, linewidth=1.6, zorder=2)
     for share in (0.5, 0.25):
         axes.plot(
             ends, [share * roof * x for x in ends], color="#bbbbbb", linewidth=0.9, linestyle=(0, (4, 3)), zorder=1
         )
         axes.annotate(f"{share:.0%}", (ends[1], share * roof * ends[1]), (3, -3), textcoords="offset points",
-                      fontsize=7.5, color="#8a8a8a")  # fmt: skip
+                      fontsize=SMALL, color="#8a8a8a")  # fmt: skip
     for kind in ("bf16", "fp8", "thrift"):
         picked = [at for at, row in enumerate(rows) if row.kind == kind]
         axes.scatter(
@@ -164,17 +138,17 @@ def roofline(record: BenchRecord, path: Path) -> None:
     bottom, top = min(ys) / 1.8, max(max(ys), roof * ends[1]) * 1.5
     axes.set_ylim(bottom, top)
     _label_ours(axes, rows, intensity, rate)
-    axes.annotate(f"copy bandwidth of this run, {roof:.2f} TB/s", (left, roof * left), (10, 16), fontsize=8.5,
-                  textcoords="offset points", color="#333333", rotation=_slope(axes, left, right, bottom, top),
+    axes.annotate(f"copy bandwidth of this run, {roof:.2f} TB/s", (left, roof * left), (10, 16), fontsize=POINTS,
+                  textcoords="offset points", color=INK, rotation=_slope(axes, left, right, bottom, top),
                   rotation_mode="anchor")  # fmt: skip
     axes.xaxis.set_major_formatter(lambda value, position: f"{value:g}")
     axes.yaxis.set_major_formatter(lambda value, position: f"{value:g}")
     axes.set_xlabel("floating-point operations of exact attention per byte that must move")
     axes.set_ylabel("TFLOP/s of exact attention")
-    axes.grid(which="major", color="#e4e4e4", linewidth=0.6)
-    axes.legend(fontsize=8.5, loc="lower right", edgecolor="none", framealpha=1)
+    axes.grid(which="major")
+    legend(axes, loc="lower right", edgecolor="none", framealpha=1)
     _title(axes, "Decode: how close to the memory roof", record)
-    _save(figure, path)
+    save(figure, path)
 
 
 def _slope(axes: Any, left: float, right: float, bottom: float, top: float) -> float:
@@ -200,8 +174,8 @@ def _label_ours(
         to = min(y, last / 1.13)
         last = to
         axes.annotate(f"{row.case.name} {row.case.config.promoted_storage}", (x, y), (x * 1.13, to), fontsize=7.2,
-        va="center", color=OURS,
-                      arrowprops={"arrowstyle": "-", "color": OURS, "linewidth": 0.4, "shrinkB": 2})  # fmt: skip
+        va="center", color=COLOURS["thrift"],
+                      arrowprops={"arrowstyle": "-", "color": COLOURS["thrift"], "linewidth": 0.4, "shrinkB": 2})  # fmt: skip
 
 
 def throughput(record: BenchRecord, path: Path) -> None:
@@ -213,7 +187,7 @@ def throughput(record: BenchRecord, path: Path) -> None:
 
     Raises:
         ValueError: nothing to draw.
-        ImportError: matplotlib is not installed.
+        MissingExtra: matplotlib is not installed.
     """
     rows = _timed(record)
     names = list(dict.fromkeys(row.case.name for row in rows))
@@ -225,7 +199,7 @@ def throughput(record: BenchRecord, path: Path) -> None:
             y -= 1
             places.append((y, row, row.method))
         y -= 1.6
-    figure, axes = _canvas(8.2, 1.2 + 0.3 * -y)
+    figure, axes = canvas(8.2, 1.2 + 0.3 * -y)
     rates = {id(row): row.case.flops / row.p50_us / 1e6 for row in rows}
     widest = max(rates.values())
     for at, row, text in places:
@@ -236,17 +210,17 @@ def throughput(record: BenchRecord, path: Path) -> None:
         figures = f"{rates[id(row)]:.0f} TFLOP/s, {row.p50_us / 1e3:,.1f} ms"
         axes.annotate(figures, (rates[id(row)], at), (5, 0), textcoords="offset points", va="center", fontsize=8)
     bars = [(at, text) for at, row, text in places if row is not None]
-    axes.set_yticks([at for at, _ in bars], [text for _, text in bars], fontsize=8.5)
+    axes.set_yticks([at for at, _ in bars], [text for _, text in bars], fontsize=POINTS)
     axes.set_ylim(y + 1, 0.8)
     axes.set_xlim(0, widest * 1.3)
     axes.set_xlabel("TFLOP/s of exact causal attention, the whole call")
-    axes.grid(axis="x", color="#dddddd", linewidth=0.6)
+    axes.grid(axis="x")
     axes.tick_params(axis="y", length=0)
     words = {**WORDS, "fp8": "8-bit baselines"}
     handles = [axes.barh([9], [0], color=COLOURS[kind], label=words[kind]) for kind in ("thrift", "bf16", "fp8")]
-    axes.legend(handles=handles, fontsize=8.5, loc="lower right", edgecolor="none")
+    legend(axes, handles=handles, loc="lower right")
     _title(axes, "Prefill: causal, one call", record)
-    _save(figure, path)
+    save(figure, path)
 
 
 def draw(record: BenchRecord, folder: Path) -> list[Path]:

@@ -272,6 +272,18 @@ def _written(runs: list[Path], html: Path | None, markdown: Path | None) -> None
 
 
 @app.command()
+def leads(
+    record: Annotated[Path, typer.Argument(help="quality-leads.json.")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="The picture.")] = Path("quality-leads.png"),
+) -> None:
+    """Draw where the loss of 4-bit attention comes from, from the record of that exploration."""
+    with errors():
+        from thrift_lab.eval.quality_leads import draw
+
+        print(f"wrote {draw(record, out)}")
+
+
+@app.command()
 def harness(
     tasks: Annotated[list[str], typer.Option(help="Tasks of lm-evaluation-harness.")],
     model: Model = "smollm2-135m",

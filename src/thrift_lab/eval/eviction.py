@@ -2,7 +2,8 @@
 
 Source: SnapKV, arXiv 2404.14469, section 4 and listing 1: the last 32 tokens vote with their attention, votes are summed,
 smoothed by a maximum over 7 neighbours, and the best tokens are kept with the last 32. Query heads of one KV head vote
-together, since they share its cache.
+together, since they share its cache. kvpress' SnapKVPress requires transformers < 5.3 and runs in an environment of its own
+(benchmarks/kvpress_snapkv.py); what it keeps is a record, and a test compares this twin with it.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -38,13 +39,17 @@ class Eviction:
             raise ValueError(f"keep must be in (0, 1], got {self.keep!r}")
 
 
-def votes(queries: Tensor, keys: Tensor, scale: float) -> Tensor:
-    """Attention of the last queries to the tokens before them.
+def votes(
+    queries: Tensor, keys: Tensor, scale: float, kernel: int = KERNEL, pool: Literal["max", "mean"] = "max"
+) -> Tensor:
+    """Return the attention of the last queries to the tokens before them, smoothed over neighbours.
 
     Args:
         queries: the last W queries ``[Hq, W, D]``.
         keys: ``[Hkv, T, D]``, T > W.
         scale: factor of the logits.
+        kernel: neighbours that are smoothed over, the token itself included.
+        pool: how; SnapKV's published runs take the maximum, kvpress the mean.
 
     Returns:
         float32 ``[Hkv, T - W]``.
@@ -55,17 +60,18 @@ def votes(queries: Tensor, keys: Tensor, scale: float) -> Tensor:
     row = torch.arange(tokens - window, tokens, device=keys.device)
     logits = logits.masked_fill(torch.arange(tokens, device=keys.device) > row[:, None], -torch.inf)
     mass = logits.softmax(-1)[..., : tokens - window].sum((1, 2))
-    return torch.nn.functional.max_pool1d(mass, KERNEL, stride=1, padding=KERNEL // 2)
+    pooled = torch.nn.functional.max_pool1d if pool == "max" else torch.nn.functional.avg_pool1d
+    return pooled(mass, kernel, stride=1, padding=kernel // 2)
 
 
-def kept_tokens(queries: Tensor, keys: Tensor, scale: float, keep: float) -> Tensor:
-    """Indices of the tokens that stay, ascending: int64 ``[Hkv, K]``, see `votes`."""
+def kept_tokens(queries: Tensor, keys: Tensor, scale: float, keep: float, **options: Any) -> Tensor:
+    """Return indices of the tokens that stay, ascending: int64 ``[Hkv, K]``; arguments and options as in `votes`."""
     tokens = keys.shape[1]
     capacity = max(WINDOW + 1, round(keep * tokens))
     every = torch.arange(tokens, device=keys.device).expand(len(keys), -1)
     if capacity >= tokens:
         return every
-    best = votes(queries, keys, scale).topk(capacity - queries.shape[1], dim=-1).indices.sort(-1).values
+    best = votes(queries, keys, scale, **options).topk(capacity - queries.shape[1], dim=-1).indices.sort(-1).values
     return torch.cat([best, every[:, tokens - queries.shape[1] :]], -1)
 
 

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from html import escape
 from pathlib import Path
 from typing import Any
 
 from thrift_lab.eval import figures
 from thrift_lab.eval.runs import Run
-from thrift_lab.eval.style import CSS
 from thrift_lab.eval.suite import STANDIN
+from thrift_lab.extras import need
 
 _PAIRED = (
     "Differences are paired: every method reads the same samples. Intervals are 95%, from a bootstrap over blocks of 64 tokens "
@@ -45,11 +44,11 @@ Table = tuple[list[str], list[list[str]]]
 
 def nll_table(run: Run) -> Table:
     """Method by method at the longest length."""
-    facts = run.methods()
+    known = run.methods()
     head = ["method", "NLL", "vs fp16 [95%]", "recovered [95%]", "blocks", "prefill cost", "decode cost"]
     body = []
     for row in run.nll():
-        about = facts[row["method"]]
+        about = known[row["method"]]
         body.append(
             [
                 row["method"],
@@ -142,12 +141,12 @@ def _close(cost: float | None, other: float | None) -> bool:
 
 def _at_equal_cost(run: Run) -> list[str]:
     """How methods that drop blocks compare with thrift at the same prefill cost, at the longest length that tells."""
-    facts = run.methods()
+    known = run.methods()
     for length in sorted({row["length"] for row in run.metrics["nll"]}, reverse=True):
         rows = {row["method"]: row for row in run.nll(length) if row["loss"] is not None}
-        for ours in (name for name in rows if facts[name]["family"] == "thrift"):
-            cost = facts[ours]["prefill_cost"]
-            dropping = [name for name in rows if facts[name]["sparse"] and _close(facts[name]["prefill_cost"], cost)]
+        for ours in (name for name in rows if known[name]["family"] == "thrift"):
+            cost = known[ours]["prefill_cost"]
+            dropping = [name for name in rows if known[name]["sparse"] and _close(known[name]["prefill_cost"], cost)]
             if dropping:
                 others = ", ".join(f"{name} {rows[name]['loss']:+.4f}" for name in dropping)
                 return [
@@ -160,8 +159,8 @@ def _at_equal_cost(run: Run) -> list[str]:
 def findings(run: Run) -> list[str]:
     """What the figures say, in plain sentences, about one method of each kind."""
     found: list[str] = []
-    facts, rows = run.methods(), {row["method"]: row for row in run.nll()}
-    fp4 = next((row for name, row in rows.items() if facts[name]["fp4"]), None)
+    known, rows = run.methods(), {row["method"]: row for row in run.nll()}
+    fp4 = next((row for name, row in rows.items() if known[name]["fp4"]), None)
     if fp4 is not None and fp4["loss"] is not None:
         windows = f"{fp4['windows']} windows of {fp4['length']:,} tokens"
         found.append(
@@ -170,9 +169,9 @@ def findings(run: Run) -> list[str]:
     shown = [name for name in figures.selected(run.metrics) if rows.get(name, {}).get("loss") is not None]
     for name in shown:
         row = rows[name]
-        if row["recovered"] is not None and not facts[name]["sparse"]:
+        if row["recovered"] is not None and not known[name]["sparse"]:
             found.append(
-                f"{name} ({_percent(facts[name]['share'])} of the blocks promoted) is {row['loss']:+.4f} nats from fp16 and "
+                f"{name} ({_percent(known[name]['share'])} of the blocks promoted) is {row['loss']:+.4f} nats from fp16 and "
                 f"brings back {_percent(row['recovered'], row['recovered_interval'])} of that loss."
             )
     found += _at_equal_cost(run)
@@ -187,9 +186,9 @@ def findings(run: Run) -> list[str]:
 def losses(run: Run) -> list[str]:
     """Where thrift loses, as far as these samples can tell."""
     found: list[str] = []
-    facts, rows = run.methods(), {row["method"]: row for row in run.nll()}
+    known, rows = run.methods(), {row["method"]: row for row in run.nll()}
     chosen = figures.selected(run.metrics)
-    ours = [n for n, about in facts.items() if about["family"] == "thrift" or (n in chosen and n.startswith("thrift"))]
+    ours = [n for n, about in known.items() if about["family"] == "thrift" or (n in chosen and n.startswith("thrift"))]
     worse = [
         f"{name} {_signed(rows[name]['loss'], rows[name]['loss_interval'])}"
         for name in ours
@@ -198,18 +197,18 @@ def losses(run: Run) -> list[str]:
     if worse:
         found.append(f"Above fp16 beyond noise, in nats per token: {'; '.join(worse)}.")
     for name, row in rows.items():
-        if not facts[name]["sparse"] and facts[name]["family"] != "paper":
+        if not known[name]["sparse"] and known[name]["family"] != "paper":
             continue
         for mine in ours:
             other = rows.get(mine)
             sure = (row["loss_interval"], other["loss_interval"]) if other else (None, None)
             if other is None or sure[0] is None or sure[1] is None or sure[0][1] >= sure[1][0]:
                 continue  # intervals that overlap say nothing
-            cheap = [facts[at]["prefill_cost"] for at in (name, mine)]
+            cheap = [known[at]["prefill_cost"] for at in (name, mine)]
             if None not in cheap and cheap[0] <= cheap[1] * 1.01:
                 losing = f"({row['loss']:+.4f}, {other['loss']:+.4f})"
                 found.append(f"{name} is nearer to fp16 than {mine} at no higher prefill cost {losing}.")
-    main = next((name for name in figures.in_tasks(run.metrics) if facts[name]["family"] == "thrift"), None)
+    main = next((name for name in figures.in_tasks(run.metrics) if known[name]["family"] == "thrift"), None)
     mine = [row for row in run.tasks() if row["method"] == main and not row["group"]]
     unlikely = [row for row in mine if row["gold_loss_interval"] and row["gold_loss_interval"][0] > 0]
     if unlikely:
@@ -262,7 +261,7 @@ def circumstances(run: Run) -> list[tuple[str, str]]:
     )
     windows = sorted({row["length"] for row in run.metrics["nll"]})
     measured = sorted({row["length"] for row in run.metrics["concentration"]})
-    facts = [
+    known = [
         ("model", f"{plan['model']}, {last.get('model', {}).get('class', '')}"),
         ("runs", "; ".join(starts)),
         ("versions", "; ".join(versions)),
@@ -273,106 +272,88 @@ def circumstances(run: Run) -> list[tuple[str, str]]:
         ("error concentration", f"over {_listed(measured)} tokens"),
     ]
     if run.metrics["tasks"]:
-        facts += [
+        known += [
             ("tasks", f"{plan['tasks']}; {plan['samples']} samples each of {_listed(plan['lengths'])} tokens"),
             ("answers", f"at most {plan['max_new']} tokens" if plan["max_new"] else "as long as published"),
             ("chat template", "yes" if plan["chat"] else "no"),
             ("seed", str(plan["seed"])),
         ]
-    facts += _other_options(run)
+    known += _other_options(run)
     left = {line for row in run.metrics["methods"] for line in row["unserved"]}
     if lacking := last.get("left_out"):
-        facts.append(("tasks left out for want of data", ", ".join(lacking)))
-    return facts + ([("left to the model's own attention", "; ".join(sorted(left)))] if left else [])
+        known.append(("tasks left out for want of data", ", ".join(lacking)))
+    return known + ([("left to the model's own attention", "; ".join(sorted(left)))] if left else [])
 
 
-def _html_table(table: Table, caption: str) -> str:
-    head, body = table
-    if not body:
-        return ""
-    top = "".join(f"<th{' class=text' if i == 0 else ''}>{escape(cell)}</th>" for i, cell in enumerate(head))
-    rows = "".join(
-        "<tr>"
-        + "".join(f"<td{' class=text' if i == 0 else ''}>{escape(cell)}</td>" for i, cell in enumerate(row))
-        + "</tr>"
-        for row in body
-    )
-    return (
-        f'<div class="scroll" tabindex="0"><table><thead><tr>{top}</tr></thead><tbody>{rows}</tbody></table></div>'
-        f'<p class="caption">{escape(caption)}</p>'
-    )
-
-
-def _list(sentences: list[str]) -> str:
-    return "<ul>" + "".join(f"<li>{escape(sentence)}</li>" for sentence in sentences) + "</ul>" if sentences else ""
-
-
-def _section(run: Run) -> str:
-    parts = [f"<section><h2>{escape(run.plan['model'])} <small>{escape(run.name)}</small></h2>"]
-    if said := findings(run):
-        parts += ["<h3>In short</h3>", _list(said)]
-    charts = [
-        f"<figure><figcaption>{escape(title)}</figcaption>{drawing}<p>{escape(words)}</p></figure>"
-        for title, drawing, words in figures.of_run(run.metrics)
-    ]
-    parts.append(f'<div class="grid">{"".join(charts)}</div>')
-    if losing := losses(run):
-        parts += ["<h3>Where it loses</h3>", _list(losing)]
+def _chapter(run: Run) -> dict[str, Any]:
+    """Return what both templates say about a run."""
+    parts: list[dict[str, Any]] = []
     if run.metrics["nll"]:
-        parts += ["<h3>NLL</h3>", _html_table(nll_table(run), f"{run.longest:,} tokens. {_COSTS}")]
-        parts.append(_html_table(text_table(run), "Loss against fp16 in nats per token, by text and length."))
+        tables = [
+            _captioned(nll_table(run), _COSTS),
+            _captioned(text_table(run), "Loss against fp16 in nats per token, by text and length."),
+        ]
+        parts.append({"title": f"NLL, {run.longest:,} tokens", "tables": tables})
     if run.metrics["tasks"]:
-        length = run.tasks()[0]["length"]
         star = " * stand-in made from the text, not the published set." if run.plan["data"] == STANDIN else ""
-        parts += ["<h3>Tasks</h3>", _html_table(task_table(run), f"Scores in per cent, {length:,} tokens.{star}")]
-        parts.append(_html_table(gold_table(run), "All tasks together, every sample alike."))
+        tables = [
+            _captioned(task_table(run), f"Scores in per cent.{star}"),
+            _captioned(gold_table(run), "All tasks together, every sample alike."),
+        ]
+        parts.append({"title": f"Tasks, {run.tasks()[0]['length']:,} tokens", "tables": tables})
     if run.metrics["concentration"]:
         words = (
             "All heads and layers, pairs of a query block and a KV block ordered by attention mass within their head."
         )
-        parts += ["<h3>Error concentration</h3>", _html_table(concentration_table(run), words)]
-    rows = "".join(f"<dt>{escape(k)}</dt><dd>{escape(v)}</dd>" for k, v in circumstances(run))
-    parts.append(f"<h3>How it was run</h3><dl>{rows}</dl></section>")
-    return "".join(parts)
+        parts.append({"title": "Error concentration", "tables": [_captioned(concentration_table(run), words)]})
+    return {
+        "model": run.plan["model"],
+        "name": run.name,
+        "findings": findings(run),
+        "losses": losses(run),
+        "parts": parts,
+        "circumstances": circumstances(run),
+    }
 
 
-def html(runs: list[Run]) -> str:
-    """The whole page."""
-    nav = "".join(f"<span>{escape(run.plan['model'])}</span>" for run in runs)
-    return (
-        '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">'
-        '<meta name="viewport" content="width=device-width, initial-scale=1"><meta name="color-scheme" content="light dark">'
-        f"<title>thrift-attn: evaluation</title><style>{CSS}</style></head><body><header><h1>thrift-attn: evaluation</h1>"
-        f'<p class="models">{nav}</p><p>{escape(_PAIRED)}</p></header><main>'
-        f"{''.join(map(_section, runs))}</main></body></html>\n"
+def _captioned(table: Table, caption: str) -> dict[str, Any]:
+    head, body = table
+    return {"head": head, "body": body, "caption": caption}
+
+
+def _templates(*, escape: bool) -> Any:
+    jinja2 = need("jinja2")
+    return jinja2.Environment(
+        loader=jinja2.PackageLoader("thrift_lab.eval"),
+        autoescape=escape,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
     )
 
 
-def _md_table(table: Table) -> str:
-    head, body = table
-    lines = [f"| {' | '.join(head)} |", f"|{'---|' * len(head)}"]
-    lines += [f"| `{row[0]}` | {' | '.join(row[1:])} |" for row in body]
-    return "\n".join(lines)
+def _drawn(figure: Any) -> str:
+    """Return a plotly figure as HTML that relies on the library in the head of the page."""
+    options = {"displaylogo": False, "displayModeBar": False, "responsive": True}
+    drawn = need("plotly.io").to_html(figure, config=options, full_html=False, include_plotlyjs=False)
+    return need("markupsafe").Markup(drawn)
+
+
+def html(runs: list[Run]) -> str:
+    """Return the whole page; it loads nothing from outside.
+
+    plotly's library is part of it, 4.8 MB once: its Python package has no smaller bundle, a copy from a network would leave the
+    page without charts where there is none, and a file beside it gets lost when the page is sent on.
+    """
+    environment = _templates(escape=True)
+    environment.filters["draw"] = _drawn
+    chapters = [{**_chapter(run), "charts": figures.of_run(run.metrics)} for run in runs]
+    library = need("plotly.offline").get_plotlyjs()
+    return environment.get_template("report.html.j2").render(chapters=chapters, paired=_PAIRED, library=library)
 
 
 def markdown(runs: list[Run]) -> str:
-    """The tables and sentences of the page."""
-    top, sub = "##", "###"
-    parts = ["# Evaluation report", _PAIRED]
-    for run in runs:
-        parts.append(f"{top} {run.plan['model']}")
-        parts.append("\n".join(f"- {sentence}" for sentence in findings(run)))
-        if losing := losses(run):
-            parts += [f"{sub} Where it loses", "\n".join(f"- {sentence}" for sentence in losing)]
-        if run.metrics["nll"]:
-            parts += [f"{sub} NLL, {run.longest:,} tokens", _md_table(nll_table(run)), _COSTS]
-            parts += ["Loss against fp16 in nats per token, by text and length:", _md_table(text_table(run))]
-        if run.metrics["tasks"]:
-            parts += [f"{sub} Tasks, {run.tasks()[0]['length']:,} tokens", _md_table(task_table(run))]
-            if run.plan["data"] == STANDIN:
-                parts.append("\\* stand-in made from the text, not the published set.")
-            parts += ["All tasks together:", _md_table(gold_table(run))]
-        if run.metrics["concentration"]:
-            parts += [f"{sub} Error concentration", _md_table(concentration_table(run))]
-        parts += [f"{sub} How it was run", "\n".join(f"- {key}: {value}" for key, value in circumstances(run))]
-    return "\n\n".join(part for part in parts if part) + "\n"
+    """Return the tables and sentences of the page as Markdown."""
+    template = _templates(escape=False).get_template("report.md.j2")
+    return template.render(chapters=list(map(_chapter, runs)), paired=_PAIRED)

@@ -7,10 +7,8 @@ from typing import Any
 
 from thrift_attn.config import ThriftConfig, fraction
 from thrift_lab.eval.run_nll import NLLRecord, NLLRow, is_fp4
-from thrift_lab.extras import need
+from thrift_lab.style import MARKERS, SMALL, SOFT, canvas, colour, legend, save, title
 
-_COLOURS = ("#0b6e8f", "#d1603d", "#5b8c3a", "#7a4f9a", "#b8860b", "#4a4a4a", "#b03a6e")
-_MARKERS = "osD^vPX"
 _WIDE = 30.0  # per cent; budgets beyond it make the axis logarithmic
 _LOWEST = -50.0  # per cent; what lies below is drawn at the edge, with its value
 
@@ -48,36 +46,30 @@ def draw(result: NLLRecord, path: Path) -> None:
         ValueError: nothing to draw, for want of fp16, fp4 or a third method, or of a gap between the first two.
         MissingExtra: matplotlib is not installed.
     """
-    need("matplotlib", "plot")
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
     lines = families(result.rows)
     gap = next((row for row in result.rows if is_fp4(row.method)), None)
     base = next((row for row in result.rows if row.method.config is None), None)
     if not lines or gap is None or gap.loss is None or base is None:
         raise ValueError("nothing to plot: it takes fp16, fp4 (with a gap between them) and at least one other method")
-    figure = Figure(figsize=(7.6, 5.0), dpi=160, layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.add_subplot()
+    figure, axes = canvas(7.6, 5.0)
     for at, (name, rows) in enumerate(lines.items()):
         aside = 0.015 * (at - (len(lines) - 1) / 2)  # bars at the same budget stand side by side
-        _line(axes, name, rows, aside, _COLOURS[at % len(_COLOURS)], _MARKERS[at % len(_MARKERS)])
+        _line(axes, name, rows, aside, MARKERS[at % len(MARKERS)])
     _frame(axes, result, base, gap, [100 * _share(row) for rows in lines.values() for row in rows])
     columns = 2 if any(len(name) > 20 for name in lines) else 4
-    legend = figure.legend(loc="outside lower center", ncols=min(columns, len(lines)), frameon=False, fontsize=8.5)
-    legend.set_title("bars: 95% intervals of a paired bootstrap")
-    legend.get_title().set_fontsize(7.5)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path)
+    drawn = legend(figure, loc="outside lower center", ncols=min(columns, len(lines)), frameon=False)
+    drawn.set_title("bars: 95% intervals of a paired bootstrap")
+    drawn.get_title().set_fontsize(SMALL)
+    save(figure, path)
 
 
-def _line(axes: Any, name: str, rows: list[NLLRow], aside: float, colour: str, marker: str) -> None:
-    """One family: points, 95% bars where known, a thin line between."""
+def _line(axes: Any, name: str, rows: list[NLLRow], aside: float, marker: str) -> None:
+    """Draw one family: points, 95% bars where known, a thin line between, dotted for variants of a kind."""
+    shade = colour(name)
     xs = [100 * _share(row) * (1 + aside) for row in rows]
     true = [100 * (row.recovered or 0.0) for row in rows]
     ys = [max(y, _LOWEST) for y in true]
-    axes.plot(xs, true, color=colour, linewidth=1.4, alpha=0.8)
+    axes.plot(xs, true, ":" if ":" in name else "-", color=shade, linewidth=1.4, alpha=0.8)
     inside = [(x, y, row) for x, y, row, t in zip(xs, ys, rows, true, strict=True) if t >= _LOWEST]
     bars = [row.recovered_interval or (y / 100, y / 100) for _, y, row in inside]
     below = [max(0.0, y - max(100 * low, _LOWEST)) for (_, y, _), (low, _) in zip(inside, bars, strict=True)]
@@ -87,9 +79,10 @@ def _line(axes: Any, name: str, rows: list[NLLRow], aside: float, colour: str, m
         [y for _, y, _ in inside],
         yerr=[below, above],
         fmt=marker,
-        color=colour,
+        color=shade,
         markersize=5.5,
-        markeredgecolor="white",
+        markerfacecolor="white" if ":" in name else shade,
+        markeredgecolor=shade if ":" in name else "white",
         markeredgewidth=0.7,
         elinewidth=1.1,
         capsize=2.5,
@@ -98,9 +91,9 @@ def _line(axes: Any, name: str, rows: list[NLLRow], aside: float, colour: str, m
     )
     for x, t in zip(xs, true, strict=True):
         if t < _LOWEST:
-            axes.plot([x], [_LOWEST], marker="v", color=colour, markersize=7, clip_on=False, zorder=4)
+            axes.plot([x], [_LOWEST], marker="v", color=shade, markersize=7, clip_on=False, zorder=4)
             axes.annotate(
-                f"{t:.0f}%", (x, _LOWEST), (-7, 3), textcoords="offset points", ha="right", fontsize=7.5, color=colour
+                f"{t:.0f}%", (x, _LOWEST), (-7, 3), textcoords="offset points", ha="right", fontsize=SMALL, color=shade
             )
 
 
@@ -108,7 +101,7 @@ def _frame(axes: Any, result: NLLRecord, base: NLLRow, gap: NLLRow, shares: list
     """Reference lines, axes and words."""
     context = result.context
     for y, side, words in ((100, 0, f"fp16, NLL {base.nll:.4f}"), (0, 1, f"fp4 everywhere, NLL {gap.nll:.4f}")):
-        axes.axhline(y, color="#555555", linewidth=1.0, linestyle=(0, (5, 3)), zorder=1)
+        axes.axhline(y, color=SOFT, linewidth=1.0, linestyle=(0, (5, 3)), zorder=1)
         axes.annotate(
             words,
             (side, y),
@@ -117,7 +110,7 @@ def _frame(axes: Any, result: NLLRecord, base: NLLRow, gap: NLLRow, shares: list
             textcoords="offset points",
             ha="right" if side else "left",
             fontsize=8,
-            color="#555555",
+            color=SOFT,
         )
     right = max([*shares, 10])
     spread = right > _WIDE  # then small budgets need room
@@ -134,12 +127,8 @@ def _frame(axes: Any, result: NLLRecord, base: NLLRow, gap: NLLRow, shares: list
     axes.yaxis.set_major_formatter(lambda value, position: f"{value:.0f}%")
     axes.set_xlabel("blocks in high precision, share of all visible ones" + (" (log scale above 1%)" if spread else ""))
     axes.set_ylabel("share of the fp4 loss brought back")
-    axes.set_title(
+    title(
+        axes,
         f"{context['model']['spec']}, {context['text']['spec']}, {context['windows']} x {context['length']:,} tokens",
-        loc="left",
-        fontsize=11,
-        fontweight="bold",
     )
-    axes.grid(axis="y", color="#dddddd", linewidth=0.6)
-    axes.set_axisbelow(True)
-    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(axis="y")

@@ -2,6 +2,10 @@
 
 Source: LongBench v1 (arXiv 2308.14508) and its repository: prompts, answer lengths and scores as published. Rows have
 ``input``, ``context``, ``answers``, ``all_classes`` and ``_id``.
+
+lm-eval's `longbench` tasks are not used: they read their rows from the hub when they are built, their module of scores needs
+jieba and fuzzywuzzy for the Chinese tasks, and they leave out the cut in the middle that the published evaluation makes of
+prompts longer than the context. `thrift eval harness` runs them where there is a net.
 """
 
 from __future__ import annotations

@@ -3,6 +3,10 @@
 Source: RULER (arXiv 2404.06654), appendices A and B, and the definitions of its repository. Templates, answer lengths,
 numbers of needles, chains and words are the published ones. What differs: sentences of the essay are found by a regular
 expression, the essay is any text (RULER: essays by Paul Graham), and every sample has random numbers of its own.
+
+lm-eval's `ruler` tasks are not used: they fetch the essays from paulgraham.com and GitHub, SQuAD and HotpotQA from the net
+and NLTK's sentence splitter when they are built, always make 500 samples of each length, and take a tokenizer by its name on
+the hub, so they run neither offline nor for a model that is already loaded. `thrift eval harness` runs them with a net.
 """
 
 from __future__ import annotations
