@@ -35,7 +35,8 @@ from thrift_lab.eval.nll import run_window
 from thrift_lab.eval.presets import BUDGETS, full, quick, with_baselines
 from thrift_lab.eval.run_nll import evaluate
 from thrift_lab.eval.runs import Run, load_runs
-from thrift_lab.eval.suite import Folder, SuitePlan, key_of, run
+from thrift_lab.eval.suite import run
+from thrift_lab.eval.suite_folder import Folder, SuitePlan, key_of
 from thrift_lab.eval.summary import summarise
 from thrift_lab.extras import MissingExtra
 from thrift_lab.models import Loaded
@@ -316,7 +317,8 @@ import json, sys, time
 from pathlib import Path
 import torch
 torch.set_num_threads(1)
-from thrift_lab.eval.suite import SuitePlan, run
+from thrift_lab.eval.suite import run
+from thrift_lab.eval.suite_folder import SuitePlan
 options = json.loads(sys.argv[1])
 options = {key: tuple(value) if isinstance(value, list) else value for key, value in options.items()}
 run(SuitePlan(**options), Path(sys.argv[2]), device="cpu", progress=lambda *step: time.sleep(0.1))
@@ -464,7 +466,7 @@ def test_a_damaged_plan_is_one_line(place: Path, tmp_path: Path) -> None:
 
 
 def test_a_second_run_in_the_same_folder_is_refused(place: Path, tmp_path: Path) -> None:
-    code = "import sys, time; from pathlib import Path; from thrift_lab.eval.suite import Folder\n"
+    code = "import sys, time; from pathlib import Path; from thrift_lab.eval.suite_folder import Folder\n"
     code += "with Folder(Path(sys.argv[1])).held(): print('held', flush=True); time.sleep(60)"
     with subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], stdout=subprocess.PIPE, text=True) as other:
         assert other.stdout is not None

@@ -12,7 +12,7 @@ import pytest
 
 from thrift_lab import provenance
 from thrift_lab.bench.bench_records import BenchRecord
-from thrift_lab.bench.e2e import ModelRecord
+from thrift_lab.bench.e2e_records import ModelRecord
 from thrift_lab.eval.decode_quality import DecodeRecord
 from thrift_lab.eval.methods import Method
 from thrift_lab.eval.run_nll import NLLRecord, NLLRow

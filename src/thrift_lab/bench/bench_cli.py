@@ -16,7 +16,7 @@ from thrift_lab.console import errors, numbers, words
 
 if TYPE_CHECKING:
     from thrift_lab.bench.bench_records import BenchRecord
-    from thrift_lab.bench.e2e import ModelCase
+    from thrift_lab.bench.e2e_records import ModelCase
     from thrift_lab.bench.run_bench import BenchPlan
 
 app = typer.Typer(
@@ -184,7 +184,7 @@ def e2e(
 
 def _case(text: str) -> ModelCase:
     """``131072x3:fill`` as a case."""
-    from thrift_lab.bench.e2e import ModelCase
+    from thrift_lab.bench.e2e_records import ModelCase
 
     sizes, _, how = text.partition(":")
     parts = sizes.split("x")
@@ -293,7 +293,7 @@ def plot_record(
 
         if json.loads(record.read_text()).get("kind") == "e2e":
             from thrift_lab.bench import e2e_plot
-            from thrift_lab.bench.e2e import ModelRecord
+            from thrift_lab.bench.e2e_records import ModelRecord
 
             typer.echo(
                 f"wrote {e2e_plot.draw(ModelRecord.load(record), (out or record.parent) / f'{record.stem}.png')}"

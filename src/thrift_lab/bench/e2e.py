@@ -5,13 +5,12 @@ from __future__ import annotations
 import gc
 import statistics
 import time
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any
 
 import torch
-from pydantic import Field
 from torch import Tensor
 
 from thrift_attn.config import BLOCK, ThriftConfig, fraction
@@ -21,16 +20,10 @@ from thrift_attn.transformers.decode_graph import DecodeGraph
 from thrift_attn.transformers.generate import prefill
 from thrift_lab.bench import e2e_model
 from thrift_lab.bench.bench_records import make_context, percentile
+from thrift_lab.bench.e2e_records import SIDES, ModelCase, ModelRecord, ModelRow, Side
 from thrift_lab.bench.inputs import BIAS, NOISE, TOPIC
 from thrift_lab.console import Log
-from thrift_lab.records import Record
 
-Side = Literal["transformers", "bf16", "thrift"]
-SIDES: dict[Side, str] = {
-    "transformers": "SDPA and StaticCache as transformers has them",
-    "bf16": "StaticCache, cuDNN attention over all slots, no mask",
-    "thrift": "ThriftCache",
-}
 FILL = 8192
 """Tokens written at a time where a cache is filled with random K and V."""
 
@@ -44,96 +37,6 @@ BOUNDS = {"bf16": 0.3, "all": 0.3, "chunks": 0.3, "launched": 1e-3, "thrift": fl
 """Largest relative distance of logits. A random network of 32 layers amplifies rounding: in emulation BF16 is 0.16 off float32,
 and every block from the nested plane 0.08; unrelated logits are 1.4 apart. At 5% the distance is recorded, not judged: the
 quality of a random network says nothing."""
-
-
-@dataclass(frozen=True)
-class ModelCase:
-    """What is run.
-
-    Args:
-        context: slots of the cache when the last new token has been appended.
-        batch: sequences.
-        prompt: whether the model reads a prompt; else the cache is filled with random K and V and only decode is timed.
-    """
-
-    context: int
-    batch: int
-    prompt: bool
-
-    @property
-    def name(self) -> str:
-        """For tables."""
-        return f"B{self.batch} x {self.context:,}{'' if self.prompt else ', filled'}"
-
-
-@dataclass(frozen=True)
-class ModelRow:
-    """One side of one case.
-
-    Args:
-        case: the case.
-        side: whose cache and attention.
-        status: ``"timed"``, ``"skipped"`` or ``"failed"``.
-        reason: why there are no times.
-        prefill_s: seconds for the prompt.
-        first_token_s: until the first new token is on the host.
-        decode_ms: milliseconds of every timed step.
-        kv_bytes: bytes of K and V and what belongs to them, allocated for this context.
-        peak_prefill: most bytes allocated on the device while the prompt was read, weights included.
-        peak_decode: likewise while decoding.
-        weights: bytes of the weights.
-    """
-
-    case: ModelCase
-    side: Side
-    status: Literal["timed", "skipped", "failed"]
-    reason: str = ""
-    prefill_s: float | None = None
-    first_token_s: float | None = None
-    decode_ms: list[float] = field(default_factory=list)
-    kv_bytes: int = 0
-    peak_prefill: int | None = None
-    peak_decode: int | None = None
-    weights: int = 0
-
-    @property
-    def ours(self) -> bool:
-        """Whether the row is ours, not a baseline."""
-        return self.side == "thrift"
-
-    @property
-    def p50_ms(self) -> float:
-        """Median milliseconds of a step."""
-        return statistics.median(self.decode_ms)
-
-
-class ModelRecord(Record):
-    """A run of a whole model.
-
-    Args:
-        context: machine, versions, commit, settings.
-        model: its name.
-        check: relative distance of logits, see `check`.
-        rows: results.
-        largest: for each side the longest context that was held and decoded, with bytes and milliseconds.
-    """
-
-    KINDS: ClassVar[tuple[str, ...]] = ("e2e",)
-
-    kind: str = "e2e"
-    model: str
-    check: dict[str, float] = Field(default_factory=dict)
-    rows: list[ModelRow] = Field(default_factory=list)
-    largest: dict[str, dict[str, float]] = Field(default_factory=dict)
-
-    @classmethod
-    def from_json(cls, found: dict[str, Any], path: Path) -> ModelRecord:
-        """See `Record.from_json`; ``check`` was called ``gate``."""
-        return cls.model_validate({**found, "check": found.get("check", found.get("gate", {}))})
-
-    def row(self, case: ModelCase, side: Side) -> ModelRow | None:
-        """The timed row of a side."""
-        return next((r for r in self.rows if (r.case, r.side, r.status) == (case, side, "timed")), None)
 
 
 @dataclass(frozen=True)
@@ -230,7 +133,8 @@ class ModelBench:
             v = normal(batch, self.kv_heads, count, self.head_dim)
             for layer in cache.layers:
                 if isinstance(cache, ThriftCache):
-                    layer.append(k, v, None)
+                    layer.update(k, v)
+                    layer.settle()  # no attention follows that would write them
                 else:
                     layer.keys[:, :, at : at + count], layer.values[:, :, at : at + count] = k, v
                     layer.cumulative_length += count

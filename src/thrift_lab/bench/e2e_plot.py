@@ -7,7 +7,7 @@ from typing import Any
 
 from rich.table import Table
 
-from thrift_lab.bench.e2e import ModelCase, ModelRecord, ModelRow, Side
+from thrift_lab.bench.e2e_records import ModelCase, ModelRecord, ModelRow, Side
 from thrift_lab.style import COLOURS, SMALL, canvas, legend, save
 
 WORDS: dict[Side, str] = {

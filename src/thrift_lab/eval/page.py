@@ -8,7 +8,7 @@ from typing import Any
 
 from thrift_lab.eval import figures
 from thrift_lab.eval.runs import Run
-from thrift_lab.eval.suite import STANDIN
+from thrift_lab.eval.suite_folder import STANDIN
 from thrift_lab.extras import need
 
 _PAIRED = (

@@ -5,7 +5,7 @@ from __future__ import annotations
 from thrift_attn.config import fraction
 from thrift_lab.eval.cost import at_equal_cost
 from thrift_lab.eval.methods import Method, parse_method
-from thrift_lab.eval.suite import STANDIN, SuitePlan
+from thrift_lab.eval.suite_folder import STANDIN, SuitePlan
 
 SPARSE = ("quest", "topk", "local", "snapkv")
 BUDGETS = ("0.01", "0.02", "0.05", "0.1", "0.25", "paper")

@@ -12,7 +12,7 @@ import numpy as np
 from thrift_lab.eval.bootstrap import BOOTSTRAP_BLOCK
 from thrift_lab.eval.methods import from_description
 from thrift_lab.eval.run_nll import NLLRecord
-from thrift_lab.eval.suite import Folder, SuitePlan
+from thrift_lab.eval.suite_folder import Folder, SuitePlan
 from thrift_lab.eval.summary import summarise
 
 Row = dict[str, Any]

@@ -5,8 +5,8 @@ numbers of needles, chains and words are the published ones. What differs: sente
 expression, the essay is any text (RULER: essays by Paul Graham), and every sample has random numbers of its own.
 
 lm-eval's `ruler` tasks are not used: they fetch the essays from paulgraham.com and GitHub, SQuAD and HotpotQA from the net
-and NLTK's sentence splitter when they are built, always make 500 samples of each length, and take a tokenizer by its name on
-the hub, so they run neither offline nor for a model that is already loaded. `thrift eval harness` runs them with a net.
+and NLTK's sentence splitter when they are built, always make 500 samples of each length, and take a tokenizer by name from
+the hub, so they run neither offline nor for a model already loaded. `thrift eval harness` runs them with a net.
 """
 
 from __future__ import annotations

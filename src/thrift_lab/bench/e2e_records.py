@@ -1,0 +1,109 @@
+"""What ``thrift bench e2e`` leaves behind: cases, rows and the record of a whole model."""
+
+from __future__ import annotations
+
+import statistics
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+from pydantic import Field
+
+from thrift_lab.records import Record
+
+Side = Literal["transformers", "bf16", "thrift"]
+SIDES: dict[Side, str] = {
+    "transformers": "SDPA and StaticCache as transformers has them",
+    "bf16": "StaticCache, cuDNN attention over all slots, no mask",
+    "thrift": "ThriftCache",
+}
+
+
+@dataclass(frozen=True)
+class ModelCase:
+    """What is run.
+
+    Args:
+        context: slots of the cache when the last new token has been appended.
+        batch: sequences.
+        prompt: whether the model reads a prompt; else the cache is filled with random K and V and only decode is timed.
+    """
+
+    context: int
+    batch: int
+    prompt: bool
+
+    @property
+    def name(self) -> str:
+        """For tables."""
+        return f"B{self.batch} x {self.context:,}{'' if self.prompt else ', filled'}"
+
+
+@dataclass(frozen=True)
+class ModelRow:
+    """One side of one case.
+
+    Args:
+        case: the case.
+        side: whose cache and attention.
+        status: ``"timed"``, ``"skipped"`` or ``"failed"``.
+        reason: why there are no times.
+        prefill_s: seconds for the prompt.
+        first_token_s: until the first new token is on the host.
+        decode_ms: milliseconds of every timed step.
+        kv_bytes: bytes of K and V and what belongs to them, allocated for this context.
+        peak_prefill: most bytes allocated on the device while the prompt was read, weights included.
+        peak_decode: likewise while decoding.
+        weights: bytes of the weights.
+    """
+
+    case: ModelCase
+    side: Side
+    status: Literal["timed", "skipped", "failed"]
+    reason: str = ""
+    prefill_s: float | None = None
+    first_token_s: float | None = None
+    decode_ms: list[float] = field(default_factory=list)
+    kv_bytes: int = 0
+    peak_prefill: int | None = None
+    peak_decode: int | None = None
+    weights: int = 0
+
+    @property
+    def ours(self) -> bool:
+        """Whether the row is ours, not a baseline."""
+        return self.side == "thrift"
+
+    @property
+    def p50_ms(self) -> float:
+        """Median milliseconds of a step."""
+        return statistics.median(self.decode_ms)
+
+
+class ModelRecord(Record):
+    """A run of a whole model.
+
+    Args:
+        context: machine, versions, commit, settings.
+        model: its name.
+        check: relative distance of logits, see `check`.
+        rows: results.
+        largest: for each side the longest context that was held and decoded, with bytes and milliseconds.
+    """
+
+    KINDS: ClassVar[tuple[str, ...]] = ("e2e",)
+
+    kind: str = "e2e"
+    model: str
+    check: dict[str, float] = Field(default_factory=dict)
+    rows: list[ModelRow] = Field(default_factory=list)
+    largest: dict[str, dict[str, float]] = Field(default_factory=dict)
+
+    @classmethod
+    def from_json(cls, found: dict[str, Any], path: Path) -> ModelRecord:
+        """See `Record.from_json`; ``check`` was called ``gate``."""
+        return cls.model_validate({**found, "check": found.get("check", found.get("gate", {}))})
+
+    def row(self, case: ModelCase, side: Side) -> ModelRow | None:
+        """The timed row of a side."""
+        return next((r for r in self.rows if (r.case, r.side, r.status) == (case, side, "timed")), None)
