@@ -34,6 +34,7 @@ def answers(
     cache.batch_repeat_interleave(len(questions))
     ids = torch.cat([first.expand(len(questions), -1), asked.input_ids.to(model.device)], 1)
     mask = torch.cat([torch.ones_like(first).expand(len(questions), -1), asked.attention_mask.to(model.device)], 1)
+    # past_key_values= before transformers 5.24
     tokens = model.generate(
         ids, attention_mask=mask, cache=cache, custom_generate=generate, max_new_tokens=most,
         pad_token_id=tokenizer.pad_token_id,
