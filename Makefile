@@ -5,7 +5,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 GLUON := $(VENV)/gluon
 
-.PHONY: demo test lint install clean
+.PHONY: demo test test-gpu lint install clean
 
 demo: $(VENV)/.eval
 	$(BIN)/thrift demo --mirror pypi
@@ -14,6 +14,10 @@ test: $(VENV)/.dev $(VENV)/.gluon lint
 	$(BIN)/pytest -n 2 tests/architecture tests/reference tests/cache tests/transformers tests/lab
 	TRITON_INTERPRET=1 $(BIN)/pytest -n 2 tests/prefill tests/decode
 	TRITON_INTERPRET=1 PYTHONPATH=$(GLUON) $(BIN)/pytest -n 2 tests/prefill/test_sm90_fp8_compile.py
+
+# Kernel tests compiled, on the GPU of this machine, those marked gpu included.
+test-gpu: $(VENV)/.dev
+	$(BIN)/pytest -m 'gpu or not gpu' tests/prefill tests/decode tests/cache tests/reference
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .

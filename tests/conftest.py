@@ -6,7 +6,8 @@ The interpreter has to be chosen before Triton is first imported, and it would r
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import os
+from collections.abc import Generator, Iterator
 
 import pytest
 import torch
@@ -34,6 +35,44 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         for item in items:
             if item.path.parent.name in KERNEL_FOLDERS:
                 item.add_marker(pytest.mark.skip(reason="without a GPU kernel tests need TRITON_INTERPRET=1"))
+
+
+MAY_SKIP = {
+    "needs TRITON_INTERPRET=1": "kernel tests are a run of their own, see make test",
+    "written in the Gluon of Triton 3.6": "make test runs that file again with Triton 3.6",
+    "compiled": "what a GPU alone can tell",
+    "GPU": "what a GPU alone can tell",
+    "CUDA": "what a GPU alone can tell",
+    "interpreter": "what the interpreter cannot do, and a compiled run does",
+    "could not import 'lm_eval'": "an extra of its own, too large for CI",
+}
+"""Parts of the reasons for which a test may be skipped under CI=true, and why that hides nothing."""
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    """Under CI=true a skipped test fails unless its reason is in `MAY_SKIP`."""
+    report = yield
+    if report.skipped and os.environ.get("CI") == "true" and not hasattr(report, "wasxfail"):
+        reason = report.longrepr[2] if isinstance(report.longrepr, tuple) else str(report.longrepr)
+        if not any(part in reason for part in MAY_SKIP):
+            report.outcome = "failed"
+            report.longrepr = f"skipped under CI=true for a reason that tests/conftest.py does not list: {reason}"
+    return report
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_make_collect_report(
+    collector: pytest.Collector,
+) -> Generator[None, pytest.CollectReport, pytest.CollectReport]:
+    """The same for whole files (`pytest.importorskip`)."""
+    report = yield
+    if report.outcome == "skipped" and os.environ.get("CI") == "true":
+        reason = report.longrepr[2] if isinstance(report.longrepr, tuple) else str(report.longrepr)
+        if not any(part in reason for part in MAY_SKIP):
+            report.outcome = "failed"
+            report.longrepr = f"skipped under CI=true for a reason that tests/conftest.py does not list: {reason}"
+    return report
 
 
 @pytest.fixture(autouse=True, scope="session")

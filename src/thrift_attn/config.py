@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import warnings
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from decimal import Decimal
 from typing import Any, Literal, TypeVar, get_args
@@ -24,7 +25,9 @@ SinkToken = Literal["none", "exact"]
 Smooth = Literal["none", "channel"]
 Normalize = Literal["exact", "rounded"]
 Scales = Literal["max", "best"]
-Score = Literal["mean", "quest", "local", "oracle"]
+Score = str
+"""Name of a row of `thrift_attn.reference.scores.SCORES`."""
+
 PromotedStorage = Literal["16bit", "nested", "nested8"]
 _Config = TypeVar("_Config")
 
@@ -187,6 +190,15 @@ def _accept_old_names(cls: type[_Config]) -> type[_Config]:
     return cls
 
 
+_scores: Mapping[str, object] = {}
+
+
+def use_scores(table: Mapping[str, object]) -> None:
+    """Let ``score=`` be any key of ``table``. `thrift_attn.reference.scores` hands in its table when it is imported."""
+    global _scores
+    _scores = table
+
+
 _CHOICES = {
     "base_format": BaseFormat,
     "compute": Compute,
@@ -195,7 +207,6 @@ _CHOICES = {
     "smooth": Smooth,
     "scales": Scales,
     "normalize": Normalize,
-    "score": Score,
     "promoted_storage": PromotedStorage,
 }
 
@@ -259,6 +270,8 @@ class ThriftConfig:
     def __post_init__(self) -> None:
         for name, choices in _CHOICES.items():
             check_choice(name, getattr(self, name), choices)
+        if self.score not in _scores:
+            raise ValueError(f"score must be one of {', '.join(map(repr, _scores))}, got {self.score!r}")
         object.__setattr__(self, "budget", Budget.of(self.budget))
         for name in ("force_first", "force_last"):
             value = getattr(self, name)

@@ -11,6 +11,7 @@ from typing import Literal, NamedTuple
 import torch
 
 from thrift_attn.config import BaseFormat, Compute, ThriftConfig
+from thrift_attn.numerics import PrefillNumerics, describe_ignored
 
 Status = Literal["native", "compiled", "emulated", "no"]
 """Compiled: native, but never run or timed on such a GPU."""
@@ -66,8 +67,12 @@ def _prefill_rows(device: torch.device) -> list[Row]:
     )
     for low, math in kinds:
         feature = f"attention(), base_format={low!r}, compute={math!r}, backend='triton'"
+        config = ThriftConfig(base_format=low, compute=math)
+        told = describe_ignored(config, PrefillNumerics.resolve(config))
+        if told:
+            rows.append(Row(f"options with base_format={low!r}, compute={math!r}", "no", "; ".join(told)))
         try:
-            form = check_prefill(ThriftConfig(base_format=low, compute=math), 128, torch.bfloat16, device)
+            form = check_prefill(config, 128, torch.bfloat16, device)
         except NotImplementedError as error:
             rows.append(Row(feature, "no", str(error)))
             continue

@@ -77,8 +77,8 @@ def attention(
 
     The default configuration looks ahead: with ``center="all"`` what a query is rounded less of is a mean over all queries
     of the call, later ones too, and powers of two come from all keys and values. The logits that causal masking hides never
-    enter, but the 4-bit noise of a token depends on tokens after it. ``center="block", smooth="none"`` looks at the past alone
-    (and at the rest of a block of 64).
+    enter, but the 4-bit noise of a token depends on tokens after it. With
+    ``center="block", smooth="none"`` a token looks no further than its block of 64 (in fp8 the scale of V is one per head).
 
     Args:
         q: ``[B, Hq, Tq, D]``, float16, bfloat16, float32 or float64. Any D; it is filled up with zeros to a multiple of 16

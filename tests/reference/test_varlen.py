@@ -94,6 +94,8 @@ def test_backends_on_a_cpu() -> None:
     rows = {row.feature: row.status for row in support("cpu")}
     assert rows["attention(), base_format='nvfp4', compute='fp4', backend='triton'"] == "no"
     assert rows["attention(), any option, backend='reference'"] == "emulated"
+    told = next(row.why for row in support("cpu") if row.feature == "options with base_format='fp8', compute='fp4'")
+    assert "smooth='channel' does nothing with base_format='fp8'" in told
 
 
 def test_forms_by_compute_capability(monkeypatch: pytest.MonkeyPatch) -> None:

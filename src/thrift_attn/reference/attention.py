@@ -20,10 +20,10 @@ from torch import Tensor
 from thrift_attn.config import BLOCK, DECODE_ROWS
 from thrift_attn.numerics import DecodeNumerics, PrefillNumerics
 from thrift_attn.reference import quantize as quant
-from thrift_attn.reference import scores as score
 from thrift_attn.reference.budget import asked_share, blocks_per_row, promote
 from thrift_attn.reference.formats import FORMATS, Format
 from thrift_attn.reference.planes import Planes, build_planes
+from thrift_attn.reference.scores import SCORES, ScoreInputs
 from thrift_attn.stats import Stats
 
 Numerics = PrefillNumerics | DecodeNumerics
@@ -133,24 +133,21 @@ class _Sequence:
 
     def _scores(self) -> Tensor:
         """Scores ``[H, R, N]``; for decode one list per KV head, ``[Hkv, 1, N]``."""
-        kind = self.numerics.score
-        if kind == "local":
-            return score.local_score(self.kv_heads if self.decode else len(self.q), self.own, self.blocks)
-        if kind == "oracle":
-            scores = self._true_mass()
-            return scores.unflatten(0, (self.kv_heads, -1)).sum(1) if self.decode else scores
-        queries, block0_mean = self._mean_queries(), self.planes.block0_mean
-        if kind == "mean":
-            means = self.planes.k_block_mean
-            if block0_mean is not None:
-                means = torch.cat([block0_mean[:, None], means[:, 1:]], 1)
-            scores = score.mean_score(queries, means, self.scale)
-        else:
-            keys = self.planes.high_k[:, : self.mask.keys]
-            if block0_mean is not None:
-                keys = torch.cat([block0_mean[:, None], keys[:, 1:]], 1)  # no extreme
-            scores = score.quest_score(queries, *score.block_extremes(keys), self.scale)
-        return scores.unflatten(0, (self.kv_heads, -1)).flatten(1, 2).amax(1, keepdim=True) if self.decode else scores
+        means, keys, block0_mean = (
+            self.planes.k_block_mean,
+            self.planes.high_k[:, : self.mask.keys],
+            self.planes.block0_mean,
+        )
+        if block0_mean is not None:  # an exact first token says nothing about its block
+            means = torch.cat([block0_mean[:, None], means[:, 1:]], 1)
+            keys = torch.cat([block0_mean[:, None], keys[:, 1:]], 1)
+        given = ScoreInputs(self._mean_queries(), means, keys, self.own, self.scale, self._true_mass)
+        score = SCORES[self.numerics.score]
+        scores = score.of(given)
+        if not self.decode:
+            return scores
+        per_kv_head = scores.unflatten(0, (self.kv_heads, -1)).flatten(1, 2)
+        return per_kv_head.sum(1, keepdim=True) if score.in_decode == "sum" else per_kv_head.amax(1, keepdim=True)
 
     def _true_mass(self) -> Tensor:
         """Softmax mass of each (query block, KV block) pair under exact attention, without an exact sink ``[H, R, N]``."""

@@ -5,10 +5,14 @@ Shapes: H query heads, R query blocks, N KV blocks, G = H / Hkv query heads per 
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
 import torch
 from torch import Tensor
 
-from thrift_attn.config import BLOCK
+from thrift_attn.config import BLOCK, use_scores
 
 
 def _per_kv_head(queries: Tensor, kv_heads: int) -> Tensor:
@@ -68,3 +72,48 @@ def block_extremes(k: Tensor) -> tuple[Tensor, Tensor]:
         return torch.nn.functional.pad(k, pad, value=fill).unflatten(-2, (blocks, BLOCK))
 
     return reduce(torch.inf).amin(-2), reduce(-torch.inf).amax(-2)
+
+
+@dataclass(frozen=True)
+class ScoreInputs:
+    """What a score may look at. Where the first token is exact, it is replaced by the mean of the others of its block.
+
+    Args:
+        queries: mean query of each query block ``[H, R, D]``; in decode every query by itself ``[H, Tq, D]``.
+        k_block_mean: c_b ``[Hkv, N, D]``.
+        keys: K in high precision ``[Hkv, T, D]``.
+        own: int64 ``[R]``, the block in which each row's last query sits.
+        scale: factor of the logits.
+        true_mass: works out the softmax mass of every pair under exact attention ``[H, R, N]``.
+    """
+
+    queries: Tensor
+    k_block_mean: Tensor
+    keys: Tensor
+    own: Tensor
+    scale: float
+    true_mass: Callable[[], Tensor]
+
+
+@dataclass(frozen=True)
+class Score:
+    """One row of the table of scores.
+
+    Args:
+        of: the score of `ScoreInputs`, ``[H, R, N]``; in decode ``[H, Tq, N]`` or ``[H, 1, N]``.
+        in_decode: how the query heads and new tokens of a KV head, which share one list, are taken together.
+    """
+
+    of: Callable[[ScoreInputs], Tensor]
+    in_decode: Literal["max", "sum"] = "max"
+
+
+SCORES: dict[str, Score] = {
+    "mean": Score(lambda x: mean_score(x.queries, x.k_block_mean, x.scale)),
+    "quest": Score(lambda x: quest_score(x.queries, *block_extremes(x.keys), x.scale)),
+    "local": Score(lambda x: local_score(len(x.queries), x.own, x.k_block_mean.shape[1])),
+    "oracle": Score(lambda x: x.true_mass(), in_decode="sum"),
+}
+"""Scores by the name that ``ThriftConfig(score=)`` takes. A new score is a function of this file and a row here."""
+
+use_scores(SCORES)
