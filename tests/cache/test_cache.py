@@ -280,3 +280,28 @@ def test_blocks_without_a_page_are_below_zero():
     assert without(cache) == ([3, 2], [3, 2])
     cache.free(0)
     assert without(cache) == ([0, 2], [0, 2])
+
+
+@pytest.mark.parametrize("back", [0, 64])
+def test_truncate_forgets_what_it_took_back(back):
+    cache = PagedThriftCache(batch=1, kv_heads=1, head_dim=32, num_pages=8, dtype=torch.float32, device="cpu")
+    old, new = torch.randn(2, 1, 1, 128, 32)
+    cache.append(old[:, :, : back + 10], old[:, :, : back + 10])
+    cache.truncate(0, back)
+    cache.append(new, new)
+    cache.truncate(0, back + 8)
+    assert (cache.read(0)[0][:, back:] - new[0, :, :8]).abs().max() < 0.5
+
+
+def test_max_tokens_is_the_limit_of_a_sequence():
+    cache = PagedThriftCache(
+        batch=1, kv_heads=1, head_dim=16, num_pages=8, max_tokens=100, dtype=torch.float32, device="cpu"
+    )
+    x = torch.randn(1, 1, 101, 16)
+    with pytest.raises(ValueError, match="would have 101 tokens, and may have 100"):
+        cache.append(x, x)
+    cache.append(x[:, :, :100], x[:, :, :100])
+    with pytest.raises(ValueError, match="would have 101 tokens, and may have 100"):
+        cache.reserve(1)
+    with pytest.raises(ValueError, match="max_pages must be at least 1, got 0"):
+        PagedThriftCache(batch=1, kv_heads=1, head_dim=16, num_pages=8, max_pages=0, dtype=torch.float32, device="cpu")

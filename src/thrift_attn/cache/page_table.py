@@ -15,22 +15,25 @@ class PageTable:
     """Page tables and lengths of a batch of sequences over a pool of reference-counted pages.
 
     A page holds one complete KV block and never changes once it is written, so sequences that share a prefix share its pages.
-    Pages are given out before they are written (`reserve`), so that nothing is half done when the pool is exhausted.
+    Pages are given out before they are written (`reserve`), so that nothing is half done when the pool is exhausted. An
+    interrupt between two lines can lose pages to the pool, but never gives one to two owners.
 
     Args:
         pages: pages in the pool.
         batch: sequences.
         max_pages: largest number of pages of one sequence.
         device: where ``table`` and ``lengths`` live.
+        max_tokens: largest length of one sequence, where that is less than its pages hold.
 
     Attributes:
         table: int32 ``[B, max_pages]``, the page of each block that has one, else -1, for which kernels write nothing.
         lengths: int32 ``[B]``, tokens of each sequence.
     """
 
-    def __init__(self, pages: int, batch: int, max_pages: int, device: torch.device):
+    def __init__(self, pages: int, batch: int, max_pages: int, device: torch.device, max_tokens: int | None = None):
         self.table = torch.full((batch, max_pages), -1, dtype=torch.int32, device=device)
         self.lengths = torch.zeros(batch, dtype=torch.int32, device=device)
+        self._max_tokens = max_tokens
         self._owned: list[list[int]] = [[] for _ in range(batch)]
         self._tokens = [0] * batch
         self._references = [0] * pages
@@ -62,8 +65,10 @@ class PageTable:
             RuntimeError: the pool is exhausted. Nothing has changed then.
         """
         limit = self.table.shape[1]
-        missing = [max(0, length // BLOCK - len(owned)) for length, owned in zip(wanted, self._owned, strict=True)]
+        missing = self._missing(wanted)
         for row, length in enumerate(wanted):
+            if self._max_tokens is not None and length > self._max_tokens:
+                raise ValueError(f"sequence {row} would have {length} tokens, and may have {self._max_tokens}")
             if length // BLOCK > limit:
                 raise ValueError(
                     f"sequence {row} would have {length} tokens, more than its {limit} pages of {BLOCK} tokens hold"
@@ -73,14 +78,28 @@ class PageTable:
                 f"the page pool is exhausted: {sum(missing)} more pages are needed and {len(self._free)} of "
                 f"{len(self._references)} are free; free a sequence or make the pool larger"
             )
+        if not any(missing):
+            return
+        # One copy to the device, and the books only when it has been made.
+        given = torch.tensor(self._free[-sum(missing) :][::-1], dtype=torch.int32)
+        rows = torch.tensor(missing).nonzero().flatten().repeat_interleave(torch.tensor([n for n in missing if n]))
+        places = torch.cat(
+            [torch.arange(len(held), len(held) + n) for held, n in zip(self._owned, missing, strict=True)]
+        )
+        at = torch.stack([rows, places, given]).to(self.table.device)
+        self.table[at[0], at[1]] = at[2].int()
         for row, count in enumerate(missing):
-            if count:
-                given = [self._free.pop() for _ in range(count)]
-                for page in given:
-                    self._references[page] = 1
-                start = len(self._owned[row])
-                self._owned[row] += given
-                self.table[row, start : start + count] = torch.tensor(given, dtype=torch.int32)
+            for _ in range(count):
+                page = self._free.pop()
+                self._references[page] = 1
+                self._owned[row].append(page)
+
+    def missing(self, wanted: list[int]) -> int:
+        """Pages that `reserve` would have to give."""
+        return sum(self._missing(wanted))
+
+    def _missing(self, wanted: list[int]) -> list[int]:
+        return [max(0, length // BLOCK - len(owned)) for length, owned in zip(wanted, self._owned, strict=True)]
 
     def set_tokens(self, row: int, tokens: int) -> None:
         """Set the length of a sequence, here and on the device."""
@@ -98,11 +117,12 @@ class PageTable:
         self._give_back(row, blocks)
 
     def _give_back(self, row: int, blocks: int) -> None:
-        for page in self._owned[row][blocks:]:
+        given = self._owned[row][blocks:]
+        del self._owned[row][blocks:]
+        for page in given:
             self._references[page] -= 1
             if not self._references[page]:
                 self._free.append(page)
-        del self._owned[row][blocks:]
 
     def share(self, source: int, target: int) -> None:
         """Let an empty sequence hold the complete blocks of another."""

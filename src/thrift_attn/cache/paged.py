@@ -12,6 +12,9 @@ from __future__ import annotations
 
 import copy
 import math
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -38,12 +41,16 @@ class PagedThriftCache:
     after `reserve`, can be captured in a CUDA graph and replayed while the lengths grow (call `advance` after each replay).
     On a CPU the same pages are written and read in plain PyTorch.
 
+    A change that is interrupted (Ctrl-C, no memory) between its first and its last write leaves a cache that refuses everything
+    but being dropped. Threads may use one cache, or several over one pool: one waits for the other.
+
     Args:
         batch: number of sequences.
         kv_heads: KV heads.
         head_dim: head dimension D, a multiple of 16.
         num_pages: pages in the pool, shared by all sequences.
         max_pages: most pages of one sequence; all of the pool by default, up to 65,536.
+        max_tokens: most tokens of one sequence, where that is less than its pages hold.
         config: what is stored and computed; ``math`` must be ``"16bit"`` and ``score`` ``"mean"``.
         dtype: dtype of K, V and Q: float16 or bfloat16 (float32 on a CPU as well).
         device: where the cache lives.
@@ -69,6 +76,7 @@ class PagedThriftCache:
         head_dim: int,
         num_pages: int,
         max_pages: int | None = None,
+        max_tokens: int | None = None,
         config: ThriftConfig = DEFAULT,
         dtype: torch.dtype = torch.bfloat16,
         device: torch.device | str = "cuda",
@@ -77,7 +85,8 @@ class PagedThriftCache:
             "batch": batch,
             "kv_heads": kv_heads,
             "num_pages": num_pages,
-            "max_pages": max_pages or min(num_pages, MAX_BLOCKS),
+            "max_pages": min(num_pages, MAX_BLOCKS) if max_pages is None else max_pages,
+            "max_tokens": 1 if max_tokens is None else max_tokens,
         }
         for name, size in sizes.items():
             if size < 1:
@@ -90,7 +99,9 @@ class PagedThriftCache:
             check_sizes(batch, kv_heads, sizes["max_pages"])
         self.config, self.dtype, self.device = config, dtype, device
         self.kv_heads, self.head_dim = kv_heads, head_dim
-        self.table = PageTable(num_pages, batch, sizes["max_pages"], device)
+        self.table = PageTable(num_pages, batch, sizes["max_pages"], device, max_tokens)
+        self._lock = threading.RLock()  # of the pool: caches that `branch` makes share it
+        self._unfinished = False
         self.levels = CacheLevels.ones(kv_heads, head_dim, dtype, device) if config.balanced else None
         self.pool = Pool.empty(num_pages, kv_heads, head_dim, config.promoted_storage, dtype, device)
         # K and V of the two newest blocks, block b in slot b mod 2.
@@ -143,6 +154,27 @@ class PagedThriftCache:
             held += self.levels.tensors
         return sum(x.numel() * x.element_size() for x in held)
 
+    @contextmanager
+    def _changing(self) -> Iterator[None]:
+        """Hold the pool, and refuse everything from now on if what is done meanwhile does not come to its end."""
+        with self._lock:
+            self._check_finished()
+            self._unfinished = True
+            yield
+            self._unfinished = False
+
+    def _check_finished(self) -> None:
+        if self._unfinished:
+            raise RuntimeError(
+                "a change of this cache was interrupted halfway, and what it holds is not known: make a new cache "
+                "(ThriftCache.reset() does)"
+            )
+
+    @property
+    def is_intact(self) -> bool:
+        """Whether no change was interrupted halfway; a cache that is not intact refuses to be used."""
+        return not self._unfinished
+
     # -- growing -------------------------------------------------------------------------------------------------------
 
     def reserve(self, tokens: int | list[int]) -> None:
@@ -155,9 +187,11 @@ class PagedThriftCache:
             ValueError: more tokens than a sequence may have.
             RuntimeError: the pool is exhausted; nothing has changed.
         """
-        self._check_overrun()
-        new = [tokens] * self.batch if isinstance(tokens, int) else tokens
-        self.table.reserve([self.table.tokens(row) + n for row, n in enumerate(new)])
+        with self._lock:
+            self._check_finished()
+            self._check_overrun()
+            new = [tokens] * self.batch if isinstance(tokens, int) else tokens
+            self.table.reserve([self.table.tokens(row) + n for row, n in enumerate(new)])
 
     def append(self, k: Tensor, v: Tensor, *, lengths: list[int] | None = None) -> None:
         """Append new tokens to every sequence.
@@ -170,11 +204,11 @@ class PagedThriftCache:
         Raises:
             ValueError: shapes or lengths that do not fit, more tokens than a sequence may have.
             TypeError: another dtype.
-            RuntimeError: the pool is exhausted. Nothing has been written then.
+            RuntimeError: the pool is exhausted, and nothing has been written then; or a graph is captured that would need
+                pages, or lengths.
         """
         self._check_tokens("k", k)
         self._check_tokens("v", v)
-        self._check_overrun()
         count = k.shape[2]
         if v.shape != k.shape or k.shape != (self.batch, self.kv_heads, count, self.head_dim):
             want = f"[{self.batch}, {self.kv_heads}, T, {self.head_dim}]"
@@ -182,17 +216,42 @@ class PagedThriftCache:
         new = [count] * self.batch if lengths is None else list(lengths)
         if len(new) != self.batch or any(not 0 <= n <= count for n in new):
             raise ValueError(f"lengths must be {self.batch} numbers from 0 to {count}, got {new}")
-        self.table.reserve([self.table.tokens(row) + n for row, n in enumerate(new)])
-        if self.levels is not None:
-            self.levels.take(k, v, new, self.config.centred)
-        if self.backend == "triton" and count <= BLOCK:
-            self._append_step(k, v, None if lengths is None else torch.tensor(new, dtype=torch.int32).to(self.device))
-            if not (self.device.type == "cuda" and torch.cuda.is_current_stream_capturing()):
-                self._note(new)
-            return
-        for row, n in enumerate(new):
-            if n:
-                self._append_row(row, k[row, :, :n], v[row, :, :n])
+        with self._lock:
+            self._check_finished()
+            self._check_overrun()
+            wanted = [self.table.tokens(row) + n for row, n in enumerate(new)]
+            if self._capturing():
+                self._append_captured(k, v, wanted, lengths)
+                return
+            self.table.reserve(wanted)
+            with self._changing():
+                if self.levels is not None:
+                    self.levels.take(k, v, new, self.config.centred)
+                if self.backend == "triton" and count <= BLOCK:
+                    counts = None if lengths is None else torch.tensor(new, dtype=torch.int32).to(self.device)
+                    self._append_step(k, v, counts)
+                    self._note(new)
+                    return
+                for row, n in enumerate(new):
+                    if n:
+                        self._append_row(row, k[row, :, :n], v[row, :, :n])
+                for row, tokens in enumerate(wanted):  # all sequences have grown, or none
+                    if new[row]:
+                        self.table.set_tokens(row, tokens)
+
+    def _append_captured(self, k: Tensor, v: Tensor, wanted: list[int], lengths: list[int] | None) -> None:
+        """Record a step in the graph that is being captured: only what needs nothing of the host."""
+        if lengths is not None or k.shape[2] > BLOCK:
+            raise RuntimeError(
+                f"a captured step appends at most {BLOCK} tokens, as many to every sequence; got {k.shape[2]} tokens and "
+                f"lengths {lengths}"
+            )
+        if missing := self.table.missing(wanted):
+            raise RuntimeError(f"a captured step would need {missing} more pages: call reserve() before the capture")
+        self._append_step(k, v, None)
+
+    def _capturing(self) -> bool:
+        return self.device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
     def advance(self, tokens: int) -> None:
         """Note that a replayed graph has appended ``tokens`` tokens (at most 64) to every sequence.
@@ -200,9 +259,13 @@ class PagedThriftCache:
         Raises:
             RuntimeError: an earlier replay completed a block for which no page was reserved; what it brought is lost.
         """
+        if not 0 <= tokens <= BLOCK:
+            raise ValueError(f"a step appends 0 to {BLOCK} tokens, got {tokens}")
+        self._check_finished()
         self._check_overrun()
         old = [self.table.tokens(row) // BLOCK for row in range(self.batch)]
-        self._note([tokens] * self.batch)
+        with self._changing():
+            self._note([tokens] * self.batch)
         if old != [self.table.tokens(row) // BLOCK for row in range(self.batch)]:
             self._overrun_seen.copy_(self.overrun, non_blocking=True)  # for the next call, which need not wait
 
@@ -227,7 +290,10 @@ class PagedThriftCache:
         ops.append(k, v, self.tensors(), self.numerics, counts=counts)
 
     def _append_row(self, row: int, k: Tensor, v: Tensor) -> None:
-        """Append ``[Hkv, T, D]`` to one sequence: top up the incomplete block, pack whole blocks, keep the rest."""
+        """Append ``[Hkv, T, D]`` to one sequence: top up the incomplete block, pack whole blocks, keep the rest.
+
+        Its length is for the caller to set, when all sequences are written.
+        """
         start = self.table.tokens(row)
         stop = start + k.shape[1]
         first, complete = start // BLOCK, stop // BLOCK
@@ -253,7 +319,6 @@ class PagedThriftCache:
             at = stop % BLOCK - kv.shape[2]
             self.tail[:, row, complete % 2, :, at : stop % BLOCK] = kv
             self._slots[row][complete % 2] = complete
-        self.table.set_tokens(row, stop)
 
     def _pack(self, row: int, first: int, blocks: Tensor) -> None:
         """Pack ``[2, n, Hkv, 64, D]`` (K and V) into the pages of the blocks from ``first`` on."""
@@ -279,6 +344,10 @@ class PagedThriftCache:
     def free(self, row: int) -> None:
         """Empty one sequence and give its pages back."""
         self._check_row(row)
+        with self._changing():
+            self._empty(row)
+
+    def _empty(self, row: int) -> None:
         self.table.release(row, 0)
         self.table.set_tokens(row, 0)
         self._slots[row] = [-1, -1]
@@ -293,11 +362,12 @@ class PagedThriftCache:
         self._check_row(target)
         if source == target:
             raise ValueError(f"source and target must differ, got {source} twice")
-        self.free(target)
-        self.table.share(source, target)
-        self.tail[:, target] = self.tail[:, source]
-        self.block0_mean[target], self.sink_value[target] = self.block0_mean[source], self.sink_value[source]
-        self._slots[target] = list(self._slots[source])
+        with self._changing():
+            self._empty(target)
+            self.table.share(source, target)
+            self.tail[:, target] = self.tail[:, source]
+            self.block0_mean[target], self.sink_value[target] = self.block0_mean[source], self.sink_value[source]
+            self._slots[target] = list(self._slots[source])
 
     def truncate(self, row: int, tokens: int) -> None:
         """Keep the first ``tokens`` tokens of one sequence (speculative rollback).
@@ -312,14 +382,16 @@ class PagedThriftCache:
         if not 0 <= tokens <= self.table.tokens(row):
             raise ValueError(f"sequence {row} has {self.table.tokens(row)} tokens: it cannot keep {tokens}")
         block = tokens // BLOCK
-        if tokens % BLOCK and self._slots[row][block % 2] != block:
-            read = self._read(row, self.table.table[row, block : block + 1].long(), block)
-            self.tail[0, row, block % 2] = read.high_k[0].to(self.dtype)
-            self.tail[1, row, block % 2] = read.high_v[0].to(self.dtype)
-            self._slots[row][block % 2] = block
-        self._slots[row] = [held if held <= block else -1 for held in self._slots[row]]
-        self.table.release(row, block)
-        self.table.set_tokens(row, tokens)
+        with self._changing():
+            if tokens % BLOCK and self._slots[row][block % 2] != block:
+                read = self._read(row, self.table.table[row, block : block + 1].long(), block)
+                self.tail[0, row, block % 2] = read.high_k[0].to(self.dtype)
+                self.tail[1, row, block % 2] = read.high_v[0].to(self.dtype)
+                self._slots[row][block % 2] = block
+            # Nothing stays of a block that begins at the new end: whole blocks that follow may not pass through the tail.
+            self._slots[row] = [held if held * BLOCK < tokens else -1 for held in self._slots[row]]
+            self.table.release(row, block)
+            self.table.set_tokens(row, tokens)
 
     def select(self, rows: list[int]) -> None:
         """Make sequence i what sequence ``rows[i]`` was (beam search, repeating or dropping sequences of a batch).
@@ -336,22 +408,24 @@ class PagedThriftCache:
             raise ValueError("a cache holds at least one sequence, got no rows")
         if self.backend == "triton":
             check_sizes(len(rows), self.kv_heads, self.table.table.shape[1])
-        index = torch.tensor(rows, device=self.device)
-        tail, block0_mean, sink_value = self.tail[:, index], self.block0_mean[index], self.sink_value[index]
-        if len(rows) == self.batch:
-            self.tail.copy_(tail)
-            self.block0_mean.copy_(block0_mean)
-            self.sink_value.copy_(sink_value)
-        else:
-            self.tail, self.block0_mean, self.sink_value = tail, block0_mean, sink_value
-        self._slots = [list(self._slots[row]) for row in rows]
-        self.table.select(rows)
+        with self._changing():
+            index = torch.tensor(rows, device=self.device)
+            tail, block0_mean, sink_value = self.tail[:, index], self.block0_mean[index], self.sink_value[index]
+            if len(rows) == self.batch:
+                self.tail.copy_(tail)
+                self.block0_mean.copy_(block0_mean)
+                self.sink_value.copy_(sink_value)
+            else:
+                self.tail, self.block0_mean, self.sink_value = tail, block0_mean, sink_value
+            self._slots = [list(self._slots[row]) for row in rows]
+            self.table.select(rows)
 
     def branch(self) -> PagedThriftCache:
         """Another cache over the same pool that begins with what this one holds; complete blocks are shared.
 
         The pages it takes go back to the pool when it is freed or no longer used.
         """
+        self._check_finished()
         other = copy.copy(self)
         other.table, other.tail, other.overrun = self.table.branch(), self.tail.clone(), self.overrun.clone()
         other._overrun_seen = self._overrun_seen.clone()
@@ -370,6 +444,7 @@ class PagedThriftCache:
         Returns:
             K and V ``[B, Hkv, longest + room, D]`` in the dtype of the cache, 0 behind the end of a sequence.
         """
+        self._check_finished()
         longest = max(self.table.tokens(row) for row in range(self.batch))
         shape = (2, self.batch, self.kv_heads, longest + room, self.head_dim)
         out = torch.zeros(shape, dtype=self.dtype, device=self.device)
@@ -385,6 +460,8 @@ class PagedThriftCache:
 
     def read(self, row: int) -> tuple[Tensor, Tensor]:
         """K and V of one sequence in high precision, ``[Hkv, T, D]`` in the dtype of the cache."""
+        self._check_finished()
+        self._check_row(row)
         planes = self._planes(row)
         tokens = self.table.tokens(row)
         k, v = planes.high_k[:, :tokens], planes.high_v[:, :tokens]
@@ -420,6 +497,7 @@ class PagedThriftCache:
             TypeError: another dtype, or a window that is no int.
         """
         self._check_tokens("q", q)
+        self._check_finished()
         if q.shape[0] != self.batch or q.shape[3] != self.head_dim or q.shape[1] % self.kv_heads:
             want = f"[{self.batch}, a multiple of {self.kv_heads}, Tq, {self.head_dim}]"
             raise ValueError(f"q must have shape {want}, got {list(q.shape)}")

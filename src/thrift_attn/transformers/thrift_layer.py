@@ -103,6 +103,7 @@ class ThriftLayer(CacheLayerMixin):
                 head_dim=dim,
                 num_pages=pages,
                 max_pages=max_pages,
+                max_tokens=sizes.max_tokens,
                 config=sizes.decode,
                 dtype=key_states.dtype,
                 device=key_states.device,
@@ -349,6 +350,8 @@ class ThriftLayer(CacheLayerMixin):
     def reset(self) -> None:
         """Give all pages back; they stay allocated for the next sequences."""
         self._pending = None
+        if self._paged is not None and not self._paged.is_intact:
+            self._paged, self.is_initialized = None, False  # its pages are made anew when the next tokens arrive
         if self._paged is not None:
             for row in range(self._paged.batch):
                 self._paged.free(row)

@@ -1,0 +1,118 @@
+"""Changes of a cache that are interrupted: what it holds afterwards is as before, as after, or refused."""
+
+import sys
+import threading
+from collections.abc import Callable
+
+import pytest
+import torch
+
+from thrift_attn.cache import PagedThriftCache
+
+HOST = "thrift_attn/cache/"
+
+
+def make() -> tuple[PagedThriftCache, torch.Tensor]:
+    """A cache of two sequences with 70 and 63 tokens, and tokens to append."""
+    cache = PagedThriftCache(batch=2, kv_heads=1, head_dim=16, num_pages=8, dtype=torch.float32, device="cpu")
+    x = torch.randn(2, 1, 200, 16, generator=torch.Generator().manual_seed(1))
+    cache.append(x[:, :, :70], x[:, :, :70], lengths=[70, 63])
+    return cache, x[:, :, 70:]
+
+
+def lines_of(change: Callable[[], object], at: int | None = None) -> int:
+    """Run a change and count its lines on the host; raise KeyboardInterrupt before line ``at``."""
+    seen = 0
+
+    def trace(frame, event, _):
+        nonlocal seen
+        if HOST not in frame.f_code.co_filename:
+            return None
+        if event == "line":
+            seen += 1
+            if seen == at:
+                raise KeyboardInterrupt
+        return trace
+
+    sys.settrace(trace)
+    try:
+        change()
+    finally:
+        sys.settrace(None)
+    return seen
+
+
+def held(cache: PagedThriftCache) -> list[torch.Tensor]:
+    """What a cache holds and says of itself."""
+    return [x for row in range(cache.batch) for x in cache.read(row)] + [cache.lengths.clone()]
+
+
+def same(a: list[torch.Tensor], b: list[torch.Tensor]) -> bool:
+    return len(a) == len(b) and all(x.shape == y.shape and torch.equal(x, y) for x, y in zip(a, b, strict=True))
+
+
+CHANGES: dict[str, Callable[[PagedThriftCache, torch.Tensor], object]] = {
+    "append": lambda cache, x: cache.append(x, x),
+    "append ragged": lambda cache, x: cache.append(x, x, lengths=[130, 1]),
+    "truncate": lambda cache, x: cache.truncate(0, 3),
+    "free": lambda cache, x: cache.free(0),
+    "fork": lambda cache, x: cache.fork(0, 1),
+    "select": lambda cache, x: cache.select([1, 0, 0]),
+    "reserve": lambda cache, x: cache.reserve(130),
+}
+
+
+@pytest.mark.parametrize("name", CHANGES)
+def test_an_interrupt_at_any_line_leaves_a_cache_that_is_right_or_says_that_it_is_not(name):
+    cache, new = make()
+    before = held(cache)
+    count = lines_of(lambda: CHANGES[name](cache, new))
+    after = held(cache)
+    assert count > 10
+    refused = 0
+    for line in range(1, count + 1):
+        cache, new = make()
+        with pytest.raises(KeyboardInterrupt):
+            lines_of(lambda: CHANGES[name](cache, new), line)  # noqa: B023 (called at once)
+        try:
+            found = held(cache)
+        except RuntimeError:
+            refused += 1
+            assert not cache.is_intact
+            with pytest.raises(RuntimeError, match="interrupted halfway"):
+                cache.reserve(1)
+            continue
+        assert same(found, before) or same(found, after), line
+    assert refused < count
+
+
+def test_a_page_never_has_two_owners_after_an_interrupt():
+    def shared() -> list[PagedThriftCache]:
+        cache = make()[0]
+        return [cache, cache.branch()]
+
+    first = shared()
+    count = lines_of(lambda: first[0].free(0))
+    for line in range(1, count + 1):
+        caches = shared()
+        with pytest.raises(KeyboardInterrupt):
+            lines_of(lambda: caches[0].free(0), line)  # noqa: B023 (called at once)
+        other = caches.pop()
+        caches.clear()
+        kept = held(other)
+        other.truncate(1, 0)
+        x = torch.ones(2, 1, 64, 16)
+        other.append(x, x, lengths=[0, 64])
+        assert torch.equal(other.read(0)[0], kept[0])
+
+
+def test_threads_wait_for_each_other():
+    cache = PagedThriftCache(batch=1, kv_heads=1, head_dim=16, num_pages=8, dtype=torch.float32, device="cpu")
+    x = torch.randn(1, 1, 1, 16)
+    threads = [threading.Thread(target=lambda: [cache.append(x, x) for _ in range(100)]) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert cache.tokens(0) == cache.lengths.item() == 300
+    assert (cache.read(0)[0] - x[0]).abs().max() < 0.2
