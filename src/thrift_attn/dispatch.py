@@ -214,8 +214,9 @@ def check_prefill(
 SM90_FP8_HEAD_DIMS = (64, 128)
 """Head dims of the FP8 kernel of sm_90."""
 
-SM90_FP8_TRITON = "3.6."
-"""The Triton whose Gluon that kernel is written in; names and rules have changed since."""
+SM90_FP8_TRITONS = ((3, 6), (3, 10))
+"""Versions of Triton whose Gluon that kernel is written for: from the first, before the second. Its names change between versions
+(`thrift_attn.prefill.sm90_fp8.gluon_versions`)."""
 
 _TMA_ALIGNMENT = 16
 
@@ -227,8 +228,10 @@ def sm90_fp8_toolchain(device: torch.device) -> str | None:
     if torch.cuda.get_device_capability(device)[0] != 9:
         return f"the FP8 kernel needs compute capability 9.0, got {torch.cuda.get_device_capability(device)}"
     version = triton_version()
-    if version is None or not version.startswith(SM90_FP8_TRITON):
-        return f"the FP8 kernel of sm_90 is written in the Gluon of Triton {SM90_FP8_TRITON}*, got Triton {version}"
+    first, after = SM90_FP8_TRITONS
+    if version is None or not first <= tuple(int(n) for n in version.split(".")[:2]) < after:
+        known = f"{first[0]}.{first[1]} to {after[0]}.{after[1] - 1}"
+        return f"the FP8 kernel of sm_90 is written in the Gluon of Triton {known}, got Triton {version}"
     return None
 
 

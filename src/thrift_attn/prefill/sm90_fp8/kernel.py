@@ -33,6 +33,7 @@ from thrift_attn.prefill.sm90_fp8.fp8_softmax import (
     update_maximum,
     visible_columns,
 )
+from thrift_attn.prefill.sm90_fp8.gluon_versions import reinterpret, thread_barrier, tma_store
 from thrift_attn.prefill.sm90_fp8.loader import CHUNK, LOG2E, STAGES, TILES, load_tiles, uses
 
 FLOOR = gl.constexpr(-1e20)  # where the running maximum starts: above HIDDEN, below any logit
@@ -319,8 +320,8 @@ def _consumer(
     if start >= 0:
         q16.store(o.to(q16.dtype))  # nobody reads Q any more
         fence_async_shared()
-        gl.thread_barrier()
-        tma.async_copy_shared_to_global(out_desc, [batch, head, start, 0], q_smem.slice(HALF * 64, 64, 2))
+        thread_barrier()
+        tma_store(out_desc, [batch, head, start, 0], q_smem.slice(HALF * 64, 64, 2))
     elif start > -64:  # a TMA store may reach past the end, but not before the start
         cols = gl.arange(0, D, layout=gl.SliceLayout(0, OUT))[None, :]
         query = (row - offset)[:, None]
@@ -370,16 +371,16 @@ def attend_fp8_kernel(
     q_smem = gl.allocate_shared_memory(HALF16, [1, 1, 128, D], q_desc.layout)
     k_smem = gl.allocate_shared_memory(gl.float8e4nv, [STAGES, 1, 128, D], k8_desc.layout)
     v_smem = gl.allocate_shared_memory(gl.float8e4nv, [STAGES, 1, D, 128], v8_desc.layout)
-    k16_smem = k_smem._reinterpret(HALF16, [STAGES, 1, 1, 64, D], k_desc.layout)
-    v16_smem = v_smem._reinterpret(HALF16, [STAGES, 1, 1, 64, D], v_desc.layout)
+    k16_smem = reinterpret(k_smem, HALF16, [STAGES, 1, 1, 64, D], k_desc.layout)
+    v16_smem = reinterpret(v_smem, HALF16, [STAGES, 1, 1, 64, D], v_desc.layout)
     c_smem = gl.allocate_shared_memory(HALF16, [1, CHUNK, D], c_desc.layout)
     FLAT3: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [2, 1, 0])
     FLAT2: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [1, 0])
     FLAT1: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
     bias_smem = gl.allocate_shared_memory(gl.float32, [4, TILES, 64, 2], FLAT3)
     slope_smem = gl.allocate_shared_memory(gl.float32, [4, TILES, 2], FLAT2)
-    bias_rows = bias_smem._reinterpret(gl.float32, [4 * TILES, 64, 2], FLAT2)
-    slope_rows = slope_smem._reinterpret(gl.float32, [4 * TILES, 2], FLAT1)
+    bias_rows = reinterpret(bias_smem, gl.float32, [4 * TILES, 64, 2], FLAT2)
+    slope_rows = reinterpret(slope_smem, gl.float32, [4 * TILES, 2], FLAT1)
 
     ones = gl.allocate_shared_memory(gl.float8e4nv, [8, 128], gl.NVMMASharedLayout(128, 8, 2))
     ONES: gl.constexpr = gl.BlockedLayout([1, 8], [2, 16], [4, 1], [1, 0])

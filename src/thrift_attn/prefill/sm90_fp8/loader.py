@@ -5,8 +5,10 @@ from __future__ import annotations
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma, warpgroup_mma
+from triton.experimental.gluon.language.nvidia.hopper import mbarrier, warpgroup_mma
 from triton.language import PropagateNan
+
+from thrift_attn.prefill.sm90_fp8.gluon_versions import thread_barrier, tma_load
 
 HIDDEN = gl.constexpr(-1e30)  # q.c of a promoted block: no probability, yet finite, so that no difference is NaN
 LOG2E = gl.constexpr(1.4426950408889634)
@@ -62,12 +64,12 @@ def load_tiles(
     BYTES: gl.constexpr = D * 128
     last = first + tiles - 1
     mbarrier.expect(q_bar, 3 * BYTES)
-    tma.async_copy_global_to_shared(q8_desc, [q_flat, tile * 128 - offset // 64 * 64, 0], q_bar, q8_smem)
-    tma.async_copy_global_to_shared(q_desc, [batch, head, tile * 128 - offset, 0], q_bar, q_smem)
+    tma_load(q8_desc, [q_flat, tile * 128 - offset // 64 * 64, 0], q_bar, q8_smem)
+    tma_load(q_desc, [batch, head, tile * 128 - offset, 0], q_bar, q_smem)
     top_chunk = last // TILES
     if CENTRED:
         mbarrier.expect(c_bar, CHUNK * D * 2)
-        tma.async_copy_global_to_shared(c_desc, [kv_flat, top_chunk * CHUNK, 0], c_bar, c_smem)
+        tma_load(c_desc, [kv_flat, top_chunk * CHUNK, 0], c_bar, c_smem)
     row_block = 2 * tile - offset // 64
     lines = chosen_ptr + (q_flat.to(gl.int64) * rows + row_block) * capacity
     scales = q_scale_ptr + q_flat.to(gl.int64) * rows + row_block
@@ -113,10 +115,10 @@ def load_tiles(
                     bias = gl.where(((bits >> (cols + part * WIDTH)) & 1) != 0, HIDDEN, bias)
                 place = bias_smem.index(side * 2 + half).slice(part * WIDTH // 2, WIDTH // 2, 0)
                 place.store(bias.reshape([64, WIDTH // 2, 2]).permute((1, 0, 2)))
-        gl.thread_barrier()
+        thread_barrier()
         if CENTRED and chunk > first // TILES:
             mbarrier.expect(c_bar, CHUNK * D * 2)
-            tma.async_copy_global_to_shared(c_desc, [kv_flat, (chunk - 1) * CHUNK, 0], c_bar, c_smem)
+            tma_load(c_desc, [kv_flat, (chunk - 1) * CHUNK, 0], c_bar, c_smem)
         top = gl.minimum(last, chunk * TILES + TILES - 1)
         bottom = gl.maximum(first, chunk * TILES)
         for back in range(0, top - bottom + 1):
@@ -124,20 +126,18 @@ def load_tiles(
             at = step % STAGES
             mbarrier.wait(empty.index(at), (step // STAGES & 1) ^ 1)
             mbarrier.expect(full.index(at), BYTES)
-            tma.async_copy_global_to_shared(k8_desc, [kv_flat, now * 128, 0], full.index(at), k_smem.index(at))
+            tma_load(k8_desc, [kv_flat, now * 128, 0], full.index(at), k_smem.index(at))
             if step == 0:
                 mbarrier.expect(full.index(at), 0)
             else:
                 mbarrier.expect(full.index(at), BYTES)
-                tma.async_copy_global_to_shared(
-                    v8_desc, [kv_flat, 0, now * 128 + 128], full.index(at), v_smem.index(at)
-                )
+                tma_load(v8_desc, [kv_flat, 0, now * 128 + 128], full.index(at), v_smem.index(at))
             step += 1
     at = tiles % STAGES
     mbarrier.wait(empty.index(at), (tiles // STAGES & 1) ^ 1)
     mbarrier.expect(full.index(at), BYTES)
     mbarrier.expect(full.index(at), 0)
-    tma.async_copy_global_to_shared(v8_desc, [kv_flat, 0, first * 128], full.index(at), v_smem.index(at))
+    tma_load(v8_desc, [kv_flat, 0, first * 128], full.index(at), v_smem.index(at))
     if PROMOTE:
         for i in range(0, gl.maximum(count0, count1) + 1):
             for half in gl.static_range(2):
@@ -149,12 +149,12 @@ def load_tiles(
                     if i < count:
                         mbarrier.expect(full.index(at), BYTES)
                         k_place = [batch, kv_head, gl.load(line + i) * 64, 0]
-                        tma.async_copy_global_to_shared(k_desc, k_place, full.index(at), k16_smem.index(at))
+                        tma_load(k_desc, k_place, full.index(at), k16_smem.index(at))
                     else:
                         mbarrier.expect(full.index(at), 0)
                     if i > 0:
                         mbarrier.expect(full.index(at), BYTES)
                         v_place = [batch, kv_head, gl.load(line + i - 1) * 64, 0]
-                        tma.async_copy_global_to_shared(v_desc, v_place, full.index(at), v16_smem.index(at))
+                        tma_load(v_desc, v_place, full.index(at), v16_smem.index(at))
                     else:
                         mbarrier.expect(full.index(at), 0)
