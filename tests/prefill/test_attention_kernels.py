@@ -63,7 +63,7 @@ def test_what_the_kernels_do_not_serve() -> None:
     q, k, v = draw(1, (2, 1), 20, 64, 64)
     for config, reason in (
         (ThriftConfig(score="oracle"), "score='mean'"),
-        (ThriftConfig(base_format="fp8", promoted_storage="nested"), "high='16bit'"),
+        (ThriftConfig(base_format="fp8", promoted_storage="nested"), "promoted_storage='16bit'"),
     ):
         with pytest.raises(NotImplementedError, match=reason):
             attention(q, k, v, config=config, backend="triton")

@@ -129,7 +129,7 @@ def _expected(q, k, v, config, *, causal, scale, window, softcap):
         numerics = PrefillNumerics.resolve(config)
         planes = build_planes(k[b], v[b], numerics)
         wide = {f.name: getattr(planes, f.name) for f in fields(planes)}
-        planes = Planes(**{name: None if x is None else x.double() for name, x in wide.items()})
+        planes = Planes(**{name: x.double() if isinstance(x, Tensor) else x for name, x in wide.items()})
         sequence = _Sequence(q[b], planes, numerics, mask, scale, softcap)
         out, lse, _ = sequence.attend()
         outs.append(out)

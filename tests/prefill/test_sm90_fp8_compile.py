@@ -46,8 +46,12 @@ kernel = triton.compile(
 )
 ptx = Path(sys.argv[2])
 ptx.write_text(kernel.asm["ptx"])
-tool = Path(triton.__file__).parent / "backends/nvidia/bin/ptxas"
-log = subprocess.run([tool, "-v", "--gpu-name=sm_90a", ptx, "-o", ptx.with_suffix(".cubin")], capture_output=True, text=True)
+for name in ("ptxas", "ptxas-blackwell"):  # the second one where the first is too old for this Triton
+    tool = Path(triton.__file__).parent / "backends/nvidia/bin" / name
+    command = [tool, "-v", "--gpu-name=sm_90a", ptx, "-o", ptx.with_suffix(".cubin")]
+    log = subprocess.run(command, capture_output=True, text=True)
+    if log.returncode == 0:
+        break
 text = kernel.asm["ptx"]
 print(json.dumps(dict(
     warnings=re.findall(r"\\(C75\\d\\d\\).*", log.stderr), shared=kernel.metadata.shared, warps=kernel.metadata.num_warps,
@@ -61,10 +65,6 @@ print(json.dumps(dict(
 """
 
 
-@pytest.mark.skipif(
-    not (dispatch.triton_version() or "").startswith(dispatch.SM90_FP8_TRITON),
-    reason="written in the Gluon of Triton 3.6",
-)
 @pytest.mark.parametrize(
     "options",
     [
@@ -123,8 +123,8 @@ def test_refuses_what_it_cannot_serve(monkeypatch: pytest.MonkeyPatch) -> None:
         problem = dispatch.why_not_sm90_fp8(on_gpu(q), y, y, **{"causal": True, "scale": 1.0, **options})
         assert problem is not None, reason
         assert reason in problem
-    monkeypatch.setattr(dispatch, "triton_version", lambda: "3.7.1")
-    assert "Gluon of Triton 3.6.*, got Triton 3.7.1" in (
+    monkeypatch.setattr(dispatch, "triton_version", lambda: "3.5.1")
+    assert "Gluon of Triton 3.6 to 3.9, got Triton 3.5.1" in (
         dispatch.why_not_sm90_fp8(y, y, y, causal=True, scale=1.0) or ""
     )
     monkeypatch.setattr(dispatch, "triton_version", lambda: "3.6.0")
