@@ -254,30 +254,53 @@ def prefill(
 
 @app.command(name="compile")
 def compile_kernels(
-    out: Annotated[Path, typer.Option("--out", "-o", help="Folder for the record.")] = Path("bench"),
+    out: Annotated[Path, typer.Option("--out", "-o", help="File for the record.")] = Path("bench/compile.json"),
     dims: Annotated[str, typer.Option(help="Head dims, several after commas; all by default.")] = "",
     capabilities: Annotated[str, typer.Option(help="Compute capabilities times ten, such as 90,120.")] = "",
-    kernels: Annotated[str, typer.Option(help="attend, select, ..., as the table names them.")] = "",
+    kernels: Annotated[str, typer.Option(help="Names of kernels or parts of them; all by default.")] = "",
     workers: Annotated[int, typer.Option(min=1, help="Processes.")] = 2,
+    compare: Annotated[Path | None, typer.Option(help="A record to compare the machine code with.")] = None,
+    reasons: Annotated[Path | None, typer.Option(help="JSON file of expected differences: pattern and reason.")] = None,
+    commit: Annotated[str, typer.Option(help="Commit of the tree on PYTHONPATH, if it is another one.")] = "",
 ) -> None:
-    """Compile the prefill kernels for every GPU they are meant for, no GPU needed: instructions, registers, spills."""
-    with errors():
-        from thrift_attn.dispatch import HEAD_DIMS
-        from thrift_lab.bench.compile import CAPABILITIES, KERNELS, compile_all, save, targets
+    """Compile every kernel for every GPU it is meant for, no GPU needed: machine code, instructions, registers, spills.
 
-        found = targets(numbers(dims) or HEAD_DIMS, numbers(capabilities) or CAPABILITIES)
-        wanted = words(kernels) or list(KERNELS)
-        listed = sorted((one for one in found if one.kernel in wanted), key=lambda one: wanted.index(one.kernel))
-        rows = []
-        for row in compile_all(listed, workers):
-            rows.append(row)
-            save(rows, out / "prefill.json")  # what a run that is cut off has done, it keeps
-            one = row.target
-            typer.echo(
-                f"sm_{one.capability:<4} {one.kernel:<12} D {one.dim:<4} {one.low:<6} {one.math:<6} {one.form:<7} "
-                f"{row.registers:3} registers, {row.shared:6} bytes shared, {'; '.join(row.problems) or 'green'}"
-            )
-        typer.echo(f"{sum(not row.problems for row in rows)} of {len(rows)} green; wrote {out / 'prefill.json'}")
+    With --compare the exit code is 1 if machine code differs for no listed reason.
+    """
+    with errors():
+        from thrift_lab.bench import compile as compiling
+        from thrift_lab.bench.launches import CAPABILITIES, HEAD_DIMS, cases
+        from thrift_lab.records import make_context
+
+        before = compiling.CompileRecord.load(compare) if compare else None
+        why = compiling.load_reasons(reasons) if reasons else {}
+        listed = compiling.collect(cases(numbers(dims) or HEAD_DIMS), numbers(capabilities) or CAPABILITIES)
+        wanted = words(kernels) or [""]
+        listed = [one for one in listed if any(word in one.kernel for word in wanted)]
+        record = compiling.CompileRecord(
+            context=make_context(("torch", "triton"), **({"commit_compiled": commit} if commit else {}))
+        )
+        for row in compiling.compile_all(listed, workers):
+            record.rows.append(row)
+            if row.problems:
+                typer.echo(
+                    f"{row.key}: {row.registers} registers, {row.shared} bytes shared, {'; '.join(row.problems)}"
+                )
+        record.save(out)
+        green = sum(not row.problems for row in record.rows)
+        typer.echo(f"{green} of {len(record.rows)} launches green; wrote {out}")
+        if before is None:
+            return
+        differences = compiling.compare(before, record)
+        unexplained, counts = compiling.explained(differences, why)
+        equal = len(record.rows) - sum(one.after is not None for one in differences)
+        typer.echo(f"{equal} launches compile to the same machine code as in {compare}")
+        for pattern, count in counts.items():
+            typer.echo(f"{count} differ, {pattern}: {why[pattern]}")
+        for difference in unexplained:
+            typer.echo(f"differs for no listed reason: {difference}")
+        if unexplained:
+            raise typer.Exit(1)
 
 
 @app.command(name="plot")
