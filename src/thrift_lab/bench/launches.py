@@ -1,8 +1,8 @@
 """Which kernels the library starts, and how: its own launchers are called, and what they would start is written down instead.
 
 So the list of kernels that `thrift_lab.bench.compile` looks at is what the library launches and nothing else, for GPUs that
-need not be there. It also reads trees from before the rooms were cut by flow (`_place`), so that records of older commits can be
-made: ``PYTHONPATH=OLDER/src:src python -m thrift_lab.bench compile --commit OLDER``.
+need not be there. It also reads trees from before the rooms were cut by flow (`_place`), so that records of older commits can
+be made: ``PYTHONPATH=OLDER/src:src python -m thrift_lab.bench compile --commit OLDER``.
 """
 
 from __future__ import annotations
@@ -153,13 +153,13 @@ def _pretend(capability: int) -> Iterator[None]:
     def told(device: Any = None) -> tuple[int, int]:
         return divmod(capability, 10)
 
-    def why_not(*_: Any, **__: Any) -> str | None:  # of the FP8 kernel of sm_90, which asks for a CUDA device
-        return None if capability == 90 else "not this GPU"
+    def why_not(q: Any, *_: Any, **__: Any) -> str | None:  # of the FP8 kernel of sm_90, which asks for a CUDA device
+        return None if capability == 90 and q.shape[-1] in (64, 128) else "not this call"
 
     with contextlib.ExitStack() as stack:
         stack.enter_context(mock.patch.object(torch.cuda, "get_device_capability", told))
         for module in [m for n, m in sys.modules.items() if n.startswith("thrift_attn")]:
-            for name, stand_in in {**stand_ins, "why_not": why_not}.items():
+            for name, stand_in in {**stand_ins, "why_not": why_not, "why_not_sm90_fp8": why_not}.items():
                 if name in vars(module):
                     stack.enter_context(mock.patch.object(module, name, stand_in))
         yield
