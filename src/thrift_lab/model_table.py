@@ -205,7 +205,7 @@ def _logits(model: Any, ids: Tensor) -> Tensor:
 def _chunked(model: Any, cache_type: Callable[..., Any]) -> Tensor:
     """Logits of a prompt in chunks; the cache is kept between them."""
     cache = cache_type(config=model.config)
-    options = {cache_keyword(): cache, "use_cache": True}
+    options = {cache_keyword(model): cache, "use_cache": True}
     parts = _tokens(2, _PROMPT).split(list(_CHUNKS), dim=1)
     return torch.cat([model(part, **options).logits for part in parts], 1)
 
@@ -215,7 +215,7 @@ def _generate(model: Any, cache: Any = None) -> Any:
     ids, mask = _tokens(len(_LENGTHS), max(_LENGTHS)), torch.ones(len(_LENGTHS), max(_LENGTHS), dtype=torch.long)
     for row, length in enumerate(_LENGTHS):
         mask[row, : max(_LENGTHS) - length] = 0
-    options = {} if cache is None else {cache_keyword(): cache}
+    options = {} if cache is None else {cache_keyword(model): cache}
     return model.generate(
         ids.where(mask.bool(), 0),
         attention_mask=mask,

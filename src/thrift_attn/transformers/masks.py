@@ -60,7 +60,7 @@ def thrift_mask(
     if mask_function is not causal_mask_function:
         return real()
     plain = _tokens(batch_size, kv_length, kv_offset, attention_mask, kwargs)
-    if allow_is_causal_skip:
+    if allow_is_causal_skip and not (plain is not None and _cuts_masks(kwargs)):
         return plain
     with torch.inference_mode(False):  # its data has a version, so that `plain_mask` sees a change
         mask = real()
@@ -118,6 +118,11 @@ def _tokens(
         return None
     setattr(tokens, _RUNS, _count_runs(tokens))  # here once for all layers
     return tokens
+
+
+def _cuts_masks(kwargs: Mapping[str, Any]) -> bool:
+    """Whether a model cuts the queries of its masks: Gemma 4 does before layers that share K and V of others."""
+    return bool(getattr(kwargs.get("config"), "num_kv_shared_layers", 0))
 
 
 def _count_runs(tokens: Tensor) -> int:

@@ -25,17 +25,19 @@ hold, and the next forward takes the others back.
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
+from transformers.cache_utils import Cache, DynamicSlidingWindowLayer
 
 from thrift_attn.cache.paged import DEFAULT
 from thrift_attn.config import ThriftConfig
 from thrift_attn.transformers.files import load, save
 from thrift_attn.transformers.padding import MaskReader
+from thrift_attn.transformers.state_layers import StateSteps, attends, has_states, head_dim, held_tensors, make_layers
 from thrift_attn.transformers.thrift_layer import CacheOptions, ThriftLayer
 
 
@@ -86,18 +88,10 @@ class ThriftCache(Cache):
         text = config.get_text_config(decoder=True)
         _check_kind(config, text)
         self.options = CacheOptions(max_tokens, pool_tokens, decode, prefill, exact_tokens)
-        reader = MaskReader()
-        layers: list[Any] = DynamicCache(config=config).layers
-        for at, layer in enumerate(layers):
-            if type(layer) is DynamicLayer:
-                layers[at] = ThriftLayer(self.options, reader)
-            elif type(layer) is not DynamicSlidingWindowLayer:
-                raise NotImplementedError(
-                    f"ThriftCache serves full and sliding-window attention; {type(text).__name__} needs a "
-                    f"{type(layer).__name__} for layer {at}"
-                )
+        layers = make_layers(config, self.options, MaskReader())
         _check_head_dims(text, [at for at, layer in enumerate(layers) if isinstance(layer, ThriftLayer)])
         super().__init__(layers=layers)
+        self._steps = StateSteps()
         self._last_layer = -1  # the layer that has got tokens last
         self._forward_begins = False  # whether a mask has been asked for since
 
@@ -134,7 +128,28 @@ class ThriftCache(Cache):
         if layer_idx <= self._last_layer:
             self._mend(by_hand=not self._forward_begins)
         self._last_layer, self._forward_begins = layer_idx, False
+        self._steps.note(layer_idx, "kv")
         return self.layers[layer_idx].update(key_states, value_states, *args, **kwargs)
+
+    def get_conv_state(self, layer_idx: int, *args: Any, **kwargs: Any) -> Tensor | None:
+        """The state of a convolution, which the model may change in place."""
+        self._steps.note(layer_idx, "conv")
+        return super().get_conv_state(layer_idx, *args, **kwargs)
+
+    def get_recurrent_state(self, layer_idx: int, *args: Any, **kwargs: Any) -> Tensor | None:
+        """The state of linear attention, which the model may change in place."""
+        self._steps.note(layer_idx, "recurrent")
+        return super().get_recurrent_state(layer_idx, *args, **kwargs)
+
+    def update_conv_state(self, conv_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> Tensor:
+        """Hand a new state of a convolution to a layer."""
+        self._steps.note(layer_idx, "new conv")
+        return super().update_conv_state(conv_states, layer_idx, *args, **kwargs)
+
+    def update_recurrent_state(self, recurrent_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> Tensor:
+        """Hand a new state of linear attention to a layer."""
+        self._steps.note(layer_idx, "new recurrent")
+        return super().update_recurrent_state(recurrent_states, layer_idx, *args, **kwargs)
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """Slots (tokens and padding) that all layers hold, those apart that the model does not run."""
@@ -142,10 +157,15 @@ class ThriftCache(Cache):
 
     def _running(self) -> list[Any]:
         """The layers of the config less those that the model is known not to have."""
-        untouched = [at for at, layer in enumerate(self.layers) if not layer.is_initialized]
-        if 0 < len(untouched) < len(self.layers) and (known := self._layers_of_model()) is not None:
-            return [layer for at, layer in enumerate(self.layers) if at in known or layer.is_initialized]
-        return self.layers
+        layers = self._attending()
+        begun = sum(layer.is_initialized for layer in layers.values())
+        if 0 < begun < len(layers) and (known := self._layers_of_model()) is not None:
+            return [layer for at, layer in layers.items() if at in known or layer.is_initialized]
+        return list(layers.values())
+
+    def _attending(self) -> dict[int, Any]:
+        """The layers with K and V by their numbers: not those of linear attention, or that share K and V of others."""
+        return {at: layer for at, layer in enumerate(self.layers) if attends(layer)}
 
     def _layers_of_model(self) -> frozenset[int] | None:
         """The attention layers of the model that fills the cache; None before its attention has been seen."""
@@ -156,6 +176,9 @@ class ThriftCache(Cache):
 
     def get_mask_sizes(self, query_length: Any, layer_idx: int) -> tuple[int, int]:
         """Slots that a layer attends to and the first of them."""
+        if not attends(self.layers[layer_idx]):
+            layer_idx = next(iter(self._attending()))
+        self._steps.begin(self.layers)
         layer, there = self.layers[layer_idx], self.get_seq_length()
         self._forward_begins = True
         if layer.get_seq_length() != there and not isinstance(layer, ThriftLayer):
@@ -172,7 +195,9 @@ class ThriftCache(Cache):
         self._mend()
         there = self.get_seq_length()
         keep = max(0, there + tokens_to_remove) if tokens_to_remove <= 0 else min(there, tokens_to_remove)
-        for layer in self.layers:
+        if keep < there and any(has_states(layer) for layer in self.layers):
+            raise RuntimeError("states of linear attention cannot be taken back: ThriftCache crops no hybrid model")
+        for layer in self._attending().values():
             if isinstance(layer, ThriftLayer):
                 layer.keep(keep)
             elif keep < there or getattr(layer, "record_past", False):
@@ -188,7 +213,7 @@ class ThriftCache(Cache):
         there = min(layer.get_seq_length() for layer in running)
         if by_hand:
             running = [layer for layer in running if not (isinstance(layer, ThriftLayer) and layer.is_pending)]
-        extra = {at: layer.get_seq_length() - there for at, layer in enumerate(self.layers) if layer in running}
+        extra = {at: layer.get_seq_length() - there for at, layer in self._attending().items() if layer in running}
         if any(extra.values()) and self._layers_of_model() is None:
             self._check_all_have_begun()
         for at, count in extra.items():
@@ -206,10 +231,11 @@ class ThriftCache(Cache):
 
     def _check_all_have_begun(self) -> None:
         """Raise RuntimeError if some layers have never got a token: the model may lack them."""
-        begun = sum(layer.is_initialized for layer in self.layers)
-        if begun < len(self.layers):
+        layers = self._attending().values()
+        begun = sum(layer.is_initialized for layer in layers)
+        if begun < len(layers):
             raise RuntimeError(
-                f"{begun} layers hold tokens and {len(self.layers) - begun} of the {len(self.layers)} that the config has "
+                f"{begun} layers hold tokens and {len(layers) - begun} of the {len(layers)} that the config has "
                 f"never got any: call reset() if a forward was interrupted; if the model has only {begun} layers, make the "
                 f"cache from a config with num_hidden_layers={begun}"
             )
@@ -217,6 +243,26 @@ class ThriftCache(Cache):
     def reorder_cache(self, beam_idx: Any) -> None:
         """Row i becomes what row ``beam_idx[i]`` was; complete blocks are shared."""
         super().reorder_cache(beam_idx.cpu())
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Every row ``repeats`` times."""
+        self._select(lambda rows: rows.repeat_interleave(repeats))
+
+    def batch_select_indices(self, indices: Any) -> None:
+        """Only these rows."""
+        self._select(lambda rows: rows[torch.as_tensor(indices).cpu()])
+
+    def _select(self, pick: Callable[[Tensor], Tensor]) -> None:
+        """Make every layer's rows those that ``pick`` takes of all rows."""
+        filled = self._filled()
+        if filled:
+            self.reorder_cache(pick(torch.arange(filled[0].batch_size)))
+
+    def reset(self) -> None:
+        """Empty all layers; pages stay allocated for the next sequences."""
+        super().reset()
+        self._steps.clear()
+        self._last_layer, self._forward_begins = -1, False
 
     # -- growing, sharing, saving --------------------------------------------------------------------------------------
 
@@ -254,8 +300,12 @@ class ThriftCache(Cache):
         other = copy.copy(self)
         reader = MaskReader()
         other.layers = [
-            layer.fork(reader) if isinstance(layer, ThriftLayer) else copy.copy(layer) for layer in self.layers
+            layer.fork(reader)
+            if isinstance(layer, ThriftLayer)
+            else (copy.deepcopy if has_states(layer) else copy.copy)(layer)
+            for layer in self.layers
         ]
+        other._steps = self._steps.copy()
         return other
 
     def __deepcopy__(self, memo: dict[int, Any]) -> ThriftCache:
@@ -264,8 +314,7 @@ class ThriftCache(Cache):
     def nbytes(self) -> int:
         """Bytes that the cache has allocated on its devices."""
         paged = sum(layer.paged.nbytes() for layer in self._filled())
-        others = [layer for layer in self.layers if not isinstance(layer, ThriftLayer) and layer.is_initialized]
-        return paged + sum(x.numel() * x.element_size() for layer in others for x in (layer.keys, layer.values))
+        return paged + sum(x.numel() * x.element_size() for layer in self.layers for x in held_tensors(layer))
 
     def bytes_per_token(self) -> float:
         """Bytes of pages for one token in all paged layers."""
@@ -278,11 +327,19 @@ class ThriftCache(Cache):
 
     def save(self, path: str | Path) -> None:
         """Write what the cache holds to a safetensors file; see `thrift_attn.transformers.files`."""
+        self._check_file()
         self._mend()
         save(self, path)
 
+    def _check_file(self) -> None:
+        """Refuse layers that files have no form for."""
+        for at, layer in enumerate(self.layers):
+            if type(layer) not in (ThriftLayer, DynamicSlidingWindowLayer):
+                raise NotImplementedError(f"a file of a cache has no form for layer {at}, a {type(layer).__name__}")
+
     def load(self, path: str | Path, device: torch.device | str = "cpu") -> ThriftCache:
         """Fill this cache, which must be empty, from a file on a device; see `thrift_attn.transformers.files`."""
+        self._check_file()
         load(self, path, device)
         return self
 
@@ -299,19 +356,12 @@ def _check_kind(config: Any, text: Any) -> None:
         raise NotImplementedError(
             f"ThriftCache holds K and V of each head; {name} has latent attention (kv_lora_rank={text.kv_lora_rank})"
         )
-    kinds = set(getattr(text, "layer_types", None) or ()) - {"full_attention", "sliding_attention"}
-    if kinds:
-        raise NotImplementedError(
-            f"ThriftCache serves full and sliding-window attention; {name} has layers of {', '.join(sorted(kinds))}"
-        )
 
 
 def _check_head_dims(text: Any, layers: list[int]) -> None:
     """Refuse a head dimension that pages cannot hold; it may differ by layer."""
-    every = getattr(text, "per_layer_config", None)
     for at in layers:
-        one = text if every is None else every[at]
-        dim = getattr(one, "head_dim", None) or one.hidden_size // one.num_attention_heads
+        dim = head_dim(text, at)
         if dim % 16:
             raise NotImplementedError(
                 f"ThriftCache needs a head dimension that is a multiple of 16, got {dim} in layer {at}"

@@ -1,0 +1,170 @@
+"""Layers of a `ThriftCache` that are not pages alone: linear attention beside them or instead of them.
+
+The states of linear attention (Mamba, gated delta rules, short convolutions) are those of transformers. A step overwrites
+them, so an interrupted forward cannot be taken back; `StateSteps` notices it.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from transformers import cache_utils
+from transformers.cache_utils import CacheLayerMixin, DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
+
+from thrift_attn.dispatch import HEAD_DIMS
+from thrift_attn.transformers.padding import MaskReader
+from thrift_attn.transformers.thrift_layer import CacheOptions, ThriftLayer
+
+
+class _Absent:
+    """Stands for a class that the installed transformers does not have."""
+
+
+_Linear: Any = getattr(cache_utils, "LinearAttentionLayer", _Absent)
+_Hybrid: Any = getattr(cache_utils, "LinearAttentionAndFullAttentionLayer", _Absent)
+_Dummy: Any = getattr(cache_utils, "DummyLayer", _Absent)
+
+_KINDS = {"full_attention", "sliding_attention", "chunked_attention"}
+if _Linear is not _Absent:
+    _KINDS |= {"linear_attention", "conv", "hybrid", "moe", "mlp"}
+
+
+class ThriftStateLayer(_Linear, ThriftLayer):
+    """Attention and linear attention side by side (Falcon-H1, Zamba 2): pages, and states as in transformers.
+
+    Args:
+        options: of the cache.
+        reader: of masks.
+        states: number of states of each kind.
+    """
+
+    is_compileable = False
+    is_croppable = False
+
+    def __init__(self, options: CacheOptions, reader: MaskReader, states: int = 1):
+        ThriftLayer.__init__(self, options, reader)
+        _Linear.__init__(self, number_of_states=states)
+
+    def lazy_initialization(self, *args: Any, **kwargs: Any) -> None:
+        """Make the pages for K and V, which come by position, or states, which come by name."""
+        (ThriftLayer if args else _Linear).lazy_initialization(self, *args, **kwargs)
+
+    def reset(self) -> None:
+        """Give all pages back and forget the states."""
+        ThriftLayer.reset(self)
+        _Linear.reset(self)
+
+    def select(self, rows: list[int]) -> None:
+        """Make row i what row ``rows[i]`` was, in pages and states."""
+        ThriftLayer.select(self, rows)
+        _Linear.reorder_cache(self, torch.tensor(rows))
+
+    reorder_cache = ThriftLayer.reorder_cache
+    crop = ThriftLayer.crop
+    offload = ThriftLayer.offload
+
+    def fork(self, reader: MaskReader) -> ThriftLayer:
+        """The same tokens over the same pages, and a copy of the states."""
+        other = ThriftLayer.fork(self, reader)
+        for name in vars(_Linear()):
+            if name not in ("device", "dtype"):
+                setattr(other, name, copy.deepcopy(getattr(self, name)))
+        return other
+
+
+def make_layers(config: Any, options: CacheOptions, reader: MaskReader) -> list[Any]:
+    """The layers of a cache: pages for full attention, for everything else those of transformers.
+
+    Full attention with heads larger than the kernels serve has 16-bit layers of transformers, too.
+
+    Raises:
+        NotImplementedError: no layer for pages, or one of another kind.
+    """
+    text = config.get_text_config(decoder=True)
+    name = type(text).__name__
+    if kinds := set(getattr(text, "layer_types", None) or ()) - _KINDS:
+        raise NotImplementedError(f"ThriftCache does not serve {name}, which has layers of {', '.join(sorted(kinds))}")
+    layers: list[Any] = DynamicCache(config=config).layers
+    for at, layer in enumerate(layers):
+        if type(layer) is DynamicLayer:
+            if head_dim(text, at) <= max(HEAD_DIMS):
+                layers[at] = ThriftLayer(options, reader)
+        elif type(layer) is _Hybrid:
+            layers[at] = ThriftStateLayer(options, reader, layer.number_of_states)
+        elif type(layer) not in (DynamicSlidingWindowLayer, _Linear, _Dummy):
+            raise NotImplementedError(
+                f"ThriftCache does not serve {name}, which needs a {type(layer).__name__} for layer {at}"
+            )
+    if any(map(has_states, layers)) and not any(isinstance(layer, ThriftLayer) for layer in layers):
+        raise NotImplementedError(f"ThriftCache has pages for full attention, and {name} has none")
+    return layers
+
+
+def head_dim(text: Any, at: int) -> int:
+    """The head dimension of a layer; it may differ by layer."""
+    every = getattr(text, "per_layer_config", None)
+    one = text if every is None else every[at]
+    return getattr(one, "head_dim", None) or one.hidden_size // one.num_attention_heads
+
+
+def attends(layer: Any) -> bool:
+    """Whether a layer of a cache holds K and V, so that it knows its length."""
+    return isinstance(layer, CacheLayerMixin)
+
+
+def has_states(layer: Any) -> bool:
+    """Whether a layer of a cache holds states of linear attention."""
+    return isinstance(layer, _Linear)
+
+
+def held_tensors(layer: Any) -> Iterable[torch.Tensor]:
+    """The tensors of a layer of transformers."""
+    for value in vars(layer).values():
+        for x in value.values() if isinstance(value, dict) else (value,):
+            if isinstance(x, torch.Tensor):
+                yield x
+
+
+class StateSteps:
+    """What a forward has done so far in a cache with states of linear attention, so that an interrupted one is noticed.
+
+    Models change states in place after they have asked for them, so asking counts, too.
+    """
+
+    def __init__(self) -> None:
+        self._done: dict[int, set[str]] = {}
+
+    def note(self, layer: int, step: str) -> None:
+        """Note a step of a layer: ``"kv"``, or what it has done with its states."""
+        self._done.setdefault(layer, set()).add(step)
+
+    def begin(self, layers: list[Any]) -> None:
+        """Begin a forward.
+
+        Raises:
+            RuntimeError: the last one has changed some layers and not the others.
+        """
+        if not self._done or not any(map(has_states, layers)):
+            return
+        done = {at: self._done.get(at, set()) for at in range(len(layers))}
+        kv = all("kv" in done[at] for at, layer in enumerate(layers) if attends(layer))
+        states = {frozenset(done[at] - {"kv"}) for at, layer in enumerate(layers) if has_states(layer)}
+        if not kv or len(states) > 1 or frozenset() in states:
+            raise RuntimeError(
+                "an interrupted forward left states of linear attention that cannot be taken back: call reset() and start "
+                "again"
+            )
+        self._done.clear()
+
+    def clear(self) -> None:
+        """Forget the last forward."""
+        self._done.clear()
+
+    def copy(self) -> StateSteps:
+        """The same for another cache."""
+        other = StateSteps()
+        other._done = {layer: set(steps) for layer, steps in self._done.items()}
+        return other
