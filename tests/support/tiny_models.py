@@ -52,7 +52,7 @@ FAMILIES: dict[str, tuple[str, dict[str, Any], tuple[str, str]]] = {
             "num_experts_per_tok": 1,
             "rope_parameters": {"rope_type": "default", "rope_theta": 1e4},
         },
-        ("eager", "eager"),
+        ("eager", "thrift"),
     ),
 }
 

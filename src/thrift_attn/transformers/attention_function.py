@@ -5,16 +5,17 @@ the tokens of a row. The others are computed in the dtype of the model by PyTorc
 
 - a layer left out by ``enable(layers=...)``;
 - attention that is not causal: encoders, cross-attention;
-- a layer with a sliding window, whatever the length of the input;
-- attention sinks (``s_aux``, gpt-oss);
+- a layer with a sliding window, but for long prompts on a GPU (more than four windows), which go through the kernels that
+  skip what is before the window, with every block in high precision;
 - dropout in training;
-- K and V of different head dims (multi-head latent attention);
+- K and V of different head dims (multi-head latent attention), and a head dim that the kernels do not have;
 - K or V that a model changes after it has put them into a ThriftCache (differential attention);
 - any other mask: packed sequences, prefix-LM, image tokens, a 4D mask given by the caller, and padding between tokens
   (which a ThriftCache leaves out, so that with one it is served too).
 
-SDPA has neither softcap nor sinks: layers off the rule that need them (sliding layers of Gemma-2, gpt-oss) are computed
-by a plain softmax, and the report says ``eager``. A call with tensors that neither path knows raises. `report` names the
+Learned sinks (``s_aux``, gpt-oss) are served: a logit without a value is one more term in the sum of the softmax. SDPA has
+neither sinks nor softcap: layers off the rule that need them (sliding layers of gpt-oss, Gemma 2) are computed by a plain
+softmax, and the report says ``eager``. A call with tensors that neither path knows raises. `report` names the
 path and the reason of every layer.
 """
 
@@ -26,13 +27,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from thrift_attn.config import ThriftConfig
+from thrift_attn.config import DECODE_ROWS, ThriftConfig, fraction
+from thrift_attn.dispatch import HEAD_DIMS
 from thrift_attn.stats import Stats
 from thrift_attn.transformers.dense import attend_masked, autocast_dtype
 from thrift_attn.transformers.fallback import attend_exactly
 from thrift_attn.transformers.layer_state import state_of
 from thrift_attn.transformers.lazy_kv import Cached, pending_of, widened
-from thrift_attn.transformers.masks import has_holes, only_indexed, plain_mask
+from thrift_attn.transformers.masks import check_slots, has_holes, only_indexed, plain_mask
 
 _HARMLESS = {"position_ids", "cache_position", "token_type_ids", "mm_token_type_ids", "num_items_in_batch"}
 
@@ -81,21 +83,25 @@ def thrift_attention(
     pending = pending_of(key, value)
     try:
         _check_extras(module, attention_mask, kwargs)
-        mask = plain_mask(attention_mask)
+        mask, window = plain_mask(attention_mask)
+        check_slots(mask, key.shape[2])
         if indices is not None:
             mask = attention_mask = only_indexed(attention_mask, indices, key.shape[2])
+            window = None
         dtype = autocast_dtype(query.device)
         query = query if dtype is None else query.to(dtype)
         state = state_of(module)
         causal = is_causal if is_causal is not None else getattr(module, "is_causal", None)
-        reason = _off_the_rule(state.config, causal, sliding_window, s_aux, dropout, key, value, mask)
-        options = {"scale": scaling, "softcap": softcap, "backend": state.backend}
+        reason = _off_the_rule(state.config, causal, dropout, query, key, value, mask, s_aux)
+        if reason is None and (window or sliding_window) and not _window_pays(query, key, window):
+            reason = f"sliding window of {window or sliding_window}"
+        options = {"scale": scaling, "softcap": softcap, "sinks": s_aux, "backend": state.backend}
         counted = state.counts(query.device)
         if pending is not None:
             layer = pending.layer
             layer.state = state
             tokens = mask if mask is not None and mask.ndim == 2 else None
-            reason = reason or layer.why_not(pending, query, tokens)
+            reason = reason or ("sliding window over pages" if window else layer.why_not(pending, query, tokens))
             if reason is None:
                 out, stats = layer.attend(pending, query, tokens, counted=counted, **options)
                 state.count("thrift", "causal, cached", stats)
@@ -109,8 +115,9 @@ def thrift_attention(
         if dtype is not None:
             key, value = key.to(dtype), value.to(dtype)
         if reason is None:
-            out, stats = attend_masked(query, key, value, mask, counted, config=state.config, **options)
-            state.count("thrift", "causal", stats)
+            config = state.config if window is None else state.config.with_(budget=fraction(1.0))
+            out, stats = attend_masked(query, key, value, mask, counted, config=config, window=window, **options)
+            state.count("thrift", "causal" if window is None else f"sliding window of {window}", stats)
             return out.transpose(1, 2).contiguous(), None
     except BaseException:
         if pending is not None:
@@ -132,29 +139,37 @@ def thrift_attention(
     return out, None
 
 
+def _window_pays(query: Tensor, key: Tensor, window: int | None) -> bool:
+    """Whether a layer with a sliding window goes to the kernels, which skip what is before it; SDPA computes all pairs.
+
+    Long prompts on a GPU, where at least three of four pairs are skipped; never without a mask that says so.
+    """
+    return window is not None and query.is_cuda and query.shape[2] > DECODE_ROWS and key.shape[2] >= 4 * window
+
+
 def _off_the_rule(
     config: ThriftConfig | None,
     causal: bool | None,
-    window: int | None,
-    sinks: Tensor | None,
     dropout: float,
+    query: Tensor,
     key: Tensor,
     value: Tensor,
     mask: Tensor | None,
+    sinks: Tensor | None,
 ) -> str | None:
     """Why thrift does not serve a call, None if it may; whether a 2D mask has holes is for later."""
     if config is None:
         return "left out by enable(layers=...)"
     if not causal:
         return "not causal" if causal is not None else "does not say that it is causal"
-    if window is not None:
-        return f"sliding window of {window}"
-    if sinks is not None:
-        return "attention sinks"
+    if sinks is not None and sinks.shape != query.shape[1:2]:
+        return f"sinks of shape {list(sinks.shape)}"
     if dropout > 0:
         return "dropout in training"
     if value.shape[-1] != key.shape[-1]:
         return f"head dims of K and V differ, {key.shape[-1]} and {value.shape[-1]}"
+    if key.shape[-1] > max(HEAD_DIMS) or (key.is_cuda and key.shape[-1] not in HEAD_DIMS):
+        return f"head dim {key.shape[-1]}, for which there are no kernels"
     if mask is not None and mask.ndim == 4:
         return "the mask is not causal with padding at the ends"
     return None

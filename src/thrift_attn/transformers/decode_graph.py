@@ -54,8 +54,8 @@ class DecodeGraph:
         self.model, self.cache, self.warmup = model, cache, warmup
         self._ours = cache if isinstance(cache, ThriftCache) else None
         if self._ours is not None:
-            if not all(isinstance(layer, ThriftLayer) for layer in self._ours.layers):
-                raise NotImplementedError("a decode graph needs a cache without sliding-window layers")
+            if not all(type(layer) is ThriftLayer for layer in self._ours.layers):
+                raise NotImplementedError("a decode graph needs a cache whose layers are all pages: no windows, no states")
             if not self._ours.get_seq_length():
                 raise ValueError("the cache is empty: the prompt comes first")
             positions = self._known()

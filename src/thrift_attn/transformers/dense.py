@@ -41,12 +41,35 @@ def check_no_gradients(*tensors: Tensor) -> None:
         )
 
 
-def attend_counted(q: Tensor, k: Tensor, v: Tensor, counted: bool, **options: Any) -> tuple[Tensor, Stats]:
-    """`thrift_attn.attention` with its statistics, or with empty ones if they are not to be counted."""
+def attend_counted(
+    q: Tensor, k: Tensor, v: Tensor, counted: bool, *, sinks: Tensor | None = None, **options: Any
+) -> tuple[Tensor, Stats]:
+    """`thrift_attn.attention` with its statistics, or with empty ones if they are not to be counted.
+
+    Args:
+        q: ``[B, Hq, Tq, D]``.
+        k: ``[B, Hkv, Tk, D]``.
+        v: likewise.
+        counted: whether to count what is promoted.
+        sinks: learned logits ``[Hq]``, see `with_sinks`.
+        **options: of `thrift_attn.attention`.
+    """
     with as_given(q.device):
-        if counted:
-            return attention(q, k, v, return_stats=True, **options)
-        return attention(q, k, v, **options), Stats()
+        found: Any = attention(q, k, v, return_lse=True, return_stats=counted, **options)
+        out = found[0] if sinks is None else with_sinks(found[0], found[1], sinks)
+        return out, found[2] if counted else Stats()
+
+
+def with_sinks(out: Tensor, lse: Tensor, sinks: Tensor) -> Tensor:
+    """Attention with one more key for each head that has a logit and no value: a term more in the sum of the softmax.
+
+    Args:
+        out: attention without it, ``[B, Hq, Tq, D]``.
+        lse: its log-sum-exp ``[B, Hq, Tq]``, -inf where it saw no key.
+        sinks: the logits ``[Hq]``.
+    """
+    share = torch.sigmoid(lse - sinks.to(lse)[:, None])
+    return (out * share[..., None]).to(out.dtype)
 
 
 def attend_masked(

@@ -7,10 +7,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.masking_utils import causal_mask_function, eager_mask
+from transformers.masking_utils import and_masks, causal_mask_function, eager_mask, sliding_window_overlay
 
+_AND, _OVERLAY = and_masks().__code__, sliding_window_overlay(1).__code__  # what sliding-window masks are made of
 _RUNS = "_thrift_runs"  # attribute on 2D masks
-_PLAIN = "_thrift_plain"  # attribute on 4D masks: the same without its causal part, and the version of its data
+_SLOTS = "_thrift_slots"  # attribute on 2D masks: key slots that the mask was made for
+_PLAIN = "_thrift_plain"  # attribute on 4D masks: the same without its causal part, its window, the version of its data
 
 
 @torch.compiler.disable
@@ -30,7 +32,7 @@ def thrift_mask(
         batch_size: B.
         kv_length: number of key slots, more than are written so far with a static cache.
         kv_offset: position of the first key slot.
-        mask_function: the pattern; causal alone, or one that goes to SDPA.
+        mask_function: the pattern; causal alone, with a sliding window, or one that goes to SDPA.
         attention_mask: bool ``[B, positions]``, True at tokens.
         allow_is_causal_skip: False where the model itself looks at the mask, so that it must be a real one.
         **kwargs: the position of the queries, ``cache_position`` in transformers 5.0, ``q_length`` and ``q_offset``
@@ -38,8 +40,8 @@ def thrift_mask(
 
     Returns:
         None: causal, keys and queries end together and all are tokens. Bool ``[B, S]``: causal, the last query is in
-        slot S - 1, True at tokens. Float ``[B, 1, Tq, kv_length]``, added to the logits: anything else, and a mask that
-        the model asks for.
+        slot S - 1, True at tokens. Float ``[B, 1, Tq, kv_length]``, added to the logits: a sliding window, anything else,
+        and a mask that the model asks for; `plain_mask` tells the first and the last from others.
 
     Raises:
         ValueError: an attention mask that ends before the last query.
@@ -57,23 +59,61 @@ def thrift_mask(
             **options,
         )
 
-    if mask_function is not causal_mask_function:
+    window = window_of(mask_function)
+    if mask_function is not causal_mask_function and window is None:
         return real()
     plain = _tokens(batch_size, kv_length, kv_offset, attention_mask, kwargs)
-    if allow_is_causal_skip and not (plain is not None and _cuts_masks(kwargs)):
+    if window is None and allow_is_causal_skip and not (plain is not None and _cuts_masks(kwargs)):
         return plain
     with torch.inference_mode(False):  # its data has a version, so that `plain_mask` sees a change
         mask = real()
-        setattr(mask, _PLAIN, (plain, mask._version))
+        setattr(mask, _PLAIN, (plain, window, mask._version))
     return mask
 
 
-def plain_mask(mask: Tensor | None) -> Tensor | None:
-    """A mask that a model asked for and has not changed, in the form in which others get it; any other mask as it is."""
-    found: tuple[Tensor | None, int] | None = getattr(mask, _PLAIN, None)
-    if mask is None or found is None or mask._version != found[1]:
-        return mask
-    return found[0]
+def plain_mask(mask: Tensor | None) -> tuple[Tensor | None, int | None]:
+    """A mask in its simplest form.
+
+    Args:
+        mask: what `thrift_mask` returned, or any other.
+
+    Returns:
+        A real mask that the model has not changed as None or bool ``[B, S]``, any other as it is; and the sliding window
+        that comes on top of the causal mask, None if there is none.
+    """
+    found: tuple[Tensor | None, int | None, int] | None = getattr(mask, _PLAIN, None)
+    if mask is None or found is None or mask._version != found[2]:
+        return mask, None
+    return found[:2]
+
+
+def check_slots(mask: Tensor | None, slots: int) -> None:
+    """Raise NotImplementedError if a layer attends to another number of key slots than its 2D mask was made for."""
+    made_for: int = getattr(mask, _SLOTS, slots)
+    if made_for != slots:
+        raise NotImplementedError(
+            f"the mask was made for {made_for} key slots, the layer attends to {slots}: the model counts the tokens of its "
+            f"cache otherwise than transformers' masks do, so padding cannot be told from tokens"
+        )
+
+
+def window_of(mask_function: Callable[..., Any]) -> int | None:
+    """The window of a mask function that is causal with a sliding window and nothing else; None for any other."""
+    parts = _free_variables(mask_function).get("mask_functions")
+    if getattr(mask_function, "__code__", None) is not _AND or not isinstance(parts, tuple) or len(parts) != 2:
+        return None
+    overlay, causal = parts
+    if causal is not causal_mask_function or getattr(overlay, "__code__", None) is not _OVERLAY:
+        return None
+    window = _free_variables(overlay).get("sliding_window")
+    return window if isinstance(window, int) else None
+
+
+def _free_variables(function: Callable[..., Any]) -> Mapping[str, Any]:
+    """What a closure holds, by name."""
+    code = getattr(function, "__code__", None)
+    cells = getattr(function, "__closure__", None) or ()
+    return {} if code is None else dict(zip(code.co_freevars, (cell.cell_contents for cell in cells), strict=True))
 
 
 def only_indexed(mask: Tensor | None, indices: Tensor, slots: int) -> Tensor:
@@ -117,6 +157,7 @@ def _tokens(
     if slots == kv_length and bool(tokens.all()):
         return None
     setattr(tokens, _RUNS, _count_runs(tokens))  # here once for all layers
+    setattr(tokens, _SLOTS, kv_length)
     return tokens
 
 

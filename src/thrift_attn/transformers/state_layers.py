@@ -55,7 +55,7 @@ class ThriftStateLayer(_Linear, ThriftLayer):
     def reset(self) -> None:
         """Give all pages back and forget the states."""
         ThriftLayer.reset(self)
-        _Linear.reset(self)
+        forget_states(self)
 
     def select(self, rows: list[int]) -> None:
         """Make row i what row ``rows[i]`` was, in pages and states."""
@@ -69,10 +69,20 @@ class ThriftStateLayer(_Linear, ThriftLayer):
     def fork(self, reader: MaskReader) -> ThriftLayer:
         """The same tokens over the same pages, and a copy of the states."""
         other = ThriftLayer.fork(self, reader)
-        for name in vars(_Linear()):
-            if name not in ("device", "dtype"):
-                setattr(other, name, copy.deepcopy(getattr(self, name)))
+        for name in _fresh(self):
+            setattr(other, name, copy.deepcopy(getattr(self, name)))
         return other
+
+
+def forget_states(layer: Any) -> None:
+    """Make the states of a layer as they are at first: the next batch may have another size."""
+    vars(layer).update(_fresh(layer))
+
+
+def _fresh(layer: Any) -> dict[str, Any]:
+    """What a layer with empty states holds, by name."""
+    new = vars(_Linear(number_of_states=layer.number_of_states))
+    return {name: value for name, value in new.items() if name not in ("device", "dtype")}
 
 
 def make_layers(config: Any, options: CacheOptions, reader: MaskReader) -> list[Any]:
@@ -85,6 +95,8 @@ def make_layers(config: Any, options: CacheOptions, reader: MaskReader) -> list[
     """
     text = config.get_text_config(decoder=True)
     name = type(text).__name__
+    if getattr(text, "model_type", None) == "minimax":
+        raise NotImplementedError(f"ThriftCache does not serve {name}, whose model takes no cache but its own")
     if kinds := set(getattr(text, "layer_types", None) or ()) - _KINDS:
         raise NotImplementedError(f"ThriftCache does not serve {name}, which has layers of {', '.join(sorted(kinds))}")
     layers: list[Any] = DynamicCache(config=config).layers
@@ -136,35 +148,43 @@ class StateSteps:
 
     def __init__(self) -> None:
         self._done: dict[int, set[str]] = {}
+        self._slots: int | None = None  # of the cache when the forward is through
 
     def note(self, layer: int, step: str) -> None:
-        """Note a step of a layer: ``"kv"``, or what it has done with its states."""
+        """Note what a layer has done with its states."""
         self._done.setdefault(layer, set()).add(step)
 
-    def begin(self, layers: list[Any]) -> None:
-        """Begin a forward.
+    def begin(self, layers: list[Any], held: int, new: int) -> None:
+        """Begin a forward; calling it again before the first layer changes nothing.
+
+        Args:
+            layers: of the cache.
+            held: slots that all layers with attention hold.
+            new: slots of the forward.
 
         Raises:
             RuntimeError: the last one has changed some layers and not the others.
         """
-        if not self._done or not any(map(has_states, layers)):
+        with_states = [at for at, layer in enumerate(layers) if has_states(layer)]
+        if not with_states:
             return
-        done = {at: self._done.get(at, set()) for at in range(len(layers))}
-        kv = all("kv" in done[at] for at, layer in enumerate(layers) if attends(layer))
-        states = {frozenset(done[at] - {"kv"}) for at, layer in enumerate(layers) if has_states(layer)}
-        if not kv or len(states) > 1 or frozenset() in states:
+        done = {frozenset(self._done.get(at, ())) for at in with_states}
+        if self._slots is not None and self._done and (held != self._slots or len(done) > 1):
             raise RuntimeError(
                 "an interrupted forward left states of linear attention that cannot be taken back: call reset() and start "
                 "again"
             )
         self._done.clear()
+        self._slots = held + new
 
     def clear(self) -> None:
         """Forget the last forward."""
         self._done.clear()
+        self._slots = None
 
     def copy(self) -> StateSteps:
         """The same for another cache."""
         other = StateSteps()
         other._done = {layer: set(steps) for layer, steps in self._done.items()}
+        other._slots = self._slots
         return other

@@ -37,7 +37,7 @@ from thrift_attn.cache.paged import DEFAULT
 from thrift_attn.config import ThriftConfig
 from thrift_attn.transformers.files import load, save
 from thrift_attn.transformers.padding import MaskReader
-from thrift_attn.transformers.state_layers import StateSteps, attends, has_states, head_dim, held_tensors, make_layers
+from thrift_attn.transformers.state_layers import StateSteps, attends, forget_states, has_states, head_dim, held_tensors, make_layers
 from thrift_attn.transformers.thrift_layer import CacheOptions, ThriftLayer
 
 
@@ -128,7 +128,6 @@ class ThriftCache(Cache):
         if layer_idx <= self._last_layer:
             self._mend(by_hand=not self._forward_begins)
         self._last_layer, self._forward_begins = layer_idx, False
-        self._steps.note(layer_idx, "kv")
         return self.layers[layer_idx].update(key_states, value_states, *args, **kwargs)
 
     def get_conv_state(self, layer_idx: int, *args: Any, **kwargs: Any) -> Tensor | None:
@@ -178,15 +177,15 @@ class ThriftCache(Cache):
         """Slots that a layer attends to and the first of them."""
         if not attends(self.layers[layer_idx]):
             layer_idx = next(iter(self._attending()))
-        self._steps.begin(self.layers)
         layer, there = self.layers[layer_idx], self.get_seq_length()
+        new = query_length if isinstance(query_length, int) else query_length.shape[0]
+        self._steps.begin(self.layers, there, new)
         self._forward_begins = True
         if layer.get_seq_length() != there and not isinstance(layer, ThriftLayer):
             raise RuntimeError(
                 f"an interrupted forward left tokens in sliding-window layer {layer_idx}: call crop(0), or reset()"
             )
         if isinstance(layer, ThriftLayer):
-            new = query_length if isinstance(query_length, int) else query_length.shape[0]
             return there + new, 0
         return layer.get_mask_sizes(query_length)
 
@@ -261,6 +260,9 @@ class ThriftCache(Cache):
     def reset(self) -> None:
         """Empty all layers; pages stay allocated for the next sequences."""
         super().reset()
+        for layer in self.layers:
+            if has_states(layer):
+                forget_states(layer)
         self._steps.clear()
         self._last_layer, self._forward_begins = -1, False
 

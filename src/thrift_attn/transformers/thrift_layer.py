@@ -13,7 +13,7 @@ from thrift_attn.cache import PagedThriftCache
 from thrift_attn.config import BLOCK, DECODE_ROWS, ThriftConfig, fraction
 from thrift_attn.reference.budget import promoted_in_decode
 from thrift_attn.stats import Stats
-from thrift_attn.transformers.dense import as_given, attend_counted, autocast_dtype, check_no_gradients
+from thrift_attn.transformers.dense import as_given, attend_counted, autocast_dtype, check_no_gradients, with_sinks
 from thrift_attn.transformers.layer_state import LayerState
 from thrift_attn.transformers.lazy_kv import PendingKV
 from thrift_attn.transformers.padding import MaskReader, Padding, gather, spread
@@ -219,7 +219,7 @@ class ThriftLayer(CacheLayerMixin):
             tokens: as in `why_not`, which must have returned None.
             counted: whether to count what more than 16 new tokens promote; for fewer it is known on the host.
             backend: for `thrift_attn.attention`.
-            **options: ``scale`` and ``softcap`` of the logits.
+            **options: ``scale`` and ``softcap`` of the logits, ``sinks`` as in `thrift_attn.transformers.dense.with_sinks`.
 
         Returns:
             The output ``[B, Hq, T, D]``, 0 at padding, and what was promoted.
@@ -239,8 +239,11 @@ class ThriftLayer(CacheLayerMixin):
             paged.reserve(new)
         if padding is None and count <= DECODE_ROWS and any(before):
             self._write(pending, None)
+            sinks = options.pop("sinks")
             with as_given(query.device):
-                return paged.attend(query, **options), self.decode_stats(query.shape[1], count)
+                out, lse = paged.attend(query, return_lse=True, **options)
+                out = out if sinks is None else with_sinks(out, lse, sinks)
+            return out, self.decode_stats(query.shape[1], count)
         options |= {"config": self.options.prefill_on(query.device, max(totals)), "backend": backend}
         k, v = pending.k, pending.v
         if padding is not None:
