@@ -94,9 +94,18 @@ def generate(
 
 
 @app.command()
-def doctor() -> None:
+def doctor(
+    models: Annotated[
+        Path | None,
+        typer.Option(help="Instead, check every family of transformers and write the table of models here."),
+    ] = None,
+) -> None:
     """Print versions, what this device can do and what is cached; exit code 0 when the commands can run."""
     out = Console()
+    if models is not None:
+        from thrift_lab import model_table
+
+        raise typer.Exit(model_table.write(models, lambda line: out.print(line, highlight=False, markup=False)))
     try:
         problems = _doctor(out)
     except ImportError as error:

@@ -97,14 +97,30 @@ def _plain(*kinds: str) -> list[Family]:
 
 FAMILIES: tuple[Family, ...] = (
     # Causal attention over all tokens.
-    *_plain("llama", "qwen2", "qwen2_moe", "qwen3", "qwen3_moe", "gemma", "phi", "phi3", "phimoe", "stablelm", "starcoder2"),
+    *_plain(
+        "llama", "qwen2", "qwen2_moe", "qwen3", "qwen3_moe", "gemma", "phi", "phi3", "phimoe", "stablelm", "starcoder2"
+    ),
     Family("mixtral", _EXPERTS),
-    *_plain("olmo", "olmo2", "olmoe", "cohere", "granite", "granitemoe", "glm", "glm4", "glm4_moe", "smollm3", "ernie4_5"),
-    *_plain("ernie4_5_moe", "hunyuan_v1_dense", "seed_oss", "apertus", "arcee", "nemotron", "persimmon", "helium", "jetmoe"),
+    *_plain(
+        "olmo", "olmo2", "olmoe", "cohere", "granite", "granitemoe", "glm", "glm4", "glm4_moe", "smollm3", "ernie4_5"
+    ),
+    *_plain(
+        "ernie4_5_moe", "hunyuan_v1_dense", "seed_oss", "apertus", "arcee", "nemotron", "persimmon", "helium", "jetmoe"
+    ),
     Family("minimax_m2", _EXPERTS),
     Family("ministral3"),
     Family("dots1", {**_EXPERTS, "sliding_window": None}),
-    Family("dbrx", {**_ROPE, "d_model": 64, "n_heads": 4, "n_layers": 2, "attn_config": {"kv_n_heads": 2, "rope_theta": 1e4, "clip_qkv": 8.0}, "ffn_config": {"ffn_hidden_size": 32, "hidden_size": 64}}),
+    Family(
+        "dbrx",
+        {
+            **_ROPE,
+            "d_model": 64,
+            "n_heads": 4,
+            "n_layers": 2,
+            "attn_config": {"kv_n_heads": 2, "rope_theta": 1e4, "clip_qkv": 8.0},
+            "ffn_config": {"ffn_hidden_size": 32, "hidden_size": 64},
+        },
+    ),
     Family("gpt2"),
     Family("gpt_neox"),
     Family("gpt_bigcode"),
@@ -113,7 +129,11 @@ FAMILIES: tuple[Family, ...] = (
     # Attention of their own, positions in the logits.
     Family("gptj", {"rotary_dim": 8}, special=True),
     Family("codegen", {"rotary_dim": 8}),
-    Family("gpt_neo", {"attention_types": [[["global", "local"], 1]], "num_layers": 2, "window_size": WINDOW}, drop=("num_hidden_layers",)),
+    Family(
+        "gpt_neo",
+        {"attention_types": [[["global", "local"], 1]], "num_layers": 2, "window_size": WINDOW},
+        drop=("num_hidden_layers",),
+    ),
     Family("bloom"),
     Family("mpt", special=True),
     # Sliding windows, sinks, softcaps, chunks.
@@ -130,7 +150,12 @@ FAMILIES: tuple[Family, ...] = (
     Family("mimo_v2_flash", {**_EXPERTS, "sliding_window": WINDOW, "v_head_dim": 16}),
     Family(
         "llama4_text",
-        {**_EXPERTS, "layer_types": ["chunked_attention", "full_attention"], "attention_chunk_size": 64, "intermediate_size_mlp": 96},
+        {
+            **_EXPERTS,
+            "layer_types": ["chunked_attention", "full_attention"],
+            "attention_chunk_size": 64,
+            "intermediate_size_mlp": 96,
+        },
         special=True,
     ),
     # Head dims that differ, K and V that layers share, that a model changes, or that are compressed.
@@ -148,7 +173,14 @@ FAMILIES: tuple[Family, ...] = (
         },
         special=True,
     ),
-    Family("gemma4_text", {**_SLIDING, **{"global_head_dim": 32, "vocab_size_per_layer_input": VOCABULARY, "hidden_size_per_layer_input": 8}}, special=True),
+    Family(
+        "gemma4_text",
+        {
+            **_SLIDING,
+            **{"global_head_dim": 32, "vocab_size_per_layer_input": VOCABULARY, "hidden_size_per_layer_input": 8},
+        },
+        special=True,
+    ),
     Family(
         "gemma4_text",
         {
@@ -174,9 +206,16 @@ FAMILIES: tuple[Family, ...] = (
     Family("qwen3_5_text", _LINEAR),
     Family("olmo_hybrid", _LINEAR),
     Family("minimax", {**_EXPERTS, "layer_types": ["linear_attention", "full_attention"], "block_size": 32}),
-    Family("jamba", {**_EXPERTS, "attn_layer_period": 2, "attn_layer_offset": 1, "mamba_d_state": 8, "mamba_dt_rank": 4}, special=True),
+    Family(
+        "jamba",
+        {**_EXPERTS, "attn_layer_period": 2, "attn_layer_offset": 1, "mamba_d_state": 8, "mamba_dt_rank": 4},
+        special=True,
+    ),
     Family("bamba", {**_MAMBA, "attn_layer_indices": [1]}, special=True),
-    Family("granitemoehybrid", {**_EXPERTS, **_MAMBA, "layer_types": ["mamba", "attention"], "shared_intermediate_size": 32}),
+    Family(
+        "granitemoehybrid",
+        {**_EXPERTS, **_MAMBA, "layer_types": ["mamba", "attention"], "shared_intermediate_size": 32},
+    ),
     Family("lfm2", {"layer_types": ["conv", "full_attention"], "block_auto_adjust_ff_dim": False}, special=True),
     Family("falcon_h1", {**_MAMBA, "mamba_d_ssm": 128}, special=True),
     Family(
@@ -207,6 +246,9 @@ FAMILIES: tuple[Family, ...] = (
         },
         drop=("head_dim", "num_key_value_heads"),
     ),
-    Family("recurrent_gemma", {"num_hidden_layers": 2, "block_types": ("recurrent", "attention"), "attention_window_size": WINDOW}),
+    Family(
+        "recurrent_gemma",
+        {"num_hidden_layers": 2, "block_types": ("recurrent", "attention"), "attention_window_size": WINDOW},
+    ),
 )
 """The rows of the table, the special ones among them checked in every run of the tests."""

@@ -3,12 +3,11 @@
 Every family is a tiny random model (`thrift_lab.families`), computed in float32 by itself and with a budget of 1, which is
 exact attention: whatever differs is a fault of the way in which the model is served.
 
-    python -m thrift_lab.model_table docs/models.md
+    thrift doctor --models docs/models.md
 """
 
 from __future__ import annotations
 
-import sys
 import warnings
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import contextmanager
@@ -78,8 +77,8 @@ class Row:
 
 
 HEADER = (
-    "| family | prompt | causal | generation | ThriftCache: generation | ThriftCache: chunks | layers | layers, ThriftCache | why not all |\n"
-    "|---|---|---|---|---|---|---|---|---|"
+    "| family | prompt | causal | generation | ThriftCache: generation | ThriftCache: chunks | layers "
+    "| layers, ThriftCache | why not all |\n|---|---|---|---|---|---|---|---|---|"
 )
 
 
@@ -128,17 +127,18 @@ def _check(family: Family) -> Row:
         return Row(family.name, untouched, *["refused"] * 4, "none", "none", _sentence([str(error)]))  # type: ignore[arg-type]
     layers, why = _served(model)
     causal = _verdict(_close(got[:, :-1], _logits(model, changed)[:, :-1]))
-    generation = _judge(generated, lambda: _generate(model), _same_steps)
-
-    enable(model, EXACT)  # counts from zero
+    refusals: list[str] = []
+    generation = _judge(generated, lambda: _generate(model), _same_steps, refusals)
 
     def cache(**_: Any) -> ThriftCache:
         return ThriftCache(model.config, 512, decode=EXACT_CACHE)
 
-    refusals: list[str] = []
-    chunks = _judge(in_chunks, lambda: _chunked(model, cache), _close, refusals)
-    cached_layers, cached_why = ("none", refusals) if refusals else _served(model)
     cached_generation = _judge(generated, lambda: _generate(model, cache()), _same_steps, refusals)
+    enable(model, EXACT)  # counts from zero
+    chunks = _judge(in_chunks, lambda: _chunked(model, cache), _close, refusals)
+    cached_layers, cached_why = _served(model)
+    if "refused" in (chunks, cached_generation):
+        cached_layers = "none"
     return Row(
         family.name,
         _verdict(_close(got, want)),
@@ -148,7 +148,7 @@ def _check(family: Family) -> Row:
         chunks,
         layers,
         cached_layers,
-        _sentence([*why, *cached_why]),
+        _sentence([*why, *cached_why, *refusals]),
     )
 
 
@@ -160,17 +160,14 @@ def _own(run: Callable[[], Any]) -> Any:
         return None
 
 
-def _judge(
-    want: Any, run: Callable[[], Any], same: Callable[[Any, Any], bool], refusals: list[str] | None = None
-) -> Verdict:
+def _judge(want: Any, run: Callable[[], Any], same: Callable[[Any, Any], bool], refusals: list[str]) -> Verdict:
     """Compare a run with what the model itself gives."""
     if want is None:
         return "-"
     try:
         return _verdict(same(run(), want))
     except NotImplementedError as error:
-        if refusals is not None and str(error) not in refusals:
-            refusals.append(str(error))
+        refusals.append(str(error))
         return "refused"
 
 
@@ -260,18 +257,22 @@ def page(rows: Sequence[Row]) -> str:
     lines = [
         "# Models",
         "",
-        f"{_made_with(found)}, {now()[:10]}, by `thrift doctor --models docs/models.md`. Not edited by hand; a test compares it with a run.",
+        f"{_made_with(found)}, {now()[:10]}, by `thrift doctor --models docs/models.md`. Not edited by hand; a test compares it",
+        "with a run.",
         "",
-        "Each row is a tiny random model of the family in float32. All figures are against the model itself, with the attention that transformers picks for it.",
+        "Each row is a tiny random model of the family in float32 on a CPU. All figures are against the model itself, with the",
+        "attention that transformers picks for it.",
         "",
         f"- **prompt**: logits of {_PROMPT} tokens at budget 1, which is exact attention, within {TOLERANCE:g} of the largest.",
         "- **causal**: a changed last token leaves all logits before it alone.",
         f"- **generation**: {_NEW_TOKENS} greedy tokens after a batch with padding on the left, tokens and logits.",
         "- **ThriftCache**: the same generation, and a prompt in chunks of "
         f"{', '.join(map(str, _CHUNKS[:-1]))} and {_CHUNKS[-1]} tokens, with K and V in a `ThriftCache` at budget 1.",
-        "- **layers**: those that thrift attends, of all layers with attention. The others are computed by SDPA, exactly, for the reason in the last column.",
+        "- **layers**: those that thrift attends, of all layers with attention. The others are computed exactly, by SDPA or a",
+        "  plain softmax, for the reason in the last column. On a GPU, sliding windows of long prompts are thrift's, too.",
         "",
-        "`refused`: an error with the reason, from `enable` or when the cache is made. `-`: the model itself cannot do it.",
+        "`refused`: an error with the reason, from `enable`, when the cache is made, or from the forward. `-`: the model itself",
+        "cannot do it.",
         "",
         HEADER,
         *(row.markdown() for row in rows),
@@ -289,17 +290,19 @@ def made_here(text: str) -> bool:
     return f"Generated with transformers {transformers.__version__} " in text
 
 
-def main(path: str | None = None, names: Sequence[str] = ()) -> None:
-    """Check all families, or those of some names, show progress, and write the page."""
+def write(path: Path, say: Callable[[str], None]) -> int:
+    """Check all families and write the page.
+
+    Args:
+        path: of the page.
+        say: takes the row of each family when it is known.
+
+    Returns:
+        The exit code: 1 if a row is wrong.
+    """
     rows: list[Row] = []
-    for family in FAMILIES:
-        if (names and family.kind not in names) or not known(family):
-            continue
+    for family in filter(known, FAMILIES):
         rows.append(check(family))
-        print(rows[-1].markdown(), file=sys.stderr, flush=True)
-    if path is not None:
-        Path(path).write_text(page(rows), encoding="utf-8")
-
-
-if __name__ == "__main__":
-    main(sys.argv[1] if len(sys.argv) > 1 else None, sys.argv[2:])
+        say(rows[-1].markdown())
+    path.write_text(page(rows), encoding="utf-8")
+    return int(any("wrong" in row.verdicts() for row in rows))

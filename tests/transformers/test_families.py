@@ -124,8 +124,13 @@ def test_windows_are_exact_at_any_budget(monkeypatch: pytest.MonkeyPatch) -> Non
 
 @pytest.mark.parametrize(
     ("device", "queries", "keys", "pays"),
-    [("cuda", 4096, 4096, True), ("cuda", 64, 4096, True), ("cuda", 16, 4096, False), ("cuda", 2048, 2048, False)]
-    + [("cpu", 4096, 4096, False)],
+    [
+        ("cuda", 4096, 4096, True),
+        ("cuda", 64, 4096, True),
+        ("cuda", 16, 4096, False),
+        ("cuda", 2048, 2048, False),
+        ("cpu", 4096, 4096, False),
+    ],
 )
 def test_the_rule_for_windows(device: str, queries: int, keys: int, pays: bool) -> None:
     query = SimpleNamespace(is_cuda=device == "cuda", shape=(1, 8, queries, 64))

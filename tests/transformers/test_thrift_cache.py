@@ -342,8 +342,10 @@ def test_running_out_of_pages_leaves_a_usable_cache() -> None:
 
 
 def test_what_it_cannot_serve_is_refused_when_it_is_made() -> None:
-    with pytest.raises(NotImplementedError, match="linear_attention"):
-        thrift.ThriftCache(transformers.Qwen3NextConfig(num_hidden_layers=4), 64)
+    unknown = transformers.LlamaConfig(num_hidden_layers=1)
+    unknown.layer_types = ["compressed_sparse_attention"]
+    with pytest.raises(NotImplementedError, match="compressed_sparse_attention"):
+        thrift.ThriftCache(unknown, 64)
     with pytest.raises(NotImplementedError, match="multiple of 16"):
         thrift.ThriftCache(transformers.LlamaConfig(head_dim=24, num_hidden_layers=1), 64)
     with pytest.raises(TypeError, match="config"):

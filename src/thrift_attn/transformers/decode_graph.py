@@ -55,7 +55,9 @@ class DecodeGraph:
         self._ours = cache if isinstance(cache, ThriftCache) else None
         if self._ours is not None:
             if not all(type(layer) is ThriftLayer for layer in self._ours.layers):
-                raise NotImplementedError("a decode graph needs a cache whose layers are all pages: no windows, no states")
+                raise NotImplementedError(
+                    "a decode graph needs a cache whose layers are all pages: no windows, no states"
+                )
             if not self._ours.get_seq_length():
                 raise ValueError("the cache is empty: the prompt comes first")
             positions = self._known()

@@ -11,12 +11,12 @@ from collections.abc import Iterable
 from typing import Any
 
 import torch
-from transformers import cache_utils
 from transformers.cache_utils import CacheLayerMixin, DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
 from thrift_attn.dispatch import HEAD_DIMS
 from thrift_attn.transformers.padding import MaskReader
 from thrift_attn.transformers.thrift_layer import CacheOptions, ThriftLayer
+from transformers import cache_utils
 
 
 class _Absent:

@@ -37,7 +37,15 @@ from thrift_attn.cache.paged import DEFAULT
 from thrift_attn.config import ThriftConfig
 from thrift_attn.transformers.files import load, save
 from thrift_attn.transformers.padding import MaskReader
-from thrift_attn.transformers.state_layers import StateSteps, attends, forget_states, has_states, head_dim, held_tensors, make_layers
+from thrift_attn.transformers.state_layers import (
+    StateSteps,
+    attends,
+    forget_states,
+    has_states,
+    head_dim,
+    held_tensors,
+    make_layers,
+)
 from thrift_attn.transformers.thrift_layer import CacheOptions, ThriftLayer
 
 
