@@ -115,7 +115,9 @@ def thrift_attention(
         if dtype is not None:
             key, value = key.to(dtype), value.to(dtype)
         if reason is None:
-            config = state.config if window is None else state.config.with_(budget=fraction(1.0))
+            config = state.config
+            if window is not None and config is not None:
+                config = config.with_(budget=fraction(1.0))
             out, stats = attend_masked(query, key, value, mask, counted, config=config, window=window, **options)
             state.count("thrift", "causal" if window is None else f"sliding window of {window}", stats)
             return out.transpose(1, 2).contiguous(), None

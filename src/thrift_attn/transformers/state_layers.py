@@ -32,7 +32,7 @@ if _Linear is not _Absent:
     _KINDS |= {"linear_attention", "conv", "hybrid", "moe", "mlp"}
 
 
-class ThriftStateLayer(_Linear, ThriftLayer):
+class ThriftStateLayer(_Linear, ThriftLayer):  # pyright: ignore[reportGeneralTypeIssues]
     """Attention and linear attention side by side (Falcon-H1, Zamba 2): pages, and states as in transformers.
 
     Args:

@@ -5,8 +5,8 @@
     enable(model)
     model.generate(**inputs, cache=ThriftCache(model.config, max_tokens=131072))  # past_key_values= before 5.24
 
-Full-attention layers are paged (`thrift_attn.cache.PagedThriftCache`), sliding-window layers are those of transformers. Pages
-hold tokens, no padding: rows of unequal length cost what they hold.
+Full-attention layers are paged (`thrift_attn.cache.PagedThriftCache`), all others are those of transformers. Pages hold
+tokens, no padding: rows of unequal length cost what they hold.
 
 How attention reaches the pages. ``update`` returns two tensors of the class `Cached`, which have the shape of K and V but no
 data. The attention that `enable` puts in takes the pages from them. Any other operation on them widens the pages to 16 bits
@@ -53,7 +53,7 @@ class ThriftCache(Cache):
     """KV cache of a model for `transformers`: paged in two precisions, for ``cache=`` (``past_key_values=`` before 5.24).
 
     Args:
-        config: of the model. Layers of full attention are paged, sliding-window layers are those of transformers.
+        config: of the model. Layers of full attention are paged, all others are those of transformers.
         max_tokens: most tokens of a sequence.
         pool_tokens: tokens for which there are pages in every layer, all sequences together; by default ``max_tokens`` for
             each sequence of the first batch. Sequences that share a prefix need its pages once.
@@ -67,7 +67,7 @@ class ThriftCache(Cache):
     Raises:
         TypeError: a config of another kind.
         ValueError: sizes out of range.
-        NotImplementedError: a layer that is neither full nor sliding-window attention, or a head dimension that pages
+        NotImplementedError: a kind of layer that is not served (latent or indexed attention), or a head dimension that pages
             cannot hold.
 
     Example:

@@ -416,7 +416,7 @@ class ThriftLayer(CacheLayerMixin):
     def fork(self, reader: MaskReader) -> ThriftLayer:
         """The same tokens over the same pages, for another cache."""
         self.settle()
-        other = type(self)(self.options, reader)
+        other: ThriftLayer = type(self)(self.options, reader)
         mine = {name: value for name, value in vars(self).items() if name not in ("options", "reader", "_paged")}
         other.__dict__.update(mine)
         other.paddings = list(self.paddings)
