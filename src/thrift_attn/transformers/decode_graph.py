@@ -56,7 +56,7 @@ class DecodeGraph:
         if self._ours is not None:
             if not all(type(layer) is ThriftLayer for layer in self._ours.layers):
                 raise NotImplementedError(
-                    "a decode graph needs a cache whose layers are all pages: no windows, no states"
+                    "a decode graph needs a cache of pages alone, without sliding-window layers or states"
                 )
             if not self._ours.get_seq_length():
                 raise ValueError("the cache is empty: the prompt comes first")
