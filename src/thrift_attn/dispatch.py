@@ -215,8 +215,8 @@ SM90_FP8_HEAD_DIMS = (64, 128)
 """Head dims of the FP8 kernel of sm_90."""
 
 SM90_FP8_TRITONS = ((3, 6), (3, 10))
-"""Versions of Triton whose Gluon that kernel is written for: from the first, before the second. Its names change between versions
-(`thrift_attn.prefill.sm90_fp8.gluon_versions`)."""
+"""Versions of Triton whose Gluon that kernel is written for: from the first, before the second. What Gluon renames between
+versions is in `thrift_attn.prefill.sm90_fp8.gluon_versions`."""
 
 _TMA_ALIGNMENT = 16
 
