@@ -12,14 +12,14 @@ demo: $(VENV)/.eval
 
 test: $(VENV)/.dev $(VENV)/.tritons lint
 	$(BIN)/pytest -n 2 tests/architecture tests/reference tests/cache tests/transformers tests/lab
-	TRITON_INTERPRET=1 $(BIN)/pytest -n 2 tests/prefill tests/decode
+	TRITON_INTERPRET=1 $(BIN)/pytest -n 2 tests/prefill tests/decode tests/laws
 	for version in $(TRITONS); do \
 		TRITON_INTERPRET=1 PYTHONPATH=$(VENV)/triton-$$version $(BIN)/pytest tests/prefill/test_sm90_fp8_compile.py || exit 1; \
 	done
 
-# Kernel tests compiled, on the GPU of this machine, those marked gpu included.
+# What only a GPU can tell: kernel tests, laws on random shapes, compute-sanitizer; writes benchmarks/results/gpu-tests.json.
 test-gpu: $(VENV)/.dev
-	$(BIN)/pytest -m 'gpu or not gpu' tests/prefill tests/decode tests/cache tests/reference
+	$(BIN)/python -m thrift_lab.gpu_tests
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .

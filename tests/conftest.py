@@ -1,4 +1,4 @@
-"""Kernel tests (prefill/, decode/) run compiled where there is a GPU, else interpreted on the CPU.
+"""Kernel tests (prefill/, decode/, laws/) run compiled where there is a GPU, else interpreted on the CPU.
 
 The interpreter has to be chosen before Triton is first imported, and it would reach into every other test of the process, so
 ``make test`` runs those folders by themselves with TRITON_INTERPRET=1.
@@ -14,7 +14,7 @@ import torch
 
 from thrift_attn.dispatch import interpreted
 
-KERNEL_FOLDERS = {"prefill", "decode"}
+KERNEL_FOLDERS = {"prefill", "decode", "laws"}
 
 if interpreted():
     from triton.runtime import interpreter

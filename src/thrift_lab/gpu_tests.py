@@ -1,0 +1,198 @@
+"""``make test-gpu``: what only a GPU can tell, as one dated record.
+
+Kernel tests compiled, laws on random shapes against float64, compute-sanitizer's memcheck over a few of them and its racecheck
+over the FP8 kernel of sm_90. The record knows the digest of the kernels' sources: a test fails when they have changed since.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import re
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import ClassVar
+from xml.etree import ElementTree
+
+from pydantic import BaseModel, Field
+
+from thrift_lab.records import Record, make_context
+
+ROOMS = ("kernels", "prefill", "decode")
+"""Folders of ``thrift_attn`` whose sources a record speaks for."""
+
+
+class Step(BaseModel):
+    """One part of a run.
+
+    Args:
+        name: what was run.
+        passed: number of tests.
+        failed: number of tests.
+        skipped: number of tests.
+        seconds: that it took.
+        problems: what went wrong, a line each.
+    """
+
+    name: str
+    passed: int = 0
+    failed: int = 0
+    skipped: int = 0
+    seconds: float = 0.0
+    problems: list[str] = Field(default_factory=list)
+
+
+class GPUTestRecord(Record):
+    """What a run on a GPU found, and for which sources."""
+
+    KINDS: ClassVar[tuple[str, ...]] = ("gpu-tests",)
+
+    kind: str = "gpu-tests"
+    sources: str = ""
+    steps: list[Step] = Field(default_factory=list)
+
+
+def digest_of_kernels(package: Path) -> str:
+    """Return the SHA-256 of the sources of the kernels and their launchers.
+
+    Args:
+        package: the folder of ``thrift_attn``.
+    """
+    total = hashlib.sha256()
+    for room in ROOMS:
+        for path in sorted((package / room).rglob("*.py")):
+            total.update(str(path.relative_to(package)).encode() + b"\0" + path.read_bytes())
+    return total.hexdigest()
+
+
+def run_pytest(
+    name: str, arguments: list[str], prefix: list[str] | None = None, seconds: float = 600
+) -> tuple[Step, str]:
+    """Run pytest in a process of its own and return what it counted, and its output.
+
+    Args:
+        name: of the step.
+        arguments: of pytest.
+        prefix: a command that runs it, such as compute-sanitizer.
+        seconds: after which it is stopped, which is a problem of the step.
+    """
+    began = time.monotonic()
+    with tempfile.TemporaryDirectory() as folder:
+        report = Path(folder) / "report.xml"
+        command = [
+            *(prefix or []),
+            sys.executable,
+            "-m",
+            "pytest",
+            "-p",
+            "no:cacheprovider",
+            "-m",
+            "",
+            f"--junitxml={report}",
+        ]
+        step = Step(name=name)
+        try:
+            done = subprocess.run([*command, *arguments], capture_output=True, text=True, timeout=seconds)
+            output = done.stdout + done.stderr
+        except subprocess.TimeoutExpired as error:
+            step.problems.append(f"stopped after {seconds:.0f} s")
+            output = str(error.stdout or "")
+        if report.exists():
+            for suite in ElementTree.parse(report).iter("testsuite"):
+                total, bad, skipped = (int(suite.get(key, "0")) for key in ("tests", "failures", "skipped"))
+                bad += int(suite.get("errors", "0"))
+                step.failed, step.skipped, step.passed = bad, skipped, total - bad - skipped
+        elif not step.problems:
+            step.problems.append("pytest wrote no report: " + " ".join(output.split()[-30:]))
+        step.problems += re.findall(r"^FAILED (\S+)", output, re.MULTILINE)[:20]
+    step.seconds = round(time.monotonic() - began, 1)
+    return step, output
+
+
+@dataclass(frozen=True)
+class Mailbox:
+    """Lines of the FP8 kernel's file that the compiler's own code of warp specialisation is attributed to.
+
+    racecheck reports pairs of accesses to the mailbox through which warps get their work. They are ordered by a barrier of all warps,
+    which the tool does not see (docs/log.md). Any other pair is a new report.
+    """
+
+    lines: frozenset[int]
+
+    @classmethod
+    def of(cls, source: Path) -> Mailbox:
+        """Find the lines in the source: the definition of the kernel, and its ``gl.warp_specialize``."""
+        text = source.read_text().splitlines()
+        marks = ("def attend_fp8_kernel", "@gluon.jit(", "gl.warp_specialize(")
+        start = next(at for at, line in enumerate(text, 1) if line.startswith("@gluon.jit("))
+        return cls(frozenset(at for at, line in enumerate(text, 1) if at >= start and any(m in line for m in marks)))
+
+    def new_reports(self, output: str) -> list[str]:
+        """Return the reports of racecheck that are not about the mailbox."""
+        found = []
+        for report in re.split(r"(?=^=+ (?:Error|Warning|Info): )", output, flags=re.MULTILINE)[1:]:
+            lines = {int(n) for n in re.findall(r"kernel\.py:(\d+)", report)}
+            if "hazard" in report.lower() and not (lines and lines <= self.lines):
+                found.append(" ".join(report.split())[:300])
+        return found
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run all steps and write the record; 0 if nothing failed."""
+    parser = argparse.ArgumentParser(prog="python -m thrift_lab.gpu_tests", description=__doc__)
+    parser.add_argument("-o", "--out", type=Path, default=Path("benchmarks/results/gpu-tests.json"))
+    parser.add_argument("--workers", type=int, default=8, help="processes of pytest that share the GPU")
+    parser.add_argument("--skip-sanitizer", action="store_true", help="leave memcheck and racecheck out")
+    options = parser.parse_args(arguments)
+    import torch
+
+    if not torch.cuda.is_available():
+        print("make test-gpu needs a CUDA device", file=sys.stderr)
+        return 2
+    import thrift_attn
+
+    package = Path(thrift_attn.__file__).parent
+    record = GPUTestRecord(
+        context=make_context(
+            ("torch", "triton", "transformers"), gpu=torch.cuda.get_device_name(), gpus=torch.cuda.device_count()
+        ),
+        sources=digest_of_kernels(package),
+    )
+    workers = ["-n", str(options.workers), "-q"]
+    steps = [
+        ("kernel tests", ["tests/prefill", "tests/decode", *workers], None, 400),
+        ("laws on random shapes", ["tests/laws", *workers], None, 400),
+        ("graphs of models", ["tests/transformers/test_generate.py", "-q"], None, 200),
+    ]
+    if not options.skip_sanitizer:
+        few = ["tests/laws", "-q", "-n", "0", "-k", "[0] or [1] or [2]"]
+        memcheck = ["compute-sanitizer", "--tool", "memcheck", "--error-exitcode", "9", "--target-processes", "all"]
+        steps.append(("memcheck over a few laws", few, memcheck, 400))
+        race = ["tests/prefill/test_sm90_fp8.py", "-q", "-n", "0", "-k", "test_promotion and config0"]
+        steps.append(("racecheck of the FP8 kernel of sm_90", race, ["compute-sanitizer", "--tool", "racecheck"], 400))
+    for name, tests, prefix, seconds in steps:
+        step, output = run_pytest(name, tests, prefix, seconds)
+        if prefix and "memcheck" in prefix:
+            step.problems += [
+                " ".join(line.split()) for line in re.findall(r"^=+ ERROR SUMMARY: [1-9].*", output, re.MULTILINE)
+            ]
+        if prefix and "racecheck" in prefix:
+            step.problems += Mailbox.of(package / "prefill/sm90_fp8/kernel.py").new_reports(output)
+        record.steps.append(step)
+        record.save(options.out)
+        print(
+            f"{name}: {step.passed} passed, {step.failed} failed, {step.skipped} skipped, {step.seconds} s", flush=True
+        )
+        for problem in step.problems:
+            print(f"  {problem}", flush=True)
+    bad = any(step.failed or step.problems or not step.passed for step in record.steps)
+    print(f"{'FAILED' if bad else 'green'}; wrote {options.out}")
+    return int(bad)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
