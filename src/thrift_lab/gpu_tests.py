@@ -117,8 +117,8 @@ def run_pytest(
 class Mailbox:
     """Lines of the FP8 kernel's file that the compiler's own code of warp specialisation is attributed to.
 
-    racecheck reports pairs of accesses to the mailbox through which warps get their work. They are ordered by a barrier of all warps,
-    which the tool does not see (docs/log.md). Any other pair is a new report.
+    racecheck reports pairs of accesses to the mailbox through which warps get their work. They are ordered by a barrier of all
+    warps, which the tool does not see (docs/log.md). Any other pair is a new report.
     """
 
     lines: frozenset[int]
@@ -177,9 +177,7 @@ def main(arguments: list[str] | None = None) -> int:
     for name, tests, prefix, seconds in steps:
         step, output = run_pytest(name, tests, prefix, seconds)
         if prefix and "memcheck" in prefix:
-            step.problems += [
-                " ".join(line.split()) for line in re.findall(r"^=+ ERROR SUMMARY: [1-9].*", output, re.MULTILINE)
-            ]
+            step.problems += re.findall(r"^=+ (ERROR SUMMARY: [1-9].*)", output, re.MULTILINE)
         if prefix and "racecheck" in prefix:
             step.problems += Mailbox.of(package / "prefill/sm90_fp8/kernel.py").new_reports(output)
         record.steps.append(step)

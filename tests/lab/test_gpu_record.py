@@ -23,7 +23,7 @@ def test_the_record_speaks_for_these_kernels() -> None:
 def test_only_the_mailbox_of_warp_specialisation_is_accepted() -> None:
     mailbox = Mailbox.of(PACKAGE / "prefill/sm90_fp8/kernel.py")
     a, b = min(mailbox.lines), max(mailbox.lines)
-    known = f"========= Error: Race reported between Read access at kernel.py:{a}\n=========  and Write at kernel.py:{b} hazard\n"
-    new = "========= Error: Race reported between Read access at kernel.py:101\n=========  and Write at kernel.py:99 hazard\n"
+    report = "========= Error: Race reported between Read access at kernel.py:{}\n=========  and Write at kernel.py:{} hazard\n"
+    known, new = report.format(a, b), report.format(101, 99)
     assert mailbox.new_reports(known) == []
     assert len(mailbox.new_reports(known + new)) == 1
