@@ -148,7 +148,7 @@ def answer(
         max_new_tokens=max_new_tokens,
         prefill_chunk_size=chunk,
         pad_token_id=_pad(model),
-        **{cache_keyword(): cache},
+        **{cache_keyword(model): cache},
         **options,
     )
     layers = cache.paged_layers

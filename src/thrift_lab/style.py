@@ -53,7 +53,12 @@ def canvas(width: float, height: float, columns: int = 1, **options: Any) -> tup
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    looks = {"font.size": WORDS, "axes.titlesize": WORDS + 1, "axes.labelsize": WORDS + 1, "grid.color": RULE}
+    looks: dict[Any, Any] = {
+        "font.size": WORDS,
+        "axes.titlesize": WORDS + 1,
+        "axes.labelsize": WORDS + 1,
+        "grid.color": RULE,
+    }
     looks |= {"axes.spines.top": False, "axes.spines.right": False, "axes.axisbelow": True, "grid.linewidth": 0.6}
     with rc_context(looks):
         figure = Figure(figsize=(width, height), dpi=160, layout="constrained")

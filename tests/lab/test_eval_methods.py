@@ -61,7 +61,7 @@ def test_a_list_gives_options_to_the_method_before_them() -> None:
         ("thrift:budget=1.5", "option budget: .*got '1.5'"),
         ("thrift:budget=top_k(-1)", "option budget"),
         ("thrift:force_first=x", "option force_first: invalid literal"),
-        ("thrift:force_last=-1", "force_last must be >= 0, got -1"),
+        ("thrift:force_last=-1", "force_last must be >= 0 and at most 2147483647, got -1"),
         ("thrift:promoted_storage=gold", "promoted_storage must be one of '16bit', 'nested', 'nested8', got 'gold'"),
         ("thrift:base_format=drop", "base_format='drop' quantises nothing"),
     ],

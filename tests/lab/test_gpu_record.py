@@ -12,7 +12,9 @@ PACKAGE = Path(thrift_attn.__file__).parent
 
 
 def test_the_record_speaks_for_these_kernels() -> None:
-    record = GPUTestRecord.load(ROOT / "benchmarks/results/gpu-tests.json")
+    path = ROOT / "benchmarks/results/gpu-tests.json"
+    assert path.exists(), "run make test-gpu on a GPU"
+    record = GPUTestRecord.load(path)
     assert digest_of_kernels(PACKAGE) == record.sources, "kernels have changed since: run make test-gpu on a GPU"
     for step in record.steps:
         assert step.passed > 0, step.name
@@ -20,10 +22,16 @@ def test_the_record_speaks_for_these_kernels() -> None:
         assert not step.problems, step.name
 
 
+REPORT = "========= Error: Race reported between Read access at {}\n=========  and Write access at {} hazard\n"
+SUMMARY = "========= RACECHECK SUMMARY: 2 hazards displayed\n"
+
+
 def test_only_the_mailbox_of_warp_specialisation_is_accepted() -> None:
     mailbox = Mailbox.of(PACKAGE / "prefill/sm90_fp8/kernel.py")
-    a, b = min(mailbox.lines), max(mailbox.lines)
-    report = "========= Error: Race reported between Read access at kernel.py:{}\n=========  and Write at kernel.py:{} hazard\n"
-    known, new = report.format(a, b), report.format(101, 99)
-    assert mailbox.new_reports(known) == []
-    assert len(mailbox.new_reports(known + new)) == 1
+    a, b = sorted(mailbox.lines)
+    known = REPORT.format(f"/x/kernel.py:{a}", f"/x/kernel.py:{b}")
+    assert mailbox.new_reports(known + SUMMARY) == []
+    for other in (f"/x/kernel.py:{a + 1}", f"/x/softmax.py:{a}", "an unknown place"):
+        assert len(mailbox.new_reports(known + REPORT.format(f"/x/kernel.py:{b}", other) + SUMMARY)) == 1, other
+    assert len(mailbox.new_reports(known)) == 1  # it was cut off
+    assert len(mailbox.new_reports("")) == 1

@@ -38,7 +38,7 @@ def block_scores_kernel(
     HKV: tl.constexpr,
     GROUP: tl.constexpr,
     D: tl.constexpr,
-    DP: tl.constexpr,  # D rounded up to a inv_scale of two
+    DP: tl.constexpr,  # D rounded up to a power of two
     N: tl.constexpr,
     RP: tl.constexpr,
     BM: tl.constexpr,  # blocks per program

@@ -418,7 +418,8 @@ class ThriftLayer(CacheLayerMixin):
         self.settle()
         other: ThriftLayer = type(self)(self.options, reader)
         mine = {name: value for name, value in vars(self).items() if name not in ("options", "reader", "_paged")}
-        other.__dict__.update(mine)
+        for name, value in mine.items():
+            setattr(other, name, value)
         other.paddings = list(self.paddings)
         other._paged = None if self._paged is None else self._paged.branch()
         return other

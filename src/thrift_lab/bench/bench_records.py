@@ -125,7 +125,7 @@ class BenchRow:
     def from_dict(cls, row: dict[str, Any], kind: str = "decode") -> BenchRow:
         """Return the row that `to_dict` wrote, in this or an older version."""
         row = {key: value for key, value in row.items() if not (key.startswith("p") and key.endswith("0_us"))}
-        case: dict[str, Any] = {OLD_NAMES.get(key, key): value for key, value in row["case"].items()}
+        case: dict[str, Any] = {OLD_NAMES.get(key) or key: value for key, value in row["case"].items()}
         row["case"] = CASES[kind](**case)
         row["checks"] = [Check(**check) for check in row["checks"]]
         row["kernels"] = [KernelTime(**kernel) for kernel in row["kernels"]]

@@ -6,7 +6,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language import _core
 from triton.experimental.gluon.language.nvidia.hopper import tma
 
-thread_barrier = gl.thread_barrier if hasattr(gl, "thread_barrier") else gl.barrier  # of 3.6; from 3.7 on
+thread_barrier = getattr(gl, "thread_barrier", None) or gl.barrier  # of 3.6; from 3.7 on
 tma_load = (
     tma.async_load if hasattr(tma, "async_load") else tma.async_copy_global_to_shared
 )  # the old name raises in 3.9
