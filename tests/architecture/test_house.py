@@ -11,7 +11,7 @@ from pathlib import Path
 SOURCE = Path(__file__).parents[2] / "src"
 FILES = sorted(SOURCE.rglob("*.py"))
 MAX_LINES = 450
-STILL_LONG = {"thrift_attn.cache.paged"}
+STILL_LONG: set[str] = set()
 """Modules that are yet to be split; the list may only become shorter."""
 
 MAX_PARAMETERS = 12

@@ -1,0 +1,227 @@
+"""Which sequences a paged cache holds: their lengths, their pages, and every change but appending.
+
+The host's books (`PageTable`, and the block that each 16-bit tail block holds) move under one lock and as a whole. A change
+that is interrupted halfway marks the cache, which then refuses to be used.
+"""
+
+from __future__ import annotations
+
+import copy
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+from typing_extensions import Self
+
+from thrift_attn.cache.page_table import PageTable
+from thrift_attn.config import BLOCK, ThriftConfig
+from thrift_attn.decode.tensors import check_sizes
+from thrift_attn.reference.pages import Blocks, Pool, read_blocks
+
+
+class CacheSequences:
+    """The sequences of a `thrift_attn.cache.PagedThriftCache`, which makes all of these attributes."""
+
+    backend: str
+    config: ThriftConfig
+    dtype: torch.dtype
+    device: torch.device
+    kv_heads: int
+    table: PageTable
+    pool: Pool
+    tail: Tensor
+    block0_mean: Tensor
+    sink_value: Tensor
+    overrun: Tensor
+    _lock: threading.RLock  # pyright: ignore[reportInvalidTypeForm]
+    _unfinished: bool
+    _slots: list[list[int]]
+    _overrun_seen: Tensor
+
+    @property
+    def batch(self) -> int:
+        """Number of sequences."""
+        return self.table.batch
+
+    @property
+    def lengths(self) -> Tensor:
+        """Tokens of each sequence, int32 ``[B]`` on the device."""
+        return self.table.lengths
+
+    def tokens(self, row: int) -> int:
+        """Tokens of one sequence, known without asking the device."""
+        self._check_row(row)
+        return self.table.tokens(row)
+
+    @contextmanager
+    def _changing(self) -> Iterator[None]:
+        """Hold the pool, and refuse everything from now on if what is done meanwhile does not come to its end."""
+        with self._lock:
+            self._check_finished()
+            self._unfinished = True
+            yield
+            self._unfinished = False
+
+    def _check_finished(self) -> None:
+        if self._unfinished:
+            raise RuntimeError(
+                "a change of this cache was interrupted halfway, and what it holds is not known: make a new cache "
+                "(ThriftCache.reset() does)"
+            )
+
+    @property
+    def is_intact(self) -> bool:
+        """Whether no change was interrupted halfway; a cache that is not intact refuses to be used."""
+        return not self._unfinished
+
+    def reserve(self, tokens: int | list[int]) -> None:
+        """Give every sequence the pages for more tokens, so that a captured graph can append them.
+
+        Args:
+            tokens: how many more, for all sequences or for each.
+
+        Raises:
+            ValueError: more tokens than a sequence may have.
+            RuntimeError: the pool is exhausted; nothing has changed.
+        """
+        with self._lock:
+            self._check_finished()
+            self._check_overrun()
+            new = [tokens] * self.batch if isinstance(tokens, int) else tokens
+            self.table.reserve([self.table.tokens(row) + n for row, n in enumerate(new)])
+
+    def advance(self, tokens: int) -> None:
+        """Note that a replayed graph has appended ``tokens`` tokens (at most 64) to every sequence.
+
+        Raises:
+            RuntimeError: an earlier replay completed a block for which no page was reserved; what it brought is lost.
+        """
+        if not 0 <= tokens <= BLOCK:
+            raise ValueError(f"a step appends 0 to {BLOCK} tokens, got {tokens}")
+        self._check_finished()
+        self._check_overrun()
+        old = [self.table.tokens(row) // BLOCK for row in range(self.batch)]
+        with self._changing():
+            self._note([tokens] * self.batch)
+        if old != [self.table.tokens(row) // BLOCK for row in range(self.batch)]:
+            self._overrun_seen.copy_(self.overrun, non_blocking=True)  # for the next call, which need not wait
+
+    def _check_overrun(self) -> None:
+        if self._overrun_seen[0]:
+            raise RuntimeError(
+                "a replayed step completed a block for which no page was reserved, and its tokens are lost: reserve before "
+                "replays, advance after each, and fill the cache anew"
+            )
+
+    def _note(self, new: list[int]) -> None:
+        """Note that the device has appended so many tokens, at most 64, to each sequence."""
+        for row, count in enumerate(new):
+            old = self.table.tokens(row)
+            self.table.note_tokens(row, old + count)
+            for block in range(old // BLOCK, (old + count - 1) // BLOCK + 1):
+                self._slots[row][block % 2] = block
+
+    def free(self, row: int) -> None:
+        """Empty one sequence and give its pages back."""
+        self._check_row(row)
+        with self._changing():
+            self._empty(row)
+
+    def _empty(self, row: int) -> None:
+        self.table.release(row, 0)
+        self.table.set_tokens(row, 0)
+        self._slots[row] = [-1, -1]
+
+    def fork(self, source: int, target: int) -> None:
+        """Make one sequence a copy of another: complete blocks are shared, the newest ones copied. What it held is freed.
+
+        Raises:
+            ValueError: rows out of range or the same.
+        """
+        self._check_row(source)
+        self._check_row(target)
+        if source == target:
+            raise ValueError(f"source and target must differ, got {source} twice")
+        with self._changing():
+            self._empty(target)
+            self.table.share(source, target)
+            self.tail[:, target] = self.tail[:, source]
+            self.block0_mean[target], self.sink_value[target] = self.block0_mean[source], self.sink_value[source]
+            self._slots[target] = list(self._slots[source])
+
+    def truncate(self, row: int, tokens: int) -> None:
+        """Keep the first ``tokens`` tokens of one sequence (speculative rollback).
+
+        Lossless while the new end lies in one of the two newest blocks; further back the incomplete block is read from its
+        page, in high precision.
+
+        Raises:
+            ValueError: a row out of range, or more tokens than there are.
+        """
+        self._check_row(row)
+        if not 0 <= tokens <= self.table.tokens(row):
+            raise ValueError(f"sequence {row} has {self.table.tokens(row)} tokens: it cannot keep {tokens}")
+        block = tokens // BLOCK
+        with self._changing():
+            if tokens % BLOCK and self._slots[row][block % 2] != block:
+                read = self._read(row, self.table.table[row, block : block + 1].long(), block)
+                self.tail[0, row, block % 2] = read.high_k[0].to(self.dtype)
+                self.tail[1, row, block % 2] = read.high_v[0].to(self.dtype)
+                self._slots[row][block % 2] = block
+            # Nothing stays of a block that begins at the new end: whole blocks that follow may not pass through the tail.
+            self._slots[row] = [held if held * BLOCK < tokens else -1 for held in self._slots[row]]
+            self.table.release(row, block)
+            self.table.set_tokens(row, tokens)
+
+    def select(self, rows: list[int]) -> None:
+        """Make sequence i what sequence ``rows[i]`` was (beam search, repeating or dropping sequences of a batch).
+
+        Copies share their complete blocks. The batch becomes ``len(rows)``; while it stays the same, so do the tensors on
+        the device, and a captured graph remains valid.
+
+        Raises:
+            ValueError: no rows, or a row out of range.
+        """
+        for row in rows:
+            self._check_row(row)
+        if not rows:
+            raise ValueError("a cache holds at least one sequence, got no rows")
+        if self.backend == "triton":
+            check_sizes(len(rows), self.kv_heads, self.table.table.shape[1])
+        with self._changing():
+            index = torch.tensor(rows, device=self.device)
+            tail, block0_mean, sink_value = self.tail[:, index], self.block0_mean[index], self.sink_value[index]
+            if len(rows) == self.batch:
+                self.tail.copy_(tail)
+                self.block0_mean.copy_(block0_mean)
+                self.sink_value.copy_(sink_value)
+            else:
+                self.tail, self.block0_mean, self.sink_value = tail, block0_mean, sink_value
+            self._slots = [list(self._slots[row]) for row in rows]
+            self.table.select(rows)
+
+    def branch(self) -> Self:
+        """Another cache over the same pool that begins with what this one holds; complete blocks are shared.
+
+        The pages it takes go back to the pool when it is freed or no longer used.
+        """
+        self._check_finished()
+        other = copy.copy(self)
+        other.table, other.tail, other.overrun = self.table.branch(), self.tail.clone(), self.overrun.clone()
+        other._overrun_seen = self._overrun_seen.clone()
+        other.block0_mean, other.sink_value = self.block0_mean.clone(), self.sink_value.clone()
+        other._slots = [list(slots) for slots in self._slots]
+        return other
+
+    def _read(self, row: int, pages: Tensor, first: int) -> Blocks:
+        """What pages of a sequence decode to, those of the blocks from ``first`` on."""
+        read = read_blocks(self.pool, pages, plane=self.config.promoted_storage, centred=self.config.centred)
+        if self.config.exact_sink and first == 0 and len(pages):
+            read.high_v[0, :, 0] = self.sink_value[row]
+        return read
+
+    def _check_row(self, row: int) -> None:
+        if not 0 <= row < self.batch:
+            raise ValueError(f"row must be from 0 to {self.batch - 1}, got {row}")
