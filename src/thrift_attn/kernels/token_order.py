@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import torch
 import triton
+import triton.language as tl  # noqa: F401 (the interpreter of Triton looks for it beside a kernel)
 from torch import Tensor
 
 
