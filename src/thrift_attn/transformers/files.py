@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import os
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -14,7 +16,7 @@ from thrift_attn.config import ThriftConfig, current_names
 from thrift_attn.transformers.padding import Padding
 from thrift_attn.transformers.thrift_layer import ThriftLayer
 
-FORMAT = 3
+FORMAT = 4
 """Version of the files."""
 
 
@@ -22,6 +24,7 @@ class Filled(Protocol):
     """What a file needs of a `thrift_attn.transformers.ThriftCache`."""
 
     layers: list[Any]
+    identity: dict[str, Any]
 
     @property
     def decode(self) -> ThriftConfig:
@@ -35,6 +38,36 @@ class Filled(Protocol):
     def reset(self) -> None:
         """Empty it."""
         ...
+
+
+IDENTITY = (
+    "model_type",
+    "num_hidden_layers",
+    "hidden_size",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+    "rope_parameters",
+    "rope_theta",
+    "layer_types",
+    "sliding_window",
+)
+"""Options of a model's configuration that decide what its K and V are; weights are not looked at."""
+
+
+def identity_of(text_config: Any) -> dict[str, Any]:
+    """Return the options of `IDENTITY` that a decoder's configuration has, as plain JSON values."""
+    return json.loads(json.dumps({name: getattr(text_config, name, None) for name in IDENTITY}, default=str))
+
+
+def _digest(tensors: dict[str, Tensor]) -> str:
+    """Return the SHA-256 of names, dtypes, shapes and bytes of tensors."""
+    total = hashlib.sha256()
+    for name in sorted(tensors):
+        x = tensors[name].detach().cpu().contiguous()
+        total.update(f"{name} {x.dtype} {list(x.shape)}".encode())
+        total.update(x.reshape(-1).view(torch.uint8).numpy().tobytes())
+    return total.hexdigest()
 
 
 def save(cache: Filled, path: str | Path) -> None:
@@ -62,8 +95,19 @@ def save(cache: Filled, path: str | Path) -> None:
             found = {"keys": layer.keys, "values": layer.values}
             described.append({"cumulative_length": layer.cumulative_length})
         tensors |= {f"{at}.{name}": x.contiguous() for name, x in found.items()}
-    about = {"format": FORMAT, "decode": cache.decode.to_dict(), "layers": described}
-    save_file(tensors, str(path), metadata={"thrift_cache": json.dumps(about)})
+    about = {
+        "format": FORMAT,
+        "model": cache.identity,
+        "decode": cache.decode.to_dict(),
+        "layers": described,
+        "digest": _digest(tensors),
+    }
+    unfinished = f"{path}.{os.getpid()}.unfinished"
+    try:
+        save_file(tensors, unfinished, metadata={"thrift_cache": json.dumps(about)})
+        os.replace(unfinished, path)  # whole or not at all
+    finally:
+        Path(unfinished).unlink(missing_ok=True)
 
 
 def load(cache: Filled, path: str | Path, device: torch.device | str) -> None:
@@ -75,17 +119,22 @@ def load(cache: Filled, path: str | Path, device: torch.device | str) -> None:
         device: where the model runs.
 
     Raises:
-        ValueError: another kind of file, other layers, or another way of storing K and V.
+        ValueError: another kind of file, a damaged one, another model, or another way of storing K and V.
         RuntimeError: the pages are exhausted; the cache is empty again.
     """
-    from safetensors import safe_open
+    from safetensors import SafetensorError, safe_open
 
     if any(layer.get_seq_length() for layer in cache.layers):
         raise ValueError("the cache is not empty: reset() it first")
-    with safe_open(str(path), "pt", device=str(device)) as file:
-        about = json.loads((file.metadata() or {}).get("thrift_cache", "{}"))
-        _check(cache, path, about)
-        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
+    try:
+        with safe_open(str(path), "pt", device=str(device)) as file:
+            about = json.loads((file.metadata() or {}).get("thrift_cache", "{}"))
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
+    except SafetensorError as error:
+        raise ValueError(f"{path} is damaged or in another format: {error}") from error
+    _check(cache, path, about)
+    if _digest(tensors) != about.get("digest"):
+        raise ValueError(f"{path} is damaged: its contents are not those that were saved")
     try:
         for at, (layer, described) in enumerate(zip(cache.layers, about["layers"], strict=True)):
             start = f"{at}."
@@ -100,6 +149,12 @@ def _check(cache: Filled, path: str | Path, about: dict[str, Any]) -> None:
     """Raise ValueError unless a file's description fits a cache."""
     if about.get("format") != FORMAT:
         raise ValueError(f"{path} is not a file that ThriftCache.save wrote, format {FORMAT}")
+    model = about.get("model")
+    if model != cache.identity:
+        told = model if isinstance(model, dict) else {}
+        other = [f"{name} {told.get(name)!r} in place of {cache.identity[name]!r}" for name in IDENTITY
+                 if told.get(name) != cache.identity[name]]  # fmt: skip
+        raise ValueError(f"{path} holds K and V of another model: {', '.join(other)}")
     theirs, ours = (
         {name: told.get(name) for name in ("base_format", "promoted_storage", "center", "sink_token")}
         for told in (current_names(about["decode"], warn=False), cache.decode.to_dict())

@@ -35,7 +35,7 @@ from transformers.cache_utils import Cache, DynamicSlidingWindowLayer
 
 from thrift_attn.cache.paged import DEFAULT
 from thrift_attn.config import ThriftConfig
-from thrift_attn.transformers.files import load, save
+from thrift_attn.transformers.files import identity_of, load, save
 from thrift_attn.transformers.padding import MaskReader
 from thrift_attn.transformers.state_layers import (
     StateSteps,
@@ -95,6 +95,7 @@ class ThriftCache(Cache):
                 raise ValueError(f"{name} must be at least 1, got {size}")
         text = config.get_text_config(decoder=True)
         _check_kind(config, text)
+        self.identity = identity_of(text)
         self.options = CacheOptions(max_tokens, pool_tokens, decode, prefill, exact_tokens)
         layers = make_layers(config, self.options, MaskReader())
         _check_head_dims(text, [at for at, layer in enumerate(layers) if isinstance(layer, ThriftLayer)])
