@@ -178,7 +178,7 @@ def main(arguments: list[str] | None = None) -> int:
         sources=digest_of_kernels(package),
     )
     workers = ["-n", str(options.workers), "-q"]
-    steps = [
+    steps: list[tuple[str, list[str], list[str] | None, float]] = [
         ("kernel tests", ["tests/prefill", "tests/decode", *workers], None, 260),
         ("laws on random shapes", ["tests/laws", *workers], None, 300),
         ("graphs of models", ["tests/transformers/test_generate.py", "-q"], None, 200),
