@@ -116,3 +116,29 @@ def test_threads_wait_for_each_other():
         thread.join()
     assert cache.tokens(0) == cache.lengths.item() == 300
     assert (cache.read(0)[0] - x[0]).abs().max() < 0.2
+
+
+def test_reading_waits_for_a_change_in_another_thread():
+    """Attention beside appends in another thread: never an error, and always a whole number of appends."""
+    cache = PagedThriftCache(batch=1, kv_heads=1, head_dim=16, num_pages=40, dtype=torch.float32, device="cpu")
+    x = torch.randn(1, 1, 33, 16)
+    cache.append(x, x)
+    faults: list[BaseException] = []
+
+    def look() -> None:
+        try:
+            for _ in range(60):
+                assert cache.read(0)[0].shape[1] % 33 == 0
+                cache.attend(x[:, :, :1])
+        except BaseException as error:
+            faults.append(error)
+
+    readers = [threading.Thread(target=look) for _ in range(2)]
+    for reader in readers:
+        reader.start()
+    for _ in range(50):
+        cache.append(x, x)
+    for reader in readers:
+        reader.join()
+    assert faults == []
+    assert cache.tokens(0) == 51 * 33

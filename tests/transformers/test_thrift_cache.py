@@ -225,7 +225,7 @@ def test_files_that_do_not_fit_are_refused(tmp_path: Any) -> None:
         (cache, "not empty"),
         (thrift.ThriftCache(model.config, 512), "stores K and V as"),
         (cache_for(build("llama", num_hidden_layers=3)), "layers"),
-        (cache_for(model, max_tokens=64), "fit|exhausted"),
+        (cache_for(model, max_tokens=64), "may have 64"),
         (cache_for(build("llama", head_dim=32)), "head_dim 16 in place of 32"),
     ):
         held = other.get_seq_length()
@@ -392,7 +392,52 @@ def test_a_file_of_another_model_or_a_damaged_one_is_refused(tmp_path: Any) -> N
         path.write_bytes(damaged)
         with pytest.raises(ValueError, match="damaged"):
             fresh.load(path)
+    path.write_bytes(whole.replace(b'slots\\": 150', b'slots\\": 158'))  # of the description, not of a tensor
+    assert path.read_bytes() != whole
+    with pytest.raises(ValueError, match="damaged"):
+        fresh.load(path)
     path.write_bytes(whole)
     fresh.load(path)  # what was refused has left it usable
     assert fresh.get_seq_length() == 150
     assert list(tmp_path.iterdir()) == [path]
+
+
+FORGERIES: dict[str, Any] = {
+    "a length": lambda about, x: x["1.tokens"].fill_(64),
+    "a negative length": lambda about, x: x["0.tokens"].fill_(-5),
+    "a huge length": lambda about, x: x["0.tokens"].fill_(10**6),
+    "tail blocks": lambda about, x: x["0.slots"].copy_(torch.tensor([[7, 9]])),
+    "pages": lambda about, x: x["0.blocks"].fill_(99),
+    "slots": lambda about, x: about["layers"][0].update(slots=3),
+    "layers": lambda about, x: about.pop("layers"),
+    "a missing tensor": lambda about, x: x.pop("0.sinks"),
+    "an unknown tensor": lambda about, x: x.update({"0.more": torch.zeros(1)}),
+    "a shape": lambda about, x: x.update({"0.sinks": torch.zeros(1)}),
+    "a dtype": lambda about, x: x.update({"0.tail": x["0.tail"].half()}),
+}
+
+
+@pytest.mark.parametrize("forgery", FORGERIES)
+@torch.no_grad()
+def test_a_forged_file_is_refused_and_leaves_the_cache_usable(forgery: str, tmp_path: Any) -> None:
+    import json
+
+    from safetensors import safe_open
+    from safetensors.torch import save_file
+
+    from thrift_attn.transformers import files
+
+    _, model = enabled("llama")
+    cache, path, ids = cache_for(model), tmp_path / "prefix.safetensors", tokens(1, 150)
+    want = model(ids, past_key_values=cache).logits
+    cache.save(path)
+    with safe_open(str(path), "pt") as file:
+        about = json.loads(file.metadata()["thrift_cache"])
+        x = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    FORGERIES[forgery](about, x)
+    about["digest"] = files._digest(about, x)
+    save_file(x, str(path), metadata={"thrift_cache": json.dumps(about)})
+    fresh = cache_for(model)
+    with pytest.raises(ValueError, match=r"(damaged|expected|needs|cannot|must|may have|at least|pages|dtype)"):
+        fresh.load(path)
+    assert torch.equal(model(ids, past_key_values=fresh).logits, want)

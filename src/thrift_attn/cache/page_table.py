@@ -57,15 +57,9 @@ class PageTable:
         """Pages of the complete blocks of a sequence, int64 on the device."""
         return self.table[row, : self._tokens[row] // BLOCK].long()
 
-    def reserve(self, wanted: list[int]) -> None:
-        """Give every sequence the pages for a length of ``wanted`` tokens; none if there are too few for all.
-
-        Raises:
-            ValueError: longer than ``max_pages`` pages hold.
-            RuntimeError: the pool is exhausted. Nothing has changed then.
-        """
+    def check_lengths(self, wanted: list[int]) -> None:
+        """Raise ValueError for a length that a sequence may not have."""
         limit = self.table.shape[1]
-        missing = self._missing(wanted)
         for row, length in enumerate(wanted):
             if self._max_tokens is not None and length > self._max_tokens:
                 raise ValueError(f"sequence {row} would have {length} tokens, and may have {self._max_tokens}")
@@ -73,6 +67,16 @@ class PageTable:
                 raise ValueError(
                     f"sequence {row} would have {length} tokens, more than its {limit} pages of {BLOCK} tokens hold"
                 )
+
+    def reserve(self, wanted: list[int]) -> None:
+        """Give every sequence the pages for a length of ``wanted`` tokens; none if there are too few for all.
+
+        Raises:
+            ValueError: longer than ``max_pages`` pages hold.
+            RuntimeError: the pool is exhausted. Nothing has changed then.
+        """
+        missing = self._missing(wanted)
+        self.check_lengths(wanted)
         if sum(missing) > len(self._free):
             raise RuntimeError(
                 f"the page pool is exhausted: {sum(missing)} more pages are needed and {len(self._free)} of "
@@ -190,12 +194,15 @@ class PageTable:
             raise ValueError(f"a sequence of {longest} blocks does not fit into {limit} pages")
         if count > len(self._free):
             raise RuntimeError(f"the page pool is exhausted: {count} pages are needed and {len(self._free)} are free")
-        given = [self._free.pop() for _ in range(count)]
-        self._owned = [[given[number] for number in held] for held in blocks]
+        given = self._free[len(self._free) - count :][::-1]
+        owned = [[given[number] for number in held] for held in blocks]
+        rows = torch.tensor([[*held, *[-1] * (longest - len(held))] for held in owned], dtype=torch.int32)
+        self.table[:, :longest] = rows.view(len(blocks), longest)  # the books only when this has been copied
+        del self._free[len(self._free) - count :]
+        self._owned = owned
         self._hold(self._owned)
-        for row, held in enumerate(self._owned):
-            self.table[row, : len(held)] = torch.tensor(held, dtype=torch.int32)
-            self.set_tokens(row, tokens[row])
+        for row, length in enumerate(tokens):
+            self.set_tokens(row, length)
         return given
 
     def free_all(self) -> None:

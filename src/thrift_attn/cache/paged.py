@@ -263,30 +263,32 @@ class PagedThriftCache(CacheSequences):
         Returns:
             K and V ``[B, Hkv, longest + room, D]`` in the dtype of the cache, 0 behind the end of a sequence.
         """
-        self._check_finished()
-        longest = max(self.table.tokens(row) for row in range(self.batch))
-        shape = (2, self.batch, self.kv_heads, longest + room, self.head_dim)
-        out = torch.zeros(shape, dtype=self.dtype, device=self.device)
-        if self.backend == "triton":
-            from thrift_attn.decode.gather import gather_pages
+        with self._reading():
+            self._check_finished()
+            longest = max(self.table.tokens(row) for row in range(self.batch))
+            shape = (2, self.batch, self.kv_heads, longest + room, self.head_dim)
+            out = torch.zeros(shape, dtype=self.dtype, device=self.device)
+            if self.backend == "triton":
+                from thrift_attn.decode.gather import gather_pages
 
-            gather_pages(out[0], out[1], cache=self.tensors(), numerics=self.numerics, tokens=longest)
-        else:
-            for row in range(self.batch):
-                for which, x in enumerate(self.read(row)):
-                    out[which, row, :, : x.shape[1]] = x
-        return out[0], out[1]
+                gather_pages(out[0], out[1], cache=self.tensors(), numerics=self.numerics, tokens=longest)
+            else:
+                for row in range(self.batch):
+                    for which, x in enumerate(self.read(row)):
+                        out[which, row, :, : x.shape[1]] = x
+            return out[0], out[1]
 
     def read(self, row: int) -> tuple[Tensor, Tensor]:
         """K and V of one sequence in high precision, ``[Hkv, T, D]`` in the dtype of the cache."""
-        self._check_finished()
-        self._check_row(row)
-        planes = self._planes(row)
-        tokens = self.table.tokens(row)
-        k, v = planes.high_k[:, :tokens], planes.high_v[:, :tokens]
-        if self.levels is not None:
-            k, v = k * self.levels.of_queries[:, 0], v * self.levels.of_outputs[:, 0]
-        return k.to(self.dtype), v.to(self.dtype)
+        with self._reading():
+            self._check_finished()
+            self._check_row(row)
+            planes = self._planes(row)
+            tokens = self.table.tokens(row)
+            k, v = planes.high_k[:, :tokens], planes.high_v[:, :tokens]
+            if self.levels is not None:
+                k, v = k * self.levels.of_queries[:, 0], v * self.levels.of_outputs[:, 0]
+            return k.to(self.dtype), v.to(self.dtype)
 
     def attend(
         self,
@@ -316,7 +318,6 @@ class PagedThriftCache(CacheSequences):
             TypeError: another dtype, or a window that is no int.
         """
         self._check_tokens("q", q)
-        self._check_finished()
         if q.shape[0] != self.batch or q.shape[3] != self.head_dim or q.shape[1] % self.kv_heads:
             want = f"[{self.batch}, a multiple of {self.kv_heads}, Tq, {self.head_dim}]"
             raise ValueError(f"q must have shape {want}, got {list(q.shape)}")
@@ -324,12 +325,14 @@ class PagedThriftCache(CacheSequences):
             raise ValueError(f"decode takes 1 to {DECODE_ROWS} new tokens, got {q.shape[2]}")
         check_logits(scale, window, softcap)
         scale = 1 / math.sqrt(self.head_dim) if scale is None else scale
-        if self.backend == "triton":
-            from thrift_attn.decode import ops
+        with self._reading():
+            self._check_finished()
+            if self.backend == "triton":
+                from thrift_attn.decode import ops
 
-            out, lse = ops.attend(q, self.tensors(), self.numerics, scale=scale, window=window, softcap=softcap)
-        else:
-            out, lse = self._attend_reference(q, scale, window, softcap)
+                out, lse = ops.attend(q, self.tensors(), self.numerics, scale=scale, window=window, softcap=softcap)
+            else:
+                out, lse = self._attend_reference(q, scale, window, softcap)
         return (out, lse) if return_lse else out
 
     def warm_up(self, q_heads: int, new_tokens: tuple[int, ...] = (1,)) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
 from torch import Tensor
@@ -63,6 +63,10 @@ class CacheSequences:
             self._unfinished = True
             yield
             self._unfinished = False
+
+    def _reading(self) -> AbstractContextManager[object]:
+        """Hold the pool, so that another thread's change is waited for; a trace of dynamo has one thread."""
+        return nullcontext() if torch.compiler.is_compiling() else self._lock
 
     def _check_finished(self) -> None:
         if self._unfinished:

@@ -39,20 +39,12 @@ def restore(cache: PagedThriftCache, saved: dict[str, Tensor]) -> None:
     """Fill an empty cache with what `dump` gave.
 
     Raises:
-        ValueError: a cache that is not empty, or of another batch, shape or plane of high precision.
+        ValueError: a cache that is not empty, or of another batch, shape or plane of high precision; contents that do not fit
+            each other. Nothing has changed then.
         RuntimeError: the pool is too small.
     """
+    _check_saved(cache, saved)
     tokens = saved["tokens"].tolist()
-    if len(tokens) != cache.batch:
-        raise ValueError(f"the saved batch has {len(tokens)} sequences, the cache {cache.batch}")
-    if any(cache.tokens(row) for row in range(cache.batch)):
-        raise ValueError("a cache must be empty to be restored; free its sequences first")
-    for name, plane in zip(cache.pool._fields, cache.pool, strict=True):
-        if saved[name].shape[1:] != plane.shape[1:] or saved[name].dtype != plane.dtype:
-            got = f"{list(saved[name].shape[1:])} {saved[name].dtype}"
-            raise ValueError(f"pages of {name} have shape {list(plane.shape[1:])} {plane.dtype}, the saved ones {got}")
-    if saved["tail"].shape != cache.tail.shape:
-        raise ValueError(f"the 16-bit slots have shape {list(cache.tail.shape)}, got {list(saved['tail'].shape)}")
     for row in range(cache.batch):
         cache.free(row)  # pages reserved but not written
     held = [[number for number in row if number >= 0] for row in saved["blocks"].tolist()]
@@ -68,3 +60,50 @@ def restore(cache: PagedThriftCache, saved: dict[str, Tensor]) -> None:
     else:
         cache.levels = None
     cache._slots = saved["slots"].tolist()
+
+
+def _check_saved(cache: PagedThriftCache, saved: dict[str, Tensor]) -> None:
+    """Raise ValueError unless what was saved fits an empty cache and itself."""
+    if "tokens" in saved and saved["tokens"].numel() != cache.batch:
+        raise ValueError(f"the saved batch has {saved['tokens'].numel()} sequences, the cache {cache.batch}")
+    if any(cache.tokens(row) for row in range(cache.batch)):
+        raise ValueError("a cache must be empty to be restored; free its sequences first")
+    names = {*cache.pool._fields, "blocks", "tokens", "tail", "sinks", "slots"}
+    scaled = "levels_k" in saved
+    if scaled:
+        names |= {"levels_k", "levels_v"}
+    if saved.keys() != names:
+        raise ValueError(f"expected the tensors {', '.join(sorted(names))}, got {', '.join(sorted(saved))}")
+    batch, pages = cache.batch, len(saved["base"])
+    for name, plane in zip(cache.pool._fields, cache.pool, strict=True):
+        if saved[name].shape != (pages, *plane.shape[1:]) or saved[name].dtype != plane.dtype:
+            got = f"{list(saved[name].shape[1:])} {saved[name].dtype}"
+            raise ValueError(f"pages of {name} have shape {list(plane.shape[1:])} {plane.dtype}, the saved ones {got}")
+    tokens = saved["tokens"].tolist()
+    if min(tokens) < 0:
+        raise ValueError(f"lengths must be at least 0, got {tokens}")
+    cache.table.check_lengths(tokens)
+    heads, dim = cache.kv_heads, cache.head_dim
+    shapes = {
+        "tokens": ((batch,), torch.int64),
+        "blocks": ((batch, max(tokens) // BLOCK), torch.int64),
+        "tail": (tuple(cache.tail.shape), cache.dtype),
+        "sinks": ((2, batch, heads, dim), cache.dtype),
+        "slots": ((batch, 2), torch.int64),
+        "levels_k": ((heads, dim), cache.dtype),
+        "levels_v": ((heads,), cache.dtype),
+    }
+    for name in names & shapes.keys():
+        shape, dtype = shapes[name]
+        if tuple(saved[name].shape) != shape or saved[name].dtype != dtype:
+            got = f"{list(saved[name].shape)} {saved[name].dtype}"
+            raise ValueError(f"{name} must have shape {list(shape)} and dtype {dtype}, got {got}")
+    for row, (count, held, slots) in enumerate(
+        zip(tokens, saved["blocks"].tolist(), saved["slots"].tolist(), strict=True)
+    ):
+        whole = count // BLOCK
+        if not all(0 <= n < pages for n in held[:whole]) or any(n != -1 for n in held[whole:]):
+            raise ValueError(f"sequence {row} of {count} tokens needs {whole} of {pages} pages, got blocks {held}")
+        fits = all(b == -1 or (b % 2 == at and 0 <= b * BLOCK < count) for at, b in enumerate(slots))
+        if not fits or (count % BLOCK and slots[whole % 2] != whole):
+            raise ValueError(f"sequence {row} of {count} tokens cannot have the blocks {slots} in 16 bits")

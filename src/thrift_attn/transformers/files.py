@@ -51,6 +51,7 @@ IDENTITY = (
     "rope_theta",
     "layer_types",
     "sliding_window",
+    "dtype",
 )
 """Options of a model's configuration that decide what its K and V are; weights are not looked at."""
 
@@ -60,9 +61,10 @@ def identity_of(text_config: Any) -> dict[str, Any]:
     return json.loads(json.dumps({name: getattr(text_config, name, None) for name in IDENTITY}, default=str))
 
 
-def _digest(tensors: dict[str, Tensor]) -> str:
-    """Return the SHA-256 of names, dtypes, shapes and bytes of tensors."""
-    total = hashlib.sha256()
+def _digest(about: dict[str, Any], tensors: dict[str, Tensor]) -> str:
+    """Return the SHA-256 of a description but for its digest, and of names, dtypes, shapes and bytes of tensors."""
+    described = {name: value for name, value in about.items() if name != "digest"}
+    total = hashlib.sha256(json.dumps(described, sort_keys=True).encode())
     for name in sorted(tensors):
         x = tensors[name].detach().cpu().contiguous()
         total.update(f"{name} {x.dtype} {list(x.shape)}".encode())
@@ -100,8 +102,8 @@ def save(cache: Filled, path: str | Path) -> None:
         "model": cache.identity,
         "decode": cache.decode.to_dict(),
         "layers": described,
-        "digest": _digest(tensors),
     }
+    about["digest"] = _digest(about, tensors)
     unfinished = f"{path}.{os.getpid()}.unfinished"
     try:
         save_file(tensors, unfinished, metadata={"thrift_cache": json.dumps(about)})
@@ -132,16 +134,22 @@ def load(cache: Filled, path: str | Path, device: torch.device | str) -> None:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
     except SafetensorError as error:
         raise ValueError(f"{path} is damaged or in another format: {error}") from error
-    _check(cache, path, about)
-    if _digest(tensors) != about.get("digest"):
+    if about.get("format") == FORMAT and _digest(about, tensors) != about.get("digest"):
         raise ValueError(f"{path} is damaged: its contents are not those that were saved")
+    _check(cache, path, about)
+    bare = [layer for layer in cache.layers if isinstance(layer, ThriftLayer) and not layer.is_initialized]
     try:
         for at, (layer, described) in enumerate(zip(cache.layers, about["layers"], strict=True)):
             start = f"{at}."
             found = {name.removeprefix(start): x for name, x in tensors.items() if name.startswith(start)}
             _restore(layer, described, found)
-    except BaseException:
+        _check_layers(path, cache)
+    except BaseException as error:
         cache.reset()
+        for layer in bare:
+            layer.discard()  # the next tokens decide its shape and dtype, not the file
+        if isinstance(error, (KeyError, IndexError, TypeError)):
+            raise ValueError(f"{path} is damaged: {type(error).__name__} {error}") from error
         raise
 
 
@@ -161,9 +169,26 @@ def _check(cache: Filled, path: str | Path, about: dict[str, Any]) -> None:
     )
     if theirs != ours:
         raise ValueError(f"{path} stores K and V as {theirs}, this cache as {ours}")
-    kinds = ["slots" in described for described in about["layers"]]
+    layers = about.get("layers")
+    if not isinstance(layers, list) or not all(isinstance(described, dict) for described in layers):
+        raise ValueError(f"{path} is damaged: it does not describe its layers")
+    kinds = ["slots" in described for described in layers]
     if kinds != [isinstance(layer, ThriftLayer) for layer in cache.layers]:
         raise ValueError(f"{path} holds {len(kinds)} layers, {sum(kinds)} of them paged: another model")
+
+
+def _check_layers(path: str | Path, cache: Filled) -> None:
+    """Raise ValueError unless all paged layers hold as many tokens as their slots show."""
+    lengths = set()
+    for layer in cache.layers:
+        if isinstance(layer, ThriftLayer):
+            tokens = [layer.paged.tokens(row) for row in range(layer.paged.batch)]
+            hidden = [sum(p.is_token.shape[1] - p.counts[row] for p in layer.paddings) for row in range(len(tokens))]
+            lengths.add((layer.slots, *tokens))
+            if any(count + less != layer.slots for count, less in zip(tokens, hidden, strict=True)):
+                raise ValueError(f"{path} is damaged: {tokens} tokens do not fill {layer.slots} slots")
+    if len(lengths) > 1:
+        raise ValueError(f"{path} is damaged: its layers hold different numbers of tokens")
 
 
 def _restore(layer: Any, described: dict[str, Any], found: dict[str, Tensor]) -> None:
@@ -177,7 +202,7 @@ def _restore(layer: Any, described: dict[str, Any], found: dict[str, Tensor]) ->
     if not layer.is_initialized or layer.paged.batch != batch:
         shaped = found["tail"].new_empty(batch, heads, 0, dim)
         layer.lazy_initialization(shaped, shaped)
-    state.restore(layer.paged, found)
+    state.restore(layer.paged, {name: x for name, x in found.items() if not name.startswith("padding")})
     layer.slots = described["slots"]
     for at, start in enumerate(described["paddings"]):
         is_token = found[f"padding{at}"]

@@ -354,11 +354,15 @@ class ThriftLayer(CacheLayerMixin):
         """Give all pages back; they stay allocated for the next sequences."""
         self._pending = None
         if self._paged is not None and not self._paged.is_intact:
-            self._paged, self.is_initialized = None, False  # its pages are made anew when the next tokens arrive
+            self.discard()
         if self._paged is not None:
             for row in range(self._paged.batch):
                 self._paged.free(row)
         self.slots, self.paddings = 0, []
+
+    def discard(self) -> None:
+        """Drop the pages; they are made anew, for their shape and dtype, when the next tokens arrive."""
+        self._paged, self.is_initialized = None, False
 
     def crop(self, tokens_to_remove: int) -> None:
         """Take slots back from the end: ``-n`` takes n, and ``n``, as in transformers 5.0, leaves n."""
