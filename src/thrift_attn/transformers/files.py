@@ -58,7 +58,8 @@ IDENTITY = (
 
 def identity_of(text_config: Any) -> dict[str, Any]:
     """Return the options of `IDENTITY` that a decoder's configuration has, as plain JSON values."""
-    return json.loads(json.dumps({name: getattr(text_config, name, None) for name in IDENTITY}, default=str))
+    told = text_config.to_dict()  # some options differ by layer and cannot be read as one attribute
+    return json.loads(json.dumps({name: told.get(name) for name in IDENTITY}, default=str))
 
 
 def _digest(about: dict[str, Any], tensors: dict[str, Tensor]) -> str:
