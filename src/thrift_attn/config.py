@@ -287,30 +287,10 @@ class ThriftConfig:
             raise ValueError(
                 "base_format='drop' quantises nothing: it needs smooth='none', normalize='exact' and sink_token='none'"
             )
-        if self.sink_token == "exact" and not self.centred:
+        if self.sink_token == "exact" and self.center == "none":
             raise ValueError(
                 "sink_token='exact' is the centre of its block: it needs center='block' or 'all', got center='none'"
             )
-
-    @property
-    def centred(self) -> bool:
-        """Whether K is quantised as the difference from the mean of its block."""
-        return self.center != "none"
-
-    @property
-    def exact_sink(self) -> bool:
-        """Whether the first token of a sequence is attended exactly wherever its block is."""
-        return self.sink_token == "exact"
-
-    @property
-    def four_bit_queries(self) -> bool:
-        """Whether Q is quantised to 4 bits: only then do ``center="all"`` and the sums of a call matter."""
-        return self.compute == "fp4" and self.base_format in ("nvfp4", "mxfp4")
-
-    @property
-    def balanced(self) -> bool:
-        """Whether K, V and, where it is quantised, Q are levelled by powers of two: 4-bit formats only."""
-        return self.smooth == "channel" and self.base_format in ("nvfp4", "mxfp4")
 
     @classmethod
     def paper(cls, **changes: Any) -> ThriftConfig:

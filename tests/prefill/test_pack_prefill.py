@@ -11,7 +11,7 @@ from thrift_attn.kernels.token_order import position_of
 from thrift_attn.prefill.bundles import KernelNumerics
 from thrift_attn.prefill.pack import PackedKV, quantise_kv, quantise_q
 from thrift_attn.prefill.statistics import NO_STATISTICS
-from thrift_attn.reference.channel_scales import Fit
+from thrift_attn.reference.channel_scales import CallStatistics
 from thrift_attn.reference.formats import FORMATS, RESIDUALS, Format
 from thrift_attn.reference.quantize import (
     Quantised,
@@ -168,7 +168,7 @@ def test_powers_of_two(low: str, form: str, dim: int, rest: str | None) -> None:
     """Native data are those of K, V and Q times powers of two; from wide data the powers are gone again."""
     torch.manual_seed(dim)
     q, k, v = draw(2, 4, 70, dim), draw(2, 2, 70, dim), draw(2, 2, 70, dim)
-    statistics = Fit(None, powers(2, 2, dim), powers(2, 2) if low == "nvfp4" else None)
+    statistics = CallStatistics(None, powers(2, 2, dim), powers(2, 2) if low == "nvfp4" else None)
     layout = dense(2, 70, 70, True, DEV)
     got = quantise_kv(k, v, layout=layout, numerics=options(low=low, form=form, rest=rest), statistics=statistics)
     check_kv(got, k, v, low, form, best=True, rest=rest, statistics=statistics)
@@ -211,7 +211,7 @@ def test_logits_of_the_first_token(low: str | None) -> None:
     every = packed(*cu, queries=106, keys=224, max_queries=65, max_keys=130, causal=True)
     q, k = draw(1, 4, 106, 64), draw(1, 2, 224, 64)
     packed_k = quantise_kv(k, k, layout=every, numerics=options(low="nvfp4", form="wide", sink=True))
-    statistics = Fit(None, powers(3, 2, 64)) if low else NO_STATISTICS
+    statistics = CallStatistics(None, powers(3, 2, 64)) if low else NO_STATISTICS
     found = quantise_q(
         q,
         layout=every,
@@ -326,7 +326,11 @@ def test_errors() -> None:
         quantise_kv(k, k, layout=layout, numerics=options(low="nvfp4", form="native", rest="nested"))
     with pytest.raises(ValueError, match="scales of V"):
         quantise_kv(
-            k, k, layout=layout, numerics=options(low="nvfp4", form="wide"), statistics=Fit(None, powers(1, 1, 80))
+            k,
+            k,
+            layout=layout,
+            numerics=options(low="nvfp4", form="wide"),
+            statistics=CallStatistics(None, powers(1, 1, 80)),
         )
     with pytest.raises(ValueError, match="form"):
         quantise_q(k, layout=layout, numerics=options(low="nvfp4", form="packed"))

@@ -156,7 +156,8 @@ def check(q, k, v, config, **options):
     """The kernel does what the reference does: as far from exact attention, and near to it."""
     truth, _, _ = expected(q, k, v, ThriftConfig(budget=fraction(1)), **options)
     want, want_lse, promoted = expected(q, k, v, config, **options)
-    out, lse = run(q, k, v, promoted, centred=config.centred, sink=config.exact_sink, **options)
+    numerics = PrefillNumerics.resolve(config)
+    out, lse = run(q, k, v, promoted, centred=numerics.centred, sink=numerics.exact_sink, **options)
     assert out.isfinite().all()
     unavoidable = distance(want, truth)
     # P is rounded with the running maximum in place of the final one, that is on another grid of equal fineness, and the
@@ -167,8 +168,8 @@ def check(q, k, v, config, **options):
     # is that of the codes: a weight is off by 1.0397 at most (0 to 6.1% less the average excess) and 2^-4 of rounding.
     dim, tk = q.shape[-1], k.shape[2]
     padded = torch.nn.functional.pad(k.float(), (0, 0, 0, -tk % BLOCK)).unflatten(2, (-1, BLOCK))
-    centre = padded.mean(-2, keepdim=True) * config.centred
-    if config.exact_sink:
+    centre = padded.mean(-2, keepdim=True) * numerics.centred
+    if numerics.exact_sink:
         centre[:, :, 0] = padded[:, :, 0, :1]
     delta = padded - centre
     largest = float(q.float().norm(dim=-1).max() * delta.norm(dim=-1).max()) * (options.get("scale") or dim**-0.5)

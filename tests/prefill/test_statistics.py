@@ -12,7 +12,7 @@ from thrift_attn.numerics import PrefillNumerics
 from thrift_attn.prefill.bundles import KernelNumerics, PrefillTensors
 from thrift_attn.prefill.statistics import NO_STATISTICS, measure
 from thrift_attn.reference import channel_scales as fitting
-from thrift_attn.reference.channel_scales import Fit, measure_call
+from thrift_attn.reference.channel_scales import CallStatistics, measure_call
 from thrift_attn.seq_layout import SeqLayout, dense, packed, padded
 
 DTYPE = torch.float16
@@ -25,25 +25,25 @@ def draw(batch: int, heads: int, tokens: int, dim: int) -> Tensor:
     return (x + torch.randn(heads, 1, dim, device=DEVICE)).to(DTYPE)
 
 
-def found_by(q: Tensor, k: Tensor, v: Tensor, layout: SeqLayout, config: ThriftConfig) -> Fit:
+def found_by(q: Tensor, k: Tensor, v: Tensor, layout: SeqLayout, config: ThriftConfig) -> CallStatistics:
     numerics = KernelNumerics.of(PrefillNumerics.resolve(config), "wide")
     return measure(PrefillTensors(q, k, v), layout=layout, numerics=numerics)
 
 
-def check(found: Fit, row: int, q: Tensor, k: Tensor, v: Tensor, config: ThriftConfig) -> None:
+def check(found: CallStatistics, row: int, q: Tensor, k: Tensor, v: Tensor, config: ThriftConfig) -> None:
     """One sequence of what was found, against the reference on the queries that see something."""
     want = measure_call(q.float(), k.float(), v.float(), PrefillNumerics.resolve(config))
-    for name in ("keys", "values"):
+    for name in ("k_channel_scale", "v_head_scale"):
         one, other = getattr(found, name), getattr(want, name)
         assert (one is None) == (other is None)
         if one is not None:
             assert torch.equal(one[row], other)
-    if found.mean is None:
-        assert want.mean is None
-    elif want.mean is None:
-        assert not found.mean[row].any()
+    if found.query_mean is None:
+        assert want.query_mean is None
+    elif want.query_mean is None:
+        assert not found.query_mean[row].any()
     else:
-        torch.testing.assert_close(found.mean[row], want.mean, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(found.query_mean[row], want.query_mean, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize(

@@ -96,11 +96,12 @@ class PagedThriftCache(CacheSequences):
         if self.backend == "triton":
             check_sizes(batch, kv_heads, sizes["max_pages"])
         self.config, self.dtype, self.device = config, dtype, device
+        self.numerics = DecodeNumerics.resolve(config)
         self.kv_heads, self.head_dim = kv_heads, head_dim
         self.table = PageTable(num_pages, batch, sizes["max_pages"], device, max_tokens)
         self._lock = threading.RLock()  # of the pool: caches that `branch` makes share it
         self._unfinished = False
-        self.levels = CacheLevels.ones(kv_heads, head_dim, dtype, device) if config.balanced else None
+        self.levels = CacheLevels.ones(kv_heads, head_dim, dtype, device) if self.numerics.channel_scales else None
         self.pool = Pool.empty(num_pages, kv_heads, head_dim, config.promoted_storage, dtype, device)
         # K and V of the two newest blocks, block b in slot b mod 2.
         self.tail = torch.zeros(2, batch, 2, kv_heads, BLOCK, head_dim, dtype=dtype, device=device)
@@ -114,7 +115,6 @@ class PagedThriftCache(CacheSequences):
             1, dtype=torch.int32, device=device
         )  # set by a step for which a sequence had no page
         self._overrun_seen = torch.zeros(1, dtype=torch.int32, pin_memory=device.type == "cuda")
-        self.numerics = DecodeNumerics.resolve(config)
 
     def bytes_per_token(self) -> float:
         """Bytes of the pool per token it can hold, over all KV heads, K and V, planes, scales and block centres."""
@@ -170,7 +170,7 @@ class PagedThriftCache(CacheSequences):
             self.table.reserve(wanted)
             with self._changing():
                 if self.levels is not None:
-                    self.levels.take(k, v, new, self.config.centred)
+                    self.levels.take(k, v, new, self.numerics.centred)
                 if self.backend == "triton" and count <= BLOCK:
                     counts = None if lengths is None else torch.tensor(new, dtype=torch.int32).to(self.device)
                     self._append_step(k, v, counts)
@@ -237,7 +237,7 @@ class PagedThriftCache(CacheSequences):
         """Pack ``[2, n, Hkv, 64, D]`` (K and V) into the pages of the blocks from ``first`` on."""
         pages = self.table.table[row, first : first + blocks.shape[1]]
         firsts = None
-        if self.config.exact_sink:
+        if self.numerics.exact_sink:
             firsts = torch.full_like(pages, -1)
             firsts[:1] = row if first == 0 else -1
         if self.backend == "triton":
@@ -401,7 +401,7 @@ class PagedThriftCache(CacheSequences):
             low_k, high_k = (torch.cat([x, kept[0]], 1) for x in (low_k, high_k))
             low_v, high_v = (torch.cat([x, kept[1]], 1) for x in (low_v, high_v))
             centres = torch.cat([centres, torch.zeros_like(kept[0, :, :1])], 1)
-        others = self.block0_mean[row].float() if self.config.exact_sink and tokens >= BLOCK else None
+        others = self.block0_mean[row].float() if self.numerics.exact_sink and tokens >= BLOCK else None
         return reference.Planes(low_k, low_v, high_k, high_v, centres, block0_mean=others, exact_tail=True)
 
     # -- checks --------------------------------------------------------------------------------------------------------
@@ -410,8 +410,8 @@ class PagedThriftCache(CacheSequences):
         return {
             "low": self.config.base_format,
             "plane": self.config.promoted_storage,
-            "centred": self.config.centred,
-            "best": self.config.scales == "best",
+            "centred": self.numerics.centred,
+            "best": self.numerics.best_scales,
         }
 
     def _check_tokens(self, name: str, x: Tensor) -> None:

@@ -16,8 +16,9 @@ from torch import Tensor
 from typing_extensions import Self
 
 from thrift_attn.cache.page_table import PageTable
-from thrift_attn.config import BLOCK, ThriftConfig
+from thrift_attn.config import BLOCK
 from thrift_attn.decode.tensors import check_sizes
+from thrift_attn.numerics import DecodeNumerics
 from thrift_attn.reference.pages import Blocks, Pool, read_blocks
 
 
@@ -25,7 +26,7 @@ class CacheSequences:
     """The sequences of a `thrift_attn.cache.PagedThriftCache`, which makes all of these attributes."""
 
     backend: str
-    config: ThriftConfig
+    numerics: DecodeNumerics
     dtype: torch.dtype
     device: torch.device
     kv_heads: int
@@ -221,8 +222,8 @@ class CacheSequences:
 
     def _read(self, row: int, pages: Tensor, first: int) -> Blocks:
         """What pages of a sequence decode to, those of the blocks from ``first`` on."""
-        read = read_blocks(self.pool, pages, plane=self.config.promoted_storage, centred=self.config.centred)
-        if self.config.exact_sink and first == 0 and len(pages):
+        read = read_blocks(self.pool, pages, plane=self.numerics.promoted_storage, centred=self.numerics.centred)
+        if self.numerics.exact_sink and first == 0 and len(pages):
             read.high_v[0, :, 0] = self.sink_value[row]
         return read
 

@@ -31,7 +31,7 @@ from thrift_attn.kernels.launcher import check_rows, launch
 from thrift_attn.prefill.bundles import KernelNumerics
 from thrift_attn.prefill.pack_kernel import peaks_kernel, quantise_kv_kernel, quantise_q_kernel
 from thrift_attn.prefill.statistics import NO_STATISTICS
-from thrift_attn.reference.channel_scales import Fit
+from thrift_attn.reference.channel_scales import CallStatistics
 from thrift_attn.reference.formats import FORMATS, RESIDUALS
 from thrift_attn.seq_layout import SeqLayout
 
@@ -174,7 +174,7 @@ def _empty_kv(k: Tensor, layout: SeqLayout, numerics: KernelNumerics, q_heads: i
 
 
 def quantise_kv(
-    k: Tensor, v: Tensor, *, layout: SeqLayout, numerics: KernelNumerics, statistics: Fit = NO_STATISTICS
+    k: Tensor, v: Tensor, *, layout: SeqLayout, numerics: KernelNumerics, statistics: CallStatistics = NO_STATISTICS
 ) -> PackedKV:
     """Centre and quantise K and V.
 
@@ -239,7 +239,7 @@ def quantise_q(
     *,
     layout: SeqLayout,
     numerics: KernelNumerics,
-    statistics: Fit = NO_STATISTICS,
+    statistics: CallStatistics = NO_STATISTICS,
     k_block_mean: Tensor | None = None,
 ) -> PackedQ:
     """Mean queries of every row, and where ``numerics`` asks for it, Q quantised.

@@ -1,4 +1,4 @@
-"""What `thrift_attn.reference.channel_scales.fit` takes from a call, on the device: samples summed by many programs,
+"""What `thrift_attn.reference.channel_scales.measure_call` takes from a call, on the device: many programs sum samples,
 then one program a head.
 
 Lengths are read on the device. Sums run in another order than in PyTorch: a power of two may differ by one step where an
@@ -15,14 +15,14 @@ from thrift_attn.config import BLOCK, DECODE_ROWS
 from thrift_attn.kernels.launcher import check_rows, launch
 from thrift_attn.prefill.bundles import KernelNumerics, PrefillTensors
 from thrift_attn.prefill.statistics_kernel import levels_kernel, sum_keys_kernel, sum_queries_kernel
-from thrift_attn.reference import channel_scales as fit
+from thrift_attn.reference.channel_scales import SAMPLE, CallStatistics
 from thrift_attn.seq_layout import SeqLayout
 
-NO_STATISTICS = fit.Fit()
+NO_STATISTICS = CallStatistics()
 """No mean query, no scales."""
 
 
-def measure(tensors: PrefillTensors, *, layout: SeqLayout, numerics: KernelNumerics) -> fit.Fit:
+def measure(tensors: PrefillTensors, *, layout: SeqLayout, numerics: KernelNumerics) -> CallStatistics:
     """Take mean queries and powers of two from every sequence, see `thrift_attn.reference.channel_scales`.
 
     Args:
@@ -42,7 +42,7 @@ def measure(tensors: PrefillTensors, *, layout: SeqLayout, numerics: KernelNumer
     q, k, v = tensors
     check_rows(q=q, k=k, v=v)
     (_, heads, _, dim), kv_heads, batch = q.shape, k.shape[1], layout.batch
-    width, most = triton.next_power_of_2(dim), max(1, fit.SAMPLE // BLOCK)
+    width, most = triton.next_power_of_2(dim), max(1, SAMPLE // BLOCK)
     meta = {"D": dim, "DP": width}
     parts = {"ONE_PART": layout.packed_batch == 1}
 
@@ -51,7 +51,7 @@ def measure(tensors: PrefillTensors, *, layout: SeqLayout, numerics: KernelNumer
 
     of_keys = triton.next_power_of_2(min(most, layout.max_blocks)) if numerics.channel_scales else 0
     of_queries = triton.next_power_of_2(min(most, layout.max_rows)) if numerics.subtract_query_mean else 0
-    statistics = fit.Fit(
+    statistics = CallStatistics(
         empty(heads, dim) if numerics.subtract_query_mean else None,
         empty(kv_heads, dim) if numerics.channel_scales else None,
         empty(kv_heads) if numerics.v_head_scales else None,

@@ -9,13 +9,13 @@ import triton.language as tl
 
 from thrift_attn.kernels.rounding import from_bits
 from thrift_attn.kernels.spans import K_LEN, K_START, Q_LEN, Q_START, SPAN
-from thrift_attn.reference import channel_scales as fit
+from thrift_attn.reference import channel_scales
 
-_LEVEL = tl.constexpr(fit.LEVEL)
-_SLACK = tl.constexpr(fit.SLACK)
-_SPREAD = tl.constexpr(fit.SPREAD)
-_DEPTH = tl.constexpr(fit.DEPTH)
-_LARGEST = tl.constexpr(fit.LARGEST)
+_LEVEL = tl.constexpr(channel_scales.LEVEL)
+_SLACK = tl.constexpr(channel_scales.SLACK)
+_SPREAD = tl.constexpr(channel_scales.SPREAD)
+_DEPTH = tl.constexpr(channel_scales.DEPTH)
+_LARGEST = tl.constexpr(channel_scales.LARGEST)
 
 
 @triton.jit

@@ -55,24 +55,6 @@ class CallStatistics(NamedTuple):
     k_channel_scale: Tensor | None = None
     v_head_scale: Tensor | None = None
 
-    @property
-    def mean(self) -> Tensor | None:
-        """The former name of ``query_mean``."""
-        return self.query_mean
-
-    @property
-    def keys(self) -> Tensor | None:
-        """The former name of ``k_channel_scale``."""
-        return self.k_channel_scale
-
-    @property
-    def values(self) -> Tensor | None:
-        """The former name of ``v_head_scale``."""
-        return self.v_head_scale
-
-
-Fit = CallStatistics
-
 
 def _sample(x: Tensor) -> Tensor:
     """At most `SAMPLE` rows of ``[..., T, D]``, evenly spaced, at least in float32."""

@@ -23,6 +23,7 @@ from __future__ import annotations
 from typing import Literal
 
 from thrift_attn.config import BLOCK, ThriftConfig, fraction
+from thrift_attn.numerics import DecodeNumerics, PrefillNumerics
 from thrift_attn.reference.formats import FORMATS, RESIDUALS
 from thrift_lab.eval.eviction import Eviction
 from thrift_lab.eval.methods import Method
@@ -49,7 +50,7 @@ def prefill_cost(config: ThriftConfig | None, share: float, hardware: Hardware =
         return share + scores
     bits = 16 if config.compute == "16bit" else FORMATS[config.base_format].element_bits
     low = 1 / RATES[hardware].get(bits, 1.0)
-    centre = _CENTRE if config.centred else 0.0
+    centre = _CENTRE if PrefillNumerics.resolve(config).centred else 0.0
     return share + (1 - share) * (low + centre) + scores
 
 
@@ -67,7 +68,7 @@ def decode_cost(config: ThriftConfig | None, share: float, head_dim: int = 128) 
         more = 1 - base
     else:
         more = RESIDUALS[config.promoted_storage].bits_per_element(head_dim) / 16
-    if config.centred:
+    if DecodeNumerics.resolve(config).centred:
         summaries = max(summaries, _SUMMARY)
     return base + share * more + summaries
 
