@@ -31,7 +31,7 @@ Score = str
 PromotedStorage = Literal["16bit", "nested", "nested8"]
 _Config = TypeVar("_Config")
 
-BudgetKind = Literal["fraction", "top_k", "paper"]
+BudgetKind = Literal["fraction", "top_k", "paper", "floored"]
 
 
 def check_choice(name: str, value: object, choices: object) -> None:
@@ -45,11 +45,13 @@ def check_choice(name: str, value: object, choices: object) -> None:
 class Budget:
     """How many KV blocks of each query row are promoted to high precision.
 
-    Use the constructors `fraction`, `top_k` and `paper`.
+    Use the constructors `fraction`, `floored`, `top_k` and `paper`.
 
     Args:
-        kind: ``"fraction"``, ``"top_k"`` or ``"paper"``.
-        value: the share in [0, 1] for ``fraction``; the whole number of blocks for ``top_k``; unused (0) for ``paper``.
+        kind: ``"fraction"``, ``"floored"``, ``"top_k"`` or ``"paper"``.
+        value: the share in [0, 1] for ``fraction`` and ``floored``; the whole number of blocks for ``top_k``; unused (0) for
+            ``paper``.
+        blocks: the least blocks of a row for ``floored``; unused (0) for the others.
 
     Raises:
         TypeError: a value that is not a number.
@@ -60,13 +62,22 @@ class Budget:
 
     kind: BudgetKind
     value: float = 0.0
+    blocks: int = 0
 
     def __post_init__(self) -> None:
         check_choice("budget kind", self.kind, BudgetKind)
         if isinstance(self.value, bool) or not isinstance(self.value, (int, float)):
             raise TypeError(f"budget value must be a number, got {type(self.value).__name__}")
-        if self.kind == "fraction" and not 0.0 <= self.value <= 1.0:
+        if isinstance(self.blocks, bool) or not isinstance(self.blocks, int):
+            raise TypeError(f"blocks of a budget must be an int, got {type(self.blocks).__name__}")
+        if self.kind in ("fraction", "floored") and not 0.0 <= self.value <= 1.0:
             raise ValueError(f"budget fraction must be in [0, 1], got {self.value!r}")
+        if self.kind == "floored" and not 1 <= self.blocks <= MAX_BLOCKS:
+            raise ValueError(
+                f"the floor of a budget must be at least 1 and at most {MAX_BLOCKS} blocks, got {self.blocks}"
+            )
+        if self.kind != "floored" and self.blocks != 0:
+            raise ValueError(f"only a floored budget has least blocks, got {self.blocks} with kind {self.kind!r}")
         if self.kind == "top_k" and not (0 <= self.value <= MAX_BLOCKS and float(self.value).is_integer()):
             raise ValueError(f"budget top_k must be a whole number >= 0 and at most {MAX_BLOCKS}, got {self.value!r}")
         if self.kind == "paper" and self.value != 0:
@@ -78,7 +89,8 @@ class Budget:
         if self.kind == "top_k":
             return f"top_k({int(self.value)})"
         short = f"{self.value:g}"
-        return short if float(short) == self.value else repr(float(self.value))
+        share = short if float(short) == self.value else repr(float(self.value))
+        return f"max({share}, {self.blocks})" if self.kind == "floored" else share
 
     @classmethod
     def paper_rule(cls) -> Budget:
@@ -106,7 +118,7 @@ class Budget:
 
     @classmethod
     def parse(cls, text: str) -> Budget:
-        """Budget from text: ``0.05``, ``5%``, ``top_k(8)`` or ``paper``.
+        """Budget from text: ``0.05``, ``5%``, ``max(5%, 16)`` (`floored`), ``top_k(8)`` or ``paper``.
 
         Raises:
             ValueError: text of another form, or a value out of range.
@@ -117,14 +129,32 @@ class Budget:
         try:
             if text.startswith("top_k(") and text.endswith(")"):
                 return top_k(int(text[6:-1]))
-            return fraction(float(Decimal(text[:-1]).scaleb(-2) if text.endswith("%") else text))
+            if text.startswith("max(") and text.endswith(")"):
+                share, _, blocks = text[4:-1].partition(",")
+                return floored(_share(share.strip()), int(blocks))
+            return fraction(_share(text))
         except (ValueError, ArithmeticError) as error:
-            raise ValueError(f"budget must be a share like 0.05 or 5%, top_k(8), or paper; got {text!r}") from error
+            raise ValueError(
+                f"budget must be a share like 0.05 or 5%, max(5%, 16), top_k(8), or paper; got {text!r}"
+            ) from error
+
+
+def _share(text: str) -> float:
+    """Return ``0.05`` or ``5%`` as a number."""
+    return float(Decimal(text[:-1]).scaleb(-2) if text.endswith("%") else text)
 
 
 def fraction(share: float) -> Budget:
     """Promote this share of the visible (query block, KV block) pairs; 1 is exact attention, 0 pure low precision."""
     return Budget("fraction", share)
+
+
+def floored(share: float, blocks: int) -> Budget:
+    """Promote this share of the visible pairs, but at least so many blocks of a row, or all that it sees.
+
+    Short rows, of whose few blocks a share is none, are exact; where the share alone gives more, it is `fraction`.
+    """
+    return Budget("floored", share, blocks)
 
 
 def top_k(blocks: int) -> Budget:
@@ -236,8 +266,9 @@ class ThriftConfig:
             with the smaller squared error. Costs time when data are packed, none when they are read.
         normalize: where P is quantised to 4 bits, the output is divided by its sum before (``"exact"``) or after rounding
             (``"rounded"``, weights then sum to one). The LSE is that of P before rounding.
-        budget: how many blocks are promoted: a `fraction`, `top_k` or `paper` budget, a share such as 0.05, or text such as
-            ``"5%"``.
+        budget: how many blocks are promoted: a `floored`, `fraction`, `top_k` or `paper` budget, a share such as 0.05, or
+            text such as ``"5%"``. By default 5%, but at least 16 blocks of a row, so that up to 1,024 tokens all of them
+            are; a bare share has no floor.
         score: which blocks are promoted: ``"mean"`` (mean(Q_i).c_b), ``"quest"`` (min/max bound), ``"local"`` (nearest
             blocks to the query's own), ``"oracle"`` (true attention mass).
         force_first: this many first blocks come before all others inside the budget; without an exact sink the first one is
@@ -261,7 +292,7 @@ class ThriftConfig:
     smooth: Smooth = "channel"
     scales: Scales = "best"
     normalize: Normalize = "rounded"
-    budget: Budget = field(default_factory=lambda: fraction(0.05))
+    budget: Budget = field(default_factory=lambda: floored(0.05, blocks=16))
     score: Score = "mean"
     force_first: int = 0
     force_last: int = 1
@@ -296,7 +327,8 @@ class ThriftConfig:
     def paper(cls, **changes: Any) -> ThriftConfig:
         """The paper's form: nvfp4, scales from maxima, no centring, block-mean score, nothing forced, 5%, 16-bit copy."""
         plain = {"center": "none", "sink_token": "none", "smooth": "none", "scales": "max", "normalize": "exact"}
-        return cls(**{**plain, "force_first": 0, "force_last": 0, **current_names(changes)})
+        budget = fraction(0.05)
+        return cls(**{**plain, "budget": budget, "force_first": 0, "force_last": 0, **current_names(changes)})
 
     @classmethod
     def for_cache(cls, **changes: Any) -> ThriftConfig:
@@ -308,7 +340,8 @@ class ThriftConfig:
     def sparse(cls, score: Score, **changes: Any) -> ThriftConfig:
         """A baseline that drops the blocks that are not chosen: ``quest``, ``oracle`` (sparse top-k) or ``local``."""
         form = {"base_format": "drop", "center": "none", "sink_token": "none", "smooth": "none", "scales": "max"}
-        return cls(**{**form, "normalize": "exact", "force_first": 1, "score": score, **current_names(changes)})
+        form |= {"normalize": "exact", "budget": fraction(0.05), "force_first": 1, "score": score}
+        return cls(**{**form, **current_names(changes)})
 
     def with_(self, **changes: Any) -> ThriftConfig:
         """A copy with some options changed, checked again."""

@@ -65,7 +65,7 @@ def test_bytes_per_token_of_the_default_at_128():
 def test_split_appends_equal_one(high, steps):
     count = sum(steps)
     k, v = tokens(count)
-    config = ThriftConfig.for_cache(promoted_storage=high)
+    config = ThriftConfig.for_cache(budget=0.05, promoted_storage=high)
     whole, parts = make(config=config), make(config=config)
     whole.append(k, v)
     start = 0
@@ -177,7 +177,7 @@ def test_fork_shares_complete_blocks_and_copies_on_write():
 )
 def test_taking_back_new_tokens_is_lossless(high, length, keep):
     k, v = tokens(300)
-    config = ThriftConfig.for_cache(promoted_storage=high)
+    config = ThriftConfig.for_cache(budget=0.05, promoted_storage=high)
     cache, want = make(config=config), make(config=config)
     cache.append(k[:, :, :length], v[:, :, :length])
     cache.truncate(0, keep)

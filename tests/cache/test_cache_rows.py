@@ -136,7 +136,7 @@ def test_the_first_token_stays_exact_through_all_of_it(high):
     """Forked, exchanged, branched off, written out, and taken back to less than its block; then the block fills up again."""
     k, v = tokens(200, batch=3)
     v[:, :, 0] *= 100
-    config = ThriftConfig.for_cache(promoted_storage=high, smooth="none")
+    config = ThriftConfig.for_cache(budget=0.05, promoted_storage=high, smooth="none")
 
     def check(cache, *sources):
         for row, source in enumerate(sources):

@@ -29,7 +29,7 @@ def make(batch: int = 1, dtype: torch.dtype = torch.float16, **changes) -> Paged
         kv_heads=HEADS,
         head_dim=DIM,
         num_pages=16,
-        config=ThriftConfig.for_cache(**changes),
+        config=ThriftConfig.for_cache(**{"budget": 0.05, **changes}),
         dtype=dtype,
         device="cpu",
     )

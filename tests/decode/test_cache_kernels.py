@@ -17,7 +17,7 @@ from thrift_attn.reference.budget import promoted_in_decode
 @pytest.mark.parametrize(("high", "scales"), [("nested", "best"), ("nested8", "max"), ("16bit", "best")])
 def test_pages_written_by_kernels_and_by_pytorch_agree(high, scales):
     k, v = tokens(64, heads=1)
-    caches = both(config=ThriftConfig.for_cache(promoted_storage=high, scales=scales), heads=1)
+    caches = both(config=ThriftConfig.for_cache(budget=0.05, promoted_storage=high, scales=scales), heads=1)
     for cache in caches:
         cache.append(k, v)
     one, other = caches
@@ -35,7 +35,9 @@ def test_the_first_token_lies_beside_the_pages(low, high, steps):
     """Its key is the centre of its block, its value is 0 in every plane, and both are kept exactly, whoever packs the block."""
     k, v = tokens(sum(steps), batch=2, heads=1)
     kernels, plain = both(
-        batch=2, heads=1, config=ThriftConfig.for_cache(base_format=low, promoted_storage=high, smooth="none")
+        batch=2,
+        heads=1,
+        config=ThriftConfig.for_cache(budget=0.05, base_format=low, promoted_storage=high, smooth="none"),
     )
     for cache in (kernels, plain):
         start = 0
@@ -145,7 +147,9 @@ def test_options(options, tq):
 )
 def test_formats(low, center, sink):
     k, v = tokens(70, heads=1)
-    kernels, plain = both(config=ThriftConfig.for_cache(base_format=low, center=center, sink_token=sink), heads=1)
+    kernels, plain = both(
+        config=ThriftConfig.for_cache(budget=0.05, base_format=low, center=center, sink_token=sink), heads=1
+    )
     for cache in (kernels, plain):
         cache.append(k, v)
     check(kernels, plain, query())

@@ -161,7 +161,7 @@ def test_a_pool_larger_than_the_longest_list_held_in_registers():
 def test_ragged_steps_are_one_launch(counts, monkeypatch):
     """Each sequence takes as many tokens as it is told, by one operator, and packs its block if it is complete."""
     k, v = tokens(64, batch=3, heads=1)
-    kernels, plain = both(batch=3, heads=1, config=ThriftConfig.for_cache(smooth="none"))
+    kernels, plain = both(batch=3, heads=1, config=ThriftConfig.for_cache(budget=0.05, smooth="none"))
     for cache in (kernels, plain):
         cache.append(k, v, lengths=[63, 10, 40])
     launched, append_step = [], ops.append_step

@@ -9,7 +9,7 @@ import torch
 
 from support.device import DEVICE
 from support.steps import cache_tensors, numerics_of, poisoned_step
-from thrift_attn import ThriftConfig, fraction, paper, top_k
+from thrift_attn import ThriftConfig, floored, fraction, paper, top_k
 from thrift_attn.decode.score import score_blocks
 from thrift_attn.decode.select import select_blocks
 from thrift_attn.numerics import DecodeNumerics
@@ -56,9 +56,16 @@ def lists_of_reference(q, means, table, lengths, config, window, block0_mean):
 @pytest.mark.parametrize("seed", range(4))
 @pytest.mark.parametrize(
     ("budget", "window"),
-    [(top_k(2), None), (fraction(0.3), None), (fraction(0.5), 300), (paper(), 200), (fraction(1), 90)],
+    [
+        (top_k(2), None),
+        (fraction(0.3), None),
+        (fraction(0.5), 300),
+        (paper(), 200),
+        (fraction(1), 90),
+        (floored(0.05, 3), None),
+    ],
     ids=str,
-)
+)  # fmt: skip
 def test_lists_of_kernels_and_reference_are_equal(tq, seed, budget, window):
     gen = torch.Generator().manual_seed(100 * seed + tq)
     lengths = torch.tensor([773, 448, 64 + tq, 63][: 2 + seed], dtype=torch.int32)

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from support.device import DEVICE
-from thrift_attn.config import BLOCK, Budget, ThriftConfig, fraction, paper, top_k
+from thrift_attn.config import BLOCK, Budget, ThriftConfig, floored, fraction, paper, top_k
 from thrift_attn.numerics import PrefillNumerics
 from thrift_attn.prefill.bundles import BlockPlan
 from thrift_attn.prefill.pack import PackedKV
@@ -53,7 +53,10 @@ def test_visible_blocks(queries: int, keys: int, causal: bool, window: int | Non
     assert mask.offset == (keys - queries if causal else 0)
 
 
-@pytest.mark.parametrize("budget", [fraction(0), fraction(0.05), fraction(0.37), fraction(1), top_k(3), paper()])
+@pytest.mark.parametrize(
+    "budget",
+    [fraction(0), fraction(0.05), fraction(0.37), fraction(1), floored(0.05, 3), floored(0.3, 16), top_k(3), paper()],
+)
 def test_budget_of_many_sequences(budget: Budget) -> None:
     lengths = [(1000, 1000), (130, 5000), (64, 64), (300, 200)]
     queries, keys = (torch.tensor(x) for x in zip(*lengths, strict=True))
@@ -98,6 +101,7 @@ def check(chosen, counts, scores, visible, wanted, first: int, last: int) -> Non
     [
         (SHAPES[0], 1, 1, fraction(0.4)), (SHAPES[1], 0, 0, top_k(2)), (SHAPES[2], 2, 2, top_k(3)),
         (SHAPES[3], 1, 1, fraction(0.5)), (SHAPES[4], 2, 1, top_k(2)),
+        (SHAPES[1], 0, 1, floored(0.05, 2)), (SHAPES[2], 0, 1, floored(0.05, 16)),
     ],
 )  # fmt: skip
 def test_choice_equals_the_reference(shape, first: int, last: int, budget: Budget) -> None:

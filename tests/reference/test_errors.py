@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from thrift_attn import Budget, ThriftConfig, attention, fraction, top_k
+from thrift_attn import Budget, ThriftConfig, attention, floored, fraction, top_k
 
 GOOD = {"q": (1, 4, 8, 64), "k": (1, 2, 8, 64), "v": (1, 2, 8, 64)}
 
@@ -111,6 +111,14 @@ def test_other_budgets():
         Budget("most", 1)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="takes no value"):
         Budget("paper", 3)
+    with pytest.raises(ValueError, match="at least 1 and at most 2147483647 blocks, got 0"):
+        floored(0.05, blocks=0)
+    with pytest.raises(ValueError, match=r"fraction must be in \[0, 1\], got 5"):
+        floored(5, blocks=16)
+    with pytest.raises(TypeError, match="must be an int, got float"):
+        floored(0.05, blocks=16.0)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="only a floored budget has least blocks, got 3 with kind 'fraction'"):
+        Budget("fraction", 0.05, 3)
 
 
 @pytest.mark.parametrize(

@@ -85,5 +85,5 @@ def test_a_cache_ignores_what_it_says():
 
 
 def test_records_hold_plain_values():
-    assert PrefillNumerics.resolve(ThriftConfig()).to_dict()["budget"] == "0.05"
+    assert PrefillNumerics.resolve(ThriftConfig()).to_dict()["budget"] == "max(0.05, 16)"
     assert DecodeNumerics.resolve(ThriftConfig.for_cache()).to_dict()["residual"] == "nested"

@@ -19,7 +19,7 @@ from thrift_attn.cache.paged import PagedThriftCache
 
 KEYS, QUERIES, BLOCKS = 4096, 64, 64
 FAMILY = {
-    f"{compute}-{storage}": ThriftConfig(compute=compute, promoted_storage=storage)
+    f"{compute}-{storage}": ThriftConfig(compute=compute, promoted_storage=storage, budget=0.05)
     for compute in ("fp4", "16bit")
     for storage in ("16bit", "nested")
 }
@@ -155,7 +155,7 @@ def test_the_default_family_loses_little(change: Callable[..., Inputs], dim: int
 @pytest.mark.parametrize("change", [outlier_channels_of_k, rotating_bias, tiny_keys, tiny_values])
 @pytest.mark.parametrize("math_", ["fp4", "16bit"])
 def test_what_balance_is_for(change: Callable[..., Inputs], math_: Literal["fp4", "16bit"]):
-    default = ThriftConfig(compute=math_)
+    default = ThriftConfig(compute=math_, budget=0.05)
     without, balanced = losses(change(*plain(64)), default.with_(smooth="none"), default)
     assert balanced < 0.67 * without
 
@@ -168,7 +168,7 @@ def test_a_cache_loses_little(change: Callable[..., Inputs]):
     exact = logits @ v.double()
     lost = []
     for balance in ("channel", "none"):
-        config = ThriftConfig.for_cache(smooth=balance)
+        config = ThriftConfig.for_cache(budget=0.05, smooth=balance)
         cache = PagedThriftCache(
             batch=1, kv_heads=1, head_dim=64, num_pages=BLOCKS, config=config, dtype=torch.float32, device="cpu"
         )
@@ -182,5 +182,5 @@ def test_a_cache_loses_little(change: Callable[..., Inputs]):
 @pytest.mark.parametrize("change", [channel_bias, near_uniform_with_a_mean])
 def test_what_the_paper_form_loses(change: Callable[..., Inputs]):
     """The reason for centring, and for the sum of rounded weights."""
-    paper, default = losses(change(*plain(64)), ThriftConfig.paper(), ThriftConfig())
+    paper, default = losses(change(*plain(64)), ThriftConfig.paper(), ThriftConfig(budget=0.05))
     assert paper > 2 * default

@@ -5,7 +5,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from thrift_attn import Budget, fraction, paper, top_k
+from thrift_attn import Budget, ThriftConfig, attention, attention_varlen, floored, fraction, paper, top_k
+from thrift_attn.cache import PagedThriftCache
 from thrift_attn.reference.budget import (
     asked_share,
     blocks_in_decode,
@@ -16,6 +17,8 @@ from thrift_attn.reference.budget import (
     promoted_in_decode,
 )
 from thrift_attn.reference.scores import block_extremes, mean_score, quest_score
+
+FLOORED = st.builds(floored, st.floats(0, 1), st.integers(1, 40))
 
 
 @settings(max_examples=200, deadline=None)
@@ -41,7 +44,7 @@ def test_a_fraction_of_any_visible_counts(visible, share):
 @settings(max_examples=100, deadline=None)
 @given(
     st.lists(st.lists(st.integers(0, 40), min_size=5, max_size=5), min_size=1, max_size=6),
-    st.one_of(st.floats(0, 1).map(fraction), st.integers(0, 50).map(top_k), st.just(paper())),
+    st.one_of(st.floats(0, 1).map(fraction), st.integers(0, 50).map(top_k), st.just(paper()), FLOORED),
 )
 def test_sequences_of_a_batch_get_what_they_get_alone(visible, budget):
     """One rule: rows of many sequences at once, one sequence, one row (decode), and the room of a list agree."""
@@ -54,6 +57,77 @@ def test_sequences_of_a_batch_get_what_they_get_alone(visible, budget):
     table = decode_budget(budget, 40)
     for n in range(1, 41):
         assert int(table[n]) == int(blocks_per_row(budget, torch.tensor([n]), n)) <= list_capacity(budget, n)
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.lists(st.integers(0, 400), min_size=1, max_size=80), FLOORED)
+def test_a_floor_is_the_fraction_or_the_floor_whichever_is_more(seen, budget):
+    visible = torch.tensor(seen)
+    counts, shared = (blocks_per_row(b, visible, max(seen)) for b in (budget, fraction(budget.value)))
+    assert torch.equal(counts, torch.maximum(shared, visible.clamp(max=budget.blocks)))
+    if visible.any():
+        asked = asked_share(budget, visible, max(seen)) * sum(seen)
+        # The fraction rounds within half a block in all; a row at its floor may hide one that was rounded down.
+        assert -0.5 - 1e-6 <= int(counts.sum()) - asked <= 0.5 + len(seen)
+
+
+@pytest.mark.parametrize(
+    "budget", [floored(0.05, blocks=16), floored(0.02, blocks=8), floored(0.05, blocks=32)], ids=str
+)
+def test_the_default_falls_smoothly_from_all_to_its_share(budget):
+    """Of a causal prompt: all blocks up to the floor, then a share that never rises, then the fraction exactly."""
+    floor, before = budget.blocks, 1.0
+    for n in range(1, 1500):
+        visible = torch.arange(1, n + 1)
+        share = float(blocks_per_row(budget, visible, n).sum()) / int(visible.sum())
+        assert share <= before + 1 / max(1, int(visible[:-1].sum()))  # rounding: half a block of each total
+        assert n > floor or share == 1
+        # One block more in a prompt of many is a small change: no cliff.
+        assert before - share < 1 / max(floor, n - 1)
+        before = share
+    assert before == pytest.approx(budget.value, abs=1e-3)
+
+
+def test_the_default_in_decode_never_loses_a_block_when_the_cache_grows():
+    table = decode_budget(floored(0.05, blocks=16), 4000)
+    assert table[:17].tolist() == list(range(17))
+    assert (table.diff() >= 0).all()
+    assert (table.diff() <= 1).all()
+    assert torch.equal(table[330:], decode_budget(fraction(0.05), 4000)[330:])
+    assert promoted_in_decode(floored(0.05, blocks=16), 1024) == 16
+    assert promoted_in_decode(floored(0.05, blocks=16), 8192) == 16
+    assert promoted_in_decode(floored(0.05, blocks=16), 131072) == 102
+
+
+@pytest.mark.parametrize("tokens", [1, 63, 1000, 1024])
+def test_up_to_1024_tokens_are_exact_whole_in_chunks_packed_and_in_a_cache(tokens):
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(1, heads, tokens, 32) for heads in (4, 2, 2))
+    want = torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+    out, stats = attention(q, k, v, return_stats=True)
+    assert stats.promoted == stats.visible == stats.asked
+    torch.testing.assert_close(out, want, rtol=0, atol=2e-6)
+    half = tokens // 2
+    torch.testing.assert_close(attention(q[:, :, half:], k, v), want[:, :, half:], rtol=0, atol=2e-6)
+    cu = torch.tensor([0, tokens])
+    packed = attention_varlen(*(x[0].transpose(0, 1) for x in (q, k, v)), cu, cu, tokens, tokens)
+    torch.testing.assert_close(packed.transpose(0, 1)[None], want, rtol=0, atol=2e-6)
+    cache = PagedThriftCache(
+        batch=1, kv_heads=2, head_dim=32, num_pages=20, config=ThriftConfig.for_cache(promoted_storage="16bit"),
+        dtype=torch.float32, device="cpu",
+    )  # fmt: skip
+    cache.append(k, v)
+    torch.testing.assert_close(cache.attend(q[:, :, -1:]), want[:, :, -1:], rtol=0, atol=2e-6)
+
+
+def test_a_longer_sequence_is_not_exact_and_has_its_floor():
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(1, 2, 2048, 32) for _ in "qkv")
+    out, stats = attention(q, k, v, return_stats=True)
+    visible = torch.arange(1, 33)
+    assert stats.promoted == 2 * int(visible.clamp(max=16).sum())
+    assert stats.visible == 2 * int(visible.sum())
+    assert not torch.allclose(out, attention(q, k, v, config=ThriftConfig(budget=fraction(1))), atol=1e-4)
 
 
 def test_the_ends_of_the_range():
@@ -69,13 +143,17 @@ def test_the_papers_rule(blocks, want):
     assert blocks_per_row(paper(), torch.tensor([blocks]), blocks).tolist() == [want]
 
 
-@pytest.mark.parametrize("budget", [fraction(0), fraction(0.05), fraction(1), top_k(3), paper()], ids=str)
+@pytest.mark.parametrize(
+    "budget", [fraction(0), fraction(0.05), fraction(1), floored(0.05, 16), top_k(3), paper()], ids=str
+)
 def test_the_decode_table_is_the_budget_of_one_row(budget):
     table = decode_budget(budget, 400)
     assert table.tolist() == [0] + [int(blocks_per_row(budget, torch.tensor([n]), n)) for n in range(1, 401)]
 
 
-@pytest.mark.parametrize("budget", [fraction(0), fraction(0.05), fraction(1), top_k(3), paper()], ids=str)
+@pytest.mark.parametrize(
+    "budget", [fraction(0), fraction(0.05), fraction(1), floored(0.05, 16), top_k(3), paper()], ids=str
+)
 @pytest.mark.parametrize("tokens", [0, 1, 63, 64, 773, 832, 2565, 64 * 200 + 1])
 def test_decode_counts_complete_blocks_alone(budget, tokens):
     full = tokens // 64
@@ -143,7 +221,7 @@ def test_quest_bounds_every_logit_of_the_block(tokens):
         assert (logits[..., t] <= bound[..., t // 64] + 1e-5).all()
 
 
-@pytest.mark.parametrize("text", ["0.05", "5%", "top_k(8)", "paper"])
+@pytest.mark.parametrize("text", ["0.05", "5%", "max(5%, 16)", "max(0.05,3)", "top_k(8)", "paper"])
 def test_budgets_are_read_from_text_and_back(text):
     budget = Budget.parse(text)
     assert Budget.parse(str(budget)) == budget

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.autograd import forward_ad
 
-from thrift_attn import Budget, ThriftConfig, attention, attention_varlen, fraction, top_k
+from thrift_attn import Budget, ThriftConfig, attention, attention_varlen, floored, fraction, top_k
 from thrift_attn.cache import PagedThriftCache
 from thrift_attn.reference.budget import promote
 
@@ -51,7 +51,9 @@ def test_without_a_causal_mask_the_forced_block_is_the_querys_own():
     q, k = (base * 1.2 + torch.randn(1, 4, 1280, 64) * 0.7 for _ in "qk")
     v = torch.randn(1, 4, 1280, 64)
     want, _ = dense(q, k, v)
-    errors = [error(attention(q, k, v, config=ThriftConfig(force_last=n), causal=False), want) for n in (1, 0)]
+    errors = [
+        error(attention(q, k, v, config=ThriftConfig(force_last=n, budget=0.05), causal=False), want) for n in (1, 0)
+    ]
     assert errors[0] < 1.5 * errors[1]
 
 
@@ -155,7 +157,7 @@ def test_other_head_dims_are_filled_up_with_zeros(low, dim):
     q, k, v = qkv(dim=dim)
     full = dim + -dim % (32 if low == "mxfp4" else 16)
     wide = (torch.nn.functional.pad(x, (0, full - dim)) for x in (q, k, v))
-    config = ThriftConfig(base_format=low)
+    config = ThriftConfig(base_format=low, budget=0.05)
     out, lse = attention(q, k, v, config=config, return_lse=True)
     want, want_lse = attention(*wide, config=config, scale=dim**-0.5, return_lse=True)
     assert out.shape == q.shape
@@ -192,7 +194,14 @@ def test_a_budget_is_taken_as_a_share_or_as_text(given_):
 
 
 @settings(max_examples=500, deadline=None)
-@given(st.one_of(st.floats(0, 1).map(fraction), st.integers(0, 2**31 - 1).map(top_k), st.just(Budget.paper_rule())))
+@given(
+    st.one_of(
+        st.floats(0, 1).map(fraction),
+        st.integers(0, 2**31 - 1).map(top_k),
+        st.builds(floored, st.floats(0, 1), st.integers(1, 2**31 - 1)),
+        st.just(Budget.paper_rule()),
+    )
+)
 def test_the_text_of_a_budget_keeps_its_value(budget):
     assert Budget.parse(str(budget)) == budget
     assert Budget.of(str(budget)) == budget
@@ -259,10 +268,10 @@ def test_autocast_gives_what_its_dtype_gives():
 def test_the_default_dtype_changes_nothing(default):
     q, k, v = qkv(dtype=torch.float32)
     configs = [
-        ThriftConfig(),
-        ThriftConfig(base_format="fp8"),
-        ThriftConfig(score="quest"),
-        ThriftConfig(score="oracle"),
+        ThriftConfig(budget=0.05),
+        ThriftConfig(budget=0.05, base_format="fp8"),
+        ThriftConfig(budget=0.05, score="quest"),
+        ThriftConfig(budget=0.05, score="oracle"),
     ]
     want = [attention(q, k, v, config=config) for config in configs]
     before = torch.get_default_dtype()

@@ -5,12 +5,16 @@ from __future__ import annotations
 import torch
 
 from thrift_attn.cache import PagedThriftCache
-from thrift_attn.cache.paged import DEFAULT
+from thrift_attn.config import ThriftConfig
 
 HIGH = ("16bit", "nested", "nested8")
 
 
-def make(batch=1, pages=32, dim=64, heads=2, config=DEFAULT, **options):
+PROMOTES_FEW = ThriftConfig.for_cache(budget=0.05)
+"""Without the floor of the default, which promotes every block of short sequences."""
+
+
+def make(batch=1, pages=32, dim=64, heads=2, config=PROMOTES_FEW, **options):
     return PagedThriftCache(
         batch=batch,
         kv_heads=heads,

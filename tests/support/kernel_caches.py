@@ -6,10 +6,13 @@ import torch
 
 from support.device import DEVICE
 from thrift_attn.cache import PagedThriftCache
-from thrift_attn.cache.paged import DEFAULT
+from thrift_attn.config import ThriftConfig
+
+PROMOTES_FEW = ThriftConfig.for_cache(budget=0.05)
+"""Without the floor of the default, which promotes every block of short sequences."""
 
 
-def make(backend, *, batch=1, pages=24, heads=2, dim=64, config=DEFAULT, dtype=torch.float16):
+def make(backend, *, batch=1, pages=24, heads=2, dim=64, config=PROMOTES_FEW, dtype=torch.float16):
     cache = PagedThriftCache(
         batch=batch, kv_heads=heads, head_dim=dim, num_pages=pages, config=config, dtype=dtype, device=DEVICE
     )

@@ -252,7 +252,7 @@ def test_the_default_dtype_changes_nothing(dtype: torch.dtype) -> None:
     ids = tokens(1, 300)
 
     def run() -> Tensor:
-        cache = thrift.ThriftCache(model.config, 512, decode=ThriftConfig.for_cache(budget=top_k(1)), exact_tokens=0)
+        cache = thrift.ThriftCache(model.config, 512, decode=ThriftConfig.for_cache(budget=top_k(1)))
         cached = [model(part, **with_cache(model, cache)).logits for part in ids.split([200, 80, 20], dim=1)]
         return torch.cat([model(ids, use_cache=False).logits, *cached], 1)
 

@@ -38,16 +38,25 @@ def test_generation_equals_that_of_eager_attention(family: str) -> None:
 @torch.no_grad()
 def test_default_configuration_is_near_and_uses_half_the_bytes() -> None:
     plain, model = enabled("llama", dtype=torch.bfloat16, num_hidden_layers=1, head_dim=64)
-    ids = tokens(1, 300)
-    cache = thrift.ThriftCache(model.config, 512)
-    want, got = (m(ids[:, :299], use_cache=True, past_key_values=c) for m, c in ((plain, None), (model, cache)))
-    last = plain(ids[:, 299:], past_key_values=want.past_key_values).logits
-    step = model(ids[:, 299:], past_key_values=got.past_key_values).logits
+    ids = tokens(1, 1300)
+    cache = thrift.ThriftCache(model.config, 2048)
+    want, got = (m(ids[:, :1299], use_cache=True, past_key_values=c) for m, c in ((plain, None), (model, cache)))
+    last = plain(ids[:, 1299:], past_key_values=want.past_key_values).logits
+    step = model(ids[:, 1299:], past_key_values=got.past_key_values).logits
     assert float((step - last).norm() / last.norm()) < 0.1
     assert cache.bytes_per_token() < 0.6 * 2 * 2 * 2 * 64
     row = thrift.report(model)[0]
     assert row.served_by == "thrift"
     assert 0 < row.stats.promoted < row.stats.visible
+
+
+def test_exact_tokens_does_nothing_and_says_so() -> None:
+    _, model = enabled(num_hidden_layers=1)
+    with pytest.warns(DeprecationWarning, match="exact_tokens does nothing"):
+        cache = thrift.ThriftCache(model.config, 512, exact_tokens=0)
+    assert cache.options == thrift.ThriftCache(model.config, 512).options
+    with pytest.warns(DeprecationWarning, match="tokens does nothing"):
+        assert cache.prefill_on(torch.device("cpu"), 5) == cache.prefill_on(torch.device("cpu"))
 
 
 @pytest.mark.parametrize("side", ["left", "right"])

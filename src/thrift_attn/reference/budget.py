@@ -18,6 +18,9 @@ def blocks_per_row(budget: Budget, visible: Tensor, blocks: int | Tensor) -> Ten
     total is right within half a block. The level solves ``sum(min(level, visible)) == total`` exactly, since the sum is
     piecewise linear in it. Nothing is copied to the host.
 
+    A `floored` budget gives every row what its share gives, and at least its floor or all that the row sees, whichever is less.
+    Where the level is above the floor that is the fraction, exact in total; below it every row has the floor.
+
     Args:
         budget: the budget.
         visible: int64 ``[..., R]``, the number of KV blocks each row of query blocks sees, in order; rows that a sequence
@@ -35,7 +38,14 @@ def blocks_per_row(budget: Budget, visible: Tensor, blocks: int | Tensor) -> Ten
         whole = torch.as_tensor(blocks, device=visible.device)
         return visible.minimum((whole // BLOCK).clamp(min=1).unsqueeze(-1))
     counts = visible.double()
-    total = budget.value * counts.sum(-1, keepdim=True)
+    ends = (_real_blocks(budget.value, counts).cumsum(-1) + 0.5).floor().long()
+    shared = torch.diff(ends, prepend=torch.zeros_like(ends[..., :1])).minimum(visible)
+    return shared.maximum(visible.clamp(max=budget.blocks))
+
+
+def _real_blocks(share: float, counts: Tensor) -> Tensor:
+    """Blocks of each row before rounding: the level, or all that it sees, float64 like ``counts`` ``[..., R]``."""
+    total = share * counts.sum(-1, keepdim=True)
     ordered = counts.sort(-1).values
     rows = counts.shape[-1]
     below = ordered.cumsum(-1) - ordered
@@ -43,9 +53,7 @@ def blocks_per_row(budget: Budget, visible: Tensor, blocks: int | Tensor) -> Ten
     first = (below + ordered * left < total).sum(-1, keepdim=True)  # rows that the level exceeds
     at = first.clamp(max=rows - 1)
     level = (total - below.gather(-1, at)) / (rows - at)
-    level = torch.where(first == rows, ordered[..., -1:], level)
-    ends = (counts.minimum(level).cumsum(-1) + 0.5).floor().long()
-    return torch.diff(ends, prepend=torch.zeros_like(ends[..., :1])).minimum(visible)
+    return counts.minimum(torch.where(first == rows, ordered[..., -1:], level))
 
 
 def list_capacity(budget: Budget, blocks: int) -> int:
@@ -53,8 +61,8 @@ def list_capacity(budget: Budget, blocks: int) -> int:
 
     The share of rows grows concavely with the level, so the level is at most fraction * blocks; carried rounding adds 1.
     """
-    if budget.kind == "fraction":
-        return max(1, min(math.floor(budget.value * blocks) + 2, blocks))
+    if budget.kind in ("fraction", "floored"):
+        return max(1, min(max(math.floor(budget.value * blocks) + 2, budget.blocks), blocks))
     return max(1, int(blocks_per_row(budget, torch.tensor([blocks]), blocks)))
 
 
@@ -108,6 +116,10 @@ def asked_share(budget: Budget, visible: Tensor, blocks: int) -> float:
     """The share of visible pairs that the budget asks for, before rounding to whole blocks."""
     if budget.kind == "fraction":
         return float(budget.value)
+    if budget.kind == "floored":
+        counts = visible.double()
+        asked = _real_blocks(budget.value, counts).maximum(counts.clamp(max=budget.blocks))
+        return float(asked.sum() / counts.sum().clamp(min=1))
     return float(blocks_per_row(budget, visible, blocks).sum() / visible.sum().clamp(min=1))
 
 

@@ -25,6 +25,7 @@ hold, and the next forward takes the others back.
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -59,8 +60,8 @@ class ThriftCache(Cache):
             each sequence of the first batch. Sequences that share a prefix need its pages once.
         decode: what is stored, and computed for up to 16 new tokens.
         prefill: what longer prompts are attended with; by default FP4 on Blackwell, FP8 on Ada and Hopper, else ``decode``.
-        exact_tokens: prompts of sequences up to this length are attended with every block in high precision: there is
-            nothing to gain, and a share of few blocks is none.
+        exact_tokens: does nothing any more: the default budget has a floor of 16 blocks, so that up to 1,024 tokens are
+            attended with every block in high precision (`thrift_attn.floored`). Accepted with a DeprecationWarning.
 
     The pages are allocated when the first tokens arrive. ``copy.deepcopy`` of a cache is `fork`: pages are shared.
 
@@ -86,17 +87,20 @@ class ThriftCache(Cache):
         pool_tokens: int | None = None,
         decode: ThriftConfig = DEFAULT,
         prefill: ThriftConfig | None = None,
-        exact_tokens: int = 1024,
+        exact_tokens: int | None = None,
     ):
         if not hasattr(config, "get_text_config"):
             raise TypeError(f"config must be that of a transformers model, got {type(config).__name__}")
         for name, size in (("max_tokens", max_tokens), ("pool_tokens", pool_tokens)):
             if size is not None and size < 1:
                 raise ValueError(f"{name} must be at least 1, got {size}")
+        if exact_tokens is not None:
+            told = "ThriftCache: exact_tokens does nothing: budgets have a floor, see thrift_attn.floored"
+            warnings.warn(told, DeprecationWarning, stacklevel=2)
         text = config.get_text_config(decoder=True)
         _check_kind(config, text)
         self.identity = identity_of(text)
-        self.options = CacheOptions(max_tokens, pool_tokens, decode, prefill, exact_tokens)
+        self.options = CacheOptions(max_tokens, pool_tokens, decode, prefill)
         layers = make_layers(config, self.options, MaskReader())
         _check_head_dims(text, [at for at, layer in enumerate(layers) if isinstance(layer, ThriftLayer)])
         super().__init__(layers=layers)
@@ -114,8 +118,11 @@ class ThriftCache(Cache):
         return [layer for layer in self.paged_layers if layer.is_initialized]
 
     def prefill_on(self, device: torch.device, tokens: int | None = None) -> ThriftConfig:
-        """What a prompt is attended with on a device: a long one, or one of so many tokens."""
-        return self.options.prefill_on(device, tokens)
+        """What a prompt is attended with on a device. ``tokens`` does nothing any more: a budget may have a floor."""
+        if tokens is not None:
+            told = "ThriftCache.prefill_on: tokens does nothing: budgets have a floor, see thrift_attn.floored"
+            warnings.warn(told, DeprecationWarning, stacklevel=2)
+        return self.options.prefill_on(device)
 
     # -- what transformers calls ---------------------------------------------------------------------------------------
 

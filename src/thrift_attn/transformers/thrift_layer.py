@@ -10,8 +10,8 @@ from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin
 
 from thrift_attn.cache import PagedThriftCache
-from thrift_attn.config import BLOCK, DECODE_ROWS, ThriftConfig, fraction
-from thrift_attn.reference.budget import promoted_in_decode
+from thrift_attn.config import BLOCK, DECODE_ROWS, ThriftConfig
+from thrift_attn.reference.budget import asked_share, promoted_in_decode
 from thrift_attn.stats import Stats
 from thrift_attn.transformers.dense import as_given, attend_counted, autocast_dtype, check_no_gradients, with_sinks
 from thrift_attn.transformers.layer_state import LayerState
@@ -38,12 +38,10 @@ class CacheOptions:
     pool_tokens: int | None
     decode: ThriftConfig
     prefill: ThriftConfig | None
-    exact_tokens: int
 
-    def prefill_on(self, device: torch.device, tokens: int | None = None) -> ThriftConfig:
-        """What a prompt is attended with on a device: a long one, or one of so many tokens."""
-        config = self.prefill or default_prefill(device, self.decode)
-        return config if tokens is None or tokens > self.exact_tokens else config.with_(budget=fraction(1.0))
+    def prefill_on(self, device: torch.device) -> ThriftConfig:
+        """What a prompt is attended with on a device."""
+        return self.prefill or default_prefill(device, self.decode)
 
 
 class ThriftLayer(CacheLayerMixin):
@@ -244,7 +242,7 @@ class ThriftLayer(CacheLayerMixin):
                 out, lse = paged.attend(query, return_lse=True, **options)
                 out = out if sinks is None else with_sinks(out, lse, sinks)
             return out, self.decode_stats(query.shape[1], count)
-        options |= {"config": self.options.prefill_on(query.device, max(totals)), "backend": backend}
+        options |= {"config": self.options.prefill_on(query.device), "backend": backend}
         k, v = pending.k, pending.v
         if padding is not None:
             query = gather(query, padding.right())
@@ -315,10 +313,10 @@ class ThriftLayer(CacheLayerMixin):
         """
         budget, paged = self.options.decode.budget, self.paged
         totals = [paged.tokens(row) for row in range(paged.batch)]
-        seen = sum(tokens // BLOCK for tokens in totals)
+        blocks = [tokens // BLOCK for tokens in totals]
         promoted = sum(promoted_in_decode(budget, tokens, new_tokens=new_tokens) for tokens in totals)
-        asked = budget.value * seen if budget.kind == "fraction" else promoted
-        return Stats(heads * seen, heads * promoted, heads * asked)
+        asked = sum(n * asked_share(budget, torch.tensor([n]), n) for n in blocks)
+        return Stats(heads * sum(blocks), heads * promoted, heads * asked)
 
     # -- what transformers asks ----------------------------------------------------------------------------------------
 
