@@ -56,7 +56,7 @@ def generate(
     model: Model = "smollm2-135m",
     file: Annotated[Path | None, typer.Option(help="A text that is put before the prompt.")] = None,
     max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", "-n", help="Tokens at most.")] = 256,
-    budget: Promoted = "0.05",
+    budget: Promoted = "max(5%, 16)",
     promoted_storage: Storage = "nested",
     temperature: Annotated[float, typer.Option(help="0 takes the most likely token.")] = 0.0,
     top_p: Annotated[float, typer.Option(help="Draw from the likeliest tokens of this share.")] = 1.0,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Annotated, Any
@@ -22,7 +23,7 @@ Progress = Callable[[str, int, int], None]
 
 Model = Annotated[str, typer.Option(help="Name, local folder, .gguf file or hub id.")]
 TextSource = Annotated[str, typer.Option(help="File, shakespeare[:PLAY], pg19 or hub:OWNER/NAME[:SPLIT[:COLUMN]].")]
-Promoted = Annotated[str, typer.Option(help="Blocks in high precision: 0.05, 5%, top_k(8) or paper.")]
+Promoted = Annotated[str, typer.Option(help="Blocks in high precision: 5%, max(5%, 16), top_k(8) or paper.")]
 Storage = Annotated[
     str, typer.Option("--promoted-storage", "--high", help="How they are stored: nested, nested8 or 16bit.")
 ]
@@ -38,14 +39,18 @@ def unseen(what: str, done: int, total: int) -> None:
     """Show nothing: a `Progress` for those who do not watch."""
 
 
+_COMMA = re.compile(r",(?![^(]*\))")
+"""A comma outside of parentheses: ``max(5%, 16)`` is one word."""
+
+
 def words(given: str | Iterable[str] | None) -> list[str]:
-    """Return the values of an option that may be given several times and may hold commas.
+    """Return the values of an option that may be given several times and may hold commas; those in parentheses part nothing.
 
     Args:
         given: what the command line gave: one text, several, or nothing.
     """
     texts = [given] if isinstance(given, str) else given or ()
-    return [word.strip() for text in texts for word in text.split(",") if word.strip()]
+    return [word.strip() for text in texts for word in _COMMA.split(text) if word.strip()]
 
 
 def numbers(given: str | Iterable[str] | None) -> tuple[int, ...]:

@@ -15,12 +15,16 @@ from thrift_lab.eval.methods import KINDS, parse_method, parse_methods, sweep
         ("fp4", ThriftConfig.paper(budget=fraction(0))),
         ("fp4:low=mxfp4,center=block", ThriftConfig.paper(budget=fraction(0), base_format="mxfp4", center="block")),
         ("paper", ThriftConfig.paper()),
-        ("thrift", ThriftConfig()),
+        ("thrift", ThriftConfig(budget=fraction(0.05))),
         (
             " thrift : budget = 10% , promoted_storage=nested ",
             ThriftConfig(budget=fraction(0.1), promoted_storage="nested"),
         ),
-        ("thrift:math=16bit,force_first=2,force_last=0", ThriftConfig(compute="16bit", force_first=2, force_last=0)),
+        (
+            "thrift:math=16bit,force_first=2,force_last=0",
+            ThriftConfig(compute="16bit", force_first=2, force_last=0, budget=fraction(0.05)),
+        ),
+        ("thrift:budget=max(5%, 16),force_first=2", ThriftConfig(force_first=2)),
         ("quest:budget=top_k(8)", ThriftConfig.sparse("quest", budget=top_k(8))),
         ("topk", ThriftConfig.sparse("oracle")),
         ("local", ThriftConfig.sparse("local")),
@@ -39,6 +43,10 @@ def test_a_list_gives_options_to_the_method_before_them() -> None:
         "quest:budget=0.05",
     ]
     assert [method.family for method in methods] == ["fp16", "thrift:promoted_storage=nested", "paper", "quest"]
+    floored = parse_methods("thrift:budget=max(5%, 16),force_first=2,paper")
+    assert [method.name for method in floored] == ["thrift:budget=max(0.05, 16),force_first=2", "paper"]
+    assert [method.family for method in floored] == ["thrift:force_first=2", "paper"]
+    assert parse_method(floored[0].name) == floored[0]
 
 
 @pytest.mark.parametrize(

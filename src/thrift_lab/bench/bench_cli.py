@@ -341,12 +341,12 @@ def summary(record: BenchRecord) -> Table:
     table.add_column("case")
     table.add_column("method")
     speed = ("TFLOP/s", "of matmul") if prefill else ("of copy", "bytes/token")
-    for header in ("p50 us", *speed, "error", "over BF16", "over FP8"):
+    for header in ("promoted", "p50 us", *speed, "error", "over BF16", "over FP8"):
         table.add_column(header, justify="right")
     over = {id(one.ours): one for one in record.speedups()}
     for row in record.rows:
         if row.status != "timed":
-            table.add_row(row.case.name, row.method, f"[yellow]{row.status}[/yellow]", *[""] * 5)
+            table.add_row(row.case.name, row.method, "", f"[yellow]{row.status}[/yellow]", *[""] * 5)
             continue
         ahead = over.get(id(row))
         ratios = ["" if not ahead or (x := ahead.over(kind)) is None else f"{x:.2f}x" for kind in ("bf16", "fp8")]
@@ -358,6 +358,7 @@ def summary(record: BenchRecord) -> Table:
         table.add_row(
             row.case.name,
             f"[bold]{row.method}[/bold]" if row.kind == "thrift" else row.method,
+            f"{row.case.promoted_share:.1%}" if row.ours else "",
             f"{row.p50_us:,.1f}",
             *shown,
             f"{max(check.error or 0.0 for check in row.checks):.1e}",

@@ -19,7 +19,7 @@ from thrift_attn.config import (
     ThriftConfig,
     check_choice,
 )
-from thrift_attn.reference.budget import promoted_in_decode
+from thrift_attn.reference.budget import blocks_per_row, promoted_in_decode
 from thrift_attn.reference.formats import FORMATS, RESIDUALS
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -103,6 +103,11 @@ class Case:
         raise NotImplementedError
 
     @property
+    def promoted_share(self) -> float:
+        """Share of the KV blocks that our side promotes, by the rule of its budget; decode counts complete ones."""
+        raise NotImplementedError
+
+    @property
     def flops(self) -> int:
         """Multiplications and additions of exact attention."""
         raise NotImplementedError
@@ -169,6 +174,11 @@ class DecodeCase(Case):
         """Complete KV blocks that a KV head promotes in one step; the incomplete newest one comes on top, in 16 bits."""
         return promoted_in_decode(self.config.budget, self.kv, new_tokens=self.tq)
 
+    @property
+    def promoted_share(self) -> float:
+        """Share of the complete KV blocks that a KV head promotes."""
+        return self.promoted / max(1, self.kv // BLOCK)
+
 
 @dataclass(frozen=True, kw_only=True)
 class PrefillCase(Case):
@@ -215,6 +225,12 @@ class PrefillCase(Case):
     def config(self) -> ThriftConfig:
         """What our side computes."""
         return self._configured(base_format=self.base_format, compute=self.compute)
+
+    @property
+    def promoted_share(self) -> float:
+        """Share of the visible pairs of query and KV blocks that is promoted."""
+        seen = torch.arange(1, self.blocks + 1)
+        return float(blocks_per_row(self.config.budget, seen, self.blocks).sum() / seen.sum())
 
     @property
     def shape(self) -> PrefillCase:

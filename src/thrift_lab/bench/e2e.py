@@ -54,7 +54,7 @@ class ModelPlan:
         device: where; times are only meaningful on a CUDA device.
         seed: of weights, prompts and fillings.
         as_is: whether transformers' own step is timed too, on the cases with a prompt.
-        check_tokens: tokens of the prompt that `check` compares logits after; above 1,024 it is attended as the timed one is.
+        check_tokens: tokens of the prompt that `check` compares logits after.
     """
 
     model: str
@@ -160,7 +160,7 @@ class ModelBench:
         )
         if side == "thrift":
             cache = ThriftCache(self.model.config, shape[1], decode=self.plan.config)
-            attention(q, k, v, config=cache.prefill_on(self.device, shape[1]))
+            attention(q, k, v, config=cache.prefill_on(self.device))
         else:
             e2e_model.bf16_attention(self.model, q, k, v, None)
 

@@ -7,6 +7,8 @@ from typing import Any
 
 from rich.table import Table
 
+from thrift_attn.config import BLOCK, Budget
+from thrift_attn.reference.budget import promoted_in_decode
 from thrift_lab.bench.e2e_records import ModelCase, ModelRecord, ModelRow, Side
 from thrift_lab.style import COLOURS, SMALL, canvas, legend, save
 
@@ -28,17 +30,23 @@ def baseline(record: ModelRecord, case: ModelCase) -> ModelRow | None:
     return min(rows, key=lambda row: row.p50_ms, default=None)
 
 
+def promoted_share(record: ModelRecord, case: ModelCase) -> float:
+    """Share of the complete KV blocks that a decode step of ours promotes when the cache is full."""
+    budget = Budget.parse(record.context["settings"]["config"]["budget"])
+    return promoted_in_decode(budget, case.context) / max(1, case.context // BLOCK)
+
+
 def table(record: ModelRecord) -> Table:
     """All rows, and how far ahead of the fastest baseline we are."""
     machine = record.context["machine"]["gpu"] or record.context["machine"]["cpu"]
     out = Table(title=f"{record.model} on {machine}", box=None, padding=(0, 1), header_style="bold")
     out.add_column("case")
     out.add_column("side")
-    for header in ("prefill s", "first token s", "ms/token", "KV GiB", "peak GiB", "prefill", "decode"):
+    for header in ("promoted", "prefill s", "first token s", "ms/token", "KV GiB", "peak GiB", "prefill", "decode"):
         out.add_column(header, justify="right")
     for row in record.rows:
         if row.status != "timed":
-            out.add_row(row.case.name, row.side, f"[yellow]{row.status}[/yellow]", *[""] * 6)
+            out.add_row(row.case.name, row.side, "", f"[yellow]{row.status}[/yellow]", *[""] * 6)
             continue
         base = baseline(record, row.case) if row.side == "thrift" else None
         plain = record.row(row.case, "bf16")
@@ -46,6 +54,7 @@ def table(record: ModelRecord) -> Table:
         out.add_row(
             row.case.name,
             row.side,
+            f"{promoted_share(record, row.case):.1%}" if row.side == "thrift" else "",
             "" if row.prefill_s is None else f"{row.prefill_s:.2f}",
             "" if row.first_token_s is None else f"{row.first_token_s:.2f}",
             f"{row.p50_ms:.2f}",

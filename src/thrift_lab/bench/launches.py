@@ -135,7 +135,7 @@ def _config(options: dict[str, Any]) -> Any:
         options = {old.get(name, name): value for name, value in options.items()}
         if "sink_token" in options:
             options["sink"] = {"exact": "token"}.get(options.pop("sink_token"), "none")
-    return config.ThriftConfig(**options)
+    return config.ThriftConfig(**{"budget": config.fraction(0.05), **options})
 
 
 @contextlib.contextmanager

@@ -44,7 +44,9 @@ def nll(
     methods: Methods = METHODS,
     budgets: Annotated[
         list[str] | None,
-        typer.Option(help="Also run every method that has a budget and names none at these: 0.01, 5%, top_k(4)."),
+        typer.Option(
+            help="Also run every method that has a budget and names none at these: 0.01, 5%, max(5%, 16), top_k(4)."
+        ),
     ] = None,
     device: Device = "auto",
     dtype: Dtype = "auto",

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from thrift_lab import console
 from thrift_lab.eval.charts import Axis, Series, bars, lines
 from thrift_lab.style import OTHER, SOFT, colour
 
@@ -24,7 +25,9 @@ _LOWEST = -0.5  # recovered shares below it are drawn at the edge
 
 def _series(name: str, points: list[tuple[float, float]], sure: list[Any], *, line: bool = True) -> Series:
     """Return a series in the colour of its method; variants of a kind (``thrift:compute=16bit``) are hollow."""
-    options = [option for option in name.partition(":")[2].split(",") if not option.startswith(("budget=", "keep="))]
+    options = [
+        option for option in console.words(name.partition(":")[2]) if not option.startswith(("budget=", "keep="))
+    ]
     return Series(name, colour(name), points, sure, line=line, hollow=any(options))
 
 

@@ -8,6 +8,7 @@ from dataclasses import Field, dataclass, fields, replace
 from typing import Any
 
 from thrift_attn.config import OLD_NAMES, Budget, ThriftConfig, current_names, fraction
+from thrift_lab.console import words
 from thrift_lab.eval.eviction import Eviction
 
 
@@ -40,7 +41,11 @@ KINDS: dict[str, _Kind] = {
         "every block in 4 bits",
     ),
     "paper": _Kind(ThriftConfig.paper, _OPTIONS, "4 bits and the paper's promotion, 5% of the blocks"),
-    "thrift": _Kind(ThriftConfig, _OPTIONS, "the default configuration of this package, or any other"),
+    "thrift": _Kind(
+        lambda **options: ThriftConfig(**{"budget": fraction(0.05), **options}),
+        _OPTIONS,
+        "the form of this package with 5% of the blocks and no floor, or any other",
+    ),
     "quest": _Kind(lambda **o: ThriftConfig.sparse("quest", **o), _SPARSE, "drops blocks by min/max bounds"),
     "topk": _Kind(
         lambda **o: ThriftConfig.sparse("oracle", **o), _SPARSE, "drops blocks by their true mass (an oracle)"
@@ -75,7 +80,7 @@ class Method:
     def family(self) -> str:
         """The name without its budget: methods of one family make one line in the plot."""
         kind, _, options = self.name.partition(":")
-        kept = [option for option in options.split(",") if option and not option.startswith(("budget=", "keep="))]
+        kept = [option for option in words(options) if not option.startswith(("budget=", "keep="))]
         return ":".join(filter(None, (kind, ",".join(kept))))
 
 
@@ -110,7 +115,7 @@ def parse_method(spec: str) -> Method:
         raise ValueError(f"unknown method {kind!r}: there are {', '.join(KINDS)}")
     allowed = KINDS[kind].options
     options: dict[str, Any] = {}
-    pieces = [piece.strip() for piece in rest.split(",")] if colon else []
+    pieces = (words(rest) or [""]) if colon else []
     for piece in pieces:
         key, equals, value = (side.strip() for side in piece.partition("="))
         key = OLD_NAMES.get(key, key)
@@ -140,7 +145,7 @@ def parse_methods(text: str) -> list[Method]:
         ValueError: nothing in the list, a method that `parse_method` refuses, or two that compute the same.
     """
     specs: list[str] = []
-    for piece in filter(None, (piece.strip() for piece in text.split(","))):
+    for piece in words(text):
         if specs and re.match(r"\w+\s*=", piece):
             specs[-1] += ("," if ":" in specs[-1] else ":") + piece
         else:
@@ -174,7 +179,7 @@ def sweep(methods: list[Method], budgets: list[Budget]) -> list[Method]:
         if method.config is None or "budget" not in KINDS[kind].options or "budget=" in method.name:
             continue
         for budget in budgets:
-            if method.config.base_format == "drop" and budget.value == 0 and budget.kind != "paper":
+            if method.config.base_format == "drop" and budget.value == 0 and budget.kind in ("fraction", "top_k"):
                 continue  # dropping every block leaves nothing to attend to
             config = method.config.with_(budget=budget)
             if config not in seen:
