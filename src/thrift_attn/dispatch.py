@@ -16,7 +16,7 @@ from thrift_attn.numerics import PrefillNumerics, describe_ignored
 Status = Literal["native", "compiled", "emulated", "no"]
 """Compiled: native, but never run or timed on such a GPU."""
 
-Form = Literal["wide", "native"]
+Form = Literal["decoded", "native"]
 """How packed low-precision data are multiplied: as decoded 16-bit numbers, or by units of their own format."""
 
 
@@ -199,7 +199,7 @@ def check_prefill(
     if importlib.util.find_spec("triton") is None:
         raise NotImplementedError("backend='triton' needs triton: pip install 'thrift-attn[kernels]'")
     if interpreted():
-        return "wide"
+        return "decoded"
     capability = torch.cuda.get_device_capability(device)
     if capability < (8, 0):
         raise NotImplementedError("backend='triton' needs a GPU of compute capability 8.0 or newer")
@@ -207,7 +207,7 @@ def check_prefill(
     return (
         "native"
         if units and config.compute == "fp4" and config.promoted_storage == "16bit" and config.base_format != "drop"
-        else "wide"
+        else "decoded"
     )
 
 
@@ -300,10 +300,10 @@ def pick_backend(
     if asked not in ("auto", "reference", "triton"):
         raise ValueError(f"backend must be one of 'auto', 'reference', 'triton', got {asked!r}")
     if asked == "reference" or (asked == "auto" and device.type != "cuda"):
-        return "reference", "wide"
+        return "reference", "decoded"
     try:
         return "triton", check_prefill(config, head_dim, dtype, device, keys, causal=causal, window=window)
     except NotImplementedError:
         if asked == "triton":
             raise
-        return "reference", "wide"
+        return "reference", "decoded"

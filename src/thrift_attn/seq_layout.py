@@ -1,11 +1,11 @@
 """How the sequences of a prefill call lie in its tensors, the same for a batch and for sequences packed end to end.
 
-Query rows are cut at multiples of 64 of the absolute position: row r of a sequence covers the positions
+Query blocks are cut at multiples of 64 of the absolute position: query block r of a sequence covers the positions
 ``64 * (floor(offset / 64) + r)`` onwards, where a causal query i sits at position ``offset + i`` with
-``offset = k_len - q_len`` (0 when not causal). Packed data of all sequences lie in tensors ``[P, H, rows or blocks, ...]``:
+``offset = k_len - q_len`` (0 when not causal). Packed data of all sequences lie in tensors ``[P, H, q_blocks or blocks, ...]``:
 
-- a batch: P = B, sequence b in part b, every sequence with room for the longest;
-- packed end to end (``cu_seqlens``): P = 1, sequence b from ``row_start`` and ``block_start`` on.
+- a batch: P = B, sequence b at index b, every sequence with room for the longest;
+- packed end to end (``cu_seqlens``): P = 1, sequence b from ``q_block_start`` and ``block_start`` on.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from torch import Tensor
 
 from thrift_attn.config import BLOCK
 
-Q_START, Q_LEN, K_START, K_LEN, ROW_START, BLOCK_START = range(6)
-"""Columns of a span: starts count tokens of q and k, query rows and KV blocks."""
+Q_START, Q_LEN, K_START, K_LEN, Q_BLOCK_START, BLOCK_START = range(6)
+"""Columns of a span: starts count tokens of q and k, query blocks and KV blocks."""
 
 SPAN = 6
 """Numbers in a span."""
@@ -31,11 +31,11 @@ class SeqLayout:
     """The sequences of one call. Lengths on the device may differ from call to call; sizes on the host do not.
 
     Args:
-        spans: int32 ``[B, 6]`` on the device, columns `Q_START`, `Q_LEN`, `K_START`, `K_LEN`, `ROW_START`, `BLOCK_START`.
+        spans: int32 ``[B, 6]`` on the device, columns `Q_START`, `Q_LEN`, `K_START`, `K_LEN`, `Q_BLOCK_START`, `BLOCK_START`.
         packed_batch: P, leading size of packed tensors.
-        rows: query rows in a part.
-        blocks: KV blocks in a part.
-        max_rows: query rows of the longest sequence.
+        q_blocks: R, query blocks of packed tensors.
+        blocks: N, KV blocks of packed tensors.
+        max_q_blocks: query blocks of the longest sequence.
         max_blocks: KV blocks of the longest sequence.
         causal: whether positions are counted from the last key.
         lengths: ``(Tq, Tk)`` when all sequences have these lengths, else None.
@@ -44,9 +44,9 @@ class SeqLayout:
 
     spans: Tensor
     packed_batch: int
-    rows: int
+    q_blocks: int
     blocks: int
-    max_rows: int
+    max_q_blocks: int
     max_blocks: int
     causal: bool
     lengths: tuple[int, int] | None = None
@@ -70,15 +70,17 @@ class SeqLayout:
     def pack(self) -> list[int]:
         """Return all but ``spans`` as numbers, for an operator's schema."""
         lengths = self.lengths or (-1, -1)
-        sizes = [self.packed_batch, self.rows, self.blocks, self.max_rows, self.max_blocks]
+        sizes = [self.packed_batch, self.q_blocks, self.blocks, self.max_q_blocks, self.max_blocks]
         return [*sizes, int(self.causal), int(self.end_to_end), *lengths]
 
     @classmethod
     def unpack(cls, spans: Tensor, numbers: Sequence[int]) -> SeqLayout:
         """Return the layout whose `pack` gave ``numbers``."""
-        parts, rows, blocks, max_rows, max_blocks, causal, end_to_end, q_len, k_len = numbers
+        packed_batch, q_blocks, blocks, max_q_blocks, max_blocks, causal, end_to_end, q_len, k_len = numbers
         lengths = None if q_len < 0 else (q_len, k_len)
-        return cls(spans, parts, rows, blocks, max_rows, max_blocks, bool(causal), lengths, bool(end_to_end))
+        return cls(
+            spans, packed_batch, q_blocks, blocks, max_q_blocks, max_blocks, bool(causal), lengths, bool(end_to_end)
+        )
 
 
 def _blocks(tokens: int) -> int:
@@ -125,8 +127,8 @@ def _filled_spans(batch: int, queries: int, keys: int, device: torch.device) -> 
 
 
 def _dense(spans: Tensor, queries: int, keys: int, causal: bool) -> SeqLayout:
-    rows = _blocks((keys - queries if causal else 0) % BLOCK + queries)
-    return SeqLayout(spans, len(spans), rows, _blocks(keys), rows, _blocks(keys), causal, (queries, keys))
+    q_blocks = _blocks((keys - queries if causal else 0) % BLOCK + queries)
+    return SeqLayout(spans, len(spans), q_blocks, _blocks(keys), q_blocks, _blocks(keys), causal, (queries, keys))
 
 
 def padded(queries: int, keys: int, causal: bool, kv_lengths: Tensor) -> SeqLayout:
@@ -137,8 +139,8 @@ def padded(queries: int, keys: int, causal: bool, kv_lengths: Tensor) -> SeqLayo
     lengths = kv_lengths.int().clamp(1, keys)
     zero = torch.zeros_like(lengths)
     spans = torch.stack([zero, torch.full_like(zero, queries), zero, lengths, zero, zero], 1)
-    rows = _blocks(queries) + 1 if causal else _blocks(queries)
-    return SeqLayout(spans, len(spans), rows, _blocks(keys), rows, _blocks(keys), causal)
+    q_blocks = _blocks(queries) + 1 if causal else _blocks(queries)
+    return SeqLayout(spans, len(spans), q_blocks, _blocks(keys), q_blocks, _blocks(keys), causal)
 
 
 def packed(
@@ -162,15 +164,15 @@ def packed(
     k_start, k_len = _starts_and_lengths(cu_keys, keys, max_keys)
     lead = (k_len - q_len).remainder(BLOCK) if causal else torch.zeros_like(q_len)
     sizes = [(x + (BLOCK - 1)) // BLOCK for x in (lead + q_len, k_len)]
-    row_start, block_start = (x.cumsum(0, dtype=torch.int32) - x for x in sizes)
-    spans = torch.stack([q_start, q_len, k_start, k_len, row_start, block_start], 1)
+    q_block_start, block_start = (x.cumsum(0, dtype=torch.int32) - x for x in sizes)
+    spans = torch.stack([q_start, q_len, k_start, k_len, q_block_start, block_start], 1)
     batch = len(spans)
     return SeqLayout(
         spans,
         packed_batch=1,
-        rows=queries // BLOCK + 2 * batch,
+        q_blocks=queries // BLOCK + 2 * batch,
         blocks=keys // BLOCK + batch,
-        max_rows=_blocks(max_queries) + 1 if causal else _blocks(max_queries),
+        max_q_blocks=_blocks(max_queries) + 1 if causal else _blocks(max_queries),
         max_blocks=_blocks(max_keys),
         causal=causal,
         end_to_end=True,

@@ -74,7 +74,7 @@ def test_the_ends_of_the_budget(share: float) -> None:
     config = ThriftConfig(budget=fraction(share))
     check(q, k, v, config)
     if share == 1.0:
-        out = prefill(q, k, v, dense(1, 65, 130, True, q.device), config, "wide", scale=0.125)[0]
+        out = prefill(q, k, v, dense(1, 65, 130, True, q.device), config, "decoded", scale=0.125)[0]
         hidden = torch.ones(65, 130, dtype=torch.bool, device=DEVICE).triu(66)
         logits = (q.double() @ k.double().mT * 0.125).masked_fill(hidden, -torch.inf)
         assert error(out, logits.softmax(-1) @ v.double()) < 2 * EPS
@@ -101,7 +101,7 @@ def test_zeros_in_fp8_have_no_scale() -> None:
     config = ThriftConfig(base_format="fp8", budget=fraction(0.0), center="none", sink_token="none", force_last=0)
     sequences = dense(1, 70, 70, True, q.device)
     for x, y in ((q * 0, k), (q, k * 0)):
-        out = prefill(x, y, v, sequences, config, "wide", scale=0.1)[0]
+        out = prefill(x, y, v, sequences, config, "decoded", scale=0.1)[0]
         want = v.double().cumsum(2) / torch.arange(1, 71, device=v.device)[:, None]
         assert error(out, want) < 0.1
 
@@ -117,10 +117,10 @@ def test_native_products_equal_emulated_ones(low: str, dim: int, monkeypatch: py
     torch.manual_seed(10)
     q, k, v = draw(2, (4, 2), 300, 1000, dim)
     sequences, config = dense(2, 300, 1000, True, q.device), ThriftConfig(base_format=low, budget=0.05)
-    native, wide = (prefill(q, k, v, sequences, config, form, scale=0.1) for form in ("native", "wide"))
+    native, decoded = (prefill(q, k, v, sequences, config, form, scale=0.1) for form in ("native", "decoded"))
     # FP8 units keep about 14 bits of a sum, so logits of size 10 move by 1e-3 and with them which way P rounds (1/16).
-    assert error(native[0], wide[0].double()) < 2e-2
-    torch.testing.assert_close(native[1], wide[1], rtol=0, atol=2e-2)
+    assert error(native[0], decoded[0].double()) < 2e-2
+    torch.testing.assert_close(native[1], decoded[1], rtol=0, atol=2e-2)
 
 
 def test_sparse_baseline_drops_what_is_not_chosen() -> None:
@@ -140,10 +140,10 @@ def test_chunks_equal_the_whole() -> None:
     torch.manual_seed(5)
     q, k, v = draw(1, (2, 1), 150, 150, 64)
     config, scale = ThriftConfig(compute="16bit", smooth="none", budget=top_k(2)), 0.125
-    whole = prefill(q, k, v, dense(1, 150, 150, True, q.device), config, "wide", scale=scale)
+    whole = prefill(q, k, v, dense(1, 150, 150, True, q.device), config, "decoded", scale=scale)
     for start, end in ((64, 128), (128, 150)):
         part = dense(1, end - start, end, True, q.device)
-        out, lse, *_ = prefill(q[:, :, start:end], k[:, :, :end], v[:, :, :end], part, config, "wide", scale=scale)
+        out, lse, *_ = prefill(q[:, :, start:end], k[:, :, :end], v[:, :, :end], part, config, "decoded", scale=scale)
         # The mean query and the block means are those of whole blocks only when the piece ends at a boundary.
         torch.testing.assert_close(out, whole[0][:, :, start:end], rtol=0, atol=2 * EPS)
         torch.testing.assert_close(lse, whole[1][:, :, start:end], rtol=1e-6, atol=1e-5)
@@ -158,7 +158,7 @@ def test_partial_results_merge() -> None:
     for keys in (slice(0, 128), slice(128, 192), slice(0, 192)):
         size = keys.stop - keys.start
         sequences = dense(1, 40, size, False, q.device)
-        parts.append(prefill(q, k[:, :, keys], v[:, :, keys], sequences, config, "wide", scale=0.125)[:2])
+        parts.append(prefill(q, k[:, :, keys], v[:, :, keys], sequences, config, "decoded", scale=0.125)[:2])
     out, lse = merge(*zip(*parts[:2], strict=True))
     torch.testing.assert_close(lse, parts[2][1], rtol=1e-5, atol=1e-5)
     assert error(out, parts[2][0].double()) < 3 * EPS
@@ -172,22 +172,22 @@ def test_ragged_batches() -> None:
     q, k, v = (x.transpose(1, 2).contiguous().transpose(1, 2) for x in draw(1, (2, 1), 106, 224, 64))
     cu = [torch.tensor([0, *x], device=DEVICE, dtype=torch.int32).cumsum(0).int() for x in zip(*lengths, strict=True)]
     every = packed(*cu, queries=106, keys=224, max_queries=65, max_keys=130, causal=True)
-    out, lse, *_ = prefill(q, k, v, every, config, "wide", scale=scale)
+    out, lse, *_ = prefill(q, k, v, every, config, "decoded", scale=scale)
     for b, (queries, keys) in enumerate(lengths):
         qs, ks = (slice(int(x[b]), int(x[b + 1])) for x in cu)
         ends = [torch.tensor([0, n], device=DEVICE) for n in (queries, keys)]
         one = packed(*ends, queries=queries, keys=keys, max_queries=queries, max_keys=keys, causal=True)
-        alone = prefill(q[:, :, qs], k[:, :, ks], v[:, :, ks], one, config, "wide", scale=scale)
+        alone = prefill(q[:, :, qs], k[:, :, ks], v[:, :, ks], one, config, "decoded", scale=scale)
         torch.testing.assert_close(out[:, :, qs], alone[0], rtol=0, atol=0)
         torch.testing.assert_close(lse[:, :, qs], alone[1], rtol=0, atol=0)
     k, v = (torch.cat([x[:, :, :130], torch.full_like(x[:, :, :130], torch.nan)]) for x in (k, v))
     k[1, :, :30], v[1, :, :30] = k[0, :, :30], v[0, :, :30]
     q = torch.cat([q[:, :, :65]] * 2)
     lens = torch.tensor([130, 30], device=DEVICE)
-    out, lse, *_ = prefill(q, k, v, padded(65, 130, True, lens), config, "wide", scale=scale)
+    out, lse, *_ = prefill(q, k, v, padded(65, 130, True, lens), config, "decoded", scale=scale)
     for b, keys in enumerate((130, 30)):
         alone = prefill(q[b:][:1], k[b:, :, :keys][:1], v[b:, :, :keys][:1], dense(1, 65, keys, True, q.device), config,
-                        "wide", scale=scale)  # fmt: skip
+                        "decoded", scale=scale)  # fmt: skip
         torch.testing.assert_close(out[b], alone[0][0], rtol=0, atol=0)
         torch.testing.assert_close(lse[b], alone[1][0], rtol=0, atol=0)
 
@@ -197,7 +197,7 @@ def test_operator_is_registered_well() -> None:
     q, k, v = draw(1, (2, 1), 20, 64, 64)
     layout = dense(1, 20, 64, True, q.device)
     wanted = torch.ones(1, 1, dtype=torch.int32, device=DEVICE)
-    numerics = KernelNumerics.of(PrefillNumerics.resolve(ThriftConfig(compute="16bit")), "wide")
+    numerics = KernelNumerics.of(PrefillNumerics.resolve(ThriftConfig(compute="16bit")), "decoded")
     arguments = (q, k, v, layout.spans, wanted, layout.pack(), [1, 0], numerics.pack(), 0.125, None, None, True)
     torch.library.opcheck(prefill_op, arguments, test_utils=("test_schema", "test_faketensor"))
 

@@ -45,7 +45,7 @@ def test_kernels_start_under_a_guard_of_their_tensors_device(monkeypatch: pytest
         start = owner.launch
         monkeypatch.setattr(owner, "launch", lambda *a, f=start, **o: (seen.append(list(guarded)), f(*a, **o)))
     q, k, v = draw(1, (1, 1), 20, 20, 64)
-    ops.prefill(q, k, v, dense(1, 20, 20, True, q.device), ThriftConfig(), "wide", scale=0.1)
+    ops.prefill(q, k, v, dense(1, 20, 20, True, q.device), ThriftConfig(), "decoded", scale=0.1)
     assert len(seen) == 7
     assert all(devices == [q.device] for devices in seen)
     assert not guarded
@@ -123,7 +123,7 @@ def test_fake_tensors_are_not_kept() -> None:
 def test_the_fake_output_has_the_strides_of_the_real_one() -> None:
     q, k, v = draw(1, (1, 1), 20, 20, 64)
     turned = q.mT.contiguous().mT  # not contiguous in D
-    arguments = (dense(1, 20, 20, True, q.device), CONFIG, "wide")
+    arguments = (dense(1, 20, 20, True, q.device), CONFIG, "decoded")
     real = ops.prefill(turned, k, v, *arguments, scale=0.1)[0]
     with FakeTensorMode(allow_non_fake_inputs=True) as mode:
         fake = ops.prefill(*map(mode.from_tensor, (turned, k, v)), *arguments, scale=0.1)[0]
@@ -134,7 +134,7 @@ def test_the_fake_output_has_the_strides_of_the_real_one() -> None:
 def test_launchers_refuse_rows_that_are_not_contiguous() -> None:
     x = torch.zeros(1, 1, 64, 20, dtype=torch.float16, device=DEVICE).mT
     layout = dense(1, 20, 20, True, x.device)
-    numerics = KernelNumerics.of(PrefillNumerics.resolve(CONFIG), "wide")
+    numerics = KernelNumerics.of(PrefillNumerics.resolve(CONFIG), "decoded")
     with pytest.raises(ValueError, match="k must be contiguous in its last dimension"):
         quantise_kv(x, x.contiguous(), layout=layout, numerics=numerics)
     with pytest.raises(ValueError, match="q must be contiguous in its last dimension"):
@@ -181,7 +181,7 @@ def test_queries_that_no_sequence_owns_give_nothing() -> None:
     cu = torch.tensor([10, 40, 90], device=DEVICE, dtype=torch.int32)
     layout = packed(cu, cu, queries=100, keys=100, max_queries=30, max_keys=30, causal=True)
     heads_first = [x.transpose(0, 1)[None] for x in (q, k, v)]
-    out, lse, _, share = ops.prefill(*heads_first, layout, CONFIG, "wide", scale=0.125, high_fraction=True)
+    out, lse, _, share = ops.prefill(*heads_first, layout, CONFIG, "decoded", scale=0.125, high_fraction=True)
     owned = torch.zeros(100, dtype=torch.bool, device=DEVICE)
     owned[10:70] = True
     assert (out[0, :, ~owned] == 0).all()

@@ -98,15 +98,15 @@ def check_kv(
     delta, v = padded_blocks(k.float() - mean) * of_k, padded_blocks(v.float()) * of_v
     a = quantise(delta, fmt, -1, best=best)
     b = quantise_values(v) if fmt.group is None else quantise(v, fmt, -2, best=best)
-    if form == "wide":
+    if form == "decoded":
         if fmt.group is None:
-            wide = decode_elements(a.codes, fmt), decode_elements(b.codes, fmt)
+            decoded = decode_elements(a.codes, fmt), decode_elements(b.codes, fmt)
             assert torch.equal(got.k_scale, a.scales)
             assert torch.equal(got.v_scale, b.scales[..., None].expand(-1, -1, blocks))
         else:
-            wide = dequantise(a, fmt, -1), dequantise(b, fmt, -2)
-        same(got.k.float() * of_k, wide[0], best)
-        same(got.v.float() * of_v, wide[1], best)
+            decoded = dequantise(a, fmt, -1), dequantise(b, fmt, -2)
+        same(got.k.float() * of_k, decoded[0], best)
+        same(got.v.float() * of_v, decoded[1], best)
         if rest is not None:
             plane = RESIDUALS[rest]
             same(got.k_residual.float() * of_k, _rest(delta, got.k * of_k, plane, -1), best)
@@ -130,13 +130,13 @@ def check_kv(
     [
         ("fp8", "native", 64, True),
         ("fp8", "native", 128, True),
-        ("fp8", "wide", 80, True),
-        ("nvfp4", "wide", 80, True),
+        ("fp8", "decoded", 80, True),
+        ("nvfp4", "decoded", 80, True),
         ("nvfp4", "native", 128, False),
         ("nvfp4", "native", 64, True),
-        ("mxfp4", "wide", 64, True),
+        ("mxfp4", "decoded", 64, True),
         ("mxfp4", "native", 128, True),
-        ("nvfp4", "wide", 256, False),
+        ("nvfp4", "decoded", 256, False),
     ],
 )
 def test_keys_and_values_equal_the_reference(low: str, form: str, dim: int, best: bool) -> None:
@@ -158,14 +158,14 @@ def powers(*shape: int) -> torch.Tensor:
 @pytest.mark.parametrize(
     ("low", "form", "dim", "rest"),
     [
-        ("nvfp4", "wide", 80, "nested"),
+        ("nvfp4", "decoded", 80, "nested"),
         ("nvfp4", "native", 64, None),
-        ("mxfp4", "wide", 64, "nested8"),
+        ("mxfp4", "decoded", 64, "nested8"),
         ("mxfp4", "native", 96, None),
     ],
 )
 def test_powers_of_two(low: str, form: str, dim: int, rest: str | None) -> None:
-    """Native data are those of K, V and Q times powers of two; from wide data the powers are gone again."""
+    """Native data are those of K, V and Q times powers of two; from decoded data the powers are gone again."""
     torch.manual_seed(dim)
     q, k, v = draw(2, 4, 70, dim), draw(2, 2, 70, dim), draw(2, 2, 70, dim)
     statistics = CallStatistics(None, powers(2, 2, dim), powers(2, 2) if low == "nvfp4" else None)
@@ -175,7 +175,7 @@ def test_powers_of_two(low: str, form: str, dim: int, rest: str | None) -> None:
     of_q = 1 / statistics[1].repeat_interleave(2, 1)[:, :, None]
     want = quantise(padded_blocks(q.float()) * of_q, FORMATS[low], best=True)
     found = quantise_q(q, layout=layout, numerics=options(low=low, form=form), statistics=statistics)
-    if form == "wide":
+    if form == "decoded":
         same(found.q.float() * of_q, dequantise(want, FORMATS[low]), True)
     else:
         same(found.q, pack_e2m1(want.codes), True)
@@ -186,9 +186,9 @@ def test_powers_of_two(low: str, form: str, dim: int, rest: str | None) -> None:
     ("low", "form", "tokens", "rest"),
     [
         ("fp8", "native", 70, None),
-        ("nvfp4", "wide", 130, "nested"),
+        ("nvfp4", "decoded", 130, "nested"),
         ("mxfp4", "native", 1, None),
-        ("nvfp4", "wide", 2, None),
+        ("nvfp4", "decoded", 2, None),
     ],
 )
 def test_the_first_token_is_left_out(low: str, form: str, tokens: int, rest: str | None) -> None:
@@ -210,12 +210,12 @@ def test_logits_of_the_first_token(low: str | None) -> None:
     cu = [torch.tensor([0, *x], device=DEVICE, dtype=torch.int32).cumsum(0).int() for x in zip(*lengths, strict=True)]
     every = packed(*cu, queries=106, keys=224, max_queries=65, max_keys=130, causal=True)
     q, k = draw(1, 4, 106, 64), draw(1, 2, 224, 64)
-    packed_k = quantise_kv(k, k, layout=every, numerics=options(low="nvfp4", form="wide", sink=True))
+    packed_k = quantise_kv(k, k, layout=every, numerics=options(low="nvfp4", form="decoded", sink=True))
     statistics = CallStatistics(None, powers(3, 2, 64)) if low else NO_STATISTICS
     found = quantise_q(
         q,
         layout=every,
-        numerics=options(low=low, form="wide", sink=True),
+        numerics=options(low=low, form="decoded", sink=True),
         statistics=statistics,
         k_block_mean=packed_k.k_block_mean,
     ).sink_logits
@@ -234,9 +234,12 @@ def test_residual_planes(rest: str) -> None:
     torch.manual_seed(1)
     k, v = draw(1, 2, 70, 64), draw(1, 2, 70, 64)
     got = quantise_kv(
-        k, v, layout=dense(1, 70, 70, True, DEV), numerics=options(low="nvfp4", form="wide", rest=rest, centred=False)
+        k,
+        v,
+        layout=dense(1, 70, 70, True, DEV),
+        numerics=options(low="nvfp4", form="decoded", rest=rest, centred=False),
     )
-    check_kv(got, k, v, "nvfp4", "wide", centred=False, best=True, rest=rest)
+    check_kv(got, k, v, "nvfp4", "decoded", centred=False, best=True, rest=rest)
 
 
 def test_faults_stay_visible() -> None:
@@ -244,7 +247,7 @@ def test_faults_stay_visible() -> None:
     k, v = draw(1, 1, 64, 64), draw(1, 1, 64, 64)
     k[0, 0, 3, 20], v[0, 0, 40, 7] = torch.nan, torch.inf
     layout = dense(1, 64, 64, True, DEV)
-    got = quantise_kv(k, v, layout=layout, numerics=options(low="nvfp4", form="wide", centred=False))
+    got = quantise_kv(k, v, layout=layout, numerics=options(low="nvfp4", form="decoded", centred=False))
     assert got.k[0, 0, 3, 16:32].isnan().all()
     assert int(got.k.isnan().sum()) == 16
     assert got.v[0, 0, 32:48, 7].isnan().all()
@@ -256,7 +259,12 @@ def test_faults_stay_visible() -> None:
 
 @pytest.mark.parametrize(
     ("low", "form", "queries", "keys"),
-    [("fp8", "native", 70, 200), ("fp8", "wide", 65, 65), ("nvfp4", "wide", 70, 100), ("mxfp4", "native", 100, 60)],
+    [
+        ("fp8", "native", 70, 200),
+        ("fp8", "decoded", 65, 65),
+        ("nvfp4", "decoded", 70, 100),
+        ("mxfp4", "native", 100, 60),
+    ],
 )
 def test_queries_equal_the_reference(low: str, form: str, queries: int, keys: int) -> None:
     torch.manual_seed(queries)
@@ -270,14 +278,14 @@ def test_queries_equal_the_reference(low: str, form: str, queries: int, keys: in
     rows = torch.where(seen[:, None], rows, 0)
     sizes = seen.view(-1, BLOCK).sum(-1).clamp(min=1)
     torch.testing.assert_close(
-        got.means, rows.unflatten(-2, (-1, BLOCK)).sum(-2) / sizes[:, None], rtol=1e-5, atol=1e-5
+        got.q_block_mean, rows.unflatten(-2, (-1, BLOCK)).sum(-2) / sizes[:, None], rtol=1e-5, atol=1e-5
     )
     want = quantise(rows, fmt, best=True)
     if fmt.group is None:
         assert torch.equal(got.q_scale, want.scales)
         codes = got.q.view(torch.uint8) if form == "native" else got.q.float()
         assert torch.equal(codes, want.codes if form == "native" else decode_elements(want.codes, fmt))
-    elif form == "wide":
+    elif form == "decoded":
         same(got.q.float(), dequantise(want, fmt), True)
     else:
         same(got.q, pack_e2m1(want.codes), True)
@@ -307,21 +315,21 @@ def test_sequences_end_to_end_and_padded() -> None:
         assert torch.equal(kv.k.view(torch.uint8)[:, :, tokens], one.k.view(torch.uint8))
         assert torch.equal(kv.v.view(torch.uint8)[..., tokens], one.v.view(torch.uint8))
         mine = quantise_q(q[:, :, q0 : q0 + queries], layout=alone, numerics=options(low="fp8", form="native"))
-        assert torch.equal(qp.means[:, :, row : row + alone.rows], mine.means)
-        assert torch.equal(qp.q_scale[:, :, row : row + alone.rows], mine.q_scale)
+        assert torch.equal(qp.q_block_mean[:, :, row : row + alone.q_blocks], mine.q_block_mean)
+        assert torch.equal(qp.q_scale[:, :, row : row + alone.q_blocks], mine.q_scale)
     ragged = padded(65, 130, True, torch.tensor([130, 7], device=DEVICE))
     assert ragged.spans.tolist() == [[0, 65, 0, 130, 0, 0], [0, 65, 0, 7, 0, 0]]
-    both = quantise_q(torch.cat([q[:, :, :65]] * 2), layout=ragged, numerics=options(low="fp8", form="wide"))
-    alone = quantise_q(q[:, :, :65], layout=dense(1, 65, 7, True, DEV), numerics=options(low="fp8", form="wide"))
-    rows = alone.means.shape[2]
-    assert torch.equal(both.means[1:, :, :rows], alone.means)
+    both = quantise_q(torch.cat([q[:, :, :65]] * 2), layout=ragged, numerics=options(low="fp8", form="decoded"))
+    alone = quantise_q(q[:, :, :65], layout=dense(1, 65, 7, True, DEV), numerics=options(low="fp8", form="decoded"))
+    rows = alone.q_block_mean.shape[2]
+    assert torch.equal(both.q_block_mean[1:, :, :rows], alone.q_block_mean)
 
 
 def test_errors() -> None:
     k = draw(1, 1, 64, 80)
     layout = dense(1, 64, 64, True, DEV)
     with pytest.raises(ValueError, match="multiple of 32"):
-        quantise_kv(k, k, layout=layout, numerics=options(low="mxfp4", form="wide"))
+        quantise_kv(k, k, layout=layout, numerics=options(low="mxfp4", form="decoded"))
     with pytest.raises(NotImplementedError, match="nested"):
         quantise_kv(k, k, layout=layout, numerics=options(low="nvfp4", form="native", rest="nested"))
     with pytest.raises(ValueError, match="scales of V"):
@@ -329,7 +337,7 @@ def test_errors() -> None:
             k,
             k,
             layout=layout,
-            numerics=options(low="nvfp4", form="wide"),
+            numerics=options(low="nvfp4", form="decoded"),
             statistics=CallStatistics(None, powers(1, 1, 80)),
         )
     with pytest.raises(ValueError, match="form"):

@@ -49,7 +49,7 @@ def test_visible_blocks(queries: int, keys: int, causal: bool, window: int | Non
     assert got[0, : len(want)].tolist() == want.tolist()
     assert got[0, len(want) :].tolist() == [0, 0]
     mask = Mask(queries, keys, causal, window)
-    assert dense(1, queries, keys, causal, torch.device("cpu")).rows == len(want)
+    assert dense(1, queries, keys, causal, torch.device("cpu")).q_blocks == len(want)
     assert mask.offset == (keys - queries if causal else 0)
 
 
@@ -71,7 +71,7 @@ def test_budget_of_many_sequences(budget: Budget) -> None:
 def means_of_q_and_k(
     parts: int, heads: int, kv_heads: int, layout: SeqLayout, dim: int
 ) -> tuple[torch.Tensor, PackedKV]:
-    means = torch.randn(parts, heads, layout.rows, dim, device=DEVICE)
+    means = torch.randn(parts, heads, layout.q_blocks, dim, device=DEVICE)
     return means, PackedKV(torch.randn(parts, kv_heads, layout.blocks, dim, device=DEVICE).half())
 
 
@@ -149,11 +149,11 @@ def test_the_first_block_is_scored_by_another_mean() -> None:
 
 def test_ties_go_to_the_lower_index() -> None:
     layout = dense(1, 64, 64 * 37, True, DEV)
-    means = torch.ones(1, 1, layout.rows, 16, device=DEVICE)
+    means = torch.ones(1, 1, layout.q_blocks, 16, device=DEVICE)
     centres = torch.zeros(1, 1, 37, 16, device=DEVICE).half()
     centres[0, 0, 5:20] = 1
     centres[0, 0, 30] = 2
-    wanted = torch.full((1, layout.rows), 6, dtype=torch.int32, device=DEVICE)
+    wanted = torch.full((1, layout.q_blocks), 6, dtype=torch.int32, device=DEVICE)
     chosen, counts = select_rows(
         means, PackedKV(centres), layout=layout, plan=BlockPlan(wanted, 8, False), force_first=1, force_last=1
     )
@@ -174,13 +174,13 @@ def test_sequences_end_to_end_and_padded() -> None:
         alone = dense(1, queries, keys, True, DEV)
         r, n = (
             slice(int(every.spans[b, i]), int(every.spans[b, i]) + size)
-            for i, size in ((4, alone.rows), (5, alone.blocks))
+            for i, size in ((4, alone.q_blocks), (5, alone.blocks))
         )
         own = PackedKV(packed_k.k_block_mean[:, :, n].contiguous())
         want, size = select_rows(means[:, :, r].contiguous(), own, layout=alone, plan=plan(budget, alone), **force)
         assert torch.equal(counts[:, :, r], size)
         for h in range(2):
-            for i in range(alone.rows):
+            for i in range(alone.q_blocks):
                 k = int(size[0, h, i])
                 assert torch.equal(chosen[0, h, r][i, :k], want[0, h, i, :k])
 

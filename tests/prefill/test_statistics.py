@@ -26,7 +26,7 @@ def draw(batch: int, heads: int, tokens: int, dim: int) -> Tensor:
 
 
 def found_by(q: Tensor, k: Tensor, v: Tensor, layout: SeqLayout, config: ThriftConfig) -> CallStatistics:
-    numerics = KernelNumerics.of(PrefillNumerics.resolve(config), "wide")
+    numerics = KernelNumerics.of(PrefillNumerics.resolve(config), "decoded")
     return measure(PrefillTensors(q, k, v), layout=layout, numerics=numerics)
 
 

@@ -88,7 +88,7 @@ def test_errors_come_first(change: dict, error: type[Exception], words: str) -> 
 
 def test_backends_on_a_cpu() -> None:
     device = torch.device("cpu")
-    assert pick_backend("auto", CONFIG, 64, torch.bfloat16, device, 100) == ("reference", "wide")
+    assert pick_backend("auto", CONFIG, 64, torch.bfloat16, device, 100) == ("reference", "decoded")
     with pytest.raises(NotImplementedError, match="needs a CUDA device"):
         check_prefill(CONFIG, 64, torch.bfloat16, device)
     rows = {row.feature: row.status for row in support("cpu")}
@@ -107,8 +107,10 @@ def test_forms_by_compute_capability(monkeypatch: pytest.MonkeyPatch) -> None:
         for low in ("nvfp4", "fp8"):
             form[capability, low] = check_prefill(ThriftConfig(base_format=low), 128, torch.float16, device)
         for low in ("nvfp4", "fp8"):
-            assert check_prefill(ThriftConfig(base_format=low, compute="16bit"), 128, torch.float16, device) == "wide"
-        assert check_prefill(ThriftConfig(promoted_storage="nested"), 128, torch.float16, device) == "wide"
+            assert (
+                check_prefill(ThriftConfig(base_format=low, compute="16bit"), 128, torch.float16, device) == "decoded"
+            )
+        assert check_prefill(ThriftConfig(promoted_storage="nested"), 128, torch.float16, device) == "decoded"
     assert [key for key, found in form.items() if found == "native"] == [
         ((8, 9), "fp8"), ((9, 0), "fp8"), ((10, 0), "nvfp4"), ((10, 0), "fp8"), ((12, 0), "nvfp4"), ((12, 0), "fp8"),
     ]  # fmt: skip

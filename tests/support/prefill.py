@@ -38,11 +38,11 @@ def draw(batch: int, heads: tuple[int, int], queries: int, keys: int, dim: int) 
 def written(k: Tensor, v: Tensor, layout: SeqLayout, config: ThriftConfig) -> dict[str, Tensor]:
     """Planes of 4-bit formats [B, ...] as the kernels write them, decoded, on the CPU.
 
-    test_quantise.py and test_levels.py check them. Where two scales are equally good, or a power of two lies halfway, the order
-    of a sum decides, which differs on a GPU.
+    test_pack_prefill.py and test_statistics.py check them. Where two scales are equally good, or a power of two lies
+    halfway, the order of a sum decides, which differs on a GPU.
     """
     numerics = PrefillNumerics.resolve(config)
-    options = replace(KernelNumerics.of(numerics, "wide"), subtract_query_mean=False)
+    options = replace(KernelNumerics.of(numerics, "decoded"), subtract_query_mean=False)
     statistics = measure(PrefillTensors(k, k, v), layout=layout, numerics=options)
     packed = quantise_kv(k, v, layout=layout, numerics=options, statistics=statistics)
     rest = numerics.residual
@@ -117,7 +117,7 @@ def budget_of(config: ThriftConfig) -> float:
     return 2 * EPS + (5e-3 if config.compute == "fp4" and config.base_format != "drop" else 0)
 
 
-def check(q, k, v, config: ThriftConfig, form="wide", *, causal=True, window=None, softcap=None) -> None:
+def check(q, k, v, config: ThriftConfig, form="decoded", *, causal=True, window=None, softcap=None) -> None:
     """A batch through the operator, against every sequence by itself."""
     layout = dense(len(q), q.shape[2], k.shape[2], causal, q.device)
     out, lse, counts, share = prefill(

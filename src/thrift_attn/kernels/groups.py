@@ -54,18 +54,18 @@ def _ratio(x, scale, AXIS: tl.constexpr, POWER: tl.constexpr):
 
 
 @triton.jit
-def _round_groups(x, AXIS: tl.constexpr, LOW: tl.constexpr, BEST: tl.constexpr):
-    """Elements, their ratios (for the sign of zero) and scales of groups along AXIS of x; LOW names the format."""
-    POWER: tl.constexpr = LOW == "mxfp4"
-    TOP: tl.constexpr = 4.0 if LOW == "mxfp4" else 6.0
+def _round_groups(x, AXIS: tl.constexpr, FORMAT: tl.constexpr, BEST_SCALES: tl.constexpr):
+    """Elements, their ratios (for the sign of zero) and scales of groups along AXIS of x; FORMAT names the format."""
+    POWER: tl.constexpr = FORMAT == "mxfp4"
+    TOP: tl.constexpr = 4.0 if FORMAT == "mxfp4" else 6.0
     peak = tl.max(tl.abs(x), AXIS) + tl.sum(x * 0.0, AXIS)  # NaN where an element is not finite
     scale = _group_scale(peak, TOP, POWER)
     ratio = _ratio(x, scale, AXIS, POWER)
-    if LOW == "e4m3g16":
+    if FORMAT == "e4m3g16":
         value = round_e4m3(ratio)
     else:
         value = round_e2m1(ratio)
-        if BEST:
+        if BEST_SCALES:
             scale2 = _group_scale(peak, 2.0 if POWER else 4.0, POWER)
             ratio2 = _ratio(x, scale2, AXIS, POWER)
             value2 = round_e2m1(ratio2)
@@ -113,7 +113,7 @@ def _by_token(x, G: tl.constexpr):
 
 
 @triton.jit
-def _store_wide(x, ptr, row, D: tl.constexpr):
+def _store_decoded(x, ptr, row, D: tl.constexpr):
     """Numbers [T, DP] as they are, at rows [T, 1] of D."""
     d = tl.arange(0, x.shape[1])[None, :]
     tl.store(ptr + row * D + d, x.to(ptr.dtype.element_ty), mask=d < D)
@@ -121,46 +121,46 @@ def _store_wide(x, ptr, row, D: tl.constexpr):
 
 @triton.jit
 def store_rows(
-    x, ptr, scale_ptr, first, back, D: tl.constexpr, DP: tl.constexpr, LOW: tl.constexpr, BEST: tl.constexpr,
+    x, ptr, scale_ptr, first, inv_scale, D: tl.constexpr, DP: tl.constexpr, FORMAT: tl.constexpr, BEST_SCALES: tl.constexpr,
     NATIVE: tl.constexpr, CAST: tl.constexpr,
 ):  # fmt: skip
     """Quantise rows [T, DP] of a block with groups along D and store them from row ``first`` (of the whole tensor) on.
 
-    Wide 4-bit data are stored times ``back``, a number or powers of two [1, DP]. fp8 takes whole blocks.
+    Decoded 4-bit data are stored times ``inv_scale``, a number or powers of two [1, DP]. fp8 takes whole blocks.
     Returns what they decode to in float32 (for fp8 in units of the scale), before that.
     """
     d = tl.arange(0, DP)[None, :]
     row = first + tl.arange(0, x.shape[0])[:, None]
-    if LOW == "fp8":
+    if FORMAT == "fp8":
         peak = tl.max(tl.max(tl.abs(x), 1), 0) + tl.sum(tl.sum(x * 0.0, 1), 0)
         element, scale = _round_block(x, peak, _FP8_TOP, CAST)
-        wide = element.to(tl.float32)
+        decoded = element.to(tl.float32)
         tl.store(scale_ptr + first // 64, scale)
         if NATIVE:
             tl.store(ptr + row * D + d, _as_e4m3(element, ptr.dtype.element_ty, CAST), mask=d < D)
         else:
-            _store_wide(wide, ptr, row, D)
-        return wide
+            _store_decoded(decoded, ptr, row, D)
+        return decoded
     else:
-        G: tl.constexpr = 32 if LOW == "mxfp4" else 16
-        value, ratio, scale = _round_groups(_by_column(x, G), 2, LOW, BEST)
-        wide = tl.reshape(value * tl.expand_dims(scale, 2), x.shape)
+        G: tl.constexpr = 32 if FORMAT == "mxfp4" else 16
+        value, ratio, scale = _round_groups(_by_column(x, G), 2, FORMAT, BEST_SCALES)
+        decoded = tl.reshape(value * tl.expand_dims(scale, 2), x.shape)
         if NATIVE:
             code = tl.reshape(e2m1_code(value, ratio), [x.shape[0], DP // 2, 2])
             low, high = tl.split(code)
             half = tl.arange(0, DP // 2)[None, :]
             tl.store(ptr + row * (D // 2) + half, (low | (high << 4)).to(tl.uint8), mask=half < D // 2)
             g = tl.arange(0, DP // G)[None, :]
-            tl.store(scale_ptr + row * (D // G) + g, _scale_code(scale, LOW == "mxfp4"), mask=g < D // G)
+            tl.store(scale_ptr + row * (D // G) + g, _scale_code(scale, FORMAT == "mxfp4"), mask=g < D // G)
         else:
-            _store_wide(wide * back, ptr, row, D)
-        return wide
+            _store_decoded(decoded * inv_scale, ptr, row, D)
+        return decoded
 
 
 @triton.jit
 def store_columns(
-    x, ptr, scale_ptr, head, block, blocks, i, back, D: tl.constexpr, DP: tl.constexpr, LOW: tl.constexpr,
-    BEST: tl.constexpr, NATIVE: tl.constexpr, CAST: tl.constexpr,
+    x, ptr, scale_ptr, head, block, blocks, i, inv_scale, D: tl.constexpr, DP: tl.constexpr, FORMAT: tl.constexpr,
+    BEST_SCALES: tl.constexpr, NATIVE: tl.constexpr, CAST: tl.constexpr,
 ):  # fmt: skip
     """`store_rows` for V: groups along the tokens; native data are stored transposed.
 
@@ -172,21 +172,21 @@ def store_columns(
     row = at * 64 + i + tl.arange(0, T)[:, None]
     column = (head * D + tl.arange(0, DP)[:, None]) * blocks + block  # [DP, 1], in blocks
     inside = tl.arange(0, DP)[:, None] < D
-    if LOW == "fp8":  # ``back`` is the largest magnitude of the head
-        element, scale = _round_block(x, back, 448.0, CAST)
-        wide = element.to(tl.float32)
+    if FORMAT == "fp8":  # ``inv_scale`` is the largest magnitude of the head
+        element, scale = _round_block(x, inv_scale, 448.0, CAST)
+        decoded = element.to(tl.float32)
         tl.store(scale_ptr + at, scale)
         if NATIVE:
             turned = tl.trans(_as_e4m3(element, ptr.dtype.element_ty, CAST))
             p = tl.arange(0, 64)[None, :]
             tl.store(ptr + column * 64 + p, turned, mask=inside)
         else:
-            _store_wide(wide, ptr, row, D)
-        return wide
+            _store_decoded(decoded, ptr, row, D)
+        return decoded
     else:
-        G: tl.constexpr = 32 if LOW == "mxfp4" else 16
-        value, ratio, scale = _round_groups(_by_token(x, G), 1, LOW, BEST)
-        wide = tl.reshape(value * tl.expand_dims(scale, 1), x.shape)
+        G: tl.constexpr = 32 if FORMAT == "mxfp4" else 16
+        value, ratio, scale = _round_groups(_by_token(x, G), 1, FORMAT, BEST_SCALES)
+        decoded = tl.reshape(value * tl.expand_dims(scale, 1), x.shape)
         if NATIVE:
             code = tl.reshape(e2m1_code(value, ratio), [T // 2, 2, DP])
             low, high = tl.split(tl.permute(code, [0, 2, 1]))
@@ -194,20 +194,22 @@ def store_columns(
             tl.store(ptr + column * 32 + half, tl.trans((low | (high << 4)).to(tl.uint8)), mask=inside)
             g = i // G + tl.arange(0, T // G)[None, :]
             place = scale_ptr + column * (64 // G) + g
-            tl.store(place, tl.trans(_scale_code(scale, LOW == "mxfp4")), mask=inside)
+            tl.store(place, tl.trans(_scale_code(scale, FORMAT == "mxfp4")), mask=inside)
         else:
-            _store_wide(wide * back, ptr, row, D)
-        return wide
+            _store_decoded(decoded * inv_scale, ptr, row, D)
+        return decoded
 
 
 @triton.jit
-def store_rest(x, ptr, first, back, AXIS: tl.constexpr, D: tl.constexpr, REST: tl.constexpr, BEST: tl.constexpr):
-    """Round a residual [T, DP] in groups of 16 along AXIS and store it wide, times ``back``, from row ``first`` on."""
+def store_residual(
+    x, ptr, first, inv_scale, AXIS: tl.constexpr, D: tl.constexpr, FORMAT: tl.constexpr, BEST_SCALES: tl.constexpr
+):
+    """Round a residual [T, DP] in groups of 16 along AXIS and store it decoded, times ``inv_scale``, from row ``first`` on."""
     if AXIS == 1:
-        value, _signed, scale = _round_groups(_by_column(x, 16), 2, REST, BEST)
-        wide = value * tl.expand_dims(scale, 2)
+        value, _signed, scale = _round_groups(_by_column(x, 16), 2, FORMAT, BEST_SCALES)
+        decoded = value * tl.expand_dims(scale, 2)
     else:
-        value, _signed, scale = _round_groups(_by_token(x, 16), 1, REST, BEST)
-        wide = value * tl.expand_dims(scale, 1)
+        value, _signed, scale = _round_groups(_by_token(x, 16), 1, FORMAT, BEST_SCALES)
+        decoded = value * tl.expand_dims(scale, 1)
     row = first + tl.arange(0, x.shape[0])[:, None]
-    _store_wide(tl.reshape(wide, x.shape) * back, ptr, row, D)
+    _store_decoded(tl.reshape(decoded, x.shape) * inv_scale, ptr, row, D)

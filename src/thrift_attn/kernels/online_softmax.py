@@ -51,13 +51,13 @@ def _inverse(x, CAST: tl.constexpr):
 
 
 @triton.jit
-def _p_groups(p, LOW: tl.constexpr, CAST: tl.constexpr):
+def _p_groups(p, FORMAT: tl.constexpr, CAST: tl.constexpr):
     """P times the factor of its format in groups along tokens [BM, BN / G, G]: elements in units of their scale, and scales."""
-    G: tl.constexpr = 32 if LOW == "mxfp4" else 16
-    FACTOR: tl.constexpr = P_MXFP4 if LOW == "mxfp4" else P_NVFP4
+    G: tl.constexpr = 32 if FORMAT == "mxfp4" else 16
+    FACTOR: tl.constexpr = P_MXFP4 if FORMAT == "mxfp4" else P_NVFP4
     x = tl.reshape(p, [p.shape[0], p.shape[1] // G, G])
     peak = tl.max(x, 2)
-    if LOW == "mxfp4":
+    if FORMAT == "mxfp4":
         exponent = tl.maximum((bits(peak * FACTOR) >> 23) - 2, 16)  # at least 2^-111, for FACTOR / scale to be a number
         scale = from_bits(exponent << 23)
         inverse = from_bits((254 - exponent) << 23)
@@ -72,20 +72,20 @@ def _p_groups(p, LOW: tl.constexpr, CAST: tl.constexpr):
 
 
 @triton.jit
-def p_wide(p, LOW: tl.constexpr, CAST: tl.constexpr):
+def p_decoded(p, FORMAT: tl.constexpr, CAST: tl.constexpr):
     """P rounded through a 4-bit format, times its factor; float32 [BM, BN]."""
-    value, scale = _p_groups(p, LOW, CAST)
+    value, scale = _p_groups(p, FORMAT, CAST)
     return tl.reshape(value * tl.expand_dims(scale, 2), p.shape)
 
 
 @triton.jit
-def p_native(p, LOW: tl.constexpr, CAST: tl.constexpr):
+def p_native(p, FORMAT: tl.constexpr, CAST: tl.constexpr):
     """P times its factor as packed e2m1 [BM, BN / 2] and encoded scales [BM, BN / G], and what they sum to [BM]."""
-    value, scale = _p_groups(p, LOW, CAST)
+    value, scale = _p_groups(p, FORMAT, CAST)
     weight = tl.sum(tl.sum(value, 2) * scale, 1)
     code = tl.reshape(e2m1_code(value, value), [p.shape[0], p.shape[1] // 2, 2])
     low, high = tl.split(code)
-    if LOW == "mxfp4":
+    if FORMAT == "mxfp4":
         encoded = (bits(scale) >> 23).to(tl.uint8)
     else:
         encoded = scale.to(tl.float8e4nv)

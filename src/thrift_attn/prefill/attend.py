@@ -27,7 +27,7 @@ class Tuning(NamedTuple):
     tokens: int
     warps: int
     stages: int
-    centres: int = 16
+    means: int = 16
     columns: int = 256
 
 
@@ -47,7 +47,7 @@ def tuning(dim: int, low: str, form: Form, capability: tuple[int, int]) -> Tunin
         return Tuning(64, 64, warps, stages, 16 if dim == 64 else 8, 128)
     if dim > 128:
         return Tuning(64, 32, 8, 1 if small else 2)
-    # On 9.0 the product of 8 centres is no `wgmma`: one in a branch made ptxas wait after each of the others at head dim 64.
+    # On 9.0 the product of 8 means is no `wgmma`: one in a branch made ptxas wait after each of the others at head dim 64.
     return Tuning(64, 64, 8 if capability[0] == 12 else 4, 2, 8 if dim == 64 else 16)
 
 
@@ -78,7 +78,7 @@ def attend_prefill(
         rules: scale, window and softcap.
         into: where the results are written; the high fraction if there is room for it.
         v_head_scale: float32 ``[B, Hkv]``, the powers of two that V was packed with, see `thrift_attn.prefill.statistics`;
-            they are taken out of native data here. Those of Q and K cancel out, and wide data lack them already.
+            they are taken out of native data here. Those of Q and K cancel out, and decoded data lack them already.
         tuned: settings to use in place of `tuning`.
 
     Raises:
@@ -101,7 +101,7 @@ def attend_prefill(
     with_fraction = into.high_fraction.numel() > 0
     launch(
         attend_prefill_kernel,
-        (-(-layout.max_rows // (tuned.rows // BLOCK)), heads * (width // columns), layout.batch),
+        (-(-layout.max_q_blocks // (tuned.rows // BLOCK)), heads * (width // columns), layout.batch),
         *(q, k, v, layout.spans),
         *(unused if x is None else x for x in (packed_q.q, packed_q.q_scale)),
         *(unused if x is None else x for x in packed_kv[1:7]),  # k, v, their scales and residuals
@@ -112,7 +112,7 @@ def attend_prefill(
         into.lse if packed_q.sink_logits is None else packed_q.sink_logits,
         *(x.stride(i) for x in (q, k, v, into.out) for i in range(3)),
         *into.lse.stride()[:2],
-        layout.max_rows,
+        layout.max_q_blocks,
         lists.block_indices.shape[2],
         packed_kv.k_block_mean.shape[2],
         lists.block_indices.shape[3],
@@ -123,23 +123,23 @@ def attend_prefill(
         D=dim,
         DP=width,
         CAUSAL=layout.causal,
-        ONE_PART=layout.packed_batch == 1,
+        ONE_BATCH=layout.packed_batch == 1,
         WINDOW=rules.window is not None,
         CAP=(rules.softcap or 0.0) * LOG2E,
-        LOW=base,
-        QUANT=numerics.quantise_qp,
+        FORMAT=base,
+        QUANTISE_QP=numerics.quantise_qp,
         NATIVE=native,
         CENTRED=numerics.centred,
         KEY_BIAS=packed_kv.key_bias is not None,
-        LEVELLED=v_head_scale is not None and native,
-        ROUNDED=numerics.normalize_rounded,
-        REST=packed_kv.k_residual is not None,
-        MASS=with_fraction,
+        V_SCALED=v_head_scale is not None and native,
+        NORMALIZE_ROUNDED=numerics.normalize_rounded,
+        RESIDUAL=packed_kv.k_residual is not None,
+        HIGH_FRACTION=with_fraction,
         SINK=packed_q.sink_logits is not None,
         BM=tuned.rows,
         BN=tuned.tokens,
         COLUMNS=columns,
-        CENTRES=tuned.centres,
+        MEANS=tuned.means,
         STAGES=tuned.stages,
         CAST=casts_to_e4m3(q.device),
         PORTABLE=portable,

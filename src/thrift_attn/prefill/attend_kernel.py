@@ -16,7 +16,7 @@ import triton.language as tl
 
 from thrift_attn.kernels.arithmetic import dot, softcapped
 from thrift_attn.kernels.online_softmax import P_MXFP4, P_NVFP4, online, visible
-from thrift_attn.kernels.spans import BLOCK_START, K_LEN, K_START, Q_LEN, Q_START, ROW_START, SPAN
+from thrift_attn.kernels.spans import BLOCK_START, K_LEN, K_START, Q_BLOCK_START, Q_LEN, Q_START, SPAN
 from thrift_attn.kernels.token_order import token_at
 from thrift_attn.prefill.attend_steps_kernel import (
     add_residual_values,
@@ -31,7 +31,7 @@ from thrift_attn.prefill.attend_steps_kernel import (
 _LN2 = tl.constexpr(0.6931471805599453)
 
 
-@triton.jit(do_not_specialize=["most_rows", "rows", "blocks", "most", "window"])
+@triton.jit(do_not_specialize=["max_q_blocks", "q_blocks", "blocks", "capacity", "window"])
 def attend_prefill_kernel(
     q_ptr,  # 16-bit, addressed by strides
     k_ptr,
@@ -43,17 +43,17 @@ def attend_prefill_kernel(
     ks_ptr,
     vp_ptr,
     vs_ptr,
-    k_rest_ptr,
-    v_rest_ptr,
-    centre_ptr,  # 16-bit [P, Hkv, N, D]
+    k_residual_ptr,
+    v_residual_ptr,
+    k_block_mean_ptr,  # 16-bit [P, Hkv, N, D]
     key_bias_ptr,  # bfloat16 [P, Hq, N, 3, 64]: what the mean query makes of each key, in three parts
-    values_ptr,  # float32 [B, Hkv]: power of two that native V hold
-    list_ptr,  # int32 [P, Hq, R, K]
-    counts_ptr,  # int32 [P, Hq, R]
+    v_head_scale_ptr,  # float32 [B, Hkv]: power of two that native V hold
+    block_indices_ptr,  # int32 [P, Hq, R, K]
+    block_counts_ptr,  # int32 [P, Hq, R]
     out_ptr,  # 16-bit, addressed by strides
     lse_ptr,  # float32, addressed by strides
-    mass_ptr,  # float32, as lse_ptr: share of the high path
-    sink_ptr,  # float32 [P, Hq, R*64]: product of each query with the first key
+    high_fraction_ptr,  # float32, as lse_ptr: share of the high path
+    sink_logits_ptr,  # float32 [P, Hq, R*64]: product of each query with the first key
     stride_qb,
     stride_qh,
     stride_qt,
@@ -68,10 +68,10 @@ def attend_prefill_kernel(
     stride_ot,
     stride_lb,
     stride_lh,
-    most_rows,
-    rows,  # R
+    max_q_blocks,
+    q_blocks,  # R
     blocks,  # N
-    most,  # K
+    capacity,  # K
     window,
     scale,  # factor of the logits times log2(e)
     HQ: tl.constexpr,
@@ -79,53 +79,53 @@ def attend_prefill_kernel(
     D: tl.constexpr,
     DP: tl.constexpr,  # D rounded up to a power of two
     CAUSAL: tl.constexpr,
-    ONE_PART: tl.constexpr,
+    ONE_BATCH: tl.constexpr,
     WINDOW: tl.constexpr,
     CAP: tl.constexpr,  # soft cap times log2(e), or 0
-    LOW: tl.constexpr,  # format, or "drop"
-    QUANT: tl.constexpr,  # Q and P are quantised
+    FORMAT: tl.constexpr,  # the base format, or "drop"
+    QUANTISE_QP: tl.constexpr,  # Q and P are quantised
     NATIVE: tl.constexpr,
     CENTRED: tl.constexpr,
     KEY_BIAS: tl.constexpr,  # packed Q lacks the mean query
-    LEVELLED: tl.constexpr,  # native V hold powers of two
-    ROUNDED: tl.constexpr,  # the output is divided by the sum of P after rounding
-    REST: tl.constexpr,  # promoted blocks are low data plus a residual, not K and V
-    MASS: tl.constexpr,
+    V_SCALED: tl.constexpr,  # native V hold powers of two
+    NORMALIZE_ROUNDED: tl.constexpr,  # the output is divided by the sum of P after rounding
+    RESIDUAL: tl.constexpr,  # promoted blocks are base data plus a residual, not K and V
+    HIGH_FRACTION: tl.constexpr,
     SINK: tl.constexpr,  # the first token is exact: packed data lack it
     BM: tl.constexpr,
     BN: tl.constexpr,  # tokens at a time, 32 or 64
     COLUMNS: tl.constexpr,  # of the output that a program works out
-    CENTRES: tl.constexpr,  # blocks whose q.c_b is worked out at a time
+    MEANS: tl.constexpr,  # blocks whose q.c_b is worked out at a time
     STAGES: tl.constexpr,
     CAST: tl.constexpr,
     PORTABLE: tl.constexpr,
 ):
-    HALVES: tl.constexpr = BM // 64
-    PARTS: tl.constexpr = 64 // BN
+    Q_BLOCKS: tl.constexpr = BM // 64
+    CHUNKS: tl.constexpr = 64 // BN
     DTYPE: tl.constexpr = q_ptr.dtype.element_ty
     b = tl.program_id(2)
     h = tl.program_id(1) // (DP // COLUMNS)
-    r = (tl.num_programs(0) - 1 - tl.program_id(0)) * HALVES  # longest first
+    r = (tl.num_programs(0) - 1 - tl.program_id(0)) * Q_BLOCKS  # longest first
     span = spans_ptr + b * SPAN
     q_start, queries = tl.load(span + Q_START), tl.load(span + Q_LEN)
     k_start, keys = tl.load(span + K_START), tl.load(span + K_LEN)
-    row_start, block_start = tl.load(span + ROW_START), tl.load(span + BLOCK_START)
+    q_block_start, block_start = tl.load(span + Q_BLOCK_START), tl.load(span + BLOCK_START)
     offset = keys - keys
     if CAUSAL:
         offset = keys - queries
     base = offset >> 6  # block of row 0, rounded down
-    own = (offset - base * 64 + queries + 63) // 64  # rows of this sequence
-    if r < own:
-        part = (b * (not ONE_PART)).to(tl.int64)
-        head = part * HQ + h
-        kv_head = part * HKV + h // (HQ // HKV)
+    seq_q_blocks = (offset - base * 64 + queries + 63) // 64  # of this sequence
+    if r < seq_q_blocks:
+        batch = (b * (not ONE_BATCH)).to(tl.int64)
+        head = batch * HQ + h
+        kv_head = batch * HKV + h // (HQ // HKV)
         position = (base + r) * 64 + tl.arange(0, BM)
         query = position - offset
         d = tl.arange(0, DP)
         e = tl.program_id(1) % (DP // COLUMNS) * COLUMNS + tl.arange(0, COLUMNS)  # columns of V and of the output
         token = tl.arange(0, BN)
         inside = (query >= 0) & (query < queries)
-        at_q = q_ptr + part * stride_qb + h.to(tl.int64) * stride_qh + q_start.to(tl.int64) * stride_qt
+        at_q = q_ptr + batch * stride_qb + h.to(tl.int64) * stride_qh + q_start.to(tl.int64) * stride_qt
         q = tl.load(
             at_q + query.to(tl.int64)[:, None] * stride_qt + d[None, :],
             mask=inside[:, None] & (d < D)[None, :],
@@ -149,71 +149,71 @@ def attend_prefill_kernel(
         if WINDOW:
             masked_to = (tl.maximum((base + r) * 64 + BM - window, 0) + 63) // 64
 
-        one, zero = tl.full([BM], 1.0, tl.float32), tl.zeros([BM], tl.float32)
-        peak = tl.full([BM], float("-inf"), tl.float32)
-        total = tl.zeros([BM], tl.float32)
-        weight = tl.zeros([BM], tl.float32)  # sum of P as it is multiplied with V
+        ones, zeros = tl.full([BM], 1.0, tl.float32), tl.zeros([BM], tl.float32)
+        row_max = tl.full([BM], float("-inf"), tl.float32)
+        row_sum = tl.zeros([BM], tl.float32)
+        rounded_sum = tl.zeros([BM], tl.float32)  # sum of P as it is multiplied with V
         acc = tl.zeros([BM, COLUMNS], tl.float32)
-        at_list = list_ptr + (head * rows + row_start + r) * most
-        at_count = counts_ptr + head * rows + row_start + r
+        at_indices = block_indices_ptr + (head * q_blocks + q_block_start + r) * capacity
+        at_count = block_counts_ptr + head * q_blocks + q_block_start + r
         count = tl.load(at_count)
-        if HALVES == 2:
+        if Q_BLOCKS == 2:
             upper = tl.arange(0, BM) < 64
-            count2 = tl.load(at_count + 1, mask=r + 1 < own, other=0)
+            count2 = tl.load(at_count + 1, mask=r + 1 < seq_q_blocks, other=0)
 
         # -- low precision --
-        if LOW != "drop":
-            first_row = (head * rows + row_start + r) * 64
+        if FORMAT != "drop":
+            first_row = (head * q_blocks + q_block_start + r) * 64
             row = first_row + tl.arange(0, BM)
-            row_there = (r * 64 + tl.arange(0, BM) < own * 64)[:, None]
-            ql, qs = load_low_q(q, qp_ptr, qs_ptr, row, row_there, D, DP, LOW, QUANT, NATIVE)
-            factor_q = one * scale
-            if QUANT and LOW == "fp8":
-                of_row = tl.load(qs_ptr + row // 64, mask=r * 64 + tl.arange(0, BM) < own * 64, other=0.0)
+            row_exists = (r * 64 + tl.arange(0, BM) < seq_q_blocks * 64)[:, None]
+            ql, qs = load_low_q(q, qp_ptr, qs_ptr, row, row_exists, D, DP, FORMAT, QUANTISE_QP, NATIVE)
+            factor_q = ones * scale
+            if QUANTISE_QP and FORMAT == "fp8":
+                of_row = tl.load(qs_ptr + row // 64, mask=r * 64 + tl.arange(0, BM) < seq_q_blocks * 64, other=0.0)
                 factor_q = of_row * scale
             order = token
-            if NATIVE and LOW == "fp8":  # tokens in the order of V's positions
+            if NATIVE and FORMAT == "fp8":  # tokens in the order of V's positions
                 order = token_at(token)
             listed = 0
-            upcoming = tl.load(at_list, mask=count > 0, other=-1)
-            if HALVES == 2:
+            upcoming = tl.load(at_indices, mask=count > 0, other=-1)
+            if Q_BLOCKS == 2:
                 listed2 = 0
-                upcoming2 = tl.load(at_list + most, mask=count2 > 0, other=-1)
+                upcoming2 = tl.load(at_indices + capacity, mask=count2 > 0, other=-1)
             first_block = kv_head * blocks + block_start
-            qc = tl.zeros([BM, CENTRES], tl.float32)  # q.c_b of the blocks from the last multiple of CENTRES on
+            qc = tl.zeros([BM, MEANS], tl.float32)  # q.c_b of the blocks from the last multiple of MEANS on
             for n in tl.range(low, high, num_stages=STAGES):
                 if CENTRED:
-                    column = n % CENTRES
+                    column = n % MEANS
                     if (column == 0) | (n == low):
-                        c = n - column + tl.arange(0, CENTRES)
-                        at_c = centre_ptr + (first_block + c)[None, :] * D + d[:, None]
-                        centre = tl.load(at_c, mask=(c < high)[None, :] & (d < D)[:, None], other=0.0)
-                        qc = dot(q, centre, PORTABLE)
+                        c = n - column + tl.arange(0, MEANS)
+                        at_c = k_block_mean_ptr + (first_block + c)[None, :] * D + d[:, None]
+                        block_mean = tl.load(at_c, mask=(c < high)[None, :] & (d < D)[:, None], other=0.0)
+                        qc = dot(q, block_mean, PORTABLE)
                 hidden = tl.zeros([BM], tl.int1) | (n == upcoming)
                 listed += (n == upcoming).to(tl.int32)
-                upcoming = tl.load(at_list + listed, mask=listed < count, other=-1)
-                if HALVES == 2:
+                upcoming = tl.load(at_indices + listed, mask=listed < count, other=-1)
+                if Q_BLOCKS == 2:
                     hidden = (upper & hidden) | (~upper & (n == upcoming2))
                     listed2 += (n == upcoming2).to(tl.int32)
-                    upcoming2 = tl.load(at_list + most + listed2, mask=listed2 < count2, other=-1)
-                bias = zero
+                    upcoming2 = tl.load(at_indices + capacity + listed2, mask=listed2 < count2, other=-1)
+                bias = zeros
                 if CENTRED:
-                    bias = tl.sum(tl.where(tl.arange(0, CENTRES)[None, :] == column, qc, 0.0), 1) * scale
+                    bias = tl.sum(tl.where(tl.arange(0, MEANS)[None, :] == column, qc, 0.0), 1) * scale
                 at = first_block + n
                 unit = factor_q
-                if LOW == "fp8":
+                if FORMAT == "fp8":
                     unit = factor_q * tl.load(ks_ptr + at)
                     unit = tl.where(unit < 1e-30, 1e-30, unit)  # of zeros; -inf times 0 would be no number
-                for i in range(PARTS):
+                for i in range(CHUNKS):
                     t = i * BN + token  # columns in the order of V
                     s_row = at * 64 + i * BN + order
                     s = low_logits(
                         ql, qs, kp_ptr, ks_ptr, s_row, key_bias_ptr, head * blocks + block_start + n, i * BN + order, scale,
-                        BM, BN, D, DP, LOW, NATIVE, KEY_BIAS, PORTABLE,
+                        BM, BN, D, DP, FORMAT, NATIVE, KEY_BIAS, PORTABLE,
                     )  # fmt: skip
                     shift = bias
                     if CAP > 0.0:
-                        s, shift = softcapped(s * unit[:, None] + bias[:, None], CAP), zero
+                        s, shift = softcapped(s * unit[:, None] + bias[:, None], CAP), zeros
                     shift = tl.where(hidden, float("-inf"), shift)
                     key = n * 64 + i * BN + order
                     edge = (n >= masked_from) | (n < masked_to)
@@ -221,93 +221,93 @@ def attend_prefill_kernel(
                         edge = edge | (n == 0)
                     if edge:
                         s = visible(s, key, keys, position, window, CAUSAL, WINDOW, SINK)
-                    p, peak, total, factor = online(s, one if CAP > 0.0 else unit, shift, peak, total)
-                    acc, weight = low_values(
-                        acc, weight, p, factor, vp_ptr, vs_ptr, at, (kv_head * D + e) * blocks + block_start + n, e, t,
-                        D, LOW, QUANT, NATIVE, ROUNDED, CAST, PORTABLE, DTYPE,
+                    p, row_max, row_sum, factor = online(s, ones if CAP > 0.0 else unit, shift, row_max, row_sum)
+                    acc, rounded_sum = low_values(
+                        acc, rounded_sum, p, factor, vp_ptr, vs_ptr, at, (kv_head * D + e) * blocks + block_start + n, e, t,
+                        D, FORMAT, QUANTISE_QP, NATIVE, NORMALIZE_ROUNDED, CAST, PORTABLE, DTYPE,
                     )  # fmt: skip
-            if QUANT and LOW != "fp8":
-                FACTOR: tl.constexpr = P_MXFP4 if LOW == "mxfp4" else P_NVFP4
+            if QUANTISE_QP and FORMAT != "fp8":
+                FACTOR: tl.constexpr = P_MXFP4 if FORMAT == "mxfp4" else P_NVFP4
                 acc = acc * (1.0 / FACTOR)
-                weight = weight * (1.0 / FACTOR)
-                if LEVELLED:
-                    acc = acc / tl.load(values_ptr + b * HKV + h // (HQ // HKV))
+                rounded_sum = rounded_sum * (1.0 / FACTOR)
+                if V_SCALED:
+                    acc = acc / tl.load(v_head_scale_ptr + b * HKV + h // (HQ // HKV))
 
         # -- high precision --
-        low_total = total
-        unit_high = one if CAP > 0.0 else one * scale
+        low_sum = row_sum
+        unit_high = ones if CAP > 0.0 else ones * scale
         k_head = (
-            k_ptr + part * stride_kb + (h // (HQ // HKV)).to(tl.int64) * stride_kh + k_start.to(tl.int64) * stride_kt
+            k_ptr + batch * stride_kb + (h // (HQ // HKV)).to(tl.int64) * stride_kh + k_start.to(tl.int64) * stride_kt
         )
         v_head = (
-            v_ptr + part * stride_vb + (h // (HQ // HKV)).to(tl.int64) * stride_vh + k_start.to(tl.int64) * stride_vt
+            v_ptr + batch * stride_vb + (h // (HQ // HKV)).to(tl.int64) * stride_vh + k_start.to(tl.int64) * stride_vt
         )
         if SINK:  # the first token, unless a promoted block holds it
-            at_sink = (head * rows + row_start + r) * 64 + tl.arange(0, BM)
-            first = tl.load(sink_ptr + at_sink, mask=r * 64 + tl.arange(0, BM) < own * 64, other=0.0)
+            at_sink = (head * q_blocks + q_block_start + r) * 64 + tl.arange(0, BM)
+            first = tl.load(sink_logits_ptr + at_sink, mask=r * 64 + tl.arange(0, BM) < seq_q_blocks * 64, other=0.0)
             if CAP > 0.0:
                 first = softcapped(first * scale, CAP)
-            alone = inside & (position >= 0) & (keys > 0)
+            seen = inside & (position >= 0) & (keys > 0)
             if WINDOW:
-                alone = alone & (position < window)
-            if not REST:
-                begun = tl.load(at_list, mask=count > 0, other=-1) == 0
-                if HALVES == 2:
-                    begun2 = tl.load(at_list + most, mask=count2 > 0, other=-1) == 0
-                    alone = alone & ~((upper & begun) | (~upper & begun2))
+                seen = seen & (position < window)
+            if not RESIDUAL:
+                promoted = tl.load(at_indices, mask=count > 0, other=-1) == 0
+                if Q_BLOCKS == 2:
+                    promoted2 = tl.load(at_indices + capacity, mask=count2 > 0, other=-1) == 0
+                    seen = seen & ~((upper & promoted) | (~upper & promoted2))
                 else:
-                    alone = alone & ~begun
-            first = tl.where(alone, first, float("-inf"))
-            p_first, peak, total, factor = online(first[:, None], unit_high, zero, peak, total)
-            if MASS:
-                low_total = low_total * factor
-            if ROUNDED:
-                weight = weight * factor + tl.sum(p_first, 1)
-            first_v = tl.load(v_head + e, mask=e < D, other=0.0).to(tl.float32)
-            acc = acc * factor[:, None] + p_first * first_v[None, :]
-        for side in tl.static_range(HALVES):
+                    seen = seen & ~promoted
+            first = tl.where(seen, first, float("-inf"))
+            p_sink, row_max, row_sum, factor = online(first[:, None], unit_high, zeros, row_max, row_sum)
+            if HIGH_FRACTION:
+                low_sum = low_sum * factor
+            if NORMALIZE_ROUNDED:
+                rounded_sum = rounded_sum * factor + tl.sum(p_sink, 1)
+            sink_value = tl.load(v_head + e, mask=e < D, other=0.0).to(tl.float32)
+            acc = acc * factor[:, None] + p_sink * sink_value[None, :]
+        for side in tl.static_range(Q_BLOCKS):
             if side == 1:
                 count = count2
-                at_list += most
+                at_indices += capacity
             for j in tl.range(0, count, num_stages=STAGES):
-                n = tl.load(at_list + j)
+                n = tl.load(at_indices + j)
                 at = kv_head * blocks + block_start + n
-                for i in range(PARTS):
+                for i in range(CHUNKS):
                     key = n * 64 + i * BN + token
-                    if REST:
+                    if RESIDUAL:
                         s = residual_logits(
-                            q, kp_ptr, k_rest_ptr, centre_ptr, at, i * BN + token, D, DP, CENTRED, PORTABLE
+                            q, kp_ptr, k_residual_ptr, k_block_mean_ptr, at, i * BN + token, D, DP, CENTRED, PORTABLE
                         )
                     else:
                         s = logits(q, k_head, key, keys, stride_kt, D, DP, PORTABLE)
                     if CAP > 0.0:
                         s = softcapped(s * scale, CAP)
-                    s = visible(s, key, keys, position, window, CAUSAL, WINDOW, SINK and REST)
-                    if HALVES == 2:
+                    s = visible(s, key, keys, position, window, CAUSAL, WINDOW, SINK and RESIDUAL)
+                    if Q_BLOCKS == 2:
                         s = tl.where((upper if side == 0 else ~upper)[:, None], s, float("-inf"))
-                    p, peak, total, factor = online(s, unit_high, zero, peak, total)
-                    if MASS:
-                        low_total = low_total * factor
-                    if ROUNDED:
-                        weight = weight * factor + tl.sum(p, 1)
+                    p, row_max, row_sum, factor = online(s, unit_high, zeros, row_max, row_sum)
+                    if HIGH_FRACTION:
+                        low_sum = low_sum * factor
+                    if NORMALIZE_ROUNDED:
+                        rounded_sum = rounded_sum * factor + tl.sum(p, 1)
                     acc = acc * factor[:, None]
-                    if REST:
+                    if RESIDUAL:
                         acc = add_residual_values(
-                            acc, p.to(DTYPE), vp_ptr, v_rest_ptr, at, i * BN + token, e, D, PORTABLE
+                            acc, p.to(DTYPE), vp_ptr, v_residual_ptr, at, i * BN + token, e, D, PORTABLE
                         )
                     else:
                         acc = add_values(acc, p.to(DTYPE), v_head, key, keys, e, stride_vt, D, PORTABLE)
 
-        empty = total == 0.0
-        norm = tl.where(empty, 1.0, total)
-        if not ROUNDED:
-            weight = norm
-        out = (acc / tl.where(empty, 1.0, weight)[:, None]).to(DTYPE)
-        at_o = out_ptr + part * stride_ob + h.to(tl.int64) * stride_oh + q_start.to(tl.int64) * stride_ot
+        empty = row_sum == 0.0
+        norm = tl.where(empty, 1.0, row_sum)
+        if not NORMALIZE_ROUNDED:
+            rounded_sum = norm
+        out = (acc / tl.where(empty, 1.0, rounded_sum)[:, None]).to(DTYPE)
+        at_o = out_ptr + batch * stride_ob + h.to(tl.int64) * stride_oh + q_start.to(tl.int64) * stride_ot
         at_o += query.to(tl.int64)[:, None] * stride_ot + e[None, :]
         tl.store(at_o, out, mask=inside[:, None] & (e < D)[None, :])
-        at_l = part * stride_lb + h.to(tl.int64) * stride_lh + q_start + query
-        lse = tl.where(empty, float("-inf"), (peak + tl.log2(norm)) * _LN2)
+        at_l = batch * stride_lb + h.to(tl.int64) * stride_lh + q_start + query
+        lse = tl.where(empty, float("-inf"), (row_max + tl.log2(norm)) * _LN2)
         tl.store(lse_ptr + at_l, lse, mask=inside)
-        if MASS:
-            tl.store(mass_ptr + at_l, 1.0 - tl.where(empty, 1.0, low_total / norm), mask=inside)
+        if HIGH_FRACTION:
+            tl.store(high_fraction_ptr + at_l, 1.0 - tl.where(empty, 1.0, low_sum / norm), mask=inside)

@@ -16,7 +16,7 @@ from thrift_attn.dispatch import Form
 from thrift_attn.numerics import PrefillNumerics
 
 BASE_FORMATS = ("nvfp4", "mxfp4", "fp8", "drop")
-FORMS: tuple[Form, ...] = ("wide", "native")
+FORMS: tuple[Form, ...] = ("decoded", "native")
 RESIDUALS = (None, "nested", "nested8")
 
 
@@ -105,7 +105,7 @@ class BlockPlan(NamedTuple):
     """How many blocks every query row promotes.
 
     Args:
-        wanted: int32 ``[B, max_rows]``, or ``[1, ...]`` when all sequences have one length; one column where ``shared``.
+        wanted: int32 ``[B, max_q_blocks]``, or ``[1, ...]`` when all sequences have one length; one column where ``shared``.
         capacity: K, at least the largest of ``wanted``.
         shared: up to 16 new tokens: all queries of a KV head share one list.
     """

@@ -60,7 +60,7 @@ def select(
     force = {"force_first": numerics.force_first, "force_last": numerics.force_last}
     if plan.shared:
         return select_shared(tensors.q, packed.kv, layout=layout, plan=plan, window=window, **force)
-    return select_rows(packed.q.means, packed.kv, layout=layout, plan=plan, window=window, **force)
+    return select_rows(packed.q.q_block_mean, packed.kv, layout=layout, plan=plan, window=window, **force)
 
 
 def empty_output(q: Tensor, layout: SeqLayout, high_fraction: bool) -> PrefillOutput:
@@ -220,7 +220,7 @@ def prefill_stats(
     shared = not layout.end_to_end and int(spans[:, Q_LEN].max()) <= DECODE_ROWS
     host = SeqLayout.unpack(spans, layout.pack())
     visible = visible_counts(
-        host.q_len, host.k_len, layout.max_rows, shared=shared, causal=layout.causal, window=window
+        host.q_len, host.k_len, layout.max_q_blocks, shared=shared, causal=layout.causal, window=window
     )
     total = Stats(promoted=0, mass=float(high_fraction.sum()))
     for b, (_, queries, _, keys, row, _) in enumerate(spans.tolist()):

@@ -1,14 +1,14 @@
 """Quantise for prefill: one pass over K and V, one over Q. The bytes are those of `thrift_attn.reference.quantize.quantise`.
 
-What is written depends on what multiplies it. Letters: P leading size, N blocks, R rows of 64 queries
-(`thrift_attn.seq_layout`), G elements per scale. ``wide`` data are the decoded numbers in the dtype of K, which holds every
+What is written depends on what multiplies it. Letters: P leading size, N blocks, R blocks of 64 queries
+(`thrift_attn.seq_layout`), G elements per scale. ``decoded`` data are the decoded numbers in the dtype of K, which holds every
 product of an element and a group scale (2 or 4 significant bits times 4), so ordinary 16-bit products compute what narrow
 units would; fp8 keeps its float32 scale outside. (One exception: float16 has no numbers below 2^-24, which mxfp4 may encode.)
 
 =======  ===========================  ==============  ==================================  ==============
 form     k                            k_scale         v                                   v_scale
 =======  ===========================  ==============  ==================================  ==============
-wide     16-bit [P, Hkv, N*64, D]     none, or fp8's  16-bit [P, Hkv, N*64, D]            none, or fp8's
+decoded  16-bit [P, Hkv, N*64, D]     none, or fp8's  16-bit [P, Hkv, N*64, D]            none, or fp8's
 native   e2m1 [P, Hkv, N*64, D/2]     [..., N*64, G]  e2m1 [P, Hkv, D, N*32], transposed  [..., D, N*64/G]
          e4m3 [P, Hkv, N*64, D]       f32 [..., N]    e4m3 [P, Hkv, D, N*64], transposed  f32 [..., N]
 =======  ===========================  ==============  ==================================  ==============
@@ -45,7 +45,7 @@ class PackedKV(NamedTuple):
         k_scale: likewise.
         v: likewise.
         v_scale: likewise.
-        k_residual: what a nested plane adds to ``k``, wide.
+        k_residual: what a nested plane adds to ``k``, decoded.
         v_residual: what it adds to ``v``.
         block0_mean: the mean of block 0 without an exact first token ``[B, Hkv, D]``, 16-bit.
         key_bias: the product of the mean query with each k - c_b, bfloat16 ``[P, Hq, N, 3, 64]``: a float32 cut into three
@@ -67,14 +67,14 @@ class PackedQ(NamedTuple):
     """Q as `quantise_q` writes it; absent parts are None.
 
     Args:
-        means: mean queries float32 ``[P, Hq, R, D]``.
+        q_block_mean: mean queries float32 ``[P, Hq, R, D]``.
         q: codes, like those of K.
         q_scale: scales, like those of K.
         sink_logits: where the first token is exact, the product of its key with every query, float32 ``[P, Hq, R*64]``,
             unscaled.
     """
 
-    means: Tensor
+    q_block_mean: Tensor
     q: Tensor | None = None
     q_scale: Tensor | None = None
     sink_logits: Tensor | None = None
@@ -83,8 +83,8 @@ class PackedQ(NamedTuple):
 def _check(numerics: KernelNumerics, dim: int) -> None:
     """Raise where packed data of this form cannot be."""
     low, form = numerics.base_format, numerics.form
-    if form not in ("wide", "native"):
-        raise ValueError(f"form must be 'wide' or 'native', got {form!r}")
+    if form not in ("decoded", "native"):
+        raise ValueError(f"form must be 'decoded' or 'native', got {form!r}")
     group = FORMATS[low].group
     if group is not None and dim % group:
         raise ValueError(f"{low} needs a head dim that is a multiple of {group}, got {dim}")
@@ -102,7 +102,7 @@ def _head_peaks(v: Tensor, layout: SeqLayout, exact_sink: bool) -> Tensor:
         HKV=heads,
         D=dim,
         DP=triton.next_power_of_2(dim),
-        ONE_PART=layout.packed_batch == 1,
+        ONE_BATCH=layout.packed_batch == 1,
         SINK=exact_sink,
         BLOCKS=8,
     )
@@ -135,7 +135,7 @@ def _empty_plane(
         return torch.empty(*shape[:2], *size, dtype=dtype, device=like.device)
 
     scale = empty(blocks, dtype=torch.float32) if fmt.group is None else None
-    if form == "wide":
+    if form == "decoded":
         return empty(blocks * BLOCK, dim, dtype=like.dtype), scale
     if fmt.group is None:
         size = (dim, blocks * BLOCK) if transposed else (blocks * BLOCK, dim)
@@ -155,7 +155,7 @@ def _empty_kv(k: Tensor, layout: SeqLayout, numerics: KernelNumerics, q_heads: i
     _check(numerics, dim)
     if numerics.residual is not None and (form == "native" or base == "fp8"):
         raise NotImplementedError(
-            f"promoted_storage={numerics.residual!r} is decoded from wide 4-bit data, got {form} {base}"
+            f"promoted_storage={numerics.residual!r} is decoded from decoded 4-bit data, got {form} {base}"
         )
     packed = PackedKV(
         mean,
@@ -163,7 +163,7 @@ def _empty_kv(k: Tensor, layout: SeqLayout, numerics: KernelNumerics, q_heads: i
         *_empty_plane(base, form, shape, dim, k, transposed=True),
     )  # pyright: ignore[reportCallIssue]
     if numerics.residual is not None:
-        residuals = (_empty_plane("nvfp4", "wide", shape, dim, k)[0] for _ in range(2))
+        residuals = (_empty_plane("nvfp4", "decoded", shape, dim, k)[0] for _ in range(2))
         packed = packed._replace(**dict(zip(("k_residual", "v_residual"), residuals, strict=True)))
     if numerics.exact_sink:
         packed = packed._replace(block0_mean=torch.empty(layout.batch, heads, dim, dtype=k.dtype, device=k.device))
@@ -183,9 +183,9 @@ def quantise_kv(
         v: likewise.
         layout: how the sequences lie.
         numerics: what is written. An exact first token is the centre of its block and its value counts as zero; that needs
-            ``centred``. A residual plane goes with wide 4-bit formats only.
+            ``centred``. A residual plane goes with decoded 4-bit formats only.
         statistics: of `thrift_attn.prefill.statistics.measure`. With mean queries goes a ``key_bias``. Scales of K and V are
-            kept in native data, and taken out of wide data again.
+            kept in native data, and taken out of decoded data again.
 
     Returns:
         `PackedKV`. Blocks beyond the end of a sequence, and elements beyond the end of its last block, are not written,
@@ -219,13 +219,13 @@ def quantise_kv(
         GROUP=0 if q_heads is None else q_heads // heads,
         D=dim,
         DP=width,
-        ONE_PART=layout.packed_batch == 1,
-        LOW=base,
-        REST="none" if numerics.residual is None else RESIDUALS[numerics.residual].name,
+        ONE_BATCH=layout.packed_batch == 1,
+        FORMAT=base,
+        RESIDUAL="none" if numerics.residual is None else RESIDUALS[numerics.residual].name,
         CENTRED=numerics.centred,
         SINK=numerics.exact_sink and base != "drop",
-        BALANCED=k_channel_scale is not None,
-        BEST=numerics.best_scales,
+        CHANNEL_SCALES=k_channel_scale is not None,
+        BEST_SCALES=numerics.best_scales,
         NATIVE=numerics.form == "native",
         TOKENS=tokens_at_a_time(base),
         CAST=casts_to_e4m3(k.device),
@@ -249,7 +249,7 @@ def quantise_q(
         layout: how the sequences lie.
         numerics: what is written.
         statistics: of `thrift_attn.prefill.statistics.measure`: Q is quantised less its mean and divided by the scales of K;
-            wide data are multiplied by them again.
+            decoded data are multiplied by them again.
         k_block_mean: of `quantise_kv`; needed for the logits of an exact first token, whose key is c_0.
 
     Returns:
@@ -262,39 +262,39 @@ def quantise_q(
     heads, dim = q.shape[1], q.shape[3]
     base = numerics.base_format if numerics.quantise_qp and numerics.base_format != "drop" else None
     query_mean, k_channel_scale, _ = statistics
-    shape = (layout.packed_batch, heads, layout.rows)
+    shape = (layout.packed_batch, heads, layout.q_blocks)
     packed = PackedQ(torch.empty(*shape, dim, dtype=torch.float32, device=q.device))
     if base is not None:
         _check(numerics, dim)
         codes, scales = _empty_plane(base, numerics.form, shape, dim, q)
         packed = packed._replace(q=codes, q_scale=scales)
     if numerics.exact_sink and k_block_mean is not None:
-        logits = torch.empty(*shape[:2], layout.rows * BLOCK, dtype=torch.float32, device=q.device)
+        logits = torch.empty(*shape[:2], layout.q_blocks * BLOCK, dtype=torch.float32, device=q.device)
         packed = packed._replace(sink_logits=logits)
     sink = packed.sink_logits is not None
-    unused = packed.means
+    unused = packed.q_block_mean
     kv_heads = next((x.shape[1] for x in (k_block_mean, k_channel_scale) if x is not None), heads)
     width = triton.next_power_of_2(dim)
     launch(
         quantise_q_kernel,
-        (layout.max_rows, heads, layout.batch),
+        (layout.max_q_blocks, heads, layout.batch),
         *(q, layout.spans),
         *(unused if x is None else x for x in packed),
         *(unused if x is None else x for x in (k_block_mean if sink else None, query_mean, k_channel_scale)),
         *q.stride()[:3],
-        layout.rows,
+        layout.q_blocks,
         layout.blocks,
         HQ=heads,
         HKV=kv_heads,
         D=dim,
         DP=width,
         CAUSAL=layout.causal,
-        ONE_PART=layout.packed_batch == 1,
-        LOW=base or "none",
+        ONE_BATCH=layout.packed_batch == 1,
+        FORMAT=base or "none",
         SINK=sink,
-        REDUCED=query_mean is not None,
-        BALANCED=k_channel_scale is not None,
-        BEST=numerics.best_scales,
+        SUBTRACT_QUERY_MEAN=query_mean is not None,
+        CHANNEL_SCALES=k_channel_scale is not None,
+        BEST_SCALES=numerics.best_scales,
         NATIVE=numerics.form == "native",
         TOKENS=tokens_at_a_time(base),
         CAST=casts_to_e4m3(q.device),

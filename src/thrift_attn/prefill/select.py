@@ -1,6 +1,6 @@
 """Which KV blocks every query row promotes, on the device: scores, budget and the choice, without a matrix of all scores.
 
-A row is 64 queries (`thrift_attn.seq_layout`). Its score for block b is mean(Q) . c_b. The choice equals
+A row is one query block (`thrift_attn.seq_layout`). Its score for block b is mean(Q) . c_b. The choice equals
 `thrift_attn.reference.budget.promote`, ties included.
 """
 
@@ -25,8 +25,8 @@ from thrift_attn.seq_layout import SeqLayout, may_keep
 MAX_BLOCKS = 16384
 """Most KV blocks of one sequence: a program holds the scores of a row."""
 
-ROWS = 16
-"""Query rows whose scores one program works out at a time."""
+Q_BLOCKS = 16
+"""Query blocks whose scores one program works out at a time."""
 
 HELD = 4096
 """Scores a program holds in registers at a time."""
@@ -92,11 +92,11 @@ def plan_blocks(
     least = numerics.min_blocks
     capacity = max(least, list_capacity(numerics.budget, layout.max_blocks))
     if layout.lengths is not None and may_keep(layout.spans.device):
-        rows, device = 1 if shared else layout.max_rows, layout.spans.device
+        rows, device = 1 if shared else layout.max_q_blocks, layout.spans.device
         wanted = _kept_wanted(numerics.budget, layout.lengths, rows, shared, layout.causal, window, least, device)
         return BlockPlan(wanted, capacity, shared)
     rules = {"shared": shared, "causal": layout.causal, "window": window}
-    visible = visible_counts(layout.q_len, layout.k_len, layout.max_rows, **rules)
+    visible = visible_counts(layout.q_len, layout.k_len, layout.max_q_blocks, **rules)
     wanted = blocks_per_row(numerics.budget, visible, -(-layout.k_len.long() // BLOCK))
     return BlockPlan(wanted.clamp(min=least).minimum(visible).int(), capacity, shared)
 
@@ -124,7 +124,7 @@ def blocks_scored_at_once(dim: int, pad: int) -> int:
 
 
 def select_rows(
-    means: Tensor,
+    q_block_mean: Tensor,
     packed: PackedKV,
     *,
     layout: SeqLayout,
@@ -136,7 +136,7 @@ def select_rows(
     """Lists of the promoted blocks of every query row.
 
     Args:
-        means: mean queries float32 ``[P, Hq, R, D]``.
+        q_block_mean: mean queries float32 ``[P, Hq, R, D]``.
         packed: read are c_b and, where the first token is exact, what stands for c_0.
         layout: how the sequences lie.
         plan: how many blocks each row promotes.
@@ -151,23 +151,23 @@ def select_rows(
         raise NotImplementedError(
             f"blocks are chosen among at most {MAX_BLOCKS} ({MAX_BLOCKS * BLOCK} keys), got {layout.max_blocks}"
         )
-    _, heads, rows, dim = means.shape
+    _, heads, q_blocks, dim = q_block_mean.shape
     k_block_mean, block0_mean = packed.k_block_mean, packed.block0_mean
     wanted, capacity, _ = plan
     pad = max(16, triton.next_power_of_2(layout.max_blocks))
-    tiles = -(-layout.max_rows // ROWS)
+    tiles = -(-layout.max_q_blocks // Q_BLOCKS)
     items = layout.batch * heads * tiles
     lists = BlockLists(
-        torch.empty(*means.shape[:3], capacity, dtype=torch.int32, device=means.device),
-        torch.zeros(means.shape[:3], dtype=torch.int32, device=means.device),
+        torch.empty(*q_block_mean.shape[:3], capacity, dtype=torch.int32, device=q_block_mean.device),
+        torch.zeros(q_block_mean.shape[:3], dtype=torch.int32, device=q_block_mean.device),
     )
     per_processor = 2 if pad <= HELD else 1  # as many as fit
-    programs = min(items, per_processor * multiprocessors(means.device))
-    scratch = torch.empty(programs, ROWS, pad, dtype=torch.float32, device=means.device)
+    programs = min(items, per_processor * multiprocessors(q_block_mean.device))
+    scratch = torch.empty(programs, Q_BLOCKS, pad, dtype=torch.float32, device=q_block_mean.device)
     launch(
         select_rows_kernel,
         (programs,),
-        means,
+        q_block_mean,
         k_block_mean,
         k_block_mean if block0_mean is None else block0_mean,
         layout.spans,
@@ -177,7 +177,7 @@ def select_rows(
         0 if len(wanted) == 1 else wanted.stride(0),
         items,
         tiles,
-        rows,
+        q_blocks,
         k_block_mean.shape[2],
         capacity,
         window or 0,
@@ -186,14 +186,14 @@ def select_rows(
         D=dim,
         DP=triton.next_power_of_2(dim),
         CAUSAL=layout.causal,
-        ONE_PART=layout.packed_batch == 1,
+        ONE_BATCH=layout.packed_batch == 1,
         WINDOW=window is not None,
         FIRST=force_first,
         LAST=force_last,
         SINK=block0_mean is not None,
         PAD=pad,
-        ROWS=ROWS,
-        SUB=max(1, min(ROWS, HELD // pad)),
+        Q_BLOCKS=Q_BLOCKS,
+        SUB=max(1, min(Q_BLOCKS, HELD // pad)),
         BN=blocks_scored_at_once(dim, pad),
         PORTABLE=interpreted(),
         num_warps=max(4, pad // 1024),
@@ -242,10 +242,10 @@ def select_shared(
     scores = scores.amax((2, 3)).nan_to_num(-torch.inf)  # [B, Hkv, N]
     counts = plan.wanted[:, 0].long().expand(layout.batch)
     chosen = promote(scores.transpose(0, 1), visible, counts, first=force_first, last=force_last).transpose(0, 1)
-    chosen = chosen[:, :, None].expand(-1, -1, layout.rows, -1)  # [B, Hkv, R, N]
+    chosen = chosen[:, :, None].expand(-1, -1, layout.q_blocks, -1)  # [B, Hkv, R, N]
     if layout.causal and window is not None:
         first_row = (keys - queries).div(BLOCK, rounding_mode="floor")
-        row = (first_row[:, None] + torch.arange(layout.rows, device=q.device)) * BLOCK
+        row = (first_row[:, None] + torch.arange(layout.q_blocks, device=q.device)) * BLOCK
         row_begin = (row + 1 - window).clamp(min=0) // BLOCK  # [B, R], the first block that the attention kernel walks
         chosen = chosen & (index >= row_begin[..., None])[:, None]
     order = torch.where(chosen, index, len(index)).sort(-1).values.int()

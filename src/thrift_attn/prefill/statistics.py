@@ -14,8 +14,9 @@ from torch import Tensor
 from thrift_attn.config import BLOCK, DECODE_ROWS
 from thrift_attn.kernels.launcher import check_rows, launch
 from thrift_attn.prefill.bundles import KernelNumerics, PrefillTensors
-from thrift_attn.prefill.statistics_kernel import levels_kernel, sum_keys_kernel, sum_queries_kernel
-from thrift_attn.reference.channel_scales import SAMPLE, CallStatistics
+from thrift_attn.prefill.statistics_kernel import channel_scales_kernel, sum_keys_kernel, sum_queries_kernel
+from thrift_attn.reference import channel_scales
+from thrift_attn.reference.channel_scales import CallStatistics
 from thrift_attn.seq_layout import SeqLayout
 
 NO_STATISTICS = CallStatistics()
@@ -42,15 +43,15 @@ def measure(tensors: PrefillTensors, *, layout: SeqLayout, numerics: KernelNumer
     q, k, v = tensors
     check_rows(q=q, k=k, v=v)
     (_, heads, _, dim), kv_heads, batch = q.shape, k.shape[1], layout.batch
-    width, most = triton.next_power_of_2(dim), max(1, SAMPLE // BLOCK)
+    width, max_blocks = triton.next_power_of_2(dim), max(1, channel_scales.SAMPLE // BLOCK)
     meta = {"D": dim, "DP": width}
-    parts = {"ONE_PART": layout.packed_batch == 1}
+    batch_of = {"ONE_BATCH": layout.packed_batch == 1}
 
     def empty(*shape: int) -> Tensor:
         return torch.empty(batch, *shape, dtype=torch.float32, device=q.device)
 
-    of_keys = triton.next_power_of_2(min(most, layout.max_blocks)) if numerics.channel_scales else 0
-    of_queries = triton.next_power_of_2(min(most, layout.max_rows)) if numerics.subtract_query_mean else 0
+    k_samples = triton.next_power_of_2(min(max_blocks, layout.max_blocks)) if numerics.channel_scales else 0
+    q_samples = triton.next_power_of_2(min(max_blocks, layout.max_q_blocks)) if numerics.subtract_query_mean else 0
     statistics = CallStatistics(
         empty(heads, dim) if numerics.subtract_query_mean else None,
         empty(kv_heads, dim) if numerics.channel_scales else None,
@@ -58,37 +59,37 @@ def measure(tensors: PrefillTensors, *, layout: SeqLayout, numerics: KernelNumer
     )
     squares = totals = sums = empty(1)
     if numerics.channel_scales:
-        squares, totals = empty(kv_heads, of_keys, width), empty(kv_heads, of_keys, 2)
+        squares, totals = empty(kv_heads, k_samples, width), empty(kv_heads, k_samples, 2)
         launch(
             sum_keys_kernel,
-            (of_keys, kv_heads, batch),
+            (k_samples, kv_heads, batch),
             *(k, v, layout.spans, squares, totals),
-            *(*k.stride()[:3], *v.stride()[:3], most),
-            **{"HKV": kv_heads, "S": of_keys, "CENTRED": numerics.centred, **meta, **parts},
+            *(*k.stride()[:3], *v.stride()[:3], max_blocks),
+            **{"HKV": kv_heads, "S": k_samples, "CENTRED": numerics.centred, **meta, **batch_of},
         )
     if numerics.subtract_query_mean:
-        sums = empty(heads, of_queries, width)
+        sums = empty(heads, q_samples, width)
         launch(
             sum_queries_kernel,
-            (of_queries, heads, batch),
+            (q_samples, heads, batch),
             *(q, layout.spans, sums),
-            *(*q.stride()[:3], most * BLOCK),
-            **{"HQ": heads, "S": of_queries, "CAUSAL": layout.causal, **meta, **parts},
+            *(*q.stride()[:3], max_blocks * BLOCK),
+            **{"HQ": heads, "S": q_samples, "CAUSAL": layout.causal, **meta, **batch_of},
         )
     launch(
-        levels_kernel,
+        channel_scales_kernel,
         (kv_heads, batch),
         *(layout.spans, squares, totals, sums),
         *(sums if x is None else x for x in statistics),
-        *(most, most * BLOCK, DECODE_ROWS),
+        *(max_blocks, max_blocks * BLOCK, DECODE_ROWS),
         HKV=kv_heads,
         GROUP=heads // kv_heads,
-        SK=of_keys,
-        SQ=of_queries,
+        SK=k_samples,
+        SQ=q_samples,
         CAUSAL=layout.causal,
-        LESS_MEAN=numerics.subtract_query_mean,
-        BALANCED=numerics.channel_scales,
-        OF_VALUES=numerics.v_head_scales,
+        SUBTRACT_QUERY_MEAN=numerics.subtract_query_mean,
+        CHANNEL_SCALES=numerics.channel_scales,
+        V_HEAD_SCALES=numerics.v_head_scales,
         **meta,
     )
     return statistics

@@ -19,10 +19,10 @@ _LARGEST = tl.constexpr(channel_scales.LARGEST)
 
 
 @triton.jit
-def _blocks_taken(length, most):
-    """Sampled blocks of a sequence of ``length`` keys: how many, and the step from one to the next; at most ``most``."""
+def _sampled_blocks(length, max_blocks):
+    """Sampled blocks of a sequence of ``length`` keys: how many, and the step from one to the next; at most ``max_blocks``."""
     whole = tl.maximum(length // 64, 1)
-    step = (whole + most - 1) // most
+    step = (whole + max_blocks - 1) // max_blocks
     return (whole + step - 1) // step, step
 
 
@@ -49,12 +49,12 @@ def sum_keys_kernel(
     stride_vb,
     stride_vh,
     stride_vt,
-    most,  # blocks
+    max_blocks,
     HKV: tl.constexpr,
     D: tl.constexpr,
     DP: tl.constexpr,
     S: tl.constexpr,
-    ONE_PART: tl.constexpr,
+    ONE_BATCH: tl.constexpr,
     CENTRED: tl.constexpr,
 ):
     i = tl.program_id(0)
@@ -62,15 +62,15 @@ def sum_keys_kernel(
     b = tl.program_id(2)
     span = spans_ptr + b * SPAN
     start, length = tl.load(span + K_START), tl.load(span + K_LEN)
-    blocks, step = _blocks_taken(length, most)
+    blocks, step = _sampled_blocks(length, max_blocks)
     t = tl.arange(0, 64)[:, None]
     d = tl.arange(0, DP)[None, :]
     tokens = tl.minimum(length, 64)
     there = (t < tl.where(i < blocks, tokens, 0)) & (d < D)
-    part = (b * (not ONE_PART)).to(tl.int64)
+    batch = (b * (not ONE_BATCH)).to(tl.int64)
     first = (start + i * step * 64).to(tl.int64)
-    at_k = k_ptr + part * stride_kb + h.to(tl.int64) * stride_kh + (first + t) * stride_kt + d
-    at_v = v_ptr + part * stride_vb + h.to(tl.int64) * stride_vh + (first + t) * stride_vt + d
+    at_k = k_ptr + batch * stride_kb + h.to(tl.int64) * stride_kh + (first + t) * stride_kt + d
+    at_v = v_ptr + batch * stride_vb + h.to(tl.int64) * stride_vh + (first + t) * stride_vt + d
     k = tl.load(at_k, mask=there, other=0.0).to(tl.float32)
     v = tl.load(at_v, mask=there, other=0.0).to(tl.float32)
     at = (b * HKV + h) * S + i
@@ -90,25 +90,25 @@ def sum_queries_kernel(
     stride_qb,
     stride_qh,
     stride_qt,
-    most,  # queries
+    max_queries,
     HQ: tl.constexpr,
     D: tl.constexpr,
     DP: tl.constexpr,
     S: tl.constexpr,
     CAUSAL: tl.constexpr,
-    ONE_PART: tl.constexpr,
+    ONE_BATCH: tl.constexpr,
 ):
     i = tl.program_id(0)
     h = tl.program_id(1)
     b = tl.program_id(2)
     span = spans_ptr + b * SPAN
     hidden, seen = _queries_seen(span, CAUSAL)
-    step = tl.maximum((seen + most - 1) // most, 1)
+    step = tl.maximum((seen + max_queries - 1) // max_queries, 1)
     at = (i * 64 + tl.arange(0, 64)[:, None]) * step
     d = tl.arange(0, DP)[None, :]
-    part = (b * (not ONE_PART)).to(tl.int64)
+    batch = (b * (not ONE_BATCH)).to(tl.int64)
     row = (tl.load(span + Q_START) + hidden + at).to(tl.int64)
-    at_q = q_ptr + part * stride_qb + h.to(tl.int64) * stride_qh + row * stride_qt + d
+    at_q = q_ptr + batch * stride_qb + h.to(tl.int64) * stride_qh + row * stride_qt + d
     q = tl.load(at_q, mask=(at < seen) & (d < D), other=0.0).to(tl.float32)
     tl.store(sums_ptr + ((b * HQ + h) * S + i) * DP + tl.arange(0, DP), tl.sum(q, 0))
 
@@ -134,17 +134,17 @@ def _power(e):
 
 
 @triton.jit
-def levels_kernel(
+def channel_scales_kernel(
     spans_ptr,  # int32 [B, 6]
     squares_ptr,  # of `sum_keys_kernel`
     totals_ptr,
     sums_ptr,  # of `sum_queries_kernel`
-    mean_ptr,  # float32 [B, Hq, D]
-    keys_ptr,  # float32 [B, Hkv, D]
-    values_ptr,  # float32 [B, Hkv]
-    most_blocks,
-    most_queries,
-    few,  # queries that have no mean
+    query_mean_ptr,  # float32 [B, Hq, D]
+    k_channel_scale_ptr,  # float32 [B, Hkv, D]
+    v_head_scale_ptr,  # float32 [B, Hkv]
+    max_blocks,
+    max_queries,
+    max_decode_queries,  # queries that have no mean
     HKV: tl.constexpr,
     GROUP: tl.constexpr,
     D: tl.constexpr,
@@ -152,9 +152,9 @@ def levels_kernel(
     SK: tl.constexpr,
     SQ: tl.constexpr,
     CAUSAL: tl.constexpr,
-    LESS_MEAN: tl.constexpr,
-    BALANCED: tl.constexpr,
-    OF_VALUES: tl.constexpr,
+    SUBTRACT_QUERY_MEAN: tl.constexpr,
+    CHANNEL_SCALES: tl.constexpr,
+    V_HEAD_SCALES: tl.constexpr,
 ):
     h = tl.program_id(0)
     b = tl.program_id(1)
@@ -162,30 +162,30 @@ def levels_kernel(
     dim = tl.arange(0, DP)
     inside = dim < D
     head = b * HKV + h
-    if BALANCED:
+    if CHANNEL_SCALES:
         length = tl.load(span + K_LEN)
-        blocks, _step = _blocks_taken(length, most_blocks)
+        blocks, _step = _sampled_blocks(length, max_blocks)
         tokens = tl.maximum(blocks * tl.minimum(length, 64), 1).to(tl.float32)
         sample = tl.arange(0, SK)
         squares = tl.load(squares_ptr + (head * SK + sample[:, None]) * DP + dim[None, :])
         total = tl.sum(tl.load(totals_ptr + (head * SK + sample) * 2), 0)
-        of_v = tl.sum(tl.load(totals_ptr + (head * SK + sample) * 2 + 1), 0)
-        all_keys = _log_root(total / (tokens * D))
-        size = tl.where(length < 64, all_keys, _log_root(tl.sum(squares, 0) / tokens))
+        v_squares = tl.sum(tl.load(totals_ptr + (head * SK + sample) * 2 + 1), 0)
+        k_size = _log_root(total / (tokens * D))
+        size = tl.where(length < 64, k_size, _log_root(tl.sum(squares, 0) / tokens))
         top = tl.max(tl.where(inside, size, float("-inf")), 0)
-        size = tl.maximum(size, tl.maximum(top - _SPREAD, all_keys - _DEPTH))
+        size = tl.maximum(size, tl.maximum(top - _SPREAD, k_size - _DEPTH))
         middle = tl.sum(tl.where(inside, size, 0.0), 0) / D
         outside = size - middle
         outside -= tl.minimum(tl.maximum(outside, -_SLACK), _SLACK)
-        tl.store(keys_ptr + head * D + dim, _power(-_whole(middle) - _whole(outside) + _LEVEL), mask=inside)
-        if OF_VALUES:
-            tl.store(values_ptr + head, _power(-_log_root(of_v / (tokens * D)) + _LEVEL))
-    if LESS_MEAN:
+        tl.store(k_channel_scale_ptr + head * D + dim, _power(-_whole(middle) - _whole(outside) + _LEVEL), mask=inside)
+        if V_HEAD_SCALES:
+            tl.store(v_head_scale_ptr + head, _power(-_log_root(v_squares / (tokens * D)) + _LEVEL))
+    if SUBTRACT_QUERY_MEAN:
         _hidden, seen = _queries_seen(span, CAUSAL)
-        step = tl.maximum((seen + most_queries - 1) // most_queries, 1)
+        step = tl.maximum((seen + max_queries - 1) // max_queries, 1)
         count = tl.maximum((seen + step - 1) // step, 1).to(tl.float32)
         for g in range(GROUP):
             of_head = head * GROUP + g
             sums = tl.load(sums_ptr + (of_head * SQ + tl.arange(0, SQ)[:, None]) * DP + dim[None, :])
-            mean = tl.where(seen > few, tl.sum(sums, 0) / count, 0.0)
-            tl.store(mean_ptr + of_head * D + dim, mean, mask=inside)
+            mean = tl.where(seen > max_decode_queries, tl.sum(sums, 0) / count, 0.0)
+            tl.store(query_mean_ptr + of_head * D + dim, mean, mask=inside)

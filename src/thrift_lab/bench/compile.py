@@ -40,6 +40,7 @@ PRODUCTS = {
 RENAMED = {
     "merge_splits_kernel": "combine_splits_kernel",
     "widen_kernel": "gather_pages_kernel",
+    "levels_kernel": "channel_scales_kernel",
 }
 """Today's names of kernels that were called otherwise in older records."""
 
@@ -95,7 +96,8 @@ def expected(launch: Launch) -> str | None:
         return "e4m3" if launch.kernel == "attend_fp8_kernel" else None
     if not launch.named["NATIVE"]:
         return "16 bits"
-    return {"nvfp4": "e2m1, nvfp4 scales", "mxfp4": "e2m1, mxfp4 scales", "fp8": "e4m3"}[launch.named["LOW"]]
+    base_format = launch.named.get("FORMAT") or launch.named["LOW"]  # LOW in trees before version 0.2
+    return {"nvfp4": "e2m1, nvfp4 scales", "mxfp4": "e2m1, mxfp4 scales", "fp8": "e4m3"}[base_format]
 
 
 def compile_launch(launch: Launch) -> CompiledKernel:

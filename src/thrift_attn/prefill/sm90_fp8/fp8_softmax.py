@@ -67,6 +67,12 @@ def over_rows(v, MMA: gl.constexpr):
     return gl.expand_dims(gl.convert_layout(v, gl.SliceLayout(1, MMA)), 1)
 
 
+@gluon.jit
+def softcapped(s, slope, cap):
+    """cap * tanh(s * u) in units of log2, u half of ``slope`` / log2(e): tanh(y) = 1 - 2 / (exp(2 y) + 1)."""
+    return cap * (1 - 2 / (gl.exp2(s * slope) + 1))
+
+
 @_core.builtin
 def in_flight(token, _semantic=None):
     """The registers of a product that has been started, as a tensor."""
@@ -131,14 +137,14 @@ def _twice(x):
 
 
 @gluon.jit
-def load_facts(bias_smem, slope_smem, tile, HALF: gl.constexpr, PAIR: gl.constexpr):
+def load_terms(bias_smem, slope_smem, tile, HALF: gl.constexpr, PAIR: gl.constexpr):
     """What the loader left for one tile: bias [64, 2], and the slope of each block [2]."""
     place = ((tile // TILES & 1) * 2 + HALF) * TILES + tile % TILES
     return bias_smem.index(place).load(PAIR), slope_smem.index(place).load(gl.SliceLayout(0, PAIR))
 
 
 @gluon.jit
-def update_maximum(x, m, facts, cap, limits, MASK: gl.constexpr, CAP: gl.constexpr, PAIR: gl.constexpr):
+def update_maximum(x, m, terms, cap, limits, MASK: gl.constexpr, CAP: gl.constexpr, PAIR: gl.constexpr):
     """Running maximum with one more tile of 128 tokens.
 
     Args:
@@ -149,7 +155,7 @@ def update_maximum(x, m, facts, cap, limits, MASK: gl.constexpr, CAP: gl.constex
     Returns:
         What it was given, masked, or if CAP the logits ``[64, 2, 8, 4, 2]`` themselves; and the new maximum.
     """
-    bias, slope = facts
+    bias, slope = terms
     ROWS: gl.constexpr = gl.SliceLayout(1, PAIR)
     if MASK:
         x = _masked(x, limits)
@@ -161,29 +167,27 @@ def update_maximum(x, m, facts, cap, limits, MASK: gl.constexpr, CAP: gl.constex
         FULL: gl.constexpr = gl.SliceLayout(4, x.type.layout)
         x = x * gl.expand_dims(_over_blocks(gl.expand_dims(slope, 0), FULL), 4)
         x = x + gl.expand_dims(_over_blocks(bias, FULL), 4)
-        e = gl.exp2(
-            x * (0.25 * LOG2E / cap)
-        )  # x is 8 * cap * y, cap in units of log2; tanh(y) = 1 - 2 / (exp(2 y) + 1)
+        e = gl.exp2(x * (0.25 * LOG2E / cap))  # as in `softcapped`; x and its bound are in eighths
         x = gl.where(x < 0.1 * HIDDEN, float("-inf"), 8 * cap * (1 - 2 / (e + 1)))
         top = gl.max(gl.max(gl.max(x, axis=4), axis=2), axis=1)
     else:
         top = _larger(_larger(_larger(x))).reshape([64, 2, 4])
         top = gl.inline_asm_elementwise(_LARGEST, "=f,r", [top], dtype=gl.float32, is_pure=True, pack=1)
         LANES: gl.constexpr = top.type.layout
-        wide = gl.expand_dims(gl.convert_layout(bias, gl.SliceLayout(2, LANES)), 2)
+        addend = gl.expand_dims(gl.convert_layout(bias, gl.SliceLayout(2, LANES)), 2)
         factor = gl.convert_layout(gl.expand_dims(slope, 0), gl.SliceLayout(2, LANES))
-        top = gl.max(top * gl.expand_dims(factor, 2) + wide, axis=1)
+        top = gl.max(top * gl.expand_dims(factor, 2) + addend, axis=1)
     m_new = gl.maximum(gl.convert_layout(m, ROWS), gl.convert_layout(gl.max(top, axis=1), ROWS))
     return x, gl.convert_layout(m_new, m.type.layout)
 
 
 @gluon.jit
-def code_probabilities(x, m, facts, CAP: gl.constexpr, PAIR: gl.constexpr):
+def code_probabilities(x, m, terms, CAP: gl.constexpr, PAIR: gl.constexpr):
     """e4m3 codes of P' from what `update_maximum` returned, four to a word: int32 ``[64, 8, 4]``.
 
     They are already in the order of the next product's operand.
     """
-    bias, slope = facts
+    bias, slope = terms
     shift = PEAK - gl.expand_dims(gl.convert_layout(m, gl.SliceLayout(1, PAIR)), 1)
     if CAP:
         FULL: gl.constexpr = gl.SliceLayout(4, x.type.layout)

@@ -1,11 +1,11 @@
 """FP8 prefill attention for sm_90: both products on FP8 wgmma, promoted blocks in 16 bits, one online softmax.
 
-One program per tile of 128 query rows and head, three groups of warps:
+One program per tile of 128 query rows and a head, three groups of warps:
 
-- the *loader* (4 warps, `hopper_loader`) fetches tiles with TMA; every 32 blocks it also multiplies Q with their centres
+- the *loader* (4 warps, `loader`) fetches tiles with TMA; every 32 blocks it also multiplies Q with their centres
   (16-bit wgmma), hides the promoted blocks of each query block and leaves one number per row and block in shared memory;
 - two *consumers* (4 warps each) own 64 rows, which is one query block with one list: a loop over tiles of 128 tokens in FP8
-  (`hopper_numbers` says how a tile becomes P), then a loop over the promoted blocks of their list in 16 bits.
+  (`fp8_softmax` says how a tile becomes P), then a loop over the promoted blocks of their list in 16 bits.
 
 Row sums are a product of P with ones, so that weights sum to one whatever P was rounded to. FP8 products of one tile with V
 have an accumulator of their own, added in float32, since the hardware keeps about 14 bits inside a chain of FP8 products.
@@ -28,8 +28,9 @@ from thrift_attn.prefill.sm90_fp8.fp8_softmax import (
     as_words,
     code_probabilities,
     in_flight,
-    load_facts,
+    load_terms,
     over_rows,
+    softcapped,
     update_maximum,
     visible_columns,
 )
@@ -59,7 +60,7 @@ def _weighted(p, v, ones, D: gl.constexpr, OUT: gl.constexpr):
 
 
 @gluon.jit
-def _mass(sums):
+def _row_sums(sums):
     """Row sums [64, 4], the same in each lane, from the product with ones [64, 8]."""
     first, _second = sums.reshape([64, 4, 2]).split()
     return first
@@ -113,15 +114,15 @@ def _low_pass(
     s_first = warpgroup_mma_wait(0, deps=[_scores(q8, k_smem.index(0), SCORES)])
     mbarrier.arrive(empty.index(0), count=1)
     PAIR: gl.constexpr = gl.SliceLayout(2, gl.SliceLayout(3, s_first.type.layout))
-    facts = load_facts(bias_smem, slope_smem, last, HALF, PAIR)
+    terms = load_terms(bias_smem, slope_smem, last, HALF, PAIR)
     m = gl.full([64], FLOOR, gl.float32, layout=ROWS)
-    x, m = update_maximum(s_first, m, facts, cap, limits, True, CAP, PAIR)
-    words = code_probabilities(x, m, facts, CAP, PAIR)
+    x, m = update_maximum(s_first, m, terms, cap, limits, True, CAP, PAIR)
+    words = code_probabilities(x, m, terms, CAP, PAIR)
     alpha = gl.full([64], 1.0, gl.float32, layout=ROWS)
     o = gl.full([64, D], 0.0, gl.float32, layout=OUT)
     none = gl.full([64, 8], 0.0, gl.float32, layout=gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 8, 32]))
-    mass = _mass(none)
-    LANES: gl.constexpr = gl.SliceLayout(1, mass.type.layout)
+    row_sum = _row_sums(none)
+    LANES: gl.constexpr = gl.SliceLayout(1, row_sum.type.layout)
     if (HALF == 1) & (tiles > 1):
         _pass_turn(HALF)
     for step in range(1, tiles):
@@ -133,16 +134,16 @@ def _low_pass(
         o_token, n_token = _weighted(as_operand(words, OUT), v_smem.index(at), ones, D, OUT)
         if (HALF == 0) | (step + 1 < tiles):
             _pass_turn(HALF)
-        facts = load_facts(bias_smem, slope_smem, now, HALF, PAIR)
+        terms = load_terms(bias_smem, slope_smem, now, HALF, PAIR)
         edge = limits
         if WINDOW:
             edge = visible_columns(row, now, key_end, window, CAUSAL, WINDOW)
         s, o_part, sums = warpgroup_mma_wait(0, deps=[s_token, o_token, n_token])
         mbarrier.arrive(empty.index(at), count=1)
         o = gl.fma(o, over_rows(alpha, OUT).broadcast_to([64, D]), o_part)
-        mass = mass * gl.expand_dims(gl.convert_layout(alpha, LANES), 1) + _mass(sums)
-        x, m_new = update_maximum(s, m, facts, cap, edge, WINDOW, CAP, PAIR)
-        words = code_probabilities(x, m_new, facts, CAP, PAIR)
+        row_sum = row_sum * gl.expand_dims(gl.convert_layout(alpha, LANES), 1) + _row_sums(sums)
+        x, m_new = update_maximum(s, m, terms, cap, edge, WINDOW, CAP, PAIR)
+        words = code_probabilities(x, m_new, terms, CAP, PAIR)
         alpha = gl.exp2(0.125 * (m - m_new))
         m = m_new
     if SINK:
@@ -156,8 +157,8 @@ def _low_pass(
     o_token, n_token = _weighted(as_operand(words, OUT), v_smem.index(end), ones, D, OUT)
     o_end, sums = warpgroup_mma_wait(0, deps=[o_token, n_token])
     mbarrier.arrive(empty.index(end), count=1)
-    mass = mass * gl.expand_dims(gl.convert_layout(alpha, LANES), 1) + _mass(sums)
-    return o, o_end, alpha, 0.125 * m, gl.convert_layout(gl.max(mass, axis=1), ROWS) * (1 / 384)
+    row_sum = row_sum * gl.expand_dims(gl.convert_layout(alpha, LANES), 1) + _row_sums(sums)
+    return o, o_end, alpha, 0.125 * m, gl.convert_layout(gl.max(row_sum, axis=1), ROWS) * (1 / 384)
 
 
 @gluon.jit
@@ -169,7 +170,7 @@ def _high_softmax(
     SCORES: gl.constexpr = s.type.layout
     factor = scale * LOG2E
     if CAP:
-        s = cap * (1 - 2 / (gl.exp2(s * (factor * 2 * LOG2E / cap)) + 1))
+        s = softcapped(s, factor * 2 * LOG2E / cap, cap)
         factor = 1.0
     start = block * 64
     edge = start + 64 > key_end
@@ -203,10 +204,10 @@ def _high_pass(
     Each half has two slots of the ring to itself; step i multiplies Q with K of block i and P with V of block i - 1.
     """
     SCORES: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 64, 16])
-    WIDE: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])
-    LEFT: gl.constexpr = gl.DotOperandLayout(0, WIDE, 2)
+    OUT16: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])
+    LEFT: gl.constexpr = gl.DotOperandLayout(0, OUT16, 2)
     LAYOUT: gl.constexpr = o.type.layout
-    o = gl.convert_layout(o, WIDE)
+    o = gl.convert_layout(o, OUT16)
     block = gl.load(line)
     here = HALF * 2
     mbarrier.wait(full.index(here), uses(tiles, here, 0) & 1)
@@ -215,7 +216,7 @@ def _high_pass(
     mbarrier.arrive(empty.index(here), count=2)
     p, m, alpha = _high_softmax(s_first, m, block, row, first_row, key_end, scale, cap, window, CAUSAL, WINDOW, CAP)
     total = total * alpha + gl.convert_layout(gl.sum(p, axis=1), m.type.layout)
-    o = o * over_rows(alpha, WIDE)
+    o = o * over_rows(alpha, OUT16)
     upcoming = gl.load(line + 1, mask=count > 1, other=0)
     if (HALF == 1) & (common > 1):
         _pass_turn(HALF)
@@ -239,7 +240,7 @@ def _high_pass(
         mbarrier.arrive(empty.index(at), count=2)
         p, m, alpha = _high_softmax(s, m, block, row, first_row, key_end, scale, cap, window, CAUSAL, WINDOW, CAP)
         total = total * alpha + gl.convert_layout(gl.sum(p, axis=1), m.type.layout)
-        o = o * over_rows(alpha, WIDE)
+        o = o * over_rows(alpha, OUT16)
     end = HALF * 2 + count % 2
     mbarrier.wait(full.index(end), uses(tiles, end, count) & 1)
     p_end = gl.convert_layout(p.to(q16.dtype), LEFT)
@@ -250,40 +251,40 @@ def _high_pass(
 
 @gluon.jit
 def _sink(
-    o, m, total, row, at, inside, sink_ptr, value_ptr, listed, scale, cap, window,
+    o, m, total, row, at, inside, sink_logits_ptr, sink_value_ptr, listed, scale, cap, window,
     D: gl.constexpr, WINDOW: gl.constexpr, CAP: gl.constexpr, OUT: gl.constexpr,
 ):  # fmt: skip
     """The first token, exact, where its block is not on the list and the row sees it: output and row sums with it.
 
     Args:
         at: where the rows' exact logits of the first token lie ``[64]``, unscaled; read if ``inside``.
-        value_ptr: V of that token.
+        sink_value_ptr: V of that token.
         listed: whether its block is promoted.
     """
-    s = gl.load(sink_ptr + at, mask=inside, other=0.0) * (scale * LOG2E)
+    s = gl.load(sink_logits_ptr + at, mask=inside, other=0.0) * (scale * LOG2E)
     if CAP:
-        s = cap * (1 - 2 / (gl.exp2(s * (2 * LOG2E / cap)) + 1))
+        s = softcapped(s, 2 * LOG2E / cap, cap)
     seen = (row >= 0) & (listed == 0)
     if WINDOW:
         seen = seen & (row < window)
     p = gl.where(seen, gl.exp2(s - m), 0.0)
-    value = gl.load(value_ptr + gl.arange(0, D, layout=gl.SliceLayout(0, OUT))).to(gl.float32)
+    value = gl.load(sink_value_ptr + gl.arange(0, D, layout=gl.SliceLayout(0, OUT))).to(gl.float32)
     return o + over_rows(p, OUT) * gl.expand_dims(value, 0), total + p
 
 
 @gluon.jit
 def _consumer(
     HALF: gl.constexpr, q8_smem, q_smem, k_smem, v_smem, ones, k16_smem, v16_smem, bias_smem, slope_smem,
-    q_bar, full, empty, out_desc, out_ptr, out_strides, v_scale_ptr, sink_ptr, value_ptr, chosen_ptr, counts_ptr,
-    lse_ptr, batch, head, kv_flat, q_flat, tile, first, tiles, queries, key_end, offset, rows, blocks, capacity,
-    scale, cap, window,
+    q_bar, full, empty, out_desc, out_ptr, out_strides, v_scale_ptr, sink_logits_ptr, sink_value_ptr,
+    block_indices_ptr, block_counts_ptr, lse_ptr, batch, head, kv_flat, q_flat, tile, first, tiles,
+    queries, key_end, offset, q_blocks, blocks, capacity, scale, cap, window,
     D: gl.constexpr, CAUSAL: gl.constexpr, WINDOW: gl.constexpr, CAP: gl.constexpr, PROMOTE: gl.constexpr, SINK: gl.constexpr,
 ):  # fmt: skip
-    """One half of the rows of a tile."""
+    """One query block of a tile."""
     OUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 32])
     ROWS: gl.constexpr = gl.SliceLayout(1, OUT)
-    row_block = 2 * tile + HALF - offset // 64
-    inside = (row_block >= 0) & (row_block < rows)
+    q_block = 2 * tile + HALF - offset // 64
+    inside = (q_block >= 0) & (q_block < q_blocks)
     row = tile * 128 + HALF * 64 + gl.arange(0, 64, layout=ROWS)  # positions
     mbarrier.wait(q_bar, 0)
     o, o_end, alpha, m, total = _low_pass(
@@ -296,19 +297,34 @@ def _consumer(
     q16 = q_smem.reshape([128, D]).slice(HALF * 64, 64, 0)
     count = 0
     common = 0
-    line = chosen_ptr + (q_flat.to(gl.int64) * rows + row_block) * capacity
+    line = block_indices_ptr + (q_flat.to(gl.int64) * q_blocks + q_block) * capacity
     if PROMOTE:
-        counts = counts_ptr + q_flat.to(gl.int64) * rows
-        count = gl.load(counts + row_block, mask=inside, other=0)
-        beside = row_block + 1 - 2 * HALF
-        common = gl.minimum(count, gl.load(counts + beside, mask=(beside >= 0) & (beside < rows), other=0))
+        counts = block_counts_ptr + q_flat.to(gl.int64) * q_blocks
+        count = gl.load(counts + q_block, mask=inside, other=0)
+        beside = q_block + 1 - 2 * HALF
+        common = gl.minimum(count, gl.load(counts + beside, mask=(beside >= 0) & (beside < q_blocks), other=0))
     if SINK:
         listed = 0
         if PROMOTE:
             listed = (gl.load(line, mask=count > 0, other=1) == 0).to(gl.int32)  # lists ascend
-        at = (q_flat.to(gl.int64) * rows + row_block) * 64 + gl.arange(0, 64, layout=ROWS)
+        at = (q_flat.to(gl.int64) * q_blocks + q_block) * 64 + gl.arange(0, 64, layout=ROWS)
         o, total = _sink(
-            o, m, total, row, at, inside, sink_ptr, value_ptr, listed, scale, cap, window, D, WINDOW, CAP, OUT
+            o,
+            m,
+            total,
+            row,
+            at,
+            inside,
+            sink_logits_ptr,
+            sink_value_ptr,
+            listed,
+            scale,
+            cap,
+            window,
+            D,
+            WINDOW,
+            CAP,
+            OUT,
         )
     if count > 0:
         o, m, total = _high_pass(
@@ -335,15 +351,15 @@ def _consumer(
 
 @gluon.jit(
     do_not_specialize=[
-        "stride_b", "stride_h", "stride_t", "stride_vb", "stride_vh", "window", "queries", "keys", "offset", "rows", "blocks",
-        "capacity", "q_tiles", "kv_heads", "section",
+        "stride_b", "stride_h", "stride_t", "stride_vb", "stride_vh", "window", "queries", "keys", "offset", "q_blocks",
+        "blocks", "capacity", "q_tiles", "kv_heads", "section",
     ]
 )  # fmt: skip
 def attend_fp8_kernel(
     q_desc, k_desc, v_desc, q8_desc, k8_desc, v8_desc, c_desc, out_desc,
-    out_ptr, q_scale_ptr, k_scale_ptr, v_scale_ptr, sink_ptr, v_ptr, chosen_ptr, counts_ptr, lse_ptr,
+    out_ptr, q_scale_ptr, k_scale_ptr, v_scale_ptr, sink_logits_ptr, v_ptr, block_indices_ptr, block_counts_ptr, lse_ptr,
     stride_b, stride_h, stride_t, stride_vb, stride_vh, scale, cap, window,
-    queries, keys, offset, rows, blocks, capacity, q_tiles, kv_heads, section,
+    queries, keys, offset, q_blocks, blocks, capacity, q_tiles, kv_heads, section,
     GROUP: gl.constexpr, D: gl.constexpr, CAUSAL: gl.constexpr, WINDOW: gl.constexpr, CAP: gl.constexpr,
     PROMOTE: gl.constexpr, CENTRED: gl.constexpr, SINK: gl.constexpr,
 ):  # fmt: skip
@@ -364,7 +380,7 @@ def attend_fp8_kernel(
         first = gl.maximum(tile * 128 + 1 - window, 0) // 128
     tiles = last - first + 1
     out_strides = (stride_b, stride_h, stride_t)
-    value_ptr = v_ptr + batch.to(gl.int64) * stride_vb + kv_head.to(gl.int64) * stride_vh  # V of the first token
+    sink_value_ptr = v_ptr + batch.to(gl.int64) * stride_vb + kv_head.to(gl.int64) * stride_vh  # V of the first token
 
     HALF16: gl.constexpr = q_desc.dtype
     q8_smem = gl.allocate_shared_memory(gl.float8e4nv, [1, 128, D], q8_desc.layout)
@@ -402,21 +418,21 @@ def attend_fp8_kernel(
         [
             (_consumer, (
                 0, q8_smem.reshape([128, D]), q_smem, k_smem, v_smem, ones, k16_smem, v16_smem, bias_rows, slope_rows,
-                q_bar, full, empty, out_desc, out_ptr, out_strides, v_scale_ptr, sink_ptr, value_ptr, chosen_ptr,
-                counts_ptr, lse_ptr, batch, head, kv_flat, q_flat, tile, first, tiles, queries, keys, offset, rows, blocks,
-                capacity, scale, cap, window, D, CAUSAL, WINDOW, CAP, PROMOTE, SINK,
+                q_bar, full, empty, out_desc, out_ptr, out_strides, v_scale_ptr, sink_logits_ptr, sink_value_ptr,
+                block_indices_ptr, block_counts_ptr, lse_ptr, batch, head, kv_flat, q_flat, tile, first, tiles, queries, keys,
+                offset, q_blocks, blocks, capacity, scale, cap, window, D, CAUSAL, WINDOW, CAP, PROMOTE, SINK,
             )),
             (_consumer, (
                 1, q8_smem.reshape([128, D]), q_smem, k_smem, v_smem, ones, k16_smem, v16_smem, bias_rows, slope_rows,
-                q_bar, full, empty, out_desc, out_ptr, out_strides, v_scale_ptr, sink_ptr, value_ptr, chosen_ptr,
-                counts_ptr, lse_ptr, batch, head, kv_flat, q_flat, tile, first, tiles, queries, keys, offset, rows, blocks,
-                capacity, scale, cap, window, D, CAUSAL, WINDOW, CAP, PROMOTE, SINK,
+                q_bar, full, empty, out_desc, out_ptr, out_strides, v_scale_ptr, sink_logits_ptr, sink_value_ptr,
+                block_indices_ptr, block_counts_ptr, lse_ptr, batch, head, kv_flat, q_flat, tile, first, tiles, queries, keys,
+                offset, q_blocks, blocks, capacity, scale, cap, window, D, CAUSAL, WINDOW, CAP, PROMOTE, SINK,
             )),
             (load_tiles, (
-                q_desc, k_desc, v_desc, q8_desc, k8_desc, v8_desc, c_desc, q_scale_ptr, k_scale_ptr, chosen_ptr,
-                counts_ptr, q8_smem, q_smem, k_smem, v_smem, k16_smem, v16_smem, c_smem, bias_smem, slope_smem,
+                q_desc, k_desc, v_desc, q8_desc, k8_desc, v8_desc, c_desc, q_scale_ptr, k_scale_ptr, block_indices_ptr,
+                block_counts_ptr, q8_smem, q_smem, k_smem, v_smem, k16_smem, v16_smem, c_smem, bias_smem, slope_smem,
                 q_bar, c_bar, full, empty,
-                batch, head, kv_head, kv_flat, q_flat, tile, first, tiles, offset, rows, blocks, capacity, scale,
+                batch, head, kv_head, kv_flat, q_flat, tile, first, tiles, offset, q_blocks, blocks, capacity, scale,
                 D, PROMOTE, CENTRED,
             )),
         ],

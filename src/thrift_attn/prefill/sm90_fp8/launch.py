@@ -42,18 +42,18 @@ def _expected_shapes(tensors: PrefillTensors, causal: bool, capacity: int) -> di
     batch, heads, queries, dim = q.shape
     kv_heads, keys = k.shape[1:3]
     offset = keys - queries if causal else 0
-    rows, blocks = -(-(offset % BLOCK + queries) // BLOCK), -(-keys // BLOCK)
+    q_blocks, blocks = -(-(offset % BLOCK + queries) // BLOCK), -(-keys // BLOCK)
     return {
-        "q": (batch, heads, rows * BLOCK, dim),
-        "q_scale": (batch, heads, rows),
+        "q": (batch, heads, q_blocks * BLOCK, dim),
+        "q_scale": (batch, heads, q_blocks),
         "k": (batch, kv_heads, blocks * BLOCK, dim),
         "k_scale": (batch, kv_heads, blocks),
         "v": (batch, kv_heads, dim, blocks * BLOCK),
         "v_scale": (batch, kv_heads, blocks),
         "k_block_mean": (batch, kv_heads, blocks, dim),
-        "block_indices": (batch, heads, rows, capacity),
-        "block_counts": (batch, heads, rows),
-        "sink_logits": (batch, heads, rows * BLOCK),
+        "block_indices": (batch, heads, q_blocks, capacity),
+        "block_counts": (batch, heads, q_blocks),
+        "sink_logits": (batch, heads, q_blocks * BLOCK),
         "out": tuple(q.shape),
         "lse": tuple(q.shape[:3]),
     }
@@ -116,7 +116,7 @@ def attend_fp8(
             raise ValueError(f"{name} must be contiguous")
     (batch, q_heads, queries, dim), (kv_heads, keys) = q.shape, k.shape[1:3]
     offset = keys - queries if causal else 0
-    rows, blocks = shapes["q_scale"][2], shapes["k_scale"][2]
+    q_blocks, blocks = shapes["q_scale"][2], shapes["k_scale"][2]
     q_tiles = (offset + queries - 1) // TILE - offset // TILE + 1
     promote = lists is not None and capacity > 0
     spare = torch.empty(1, dtype=torch.int32, device=q.device) if lists is None else lists.block_counts
@@ -132,7 +132,7 @@ def attend_fp8(
         *(lists.block_indices if lists is not None and promote else spare, spare, into.lse),
         *(*into.out.stride()[:3], *v.stride()[:2]),
         *(float(rules.scale), float(rules.softcap or 0) * math.log2(math.e), int(rules.window or 0)),
-        *(queries, keys, offset, rows, blocks, capacity, q_tiles, kv_heads),
+        *(queries, keys, offset, q_blocks, blocks, capacity, q_tiles, kv_heads),
         _sections(batch * kv_heads, 2 * dim * BLOCK * blocks),
         GROUP=q_heads // kv_heads,
         D=dim,

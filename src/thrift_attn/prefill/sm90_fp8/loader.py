@@ -14,7 +14,7 @@ HIDDEN = gl.constexpr(-1e30)  # q.c of a promoted block: no probability, yet fin
 LOG2E = gl.constexpr(1.4426950408889634)
 EIGHTHS = gl.constexpr(8 * 1.4426950408889634)  # logits of the low pass are in eighths of a power of two
 _KEPT = gl.constexpr(PropagateNan.ALL)  # NaN
-CHUNK = gl.constexpr(32)  # blocks whose centres are multiplied at once
+CHUNK = gl.constexpr(32)  # blocks whose means are multiplied at once
 WIDTH = gl.constexpr(16)  # columns of one such product, few for the sake of registers
 TILES = gl.constexpr(16)  # tiles of two blocks in a chunk
 STAGES = gl.constexpr(4)
@@ -49,10 +49,10 @@ def _slope(x):
 
 @gluon.jit
 def load_tiles(
-    q_desc, k_desc, v_desc, q8_desc, k8_desc, v8_desc, c_desc, q_scale_ptr, k_scale_ptr, chosen_ptr, counts_ptr,
+    q_desc, k_desc, v_desc, q8_desc, k8_desc, v8_desc, c_desc, q_scale_ptr, k_scale_ptr, block_indices_ptr, block_counts_ptr,
     q8_smem, q_smem, k_smem, v_smem, k16_smem, v16_smem, c_smem, bias_smem, slope_smem,
     q_bar, c_bar, full, empty,
-    batch, head, kv_head, kv_flat, q_flat, tile, first, tiles, offset, rows, blocks, capacity, scale,
+    batch, head, kv_head, kv_flat, q_flat, tile, first, tiles, offset, q_blocks, blocks, capacity, scale,
     D: gl.constexpr, PROMOTE: gl.constexpr, CENTRED: gl.constexpr,
 ):  # fmt: skip
     """Fetch Q, then the tiles of the low pass, last first, then the promoted blocks of both halves, in the order of use.
@@ -70,17 +70,17 @@ def load_tiles(
     if CENTRED:
         mbarrier.expect(c_bar, CHUNK * D * 2)
         tma_load(c_desc, [kv_flat, top_chunk * CHUNK, 0], c_bar, c_smem)
-    row_block = 2 * tile - offset // 64
-    lines = chosen_ptr + (q_flat.to(gl.int64) * rows + row_block) * capacity
-    scales = q_scale_ptr + q_flat.to(gl.int64) * rows + row_block
-    q_scale0 = gl.load(scales, mask=row_block >= 0, other=0.0)
-    q_scale1 = gl.load(scales + 1, mask=row_block + 1 < rows, other=0.0)
+    q_block = 2 * tile - offset // 64
+    lines = block_indices_ptr + (q_flat.to(gl.int64) * q_blocks + q_block) * capacity
+    scales = q_scale_ptr + q_flat.to(gl.int64) * q_blocks + q_block
+    q_scale0 = gl.load(scales, mask=q_block >= 0, other=0.0)
+    q_scale1 = gl.load(scales + 1, mask=q_block + 1 < q_blocks, other=0.0)
     left0 = 0
     left1 = 0
     if PROMOTE:
-        counts = counts_ptr + q_flat.to(gl.int64) * rows + row_block
-        left0 = gl.load(counts, mask=row_block >= 0, other=0)
-        left1 = gl.load(counts + 1, mask=row_block + 1 < rows, other=0)
+        counts = block_counts_ptr + q_flat.to(gl.int64) * q_blocks + q_block
+        left0 = gl.load(counts, mask=q_block >= 0, other=0)
+        left1 = gl.load(counts + 1, mask=q_block + 1 < q_blocks, other=0)
     count0 = left0
     count1 = left1
     mbarrier.wait(q_bar, 0)
@@ -99,11 +99,11 @@ def load_tiles(
             bits = 0
             if PROMOTE:
                 if half == 0:
-                    bits, found = _promoted_bits(lines, left0, chunk * CHUNK)
-                    left0 -= found
+                    bits, listed = _promoted_bits(lines, left0, chunk * CHUNK)
+                    left0 -= listed
                 else:
-                    bits, found = _promoted_bits(lines + capacity, left1, chunk * CHUNK)
-                    left1 -= found
+                    bits, listed = _promoted_bits(lines + capacity, left1, chunk * CHUNK)
+                    left1 -= listed
             for part in gl.static_range(CHUNK // WIDTH):
                 bias = gl.full([64, WIDTH], 0.0, gl.float32, layout=BIAS)
                 if CENTRED:
