@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import operator
 from numbers import Real
 
 import torch
@@ -10,6 +11,18 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+def whole_number(name: str, value: object) -> int:
+    """Return a number as an int.
+
+    Raises:
+        TypeError: something else than a whole number.
+    """
+    try:
+        return operator.index(value)  # pyright: ignore[reportArgumentType]
+    except TypeError:
+        raise TypeError(f"{name} must be a whole number, got {value!r}") from None
 
 
 def check_no_gradients(*tensors: Tensor) -> None:

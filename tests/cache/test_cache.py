@@ -190,6 +190,19 @@ def test_taking_back_new_tokens_is_lossless(high, length, keep):
     assert torch.equal(cache.attend(query()), want.attend(query()))
 
 
+@pytest.mark.parametrize("high", ["nested", "nested8"])
+@pytest.mark.parametrize(("steps", "keep"), [([128], 50), ([320], 200), ([64, 64], 50), ([30, 290], 200), ([330], 260)])
+def test_both_of_the_two_newest_blocks_stay_exact(high, steps, keep):
+    """However many blocks an append has brought."""
+    k, v = tokens(sum(steps))
+    cache, want = (make(config=ThriftConfig.for_cache(promoted_storage=high)) for _ in range(2))
+    for stop, count in zip(torch.tensor(steps).cumsum(0).tolist(), steps, strict=True):
+        cache.append(k[:, :, stop - count : stop], v[:, :, stop - count : stop])
+    cache.truncate(0, keep)
+    want.append(k[:, :, :keep], v[:, :, :keep])
+    assert same(state(cache, 0), state(want, 0))
+
+
 def test_truncating_far_back_reads_the_page():
     k, v = tokens(640)
     cache = make()
@@ -228,6 +241,30 @@ def test_truncating_a_shared_prefix_leaves_the_other_alone():
 def test_what_the_cache_does_not_serve(options, error, message):
     with pytest.raises(error, match=message):
         make(**options)
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "message"),
+    [
+        (lambda cache, k: cache.append(k, k, lengths=[1.5]), TypeError, r"a length must be a whole number, got 1\.5"),
+        (lambda cache, k: cache.append(k.tolist(), k), TypeError, "k must be a tensor, got list"),
+        (lambda cache, k: cache.truncate(0, 0.5), TypeError, r"tokens must be a whole number, got 0\.5"),
+        (lambda cache, k: cache.free(0.5), TypeError, r"row must be a whole number, got 0\.5"),
+        (lambda cache, k: cache.select([0.5]), TypeError, r"row must be a whole number, got 0\.5"),
+        (lambda cache, k: cache.reserve(0.5), TypeError, r"tokens must be a whole number, got 0\.5"),
+        (lambda cache, k: cache.reserve(-1), ValueError, "tokens must be at least 0"),
+        (lambda cache, k: cache.reserve([1, 1]), ValueError, "one number or one for each of 1 rows"),
+    ],
+)
+def test_what_is_no_number_of_tokens_or_rows_is_refused_and_changes_nothing(call, error, message):
+    cache = make()
+    k, v = tokens(70)
+    cache.append(k, v)
+    before = state(cache, 0)
+    with pytest.raises(error, match=message):
+        call(cache, k)
+    assert cache.is_intact
+    assert same(state(cache, 0), before)
 
 
 def test_bad_input_changes_nothing():

@@ -1,15 +1,17 @@
 """Changes of a cache that are interrupted: what it holds afterwards is as before, as after, or refused."""
 
-import sys
 import threading
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
 
-from thrift_attn.cache import PagedThriftCache
+from thrift_attn import cache as cache_package
+from thrift_attn.cache import PagedThriftCache, state
+from thrift_lab.fuzz.interrupts import Interrupter
 
-HOST = "thrift_attn/cache/"
+INTERRUPTER = Interrupter(str(Path(cache_package.__file__).parent))
 
 
 def make() -> tuple[PagedThriftCache, torch.Tensor]:
@@ -22,24 +24,7 @@ def make() -> tuple[PagedThriftCache, torch.Tensor]:
 
 def lines_of(change: Callable[[], object], at: int | None = None) -> int:
     """Run a change and count its lines on the host; raise KeyboardInterrupt before line ``at``."""
-    seen = 0
-
-    def trace(frame, event, _):
-        nonlocal seen
-        if HOST not in frame.f_code.co_filename:
-            return None
-        if event == "line":
-            seen += 1
-            if seen == at:
-                raise KeyboardInterrupt
-        return trace
-
-    sys.settrace(trace)
-    try:
-        change()
-    finally:
-        sys.settrace(None)
-    return seen
+    return INTERRUPTER.run(change, at)[1]
 
 
 def held(cache: PagedThriftCache) -> list[torch.Tensor]:
@@ -83,7 +68,62 @@ def test_an_interrupt_at_any_line_leaves_a_cache_that_is_right_or_says_that_it_i
                 cache.reserve(1)
             continue
         assert same(found, before) or same(found, after), line
+        assert in_use(cache) + cache.table.free_pages <= 8, line  # an entry of the table is a page that is owned
     assert refused < count
+
+
+def in_use(cache: PagedThriftCache) -> int:
+    """Pages that the table names."""
+    return len(cache.table.table[cache.table.table >= 0].unique())
+
+
+def test_a_cache_that_is_not_intact_is_not_written_to_a_file_and_not_branched():
+    cache, new = make()
+    count = lines_of(lambda: cache.append(new, new))
+    cache, new = make()
+    with pytest.raises(KeyboardInterrupt):
+        lines_of(lambda: cache.append(new, new), count // 2)
+    assert not cache.is_intact
+    for use in (cache.branch, lambda: state.dump(cache)):
+        with pytest.raises(RuntimeError, match="interrupted halfway"):
+            use()
+
+
+def test_an_interrupted_restore_leaves_a_cache_that_is_empty_or_full_or_says_that_it_is_neither():
+    saved = state.dump(make()[0])
+
+    def empty() -> PagedThriftCache:
+        return PagedThriftCache(batch=2, kv_heads=1, head_dim=16, num_pages=8, dtype=torch.float32, device="cpu")
+
+    target = empty()
+    before = held(target)
+    count = lines_of(lambda: state.restore(target, saved))
+    after = held(target)
+    refused = 0
+    for line in range(1, count + 1):
+        target = empty()
+        with pytest.raises(KeyboardInterrupt):
+            lines_of(lambda: state.restore(target, saved), line)  # noqa: B023 (called at once)
+        if target.is_intact:
+            assert same(held(target), before) or same(held(target), after), line
+        refused += not target.is_intact
+    assert 0 < refused < count
+
+
+def test_an_interrupted_branch_takes_nothing_from_its_source():
+    cache, new = make()
+    count = lines_of(cache.branch)
+    before = held(cache)
+    for line in range(1, count + 1):
+        with pytest.raises(KeyboardInterrupt):
+            lines_of(cache.branch, line)
+        assert same(held(cache), before), line
+        assert in_use(cache) + cache.table.free_pages <= 8, line
+    cache = make()[0]
+    with pytest.raises(KeyboardInterrupt):
+        lines_of(cache.branch, count // 2)
+    cache.append(new, new, lengths=[0, 130])  # into no page of the other sequence
+    assert same(held(cache)[:2], before[:2])
 
 
 def test_a_page_never_has_two_owners_after_an_interrupt():

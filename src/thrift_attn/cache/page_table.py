@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from typing import Any
 
 import torch
@@ -68,12 +67,12 @@ class PageTable:
                     f"sequence {row} would have {length} tokens, more than its {limit} pages of {BLOCK} tokens hold"
                 )
 
-    def reserve(self, wanted: list[int]) -> None:
-        """Give every sequence the pages for a length of ``wanted`` tokens; none if there are too few for all.
+    def check_room(self, wanted: list[int]) -> None:
+        """Check that every sequence may have, and can get pages for, a length of ``wanted`` tokens.
 
         Raises:
             ValueError: longer than ``max_pages`` pages hold.
-            RuntimeError: the pool is exhausted. Nothing has changed then.
+            RuntimeError: the pool is exhausted.
         """
         missing = self._missing(wanted)
         self.check_lengths(wanted)
@@ -82,6 +81,16 @@ class PageTable:
                 f"the page pool is exhausted: {sum(missing)} more pages are needed and {len(self._free)} of "
                 f"{len(self._references)} are free; free a sequence or make the pool larger"
             )
+
+    def reserve(self, wanted: list[int]) -> None:
+        """Give every sequence the pages for a length of ``wanted`` tokens; none if there are too few for all.
+
+        Raises:
+            ValueError: longer than ``max_pages`` pages hold.
+            RuntimeError: the pool is exhausted. Nothing has changed then.
+        """
+        self.check_room(wanted)
+        missing = self._missing(wanted)
         if not any(missing):
             return
         # One copy to the device, and the books only when it has been made.
@@ -164,14 +173,20 @@ class PageTable:
 
     def branch(self) -> PageTable:
         """Another table over the same pages, whose sequences start with the complete blocks of these."""
-        other = copy.copy(self)
-        other.table, other.lengths = self.table.clone(), self.lengths.clone()
-        other._owned = [held[: tokens // BLOCK] for held, tokens in zip(self._owned, self._tokens, strict=True)]
-        other._tokens = list(self._tokens)
-        for row, held in enumerate(other._owned):
+        owned = [held[: tokens // BLOCK] for held, tokens in zip(self._owned, self._tokens, strict=True)]
+        table = self.table.clone()
+        for row, held in enumerate(owned):
             if len(held) < len(self._owned[row]):
-                other.table[row, len(held) :] = -1
-        other._hold(other._owned)
+                table[row, len(held) :] = -1
+        mine = vars(self) | {
+            "table": table,
+            "lengths": self.lengths.clone(),
+            "_owned": owned,
+            "_tokens": [*self._tokens],
+        }
+        self._hold(owned)
+        other = PageTable.__new__(PageTable)
+        other.__dict__.update(mine)  # in one step: what it owns it will give back
         return other
 
     def assign(self, blocks: list[list[int]], tokens: list[int]) -> list[int]:

@@ -20,7 +20,7 @@ from torch import Tensor
 from thrift_attn.cache.cache_scales import CacheLevels
 from thrift_attn.cache.page_table import PageTable
 from thrift_attn.cache.sequences import CacheSequences
-from thrift_attn.checks import check_logits, check_no_gradients
+from thrift_attn.checks import check_logits, check_no_gradients, whole_number
 from thrift_attn.config import BLOCK, DECODE_ROWS, ThriftConfig
 from thrift_attn.decode.tensors import MAX_BLOCKS, CacheTensors, check_sizes
 from thrift_attn.dispatch import check_cache
@@ -157,7 +157,7 @@ class PagedThriftCache(CacheSequences):
         if v.shape != k.shape or k.shape != (self.batch, self.kv_heads, count, self.head_dim):
             want = f"[{self.batch}, {self.kv_heads}, T, {self.head_dim}]"
             raise ValueError(f"k and v must have shape {want}, got {list(k.shape)} and {list(v.shape)}")
-        new = [count] * self.batch if lengths is None else list(lengths)
+        new = [count] * self.batch if lengths is None else [whole_number("a length", n) for n in lengths]
         if len(new) != self.batch or any(not 0 <= n <= count for n in new):
             raise ValueError(f"lengths must be {self.batch} numbers from 0 to {count}, got {new}")
         with self._lock:
@@ -167,8 +167,9 @@ class PagedThriftCache(CacheSequences):
             if self._capturing():
                 self._append_captured(k, v, wanted, lengths)
                 return
-            self.table.reserve(wanted)
+            self.table.check_room(wanted)
             with self._changing():
+                self.table.reserve(wanted)
                 if self.levels is not None:
                     self.levels.take(k, v, new, self.numerics.centred)
                 if self.backend == "triton" and count <= BLOCK:
@@ -225,8 +226,9 @@ class PagedThriftCache(CacheSequences):
         if whole:
             blocks = kv[:, :, : whole * BLOCK].unflatten(2, (whole, BLOCK)).transpose(1, 2)  # [2, n, Hkv, 64, D]
             self._pack(row, first, blocks)
-            self.tail[:, row, (complete - 1) % 2] = blocks[:, -1]
-            self._slots[row][(complete - 1) % 2] = complete - 1
+            for block in range(max(first, complete - 2), complete):
+                self.tail[:, row, block % 2] = blocks[:, block - first]
+                self._slots[row][block % 2] = block
             kv, first = kv[:, :, whole * BLOCK :], complete
         if kv.shape[2]:
             at = stop % BLOCK - kv.shape[2]
@@ -415,6 +417,8 @@ class PagedThriftCache(CacheSequences):
         }
 
     def _check_tokens(self, name: str, x: Tensor) -> None:
+        if not isinstance(x, Tensor):
+            raise TypeError(f"{name} must be a tensor, got {type(x).__name__}")
         if x.ndim != 4:
             raise ValueError(f"{name} must have 4 dimensions [B, H, T, D], got shape {list(x.shape)}")
         if x.dtype != self.dtype:

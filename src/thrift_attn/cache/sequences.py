@@ -16,6 +16,7 @@ from torch import Tensor
 from typing_extensions import Self
 
 from thrift_attn.cache.page_table import PageTable
+from thrift_attn.checks import whole_number
 from thrift_attn.config import BLOCK
 from thrift_attn.decode.tensors import check_sizes
 from thrift_attn.numerics import DecodeNumerics
@@ -94,8 +95,15 @@ class CacheSequences:
         with self._lock:
             self._check_finished()
             self._check_overrun()
-            new = [tokens] * self.batch if isinstance(tokens, int) else tokens
-            self.table.reserve([self.table.tokens(row) + n for row, n in enumerate(new)])
+            new = [whole_number("tokens", n) for n in (tokens if isinstance(tokens, list) else [tokens] * self.batch)]
+            if len(new) != self.batch or min(new) < 0:
+                raise ValueError(
+                    f"tokens must be at least 0, one number or one for each of {self.batch} rows, got {tokens}"
+                )
+            wanted = [self.table.tokens(row) + n for row, n in enumerate(new)]
+            self.table.check_room(wanted)
+            with self._changing():
+                self.table.reserve(wanted)
 
     def advance(self, tokens: int) -> None:
         """Note that a replayed graph has appended ``tokens`` tokens (at most 64) to every sequence.
@@ -166,7 +174,7 @@ class CacheSequences:
             ValueError: a row out of range, or more tokens than there are.
         """
         self._check_row(row)
-        if not 0 <= tokens <= self.table.tokens(row):
+        if not 0 <= whole_number("tokens", tokens) <= self.table.tokens(row):
             raise ValueError(f"sequence {row} has {self.table.tokens(row)} tokens: it cannot keep {tokens}")
         block = tokens // BLOCK
         with self._changing():
@@ -212,13 +220,14 @@ class CacheSequences:
 
         The pages it takes go back to the pool when it is freed or no longer used.
         """
-        self._check_finished()
-        other = copy.copy(self)
-        other.table, other.tail, other.overrun = self.table.branch(), self.tail.clone(), self.overrun.clone()
-        other._overrun_seen = self._overrun_seen.clone()
-        other.block0_mean, other.sink_value = self.block0_mean.clone(), self.sink_value.clone()
-        other._slots = [list(slots) for slots in self._slots]
-        return other
+        with self._reading():
+            self._check_finished()
+            other = copy.copy(self)
+            other.table, other.tail, other.overrun = self.table.branch(), self.tail.clone(), self.overrun.clone()
+            other._overrun_seen = self._overrun_seen.clone()
+            other.block0_mean, other.sink_value = self.block0_mean.clone(), self.sink_value.clone()
+            other._slots = [list(slots) for slots in self._slots]
+            return other
 
     def _read(self, row: int, pages: Tensor, first: int) -> Blocks:
         """What pages of a sequence decode to, those of the blocks from ``first`` on."""
@@ -228,5 +237,5 @@ class CacheSequences:
         return read
 
     def _check_row(self, row: int) -> None:
-        if not 0 <= row < self.batch:
+        if not 0 <= whole_number("row", row) < self.batch:
             raise ValueError(f"row must be from 0 to {self.batch - 1}, got {row}")

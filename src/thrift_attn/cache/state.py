@@ -20,19 +20,21 @@ def dump(cache: PagedThriftCache) -> dict[str, Tensor]:
         ``[B, 2]``, the block that each slot holds; ``levels_k`` ``[Hkv, D]`` and ``levels_v`` ``[Hkv]``: the powers of two
         that all K and V are multiplied by, of a cache with ``balance``.
     """
-    tokens = [cache.tokens(row) for row in range(cache.batch)]
-    pages, numbers = torch.cat([cache.table.pages(row) for row in range(cache.batch)]).unique(return_inverse=True)
-    blocks = torch.full((cache.batch, max(tokens) // BLOCK), -1, dtype=torch.int64)
-    for row, found in enumerate(numbers.cpu().split([count // BLOCK for count in tokens])):
-        blocks[row, : len(found)] = found
-    planes = {name: plane[pages] for name, plane in zip(cache.pool._fields, cache.pool, strict=True)}
-    slots = torch.tensor(cache._slots)
-    found = {**planes, "blocks": blocks, "tokens": torch.tensor(tokens), "tail": cache.tail}
-    found["sinks"] = torch.stack([cache.block0_mean, cache.sink_value])
-    found["slots"] = slots
-    if cache.levels is not None:
-        found |= {"levels_k": cache.levels.keys[:, 0], "levels_v": cache.levels.values[:, 0, 0]}
-    return found
+    with cache._reading():
+        cache._check_finished()
+        tokens = [cache.tokens(row) for row in range(cache.batch)]
+        pages, numbers = torch.cat([cache.table.pages(row) for row in range(cache.batch)]).unique(return_inverse=True)
+        blocks = torch.full((cache.batch, max(tokens) // BLOCK), -1, dtype=torch.int64)
+        for row, found in enumerate(numbers.cpu().split([count // BLOCK for count in tokens])):
+            blocks[row, : len(found)] = found
+        planes = {name: plane[pages] for name, plane in zip(cache.pool._fields, cache.pool, strict=True)}
+        slots = torch.tensor(cache._slots)
+        found = {**planes, "blocks": blocks, "tokens": torch.tensor(tokens), "tail": cache.tail}
+        found["sinks"] = torch.stack([cache.block0_mean, cache.sink_value])
+        found["slots"] = slots
+        if cache.levels is not None:
+            found |= {"levels_k": cache.levels.keys[:, 0], "levels_v": cache.levels.values[:, 0, 0]}
+        return found
 
 
 def restore(cache: PagedThriftCache, saved: dict[str, Tensor]) -> None:
@@ -43,10 +45,18 @@ def restore(cache: PagedThriftCache, saved: dict[str, Tensor]) -> None:
             each other. Nothing has changed then.
         RuntimeError: the pool is too small.
     """
-    _check_saved(cache, saved)
-    tokens = saved["tokens"].tolist()
+    with cache._lock:
+        cache._check_finished()
+        _check_saved(cache, saved)
+        with cache._changing():
+            _fill(cache, saved)
+
+
+def _fill(cache: PagedThriftCache, saved: dict[str, Tensor]) -> None:
+    """Write what was saved, and checked, into an empty cache."""
     for row in range(cache.batch):
-        cache.free(row)  # pages reserved but not written
+        cache._empty(row)  # pages reserved but not written
+    tokens = saved["tokens"].tolist()
     held = [[number for number in row if number >= 0] for row in saved["blocks"].tolist()]
     given = torch.tensor(cache.table.assign(held, tokens), dtype=torch.int64, device=cache.device)
     for name, plane in zip(cache.pool._fields, cache.pool, strict=True):
