@@ -8,6 +8,7 @@ import torch
 from support.caches import HIGH, make, query, same, state, tokens
 from thrift_attn import ThriftConfig, attention, fraction, top_k
 from thrift_attn.cache import PagedThriftCache
+from thrift_attn.numerics import DecodeNumerics
 from thrift_attn.reference.formats import RESIDUALS
 from thrift_attn.reference.pages import Pool, read_blocks, write_blocks
 from thrift_attn.reference.quantize import block_means, roundtrip
@@ -22,7 +23,9 @@ def test_pages_decode_to_what_the_formats_define(high, low, centred):
     k, v = (x.squeeze(0).unflatten(1, (3, 64)).transpose(0, 1) for x in tokens(192))  # [n, Hkv, 64, D]
     pool = Pool.empty(5, 2, 64, high, torch.float32, torch.device("cpu"))
     pages = torch.tensor([4, 0, 2])
-    write_blocks(pool, pages, k, v, low=low, plane=high, centred=centred, best=True)
+    center, sink = ("block", "exact") if centred else ("none", "none")
+    config = ThriftConfig.for_cache(base_format=low, promoted_storage=high, center=center, sink_token=sink)
+    write_blocks(pool, pages, k, v, numerics=DecodeNumerics.resolve(config))
     read = read_blocks(pool, pages, plane=high, centred=centred)
     mean = block_means(k)
     delta = k - mean if centred else k

@@ -44,15 +44,16 @@ def test_the_first_token_lies_beside_the_pages(low, high, steps):
         for n in steps:
             cache.append(k[:, :, start : start + n], v[:, :, start : start + n])
             start += n
-        assert torch.equal(cache.sink_value, v[:, :, 0])
+        assert torch.equal(cache.per_sequence.sink_value, v[:, :, 0])
         pages = cache.table.table[:, 0].long()
         assert torch.equal(cache.pool.centres[pages], k[:, :, 0])
         for row in range(2):
             keys, values = cache.read(row)
             assert torch.equal(keys[:, 0], k[row, :, 0])
             assert torch.equal(values[:, 0], v[row, :, 0])
-    torch.testing.assert_close(kernels.block0_mean, plain.block0_mean, rtol=2e-3, atol=1e-5)
-    torch.testing.assert_close(kernels.block0_mean.float(), k[:, :, 1:64].float().mean(2), rtol=2e-3, atol=1e-3)
+    means = [cache.per_sequence.block0_mean for cache in (kernels, plain)]
+    torch.testing.assert_close(*means, rtol=2e-3, atol=1e-5)
+    torch.testing.assert_close(means[0].float(), k[:, :, 1:64].float().mean(2), rtol=2e-3, atol=1e-3)
 
 
 @pytest.mark.parametrize("tq", [1, 3])
@@ -76,7 +77,7 @@ def test_the_first_block_is_chosen_without_its_first_token(tq):
 
 
 @pytest.mark.parametrize(("high", "queries"), [("nested", 1), ("16bit", 3)])
-def test_levels_of_channels_and_heads(high, queries):
+def test_scales_of_channels_and_heads(high, queries):
     """K with outlier channels, another in each head, and small V: first tokens, a step and what is read."""
     k, v = tokens(134)
     for head, channel in ((0, 3), (0, 40), (1, 17)):
@@ -86,14 +87,16 @@ def test_levels_of_channels_and_heads(high, queries):
     for cache in (kernels, plain):
         cache.append(k[:, :, :130], v[:, :, :130])
         cache.append(k[:, :, 130:], v[:, :, 130:])
-    powers = kernels.levels.keys
+    powers = kernels.per_sequence.k_channel_scale[0]
     assert len(powers[0].unique()) > 1
     assert not torch.equal(powers[0], powers[1])
+    for got, want in zip(kernels.per_sequence[2:], plain.per_sequence[2:], strict=True):
+        assert torch.equal(got, want)
     check(kernels, plain, query(queries))
     out = [cache.attend(query(queries)) for cache in (kernels, plain)]
     for head in (2, 3):  # of the second KV head: small outputs, which the norm of all would hide
         assert (out[0] - out[1])[:, head].float().norm() <= 3e-3 * out[1][:, head].float().norm()
-    assert torch.equal(kernels.widen()[0][0], plain.widen()[0][0])
+    torch.testing.assert_close(kernels.widen()[0][0], plain.widen()[0][0], rtol=2**-10, atol=1e-6)
 
 
 @pytest.mark.parametrize("steps", [[63, 1, 1, 64], [70, 62, 3]])
@@ -160,9 +163,9 @@ def test_operators_are_registered_properly():
     cache = make("triton", heads=1)
     cache.append(k, v)
     tensors, storage = cache.tensors(), ops._storage(cache.numerics)
-    scales = (tensors.inv_k_channel_scale, tensors.inv_v_head_scale)
+    scales = (tensors.k_channel_scale, tensors.v_head_scale)
     torch.library.opcheck(ops.attend_cache, (query(), *ops._flat(tensors), storage, 0.125, None, None, *scales))
-    step = (k[:, :, :3], v[:, :, :3], *ops._flat(tensors), storage)
+    step = (k[:, :, :3], v[:, :, :3], *ops._flat(tensors), storage, *scales)
     torch.library.opcheck(ops.append_step, step, test_utils="test_schema")
 
 

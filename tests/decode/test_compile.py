@@ -24,15 +24,16 @@ fn = decode.attend_split_kernel
 tile = decode.column_tile(group, 1, dim)
 tuned = decode.tuning(dim, tile, False, plane)
 high = "*bf16" if plane == "16bit" else "*i32"
-pointers = dict(zip(fn.arg_names, ["*bf16", "*i32", high, "*bf16", "*fp32", "*i32", "*i32", "*i32", "*fp32", "*fp32", "*bf16"]))
-numbers = dict(scale="fp32", stride_qb="i32", stride_qh="i32", stride_qt="i32", stride_kc="i32", window="i32", blocks="i32")
+kinds = ["*bf16", "*i32", high, "*bf16", "*fp32", "*i32", "*i32", "*i32", "*fp32", "*fp32", "*fp32", "*fp32"]
+pointers = dict(zip(fn.arg_names, kinds))
+numbers = dict(scale="fp32", stride_qb="i32", stride_qh="i32", stride_qt="i32", window="i32", blocks="i32")
 constants = dict(
     HKV=8, GROUP=group, TQ=1, D=dim, CHUNKS=decode.chunks(dim, tuned.chunk), N=tile,
     RP=tensors.padded_rows(group, 1), HIGH=decode.HIGH[plane], CENTRED=True, WINDOW=False, CAP=0.0, SCALED=True, tq=1,
     PORTABLE=False, OVERLAP=capability >= 90,
 )
 signature = {n: {**pointers, **numbers}.get(n, "constexpr") for n in fn.arg_names}
-aligned = [*pointers, "stride_qb", "stride_qh", "stride_qt", "stride_kc"]
+aligned = [*pointers, "stride_qb", "stride_qh", "stride_qt"]
 attrs = {(fn.arg_names.index(n),): [["tt.divisibility", 16]] for n in aligned}
 kernel = triton.compile(
     ASTSource(fn, signature, constexprs=constants, attrs=attrs),

@@ -17,7 +17,6 @@ from thrift_attn.cache import PagedThriftCache
 from thrift_attn.config import ThriftConfig
 from thrift_attn.decode import ops, tensors
 from thrift_attn.decode.append import write_tail
-from thrift_attn.decode.gather import gather_pages
 from thrift_attn.decode.pack import pack_blocks
 from thrift_attn.decode.score import score_blocks
 
@@ -78,7 +77,7 @@ def test_launchers_refuse_strides_that_kernels_do_not_take():
     k = torch.zeros(1, 1, 64, 64, dtype=torch.float16, device=DEVICE).transpose(2, 3)
     pages = torch.full((1, 2), -1, dtype=torch.int32, device=DEVICE)
     with pytest.raises(ValueError, match="contiguous"):
-        write_tail(k, k, cache=cache.tensors(), pages=pages, firsts=pages.clone())
+        write_tail(k, k, cache=cache.tensors(), pages=pages, seqs=pages.clone(), numbers=pages.clone())
     with pytest.raises(ValueError, match="contiguous"):
         pack_blocks(k, k, pages[0, :1], cache=cache.tensors(), numerics=cache.numerics)
     with pytest.raises(ValueError, match="contiguous"):
@@ -92,11 +91,11 @@ def test_a_step_without_a_page_writes_nothing_and_says_so():
     cache.append(k[:, :, :63], v[:, :, :63], lengths=[63, 20])
     state = cache.tensors()
     cache.table.table.fill_(-1)
-    before = [x.clone() for x in (*cache.pool, cache.tail[:, 0], cache.block0_mean, cache.sink_value)]
+    before = [x.clone() for x in (*cache.pool, cache.tail[:, 0], *cache.per_sequence.given())]
     ops.append(k[:, :, 63:65], v[:, :, 63:65], state, cache.numerics)
     assert cache.lengths.tolist() == [63, 22]  # the other sequence completes no block
     assert state.overrun.tolist() == [1]
-    for x, old in zip((*cache.pool, cache.tail[:, 0], cache.block0_mean, cache.sink_value), before, strict=True):
+    for x, old in zip((*cache.pool, cache.tail[:, 0], *cache.per_sequence.given()), before, strict=True):
         assert torch.equal(x, old)
 
 
@@ -195,7 +194,7 @@ def test_warming_up_changes_nothing(monkeypatch):
     k, v = tokens(70, heads=1)
     cache = make("triton", heads=1)
     cache.append(k, v)
-    before = [x.clone() for x in (*cache.pool, cache.tail, cache.lengths, cache.block0_mean, cache.sink_value)]
+    before = [x.clone() for x in (*cache.pool, cache.tail, cache.lengths, *cache.per_sequence.given())]
     steps = []
     real = ops.begin_step
     monkeypatch.setattr(
@@ -203,7 +202,7 @@ def test_warming_up_changes_nothing(monkeypatch):
     )
     cache.warm_up(2, new_tokens=(1, 3, 4))
     assert sorted(set(steps)) == [1, 4]
-    after = (*cache.pool, cache.tail, cache.lengths, cache.block0_mean, cache.sink_value)
+    after = (*cache.pool, cache.tail, cache.lengths, *cache.per_sequence.given())
     assert all(torch.equal(x, y) for x, y in zip(before, after, strict=True))
     assert cache.overrun.tolist() == [0]
 
@@ -245,30 +244,27 @@ def test_a_cache_on_a_gpu_that_is_not_the_current_one():
     assert (got.cpu().float() - want.cpu().float()).norm() <= 2e-3 * want.float().norm()
 
 
-def test_sequences_may_have_channel_scales_of_their_own():
-    """K and V times powers of two of each sequence, everything in 16 bits: what is read is what was written."""
-    config = ThriftConfig.for_cache(promoted_storage="16bit", budget=fraction(1.0), smooth="none")
-    k, v = tokens(70, batch=2, heads=2)
-    cache, plain = (make("triton", batch=2, config=config) for _ in range(2))
-    cache.reserve(70)
-    plain.append(k[:, :, :64], v[:, :, :64])
-    plain.append(k[:, :, 64:], v[:, :, 64:])
-    powers = 2.0 ** torch.arange(-2, 2, dtype=torch.float16, device=DEVICE)
-    of_k = powers.repeat(64).view(2, 2, 64)
-    of_k[1] *= 2
-    of_v = powers.view(2, 2)
-    own = {"k_channel_scale": of_k, "v_head_scale": of_v, "inv_k_channel_scale": 1 / of_k, "inv_v_head_scale": 1 / of_v}
-    state = dataclasses.replace(cache.tensors(), **own)
-    for part in (slice(0, 64), slice(64, 70)):
-        ops.append(k[:, :, part], v[:, :, part], state, cache.numerics)
-    q = query(batch=2)
-    for got, want in zip(
-        ops.attend(q, state, cache.numerics, scale=0.125),
-        plain.attend(q, scale=0.125, return_lse=True),
-        strict=True,
-    ):
-        torch.testing.assert_close(got, want, rtol=2e-3, atol=2e-3)
-    out = torch.zeros(2, 2, 2, 70, 64, dtype=torch.float16, device=DEVICE)
-    gather_pages(out[0], out[1], cache=state, numerics=cache.numerics, tokens=70)
-    assert torch.equal(out[0], k)
-    assert torch.equal(out[1], v)
+@pytest.mark.parametrize("plane", ["nested", "16bit"])
+def test_the_scales_of_a_sequence_are_its_own(plane):
+    """Beside a neighbour of another size, in steps or in bulk, a sequence holds and answers the same bits as alone."""
+    k, v = tokens(140, batch=2, heads=2)
+    for b, size in ((0, 1.0), (1, 2.0**-9)):
+        k[b, :, :, 5] *= 16 * (b + 1)
+        k[b], v[b] = size * k[b], size * v[b]
+    config = ThriftConfig.for_cache(promoted_storage=plane, budget=top_k(1))
+    both, alone = make("triton", batch=2, config=config), [make("triton", config=config) for _ in range(2)]
+    for part in (slice(0, 60), slice(60, 70), slice(70, 140)):
+        both.append(k[:, :, part], v[:, :, part])
+    q = query(3, batch=2)
+    got, got_lse = both.attend(q, return_lse=True)
+    wide = both.widen()
+    for b, cache in enumerate(alone):
+        cache.append(k[b : b + 1], v[b : b + 1])
+        want, want_lse = cache.attend(q[b : b + 1], return_lse=True)
+        assert torch.equal(got[b], want[0])
+        assert torch.equal(got_lse[b], want_lse[0])
+        for x, y in zip(wide, cache.widen(), strict=True):
+            assert torch.equal(x[b], y[0])
+        for x, y in zip(both.per_sequence, cache.per_sequence, strict=True):
+            assert torch.equal(x[b], y[0])
+    assert not torch.equal(both.per_sequence.k_channel_scale[0], both.per_sequence.k_channel_scale[1])

@@ -5,7 +5,9 @@ precision; when its 64th token arrives the block is centred, packed and summaris
 stays as well (two slots, block b in slot b mod 2), so that taking back up to 64 tokens is lossless. Where the first token of a
 sequence is exact (``sink_token="exact"``), its key is the centre of its block, and its value lies beside the pages,
 which hold 0.
-With ``smooth`` all of it is K and V times powers of two (`thrift_attn.cache.cache_scales`), which nobody outside sees.
+With ``smooth`` the 4-bit planes hold K and V times powers of two, which a sequence takes from its first block when that is
+packed (`thrift_attn.reference.channel_scales.scales_of_block`) and which nobody outside sees. All that is kept in 16 bits is K
+and V as they came.
 """
 
 from __future__ import annotations
@@ -17,7 +19,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from thrift_attn.cache.cache_scales import CacheLevels
 from thrift_attn.cache.page_table import PageTable
 from thrift_attn.cache.sequences import CacheSequences
 from thrift_attn.checks import check_logits, check_no_gradients, whole_number
@@ -27,7 +28,7 @@ from thrift_attn.dispatch import check_cache
 from thrift_attn.numerics import DecodeNumerics
 from thrift_attn.reference import attention as reference
 from thrift_attn.reference.budget import decode_budget
-from thrift_attn.reference.pages import Pool, write_blocks
+from thrift_attn.reference.pages import Pool, SequenceTensors, write_blocks
 
 DEFAULT = ThriftConfig.for_cache()
 
@@ -101,13 +102,11 @@ class PagedThriftCache(CacheSequences):
         self.table = PageTable(num_pages, batch, sizes["max_pages"], device, max_tokens)
         self._lock = threading.RLock()  # of the pool: caches that `branch` makes share it
         self._unfinished = False
-        self.levels = CacheLevels.ones(kv_heads, head_dim, dtype, device) if self.numerics.channel_scales else None
         self.pool = Pool.empty(num_pages, kv_heads, head_dim, config.promoted_storage, dtype, device)
         # K and V of the two newest blocks, block b in slot b mod 2.
         self.tail = torch.zeros(2, batch, 2, kv_heads, BLOCK, head_dim, dtype=dtype, device=device)
-        # What pages do not hold of the first block: the mean of K without its first token, and V of that token.
-        self.block0_mean, self.sink_value = (
-            torch.zeros(batch, kv_heads, head_dim, dtype=dtype, device=device) for _ in range(2)
+        self.per_sequence = SequenceTensors.empty(
+            batch, kv_heads, head_dim, scaled=self.numerics.channel_scales, dtype=dtype, device=device
         )
         self._slots = [[-1, -1] for _ in range(batch)]  # the block whose 16-bit data each slot holds
         self.budget = decode_budget(config.budget, sizes["max_pages"]).to(device)  # by the number of complete blocks
@@ -125,14 +124,11 @@ class PagedThriftCache(CacheSequences):
         held = [
             *self.pool,
             self.tail,
-            self.block0_mean,
-            self.sink_value,
+            *self.per_sequence.given(),
             self.table.table,
             self.table.lengths,
             self.budget,
         ]
-        if self.levels is not None:
-            held += self.levels.tensors
         return sum(x.numel() * x.element_size() for x in held)
 
     # -- growing -------------------------------------------------------------------------------------------------------
@@ -170,8 +166,6 @@ class PagedThriftCache(CacheSequences):
             self.table.check_room(wanted)
             with self._changing():
                 self.table.reserve(wanted)
-                if self.levels is not None:
-                    self.levels.take(k, v, new, self.numerics.centred)
                 if self.backend == "triton" and count <= BLOCK:
                     counts = None if lengths is None else torch.tensor(new, dtype=torch.int32).to(self.device)
                     self._append_step(k, v, counts)
@@ -212,9 +206,6 @@ class PagedThriftCache(CacheSequences):
         stop = start + k.shape[1]
         first, complete = start // BLOCK, stop // BLOCK
         kv = torch.stack([k, v])  # [2, Hkv, T, D]
-        if self.levels is not None:
-            kv[0] *= self.levels.keys
-            kv[1] *= self.levels.values
         if start % BLOCK and complete > first:  # the incomplete block fills up
             head = BLOCK - start % BLOCK
             slot = self.tail[:, row, first % 2]
@@ -237,22 +228,22 @@ class PagedThriftCache(CacheSequences):
 
     def _pack(self, row: int, first: int, blocks: Tensor) -> None:
         """Pack ``[2, n, Hkv, 64, D]`` (K and V) into the pages of the blocks from ``first`` on."""
+        if first == 0 and blocks.shape[1] > 1:  # others are packed by the scales that the first block brings
+            self._pack(row, 0, blocks[:, :1])
+            first, blocks = 1, blocks[:, 1:]
         pages = self.table.table[row, first : first + blocks.shape[1]]
-        firsts = None
-        if self.numerics.exact_sink:
-            firsts = torch.full_like(pages, -1)
-            firsts[:1] = row if first == 0 else -1
         if self.backend == "triton":
             from thrift_attn.decode.pack import pack_blocks
 
+            seqs, numbers = (torch.full_like(pages, n) for n in (row, first))
             pack_blocks(
-                blocks[0], blocks[1], pages, cache=self.tensors(), numerics=self.numerics, firsts=firsts
-            )  # fmt: skip
-        else:
-            options = self._storage() | (
-                {} if firsts is None else {"firsts": firsts, "sinks": (self.block0_mean, self.sink_value)}
+                blocks[0], blocks[1], pages, cache=self.tensors(), numerics=self.numerics, seqs=seqs, numbers=numbers
             )
-            write_blocks(self.pool, pages.long(), blocks[0], blocks[1], **options)
+        else:
+            write_blocks(
+                self.pool, pages.long(), blocks[0], blocks[1],
+                numerics=self.numerics, sequence=self._sequence(row), first=first == 0,
+            )  # fmt: skip
 
     # -- reading -------------------------------------------------------------------------------------------------------
 
@@ -288,8 +279,6 @@ class PagedThriftCache(CacheSequences):
             planes = self._planes(row)
             tokens = self.table.tokens(row)
             k, v = planes.high_k[:, :tokens], planes.high_v[:, :tokens]
-            if self.levels is not None:
-                k, v = k * self.levels.of_queries[:, 0], v * self.levels.of_outputs[:, 0]
             return k.to(self.dtype), v.to(self.dtype)
 
     def attend(
@@ -351,27 +340,16 @@ class PagedThriftCache(CacheSequences):
 
     def tensors(self) -> CacheTensors:
         """Return what the cache holds on the device, as the kernels of decode take it (`thrift_attn.decode.tensors`)."""
-        scales: dict[str, Tensor] = {}
-        if self.levels is not None:
-            heads, dim = self.kv_heads, self.head_dim
-            scales = {
-                "k_channel_scale": self.levels.keys.view(heads, dim).expand(self.batch, -1, -1),
-                "v_head_scale": self.levels.values.view(heads).expand(self.batch, -1),
-                "inv_k_channel_scale": self.levels.of_queries.view(heads, dim).expand(self.batch, -1, -1),
-                "inv_v_head_scale": self.levels.of_outputs.view(heads).expand(self.batch, -1),
-            }
         return CacheTensors(
             base=self.pool.base,
             k_block_mean=self.pool.centres,
             high=self.pool.high,
             tail=self.tail,
-            block0_mean=self.block0_mean,
-            sink_value=self.sink_value,
             page_table=self.table.table,
             lengths=self.lengths,
             budget=self.budget,
             overrun=self.overrun,
-            **scales,
+            **self.per_sequence._asdict(),
         )
 
     def _attend_reference(
@@ -379,16 +357,12 @@ class PagedThriftCache(CacheSequences):
     ) -> tuple[Tensor, Tensor]:
         out = torch.zeros_like(q)
         lse = torch.full(q.shape[:3], -math.inf, dtype=torch.float32, device=q.device)
-        if self.levels is not None:
-            q = self.levels.queries(q)
         for row in range(self.batch):
             tokens = self.table.tokens(row)
             if tokens:
                 mask = reference.Mask(q.shape[2], tokens, True, window)
                 result = reference.attend_planes(q[row], self._planes(row), self.numerics, mask, scale, softcap)
                 out[row], lse[row] = result[0].to(q.dtype), result[1]
-        if self.levels is not None:
-            out = self.levels.outputs(out)
         return out, lse
 
     def _planes(self, row: int) -> reference.Planes:
@@ -403,18 +377,11 @@ class PagedThriftCache(CacheSequences):
             low_k, high_k = (torch.cat([x, kept[0]], 1) for x in (low_k, high_k))
             low_v, high_v = (torch.cat([x, kept[1]], 1) for x in (low_v, high_v))
             centres = torch.cat([centres, torch.zeros_like(kept[0, :, :1])], 1)
-        others = self.block0_mean[row].float() if self.numerics.exact_sink and tokens >= BLOCK else None
+        block0_mean = self.per_sequence.block0_mean[row].float()
+        others = block0_mean if self.numerics.exact_sink and tokens >= BLOCK else None
         return reference.Planes(low_k, low_v, high_k, high_v, centres, block0_mean=others, exact_tail=True)
 
     # -- checks --------------------------------------------------------------------------------------------------------
-
-    def _storage(self) -> dict[str, Any]:
-        return {
-            "low": self.config.base_format,
-            "plane": self.config.promoted_storage,
-            "centred": self.numerics.centred,
-            "best": self.numerics.best_scales,
-        }
 
     def _check_tokens(self, name: str, x: Tensor) -> None:
         if not isinstance(x, Tensor):

@@ -20,7 +20,7 @@ from thrift_attn.checks import whole_number
 from thrift_attn.config import BLOCK
 from thrift_attn.decode.tensors import check_sizes
 from thrift_attn.numerics import DecodeNumerics
-from thrift_attn.reference.pages import Blocks, Pool, read_blocks
+from thrift_attn.reference.pages import Blocks, Pool, SequenceTensors, read_blocks
 
 
 class CacheSequences:
@@ -34,8 +34,7 @@ class CacheSequences:
     table: PageTable
     pool: Pool
     tail: Tensor
-    block0_mean: Tensor
-    sink_value: Tensor
+    per_sequence: SequenceTensors
     overrun: Tensor
     _lock: threading.RLock  # pyright: ignore[reportInvalidTypeForm]
     _unfinished: bool
@@ -161,7 +160,8 @@ class CacheSequences:
             self._empty(target)
             self.table.share(source, target)
             self.tail[:, target] = self.tail[:, source]
-            self.block0_mean[target], self.sink_value[target] = self.block0_mean[source], self.sink_value[source]
+            for x in self.per_sequence.given():
+                x[target] = x[source]
             self._slots[target] = list(self._slots[source])
 
     def truncate(self, row: int, tokens: int) -> None:
@@ -205,13 +205,13 @@ class CacheSequences:
             check_sizes(len(rows), self.kv_heads, self.table.table.shape[1])
         with self._changing():
             index = torch.tensor(rows, device=self.device)
-            tail, block0_mean, sink_value = self.tail[:, index], self.block0_mean[index], self.sink_value[index]
+            tail, per_sequence = self.tail[:, index], self.per_sequence.each(lambda x: x[index])
             if len(rows) == self.batch:
                 self.tail.copy_(tail)
-                self.block0_mean.copy_(block0_mean)
-                self.sink_value.copy_(sink_value)
+                for x, new in zip(self.per_sequence.given(), per_sequence.given(), strict=True):
+                    x.copy_(new)
             else:
-                self.tail, self.block0_mean, self.sink_value = tail, block0_mean, sink_value
+                self.tail, self.per_sequence = tail, per_sequence
             self._slots = [list(self._slots[row]) for row in rows]
             self.table.select(rows)
 
@@ -225,16 +225,23 @@ class CacheSequences:
             other = copy.copy(self)
             other.table, other.tail, other.overrun = self.table.branch(), self.tail.clone(), self.overrun.clone()
             other._overrun_seen = self._overrun_seen.clone()
-            other.block0_mean, other.sink_value = self.block0_mean.clone(), self.sink_value.clone()
+            other.per_sequence = self.per_sequence.each(torch.clone)
             other._slots = [list(slots) for slots in self._slots]
             return other
 
     def _read(self, row: int, pages: Tensor, first: int) -> Blocks:
         """What pages of a sequence decode to, those of the blocks from ``first`` on."""
-        read = read_blocks(self.pool, pages, plane=self.numerics.promoted_storage, centred=self.numerics.centred)
+        sequence = self._sequence(row)
+        read = read_blocks(
+            self.pool, pages, plane=self.numerics.promoted_storage, centred=self.numerics.centred, sequence=sequence
+        )
         if self.numerics.exact_sink and first == 0 and len(pages):
-            read.high_v[0, :, 0] = self.sink_value[row]
+            read.high_v[0, :, 0] = sequence.sink_value
         return read
+
+    def _sequence(self, row: int) -> SequenceTensors:
+        """Return views of what belongs to one sequence, without the dimension B."""
+        return self.per_sequence.each(lambda x: x[row])
 
     def _check_row(self, row: int) -> None:
         if not 0 <= whole_number("row", row) < self.batch:

@@ -5,9 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from thrift_attn.cache.cache_scales import CacheLevels
 from thrift_attn.cache.paged import PagedThriftCache
 from thrift_attn.config import BLOCK
+from thrift_attn.reference.channel_scales import LARGEST, is_power_of_two
+from thrift_attn.reference.pages import SequenceTensors
 
 
 def dump(cache: PagedThriftCache) -> dict[str, Tensor]:
@@ -16,9 +17,8 @@ def dump(cache: PagedThriftCache) -> dict[str, Tensor]:
     Returns:
         ``base``, ``centres``, ``high``: the planes ``[n, Hkv, ...]`` of the pages in use; ``blocks``: int64 ``[B, most]``,
         which of them holds each complete block of each sequence, -1 behind the last; ``tokens``: int64 ``[B]``;
-        ``tail``: the 16-bit slots; ``sinks``: ``[2, B, Hkv, D]``, what pages do not hold of first blocks; ``slots``: int64
-        ``[B, 2]``, the block that each slot holds; ``levels_k`` ``[Hkv, D]`` and ``levels_v`` ``[Hkv]``: the powers of two
-        that all K and V are multiplied by, of a cache with ``balance``.
+        ``tail``: the 16-bit slots; ``slots``: int64 ``[B, 2]``, the block that each slot holds; and what belongs to each
+        sequence, by the names of `thrift_attn.reference.pages.SequenceTensors`.
     """
     with cache._reading():
         cache._check_finished()
@@ -30,11 +30,8 @@ def dump(cache: PagedThriftCache) -> dict[str, Tensor]:
         planes = {name: plane[pages] for name, plane in zip(cache.pool._fields, cache.pool, strict=True)}
         slots = torch.tensor(cache._slots)
         found = {**planes, "blocks": blocks, "tokens": torch.tensor(tokens), "tail": cache.tail}
-        found["sinks"] = torch.stack([cache.block0_mean, cache.sink_value])
         found["slots"] = slots
-        if cache.levels is not None:
-            found |= {"levels_k": cache.levels.keys[:, 0], "levels_v": cache.levels.values[:, 0, 0]}
-        return found
+        return found | {name: x for name, x in cache.per_sequence._asdict().items() if x is not None}
 
 
 def restore(cache: PagedThriftCache, saved: dict[str, Tensor]) -> None:
@@ -62,13 +59,13 @@ def _fill(cache: PagedThriftCache, saved: dict[str, Tensor]) -> None:
     for name, plane in zip(cache.pool._fields, cache.pool, strict=True):
         plane[given] = saved[name].to(cache.device)
     cache.tail.copy_(saved["tail"])
-    cache.block0_mean.copy_(saved["sinks"][0])
-    cache.sink_value.copy_(saved["sinks"][1])
-    if "levels_k" in saved:
-        cache.levels = CacheLevels.ones(cache.kv_heads, cache.head_dim, cache.dtype, cache.device)
-        cache.levels.set(saved["levels_k"].to(cache.device).float(), saved["levels_v"].to(cache.device).float())
-    else:
-        cache.levels = None
+    if "k_channel_scale" in saved and cache.per_sequence.k_channel_scale is None:
+        cache.per_sequence = SequenceTensors.empty(
+            cache.batch, cache.kv_heads, cache.head_dim, scaled=True, dtype=cache.dtype, device=cache.device
+        )
+    for name, x in cache.per_sequence._asdict().items():
+        if x is not None:
+            x.copy_(saved[name]) if name in saved else x.fill_(1)  # scales of pages that were written without
     cache._slots = saved["slots"].tolist()
 
 
@@ -78,10 +75,9 @@ def _check_saved(cache: PagedThriftCache, saved: dict[str, Tensor]) -> None:
         raise ValueError(f"the saved batch has {saved['tokens'].numel()} sequences, the cache {cache.batch}")
     if any(cache.tokens(row) for row in range(cache.batch)):
         raise ValueError("a cache must be empty to be restored; free its sequences first")
-    names = {*cache.pool._fields, "blocks", "tokens", "tail", "sinks", "slots"}
-    scaled = "levels_k" in saved
-    if scaled:
-        names |= {"levels_k", "levels_v"}
+    names = {*cache.pool._fields, "blocks", "tokens", "tail", "slots", "block0_mean", "sink_value"}
+    if "k_channel_scale" in saved:
+        names |= {"k_channel_scale", "v_head_scale"}
     if saved.keys() != names:
         raise ValueError(f"expected the tensors {', '.join(sorted(names))}, got {', '.join(sorted(saved))}")
     batch, pages = cache.batch, len(saved["base"])
@@ -98,16 +94,20 @@ def _check_saved(cache: PagedThriftCache, saved: dict[str, Tensor]) -> None:
         "tokens": ((batch,), torch.int64),
         "blocks": ((batch, max(tokens) // BLOCK), torch.int64),
         "tail": (tuple(cache.tail.shape), cache.dtype),
-        "sinks": ((2, batch, heads, dim), cache.dtype),
         "slots": ((batch, 2), torch.int64),
-        "levels_k": ((heads, dim), cache.dtype),
-        "levels_v": ((heads,), cache.dtype),
+        "block0_mean": ((batch, heads, dim), cache.dtype),
+        "sink_value": ((batch, heads, dim), cache.dtype),
+        "k_channel_scale": ((batch, heads, dim), torch.float32),
+        "v_head_scale": ((batch, heads), torch.float32),
     }
     for name in names & shapes.keys():
         shape, dtype = shapes[name]
         if tuple(saved[name].shape) != shape or saved[name].dtype != dtype:
             got = f"{list(saved[name].shape)} {saved[name].dtype}"
             raise ValueError(f"{name} must have shape {list(shape)} and dtype {dtype}, got {got}")
+    for name in ("k_channel_scale", "v_head_scale"):
+        if name in names and not is_power_of_two(saved[name]).all():
+            raise ValueError(f"{name} must hold powers of two from 2^-{LARGEST:g} to 2^{LARGEST:g}")
     for row, (count, held, slots) in enumerate(
         zip(tokens, saved["blocks"].tolist(), saved["slots"].tolist(), strict=True)
     ):

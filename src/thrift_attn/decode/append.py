@@ -12,7 +12,14 @@ from thrift_attn.kernels.launcher import check_rows, launch, on_device_of
 
 
 def write_tail(
-    k: Tensor, v: Tensor, *, cache: CacheTensors, pages: Tensor, firsts: Tensor, counts: Tensor | None = None
+    k: Tensor,
+    v: Tensor,
+    *,
+    cache: CacheTensors,
+    pages: Tensor,
+    seqs: Tensor,
+    numbers: Tensor,
+    counts: Tensor | None = None,
 ) -> None:
     """Write new tokens into the tail of a cache, count them, and say which pages have become complete.
 
@@ -23,7 +30,8 @@ def write_tail(
         v: likewise.
         cache: its ``tail`` and ``lengths`` are written.
         pages: int32 ``[B, 2]``, written: for each tail block the page it goes to if it is complete now, else -1.
-        firsts: int32 ``[B, 2]``, written: the number of the sequence if that is its first block, else -1.
+        seqs: int32 ``[B, 2]``, written: the sequence of each tail block.
+        numbers: int32 ``[B, 2]``, written: the number in its sequence of the block that ``pages`` has a page for.
         counts: int32 ``[B]``, how many of the T tokens each sequence takes; all by default.
 
     Raises:
@@ -35,7 +43,6 @@ def write_tail(
     check_rows(k=k, v=v)
     if not cache.tail.is_contiguous():
         raise ValueError(f"the tail must be contiguous, got strides {cache.tail.stride()}")
-    k_scale, v_scale = cache.k_channel_scale, cache.v_head_scale
     with on_device_of(k):
         launch(
             write_tail_kernel,
@@ -46,15 +53,12 @@ def write_tail(
             cache.page_table,
             cache.lengths,
             pages,
-            firsts,
-            k if k_scale is None else k_scale,
-            v if v_scale is None else v_scale,
+            seqs,
+            numbers,
             pages if counts is None else counts,
             cache.overrun,
             *k.stride()[:3],
             *v.stride()[:3],
-            0 if k_scale is None else k_scale.stride(0),
-            0 if v_scale is None else v_scale.stride(0),
             cache.max_blocks,
             batch,
             tokens,
@@ -62,7 +66,6 @@ def write_tail(
             D=dim,
             DP=triton.next_power_of_2(dim),
             ROWS=16,
-            SCALED=k_scale is not None,
             RAGGED=counts is not None,
             num_warps=4,
         )

@@ -6,7 +6,7 @@ import triton
 import triton.language as tl
 
 
-@triton.jit(do_not_specialize=["stride_kc", "stride_vc", "blocks", "batch", "tokens"])
+@triton.jit(do_not_specialize=["blocks", "batch", "tokens"])
 def write_tail_kernel(
     k_ptr,  # [B, Hkv, T, D]
     v_ptr,
@@ -14,9 +14,8 @@ def write_tail_kernel(
     page_table_ptr,  # int32 [B, NB]
     lengths_ptr,  # int32 [B]
     pages_ptr,  # int32 [B, 2]: the page of the block that this step completes in each of the two tail blocks, or -1
-    firsts_ptr,  # int32 [B, 2]: the sequence whose first block that is, or -1
-    k_channel_scale_ptr,  # [B, Hkv, D], powers of two that K is multiplied by
-    v_head_scale_ptr,  # [B, Hkv]
+    seqs_ptr,  # int32 [B, 2]: the sequence
+    numbers_ptr,  # int32 [B, 2]: the number of that block in its sequence
     counts_ptr,  # int32 [B]: how many of the T tokens each sequence takes, with RAGGED
     overrun_ptr,  # int32 [1], set where a sequence has no page for the block that it would complete
     stride_kb,
@@ -25,8 +24,6 @@ def write_tail_kernel(
     stride_vb,
     stride_vh,
     stride_vt,
-    stride_kc,  # of the scales over sequences, 0 where all share them
-    stride_vc,
     blocks,  # NB
     batch,  # B
     tokens,  # T, at most 64
@@ -34,7 +31,6 @@ def write_tail_kernel(
     D: tl.constexpr,
     DP: tl.constexpr,  # D rounded up to a power of two
     ROWS: tl.constexpr,  # (token, head) pairs at a time
-    SCALED: tl.constexpr,
     RAGGED: tl.constexpr,
 ):
     b = tl.program_id(0)
@@ -56,11 +52,6 @@ def write_tail_kernel(
         there = (row < count * HKV) & (d < D)
         k = tl.load(k_ptr + b.to(tl.int64) * stride_kb + head * stride_kh + token * stride_kt + d, mask=there)
         v = tl.load(v_ptr + b.to(tl.int64) * stride_vb + head * stride_vh + token * stride_vt + d, mask=there)
-        if SCALED:
-            k_scale = tl.load(k_channel_scale_ptr + b.to(tl.int64) * stride_kc + head * D + d, mask=there)
-            v_scale = tl.load(v_head_scale_ptr + b.to(tl.int64) * stride_vc + head, mask=row < count * HKV)
-            k = (k.to(tl.float32) * k_scale.to(tl.float32)).to(k.dtype)
-            v = (v.to(tl.float32) * v_scale.to(tl.float32)).to(v.dtype)
         at = length + token
         out = (((b.to(tl.int64) * 2 + at // 64 % 2) * HKV + head) * 64 + at % 64) * D + d
         stored = (row < kept * HKV) & (d < D)
@@ -69,8 +60,10 @@ def write_tail_kernel(
     slot = entry % 2
     tl.store(pages_ptr + b * 2 + slot, page)
     tl.store(pages_ptr + b * 2 + 1 - slot, -1)
-    tl.store(firsts_ptr + b * 2 + slot, tl.where(length < 64, b, -1))
-    tl.store(firsts_ptr + b * 2 + 1 - slot, -1)
+    tl.store(numbers_ptr + b * 2 + slot, entry)
+    tl.store(numbers_ptr + b * 2 + 1 - slot, entry)
+    tl.store(seqs_ptr + b * 2, b)
+    tl.store(seqs_ptr + b * 2 + 1, b)
     tl.debug_barrier()  # every warp has read the old length
     tl.store(lengths_ptr + b, length + kept)  # no other program reads it
     if lost:

@@ -83,7 +83,7 @@ def attend_pages(step: DecodeStep, *, tuned: Tuning | None = None) -> None:
     Raises:
         ValueError: pages that do not fit.
     """
-    q, cache, numerics, inv_scale = step.q, step.cache, step.numerics, step.cache.inv_k_channel_scale
+    q, cache, numerics, scaled = step.q, step.cache, step.numerics, step.cache.k_channel_scale is not None
     batch, _, tq, dim = q.shape
     words = plane_size(dim, 4).words
     if cache.base.shape[2] != words:
@@ -105,10 +105,10 @@ def attend_pages(step: DecodeStep, *, tuned: Tuning | None = None) -> None:
             cache.lengths,
             step.partial_out,
             step.partial_lse,
-            q if inv_scale is None else inv_scale,
+            cache.k_channel_scale if scaled else step.bias,
+            cache.v_head_scale if scaled else step.bias,
             step.scale * LOG2E,
             *q.stride()[:3],
-            0 if inv_scale is None else inv_scale.stride(0),
             step.window or 0,
             cache.max_blocks,
             tq,
@@ -123,7 +123,7 @@ def attend_pages(step: DecodeStep, *, tuned: Tuning | None = None) -> None:
             CENTRED=numerics.centred,
             WINDOW=step.window is not None,
             CAP=(step.softcap or 0.0) * LOG2E,
-            SCALED=inv_scale is not None,
+            SCALED=scaled,
             PORTABLE=interpreted(),
             OVERLAP=step.overlap,
             launch_pdl=step.overlap,

@@ -27,6 +27,7 @@ from thrift_attn.decode.block_steps import (
     load_queries,
     nth_unpromoted,
     operands,
+    over_scales,
     scaled,
     softmax_step,
 )
@@ -41,6 +42,7 @@ from thrift_attn.decode.fragments import (
     v_copy_operand,
 )
 from thrift_attn.kernels.arithmetic import dot, softcapped
+from thrift_attn.kernels.channel_scales import inverse
 from thrift_attn.reference.page_layout import HIGH
 
 _NESTED: tl.constexpr = tl.constexpr(HIGH["nested"])
@@ -61,12 +63,12 @@ def attend_split_kernel(
     lengths_ptr,  # int32 [B]
     partial_out_ptr,  # float32 [B, Hkv, num_splits, RP, D]
     partial_lse_ptr,  # float32 [B, Hkv, num_splits, RP], base 2
-    inv_k_channel_scale_ptr,  # 16-bit [B, Hkv, D], powers of two that Q is multiplied by
+    k_channel_scale_ptr,  # float32 [B, Hkv, D], powers of two that K of the 4-bit planes was multiplied by
+    v_head_scale_ptr,  # float32 [B, Hkv]
     scale,  # factor of the logits times log2(e)
     stride_qb,
     stride_qh,
     stride_qt,
-    stride_kc,  # of the scales over sequences, 0 where all share them
     window,
     blocks,  # NB
     tq,
@@ -103,14 +105,15 @@ def attend_split_kernel(
     bh = tl.program_id(2)
     b = bh // HKV
     h = bh % HKV
-    # Lengths come from a kernel of this chain, so not from an L1 line of its last replay. Queries are written by an ordinary
-    # launch before it.
+    # Lengths and scales come from a kernel of this chain, so not from an L1 line of its last replay. Queries are written by an
+    # ordinary launch before it.
     length = tl.load(lengths_ptr + b, cache_modifier=".cg")
 
     # -- queries, scaled by a power of two such that the largest uses the range of fp16 --
     q_start = q_ptr + b.to(tl.int64) * stride_qb + (h * GROUP).to(tl.int64) * stride_qh
-    inv_scale = inv_k_channel_scale_ptr + b.to(tl.int64) * stride_kc + h * D
-    given = load_queries(q_start, inv_scale, rows, stride_qh, stride_qt, tq, GROUP, N, CHUNKS, SCALED)
+    given = load_queries(q_start, rows, stride_qh, stride_qt, tq, GROUP, N, CHUNKS)
+    if SCALED:
+        given = over_scales(given, k_channel_scale_ptr + bh.to(tl.int64) * D, N, CHUNKS)
     largest = 0.0
     for i in tl.static_range(PIECES):
         largest = tl.maximum(largest, tl.max(tl.abs(given[i].to(tl.float32)), 0))
@@ -227,13 +230,16 @@ def attend_split_kernel(
         block_after = tl.load(at, mask=i + 2 < count, other=0)
         page_after = tl.load(at + blocks, mask=i + 2 < count, other=0)
 
-    # -- 16-bit data: V has its own unit from here on, and the queries are read again rather than kept --
+    # -- 16-bit data, which knows no scales: V has its own unit from here on, and the queries are read again --
     rows = again(rows, PORTABLE)
-    given = load_queries(q_start, inv_scale, rows, stride_qh, stride_qt, tq, GROUP, N, CHUNKS, SCALED)
+    given = load_queries(q_start, rows, stride_qh, stride_qt, tq, GROUP, N, CHUNKS)
     raw = ()
     for i in tl.static_range(PIECES):
         raw = raw + (split_query_operand(given[i], CHUNKS[i][1], N),)
-    out = scaled(out, tl.full([N], 128.0, tl.float32), CHUNKS)
+    unit = 128.0
+    if SCALED:
+        unit *= inverse(tl.load(v_head_scale_ptr + bh, cache_modifier=".cg"))
+    out = scaled(out, tl.full([N], 1.0, tl.float32) * unit, CHUNKS)
     if HIGH == _COPY:
         for i in range(split, promoted, num_splits):
             number = tl.load(blocks_ptr + i)

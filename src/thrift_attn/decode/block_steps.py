@@ -22,6 +22,7 @@ from thrift_attn.decode.fragments import (
     widen8,
 )
 from thrift_attn.kernels.arithmetic import softcapped
+from thrift_attn.kernels.channel_scales import inverse
 
 
 @triton.jit
@@ -78,21 +79,27 @@ def softmax_step(s0, s1, s2, s3, factor, m, total):
 
 @triton.jit
 def load_queries(
-    q_ptr, inv_scale_ptr, rows, stride_qh, stride_qt, tq,
-    GROUP: tl.constexpr, N: tl.constexpr, CHUNKS: tl.constexpr, SCALED: tl.constexpr,
+    q_ptr, rows, stride_qh, stride_qt, tq, GROUP: tl.constexpr, N: tl.constexpr, CHUNKS: tl.constexpr
 ):  # fmt: skip
-    """Queries of N columns as given, or times powers of two, per chunk, in the order of `query_index`."""
+    """Queries of N columns as given, per chunk, in the order of `query_index`."""
     given = ()
     for i in tl.static_range(len(CHUNKS)):
         row, dim = query_index(CHUNKS[i][1], N)
         row += rows
         at = row // GROUP * stride_qt + row % GROUP * stride_qh + CHUNKS[i][0] * 16 + dim
-        q = tl.load(q_ptr + at, mask=row < GROUP * tq, other=0.0)
-        if SCALED:
-            power = tl.load(inv_scale_ptr + CHUNKS[i][0] * 16 + dim)
-            q = (q.to(tl.float32) * power.to(tl.float32)).to(q.dtype)
-        given = given + (q,)
+        given = given + (tl.load(q_ptr + at, mask=row < GROUP * tq, other=0.0),)
     return given
+
+
+@triton.jit
+def over_scales(given, k_scale_ptr, N: tl.constexpr, CHUNKS: tl.constexpr):
+    """Queries of `load_queries` over powers of two [D], float32."""
+    divided = ()
+    for i in tl.static_range(len(CHUNKS)):
+        _row, dim = query_index(CHUNKS[i][1], N)
+        power = tl.load(k_scale_ptr + CHUNKS[i][0] * 16 + dim, cache_modifier=".cg")
+        divided = divided + (given[i].to(tl.float32) * inverse(power),)
+    return divided
 
 
 @triton.jit

@@ -22,7 +22,7 @@ def combine_splits(step: DecodeStep) -> None:
 
     The first token is added where it is exact and its block is complete; its logit is the bias of block 0.
     """
-    cache, out, inv_scale, sink = step.cache, step.out, step.cache.inv_v_head_scale, step.numerics.exact_sink
+    cache, out, sink = step.cache, step.out, step.numerics.exact_sink
     batch, _, tq, dim = out.shape
     num_splits = step.partial_out.shape[2]
     block_d = 32 if num_splits > 16 else min(triton.next_power_of_2(dim), 128)
@@ -34,12 +34,10 @@ def combine_splits(step: DecodeStep) -> None:
             step.partial_lse,
             out,
             step.lse,
-            step.lse if inv_scale is None else inv_scale,
             cache.sink_value,
             step.bias,
             cache.lengths,
             *out.stride()[:3],
-            0 if inv_scale is None else inv_scale.stride(0),
             num_splits,
             step.window or 0,
             cache.max_blocks,
@@ -50,7 +48,6 @@ def combine_splits(step: DecodeStep) -> None:
             RP=step.q_rows,
             PAD=triton.next_power_of_2(num_splits),
             BLOCK_D=block_d,
-            SCALED=inv_scale is not None,
             SINK=sink,
             WINDOW=sink and step.window is not None,
             CAP=(step.softcap or 0.0) * LOG2E if sink else 0.0,

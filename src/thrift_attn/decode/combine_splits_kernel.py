@@ -8,20 +8,18 @@ import triton.language as tl
 from thrift_attn.kernels.arithmetic import softcapped
 
 
-@triton.jit(do_not_specialize=["stride_vc", "num_splits", "window", "blocks", "tq"])
+@triton.jit(do_not_specialize=["num_splits", "window", "blocks", "tq"])
 def combine_splits_kernel(
     partial_out_ptr,  # float32 [B, Hkv, num_splits, RP, D]
     partial_lse_ptr,  # float32 [B, Hkv, num_splits, RP], base 2
     out_ptr,  # [B, Hq, Tq, D]
     lse_ptr,  # float32 [B, Hq, Tq], natural
-    inv_v_head_scale_ptr,  # 16-bit [B, Hkv], powers of two that the output is multiplied by
     sink_value_ptr,  # 16-bit [B, Hkv, D]: V of the first token
     bias_ptr,  # float32 [B, Hkv, NB, RP], base 2
     lengths_ptr,  # int32 [B]
     stride_ob,
     stride_oh,
     stride_ot,
-    stride_vc,  # of the scales over sequences, 0 where all share them
     num_splits,
     window,
     blocks,  # NB
@@ -32,7 +30,6 @@ def combine_splits_kernel(
     RP: tl.constexpr,
     PAD: tl.constexpr,  # num_splits rounded up to a power of two
     BLOCK_D: tl.constexpr,  # dimensions per program, a power of two
-    SCALED: tl.constexpr,
     SINK: tl.constexpr,
     WINDOW: tl.constexpr,
     CAP: tl.constexpr,
@@ -46,9 +43,6 @@ def combine_splits_kernel(
     d = tl.program_id(2) * BLOCK_D + tl.arange(0, BLOCK_D)
     split = tl.arange(0, PAD)
     start = bh.to(tl.int64) * num_splits * RP + row
-    inv_scale = 1.0
-    if SCALED:
-        inv_scale = tl.load(inv_v_head_scale_ptr + b.to(tl.int64) * stride_vc + bh % HKV).to(tl.float32)
     sink_logit = float("-inf")
     sink_value = tl.zeros([BLOCK_D], tl.float32)
     if SINK:  # written before the splits began, some by kernels of this chain: not from an L1 line of its last replay
@@ -78,7 +72,7 @@ def combine_splits_kernel(
     out = tl.sum(part * weight[:, None], 0)
     if SINK:
         out += sink_value * tl.exp2(sink_logit - base)
-    out = out / tl.where(row_sum > 0, row_sum, 1.0) * inv_scale
+    out = out / tl.where(row_sum > 0, row_sum, 1.0)
     at = b.to(tl.int64) * stride_ob + head.to(tl.int64) * stride_oh + step * stride_ot
     tl.store(out_ptr + at + d, out.to(out_ptr.dtype.element_ty), mask=d < D)
     if tl.program_id(2) == 0:

@@ -33,7 +33,7 @@ def gather_pages(k: Tensor, v: Tensor, *, cache: CacheTensors, numerics: DecodeN
         raise ValueError(f"k and v must be contiguous, got strides {k.stride()} and {v.stride()}")
     if not tokens:
         return
-    plane, k_scale, v_scale = numerics.promoted_storage, cache.inv_k_channel_scale, cache.inv_v_head_scale
+    plane, k_scale, v_scale = numerics.promoted_storage, cache.k_channel_scale, cache.v_head_scale
     high = cache.base if cache.high is None else cache.high
     with on_device_of(k):
         launch(
@@ -52,8 +52,6 @@ def gather_pages(k: Tensor, v: Tensor, *, cache: CacheTensors, numerics: DecodeN
             cache.lengths,
             cache.k_block_mean if k_scale is None else k_scale,
             cache.k_block_mean if v_scale is None else v_scale,
-            0 if k_scale is None else k_scale.stride(0),
-            0 if v_scale is None else v_scale.stride(0),
             cache.max_blocks,
             capacity,
             batch,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from thrift_attn.kernels.channel_scales import inverse
 from thrift_attn.reference.page_layout import MASK
 
 _MASK = tl.constexpr(MASK)
@@ -56,7 +57,7 @@ def _decoded(ptr16, ptr32, t, spot, rows, J: tl.constexpr, T: tl.constexpr, EIGH
         return _element4(word, J) * _scale(scales, J) * 128.0
 
 
-@triton.jit(do_not_specialize=["stride_kc", "stride_vc", "blocks", "capacity", "batch"])
+@triton.jit(do_not_specialize=["blocks", "capacity", "batch"])
 def gather_pages_kernel(
     k_ptr,  # [B, Hkv, S, D], contiguous, written up to the length of each sequence
     v_ptr,
@@ -69,10 +70,8 @@ def gather_pages_kernel(
     sink_value_ptr,  # [B, Hkv, D]: V of the first token, which no page holds
     page_table_ptr,  # int32 [B, NB]
     lengths_ptr,  # int32 [B]
-    inv_k_channel_scale_ptr,  # [B, Hkv, D], what K of the cache is multiplied by
-    inv_v_head_scale_ptr,  # [B, Hkv]
-    stride_kc,  # of the scales over sequences, 0 where all share them
-    stride_vc,
+    k_channel_scale_ptr,  # float32 [B, Hkv, D], powers of two that packed K was multiplied by
+    v_head_scale_ptr,  # float32 [B, Hkv]
     blocks,  # NB
     capacity,  # S
     batch,  # B
@@ -102,11 +101,6 @@ def gather_pages_kernel(
     column = 4 * q + c + 0 * a + 0 * s
     turned = 8 * (c // 2) + 2 * q + c % 2 + 0 * a + 0 * s  # the token of a V column
     out = (b.to(tl.int64) * HKV + h) * capacity * D
-    inv_k = 1.0
-    inv_v = 1.0
-    if SCALED:
-        inv_k = tl.load(inv_k_channel_scale_ptr + b.to(tl.int64) * stride_kc + h * D + t * 16 + column).to(tl.float32)
-        inv_v = tl.load(inv_v_head_scale_ptr + b.to(tl.int64) * stride_vc + h).to(tl.float32)
     if block * 64 + 64 <= length:
         page = tl.load(page_table_ptr + b.to(tl.int64) * blocks + block).to(tl.int64)
         where = page * HKV + h
@@ -115,6 +109,12 @@ def gather_pages_kernel(
         if CENTRED and HIGH != 3:
             mean = tl.load(k_block_mean_ptr + where * D + t * 16 + column).to(tl.float32)
         base16, base32 = base16_ptr + where * (4 * HALF), base32_ptr + where * (2 * HALF)
+        inv_k = 1.0
+        inv_v = 1.0
+        if SCALED and HIGH != 3:
+            of_sequence = (b * HKV + h).to(tl.int64)
+            inv_k = inverse(tl.load(k_channel_scale_ptr + of_sequence * D + t * 16 + column))
+            inv_v = inverse(tl.load(v_head_scale_ptr + of_sequence))
         for j in tl.static_range(4):
             k_to = out + (16 * j + row) * D + t * 16 + column
             v_to = out + (16 * j + turned) * D + t * 16 + row
@@ -125,25 +125,20 @@ def gather_pages_kernel(
                 v = tl.load(copy + 64 * D).to(tl.float32)
             else:
                 high16, high32 = high16_ptr + where * (4 * SIZE), high32_ptr + where * (2 * SIZE)
-                k = mean + _decoded(base16, base32, t, spot, rows, j, T, False)
-                k += _decoded(high16, high32, t, spot, rows, j, T, EIGHT)
+                k = _decoded(base16, base32, t, spot, rows, j, T, False)
+                k = mean + (k + _decoded(high16, high32, t, spot, rows, j, T, EIGHT)) * inv_k
                 v = _decoded(base16 + 2 * HALF, base32 + HALF, t, spot, rows, j, T, False)
-                v += _decoded(high16 + 2 * SIZE, high32 + SIZE, t, spot, rows, j, T, EIGHT)
+                v = (v + _decoded(high16 + 2 * SIZE, high32 + SIZE, t, spot, rows, j, T, EIGHT)) * inv_v
             if SINK and j == 0:
                 own = tl.load(sink_value_ptr + (b.to(tl.int64) * HKV + h) * D + t * 16 + row).to(tl.float32)
                 v = tl.where((block == 0) & (turned == 0), own, v)
-            tl.store(k_ptr + k_to, (k * inv_k).to(k_ptr.dtype.element_ty))
-            tl.store(v_ptr + v_to, (v * inv_v).to(v_ptr.dtype.element_ty))
+            tl.store(k_ptr + k_to, k.to(k_ptr.dtype.element_ty))
+            tl.store(v_ptr + v_to, v.to(v_ptr.dtype.element_ty))
     elif block * 64 < length:  # the incomplete block
         token, d = tl.arange(0, 64)[:, None], t * 16 + tl.arange(0, 16)[None, :]
         there = (block * 64 + token < length) & (d < D)
         at = (((b.to(tl.int64) * 2 + block % 2) * HKV + h) * 64 + token) * D + d
         to = out + (block * 64 + token).to(tl.int64) * D + d
-        inv_row = 1.0
-        if SCALED:
-            inv_row = tl.load(inv_k_channel_scale_ptr + b.to(tl.int64) * stride_kc + h * D + d).to(tl.float32)
-        k = tl.load(tail_ptr + at, mask=there).to(tl.float32) * inv_row
-        tl.store(k_ptr + to, k.to(k_ptr.dtype.element_ty), mask=there)
+        tl.store(k_ptr + to, tl.load(tail_ptr + at, mask=there), mask=there)
         at += batch.to(tl.int64) * 2 * HKV * 64 * D
-        v = tl.load(tail_ptr + at, mask=there).to(tl.float32) * inv_v
-        tl.store(v_ptr + to, v.to(v_ptr.dtype.element_ty), mask=there)
+        tl.store(v_ptr + to, tl.load(tail_ptr + at, mask=there), mask=there)

@@ -115,7 +115,10 @@ def _storage(numerics: DecodeNumerics) -> str:
 
 @torch.library.custom_op(
     "thrift_attn::append_step",
-    mutates_args=("tail", "base", "k_block_mean", "high", "block0_mean", "sink_value", "lengths", "overrun"),
+    mutates_args=[
+        *("tail", "base", "k_block_mean", "high", "block0_mean", "sink_value", "lengths", "overrun"),
+        *("k_channel_scale", "v_head_scale"),
+    ],
     device_types=None,
 )
 def append_step(
@@ -153,8 +156,8 @@ def append_step(
     )
     k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (k, v))
     batch, kv_heads, _, dim = k.shape
-    pages, firsts = torch.empty(2, batch, 2, dtype=torch.int32, device=k.device)
-    write_tail(k, v, cache=cache, pages=pages, firsts=firsts, counts=counts)
+    pages, seqs, numbers = torch.empty(3, batch, 2, dtype=torch.int32, device=k.device)
+    write_tail(k, v, cache=cache, pages=pages, seqs=seqs, numbers=numbers, counts=counts)
     blocks = tail.view(2, batch * 2, kv_heads, BLOCK, dim)
     pack_blocks(
         blocks[0],
@@ -162,7 +165,8 @@ def append_step(
         pages.view(-1),
         cache=cache,
         numerics=_numerics(storage),
-        firsts=firsts.view(-1),
+        seqs=seqs.view(-1),
+        numbers=numbers.view(-1),
         overlap=_overlap(cache),
     )
 
@@ -222,8 +226,8 @@ def attend_cache(
     scale: float,
     window: int | None,
     softcap: float | None,
-    inv_k_channel_scale: Tensor | None = None,
-    inv_v_head_scale: Tensor | None = None,
+    k_channel_scale: Tensor | None = None,
+    v_head_scale: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """`attend` with its bundles taken apart."""
     cache = CacheTensors(
@@ -237,8 +241,8 @@ def attend_cache(
         lengths=lengths,
         budget=budget,
         overrun=overrun,
-        inv_k_channel_scale=inv_k_channel_scale,
-        inv_v_head_scale=inv_v_head_scale,
+        k_channel_scale=k_channel_scale,
+        v_head_scale=v_head_scale,
     )
     step = begin_step(q, cache, _numerics(storage), scale=scale, window=window, softcap=softcap)
     for launch in step_kernels(step).values():
@@ -248,7 +252,7 @@ def attend_cache(
 
 @attend_cache.register_fake
 def _(q, base, k_block_mean, high, tail, block0_mean, sink_value, page_table, lengths, budget, overrun, storage, scale,
-      window, softcap, inv_k_channel_scale=None, inv_v_head_scale=None):  # fmt: skip
+      window, softcap, k_channel_scale=None, v_head_scale=None):  # fmt: skip
     return q.new_empty(q.shape), q.new_empty(q.shape[:3], dtype=torch.float32)
 
 
@@ -267,7 +271,7 @@ def attend(
         The output ``[B, Hq, Tq, D]`` in the dtype of ``q``, and the LSE ``[B, Hq, Tq]``, float32, natural logarithm.
     """
     return attend_cache(
-        q, *_flat(cache), _storage(numerics), scale, window, softcap, cache.inv_k_channel_scale, cache.inv_v_head_scale
+        q, *_flat(cache), _storage(numerics), scale, window, softcap, cache.k_channel_scale, cache.v_head_scale
     )
 
 

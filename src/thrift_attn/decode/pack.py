@@ -24,20 +24,23 @@ def pack_blocks(
     *,
     cache: CacheTensors,
     numerics: DecodeNumerics,
-    firsts: Tensor | None = None,
+    seqs: Tensor | None = None,
+    numbers: Tensor | None = None,
     overlap: bool = False,
 ) -> None:
     """Pack complete KV blocks into pages: base plane, block mean and the plane of promoted blocks.
 
     Args:
-        k: 16-bit ``[n, Hkv, 64, D]``, contiguous in D, times the channel scales of the cache.
+        k: 16-bit ``[n, Hkv, 64, D]``, contiguous in D.
         v: likewise.
         pages: int32 ``[n]``, the page of each block; blocks with a negative page are skipped (so that a graph can be
             captured before it is known which sequence completes a block).
-        cache: its planes are written, and for first blocks ``block0_mean`` and ``sink_value``.
+        cache: its planes are written, and for first blocks what belongs to their sequences: ``block0_mean``, ``sink_value``
+            and the scales, which are taken from the first block.
         numerics: how blocks are stored.
-        firsts: int32 ``[n]``, the number of the sequence whose first block it is, else -1: where the first token is exact, it
-            is the c_b of that block, and its V counts as zero. None: there is no first block.
+        seqs: int32 ``[n]``, the sequence of each block. None: blocks of no sequence, without scales and first tokens.
+        numbers: int32 ``[n]``, the number of each block in its sequence. Where the first token is exact, it is the c_b of block
+            0, and its V counts as zero. No launch may pack block 0 and others of one sequence, which need its scales.
         overlap: start while the kernel before it ends (programmatic dependent launch).
 
     Raises:
@@ -57,7 +60,9 @@ def pack_blocks(
     check_rows(k=k, v=v)
     if base_format == "mxfp4" and dim % 32:
         raise ValueError(f"mxfp4 pages need a head dimension that is a multiple of 32, got {dim}")
-    sink = numerics.exact_sink and firsts is not None
+    sink = numerics.exact_sink and seqs is not None
+    k_scale, v_scale = cache.k_channel_scale, cache.v_head_scale
+    scaled = k_scale is not None and seqs is not None
     high = cache.base if cache.high is None else cache.high
     with on_device_of(k):
         launch(
@@ -71,9 +76,12 @@ def pack_blocks(
             cache.base,
             high.view(torch.int16) if plane != "16bit" else high,
             high,
-            firsts if sink else pages,
+            pages if seqs is None else seqs,
+            pages if numbers is None else numbers,
             cache.block0_mean,
             cache.sink_value,
+            k_scale if scaled else cache.block0_mean,
+            v_scale if scaled else cache.block0_mean,
             *k.stride()[:3],
             *v.stride()[:3],
             HKV=kv_heads,
@@ -81,6 +89,7 @@ def pack_blocks(
             HIGH=HIGH[plane],
             CENTRED=numerics.centred,
             SINK=sink,
+            SCALED=scaled,
             POWER=base_format == "mxfp4",
             BEST=numerics.best_scales,
             OVERLAP=overlap,

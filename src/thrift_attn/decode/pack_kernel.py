@@ -10,6 +10,7 @@ import triton
 import triton.language as tl
 
 from thrift_attn.dispatch import interpreted
+from thrift_attn.kernels.channel_scales import k_channel_scale, log_root, v_head_scale
 from thrift_attn.kernels.rounding import bits as _bits
 from thrift_attn.kernels.rounding import from_bits as _float
 from thrift_attn.kernels.rounding import round_e2m1 as _round_e2m1
@@ -162,9 +163,12 @@ def pack_blocks_kernel(
     base32_ptr,
     high16_ptr,  # the residual plane likewise, or the 16-bit plane
     high32_ptr,
-    firsts_ptr,  # int32 [n]: the sequence whose first block it is, or below 0
+    seqs_ptr,  # int32 [n], with SINK or SCALED: the sequence of each block
+    numbers_ptr,  # int32 [n]: the number of the block in its sequence
     block0_mean_ptr,  # 16-bit [B, Hkv, D]: mean of the first block without its first token
     sink_value_ptr,  # 16-bit [B, Hkv, D]: V of the first token
+    k_channel_scale_ptr,  # float32 [B, Hkv, D], powers of two; written with the first block
+    v_head_scale_ptr,  # float32 [B, Hkv]
     stride_kn,
     stride_kh,
     stride_kt,
@@ -176,6 +180,7 @@ def pack_blocks_kernel(
     HIGH: tl.constexpr,
     CENTRED: tl.constexpr,
     SINK: tl.constexpr,  # the first token of a first block is its c_b, and its V is left out
+    SCALED: tl.constexpr,  # K and V are packed times powers of two
     POWER: tl.constexpr,  # mxfp4: powers of two as scales, shared by 32
     BEST: tl.constexpr,  # the better of the format's two scales
     OVERLAP: tl.constexpr,  # starts while the kernel before it ends
@@ -183,6 +188,7 @@ def pack_blocks_kernel(
     T: tl.constexpr = D // 16
     HALF: tl.constexpr = T * 128 + (T + 1) // 2 * 32
     HALF8: tl.constexpr = T * 256 + (T + 1) // 2 * 32
+    DP: tl.constexpr = triton.next_power_of_2(D)
     n = tl.program_id(0)
     head = tl.program_id(1)
     t = tl.program_id(2)  # tile
@@ -212,9 +218,23 @@ def pack_blocks_kernel(
             high16 = high16_ptr + where * (128 * D)
             high32 = high32_ptr
 
-        first = page - page - 1
-        if SINK:
-            first = tl.load(firsts_ptr + n)
+        seq = page - page
+        first = seq - 1  # the sequence whose first block it is, or below 0
+        if SINK or SCALED:
+            seq = tl.load(seqs_ptr + n)
+            first = tl.where(tl.load(numbers_ptr + n) == 0, seq, -1)
+        of_sequence = (seq * HKV + head).to(tl.int64)
+        if SCALED:
+            k_scale_ptr, v_scale_ptr = k_channel_scale_ptr + of_sequence * D, v_head_scale_ptr + of_sequence
+            d = tl.arange(0, DP)
+            if first >= 0:
+                k_scale, v_scale = _scales_of_block(k_start, v_start, stride_kt, stride_vt, CENTRED, D, DP)
+                if t == 0:
+                    tl.store(k_scale_ptr + d, k_scale, mask=d < D)
+                    tl.store(v_scale_ptr, v_scale)
+            else:
+                k_scale = tl.load(k_scale_ptr + d, mask=d < D, other=1.0)
+                v_scale = tl.load(v_scale_ptr)
 
         # -- K: groups along D, the columns of a tile --
         DTYPE: tl.constexpr = k_block_mean_ptr.dtype.element_ty
@@ -226,12 +246,16 @@ def pack_blocks_kernel(
             tl.store(block0_mean_ptr + sunk, block0_mean, mask=(first + 0 * four) >= 0)
             value = tl.load(v_start + four)
             tl.store(sink_value_ptr + sunk, value, mask=(first + 0 * four) >= 0)
+        if SCALED:
+            x0, x1, x2, x3 = _times(x0, x1, x2, x3, _of_tile(k_scale, t, DP)[None, :, None, :])
         m0, m1, m2, m3 = _group_max(x0), _group_max(x1), _group_max(x2), _group_max(x3)
         z0, z1, z2, z3 = x0, x1, x2, x3
         if POWER:
             z0, z1, z2, z3, _mean, _block0_mean = _k_quarters(
                 k_start, row, column, stride_kt, t ^ 1, first, CENTRED, SINK, DTYPE
             )
+            if SCALED:
+                z0, z1, z2, z3 = _times(z0, z1, z2, z3, _of_tile(k_scale, t ^ 1, DP)[None, :, None, :])
             m0 = _larger(m0, _group_max(z0))
             m1 = _larger(m1, _group_max(z1))
             m2 = _larger(m2, _group_max(z2))
@@ -256,6 +280,8 @@ def pack_blocks_kernel(
         if SINK:
             hidden = (turned == 0) & (first >= 0)
             x0 = tl.where(hidden, 0.0, x0)
+        if SCALED:
+            x0, x1, x2, x3 = _times(x0, x1, x2, x3, v_scale)
         m0, m1, m2, m3 = _group_max(x0), _group_max(x1), _group_max(x2), _group_max(x3)
         if POWER:
             m0 = _larger(m0, m1)
@@ -282,6 +308,53 @@ def pack_blocks_kernel(
                 if SINK and j == 0:
                     x = tl.where(hidden, 0.0, x)
                 tl.store(high16 + 64 * D + (t * 4 + j) * 256 + place, x)
+
+
+@triton.jit
+def _times(x0, x1, x2, x3, factor):
+    """Four quarters times one factor."""
+    return x0 * factor, x1 * factor, x2 * factor, x3 * factor
+
+
+@triton.jit
+def _of_tile(scale, t, DP: tl.constexpr):
+    """The scales [4, 4] (q c) of the columns of tile ``t``, from those of all channels [DP]."""
+    tile = tl.arange(0, DP // 16)[:, None, None]
+    return tl.sum(tl.where(tile == t, tl.reshape(scale, (DP // 16, 4, 4)), 0.0), 0)
+
+
+@triton.jit
+def _scales_of_block(
+    k_start, v_start, stride_kt, stride_vt, CENTRED: tl.constexpr, D: tl.constexpr, DP: tl.constexpr
+):  # fmt: skip
+    """Powers of two [DP] of K and one of V, from a block without its first token: the twin of
+    `thrift_attn.reference.channel_scales.scales_of_block`.
+    """
+    d = tl.arange(0, DP)
+    eight = tl.arange(0, 8)[:, None]
+    inside = (d < D)[None, :]
+    mean = tl.zeros([DP], tl.float32)
+    if CENTRED:
+        for start in range(0, 64, 8):
+            token = start + eight
+            k = tl.load(k_start + token * stride_kt + d[None, :], mask=inside & (token > 0), other=0.0)
+            mean += tl.sum(k.to(tl.float32), 0)
+        mean = mean / 63.0
+    channels = tl.zeros([DP], tl.float32)
+    keys = tl.zeros([DP], tl.float32)
+    values = tl.zeros([DP], tl.float32)
+    for start in range(0, 64, 8):
+        token = start + eight
+        there = inside & (token > 0)
+        k = tl.load(k_start + token * stride_kt + d[None, :], mask=there, other=0.0).to(tl.float32)
+        v = tl.load(v_start + token * stride_vt + d[None, :], mask=there, other=0.0).to(tl.float32)
+        keys += tl.sum(k * k, 0)
+        values += tl.sum(v * v, 0)
+        k = tl.where(there, k - mean[None, :], 0.0)
+        channels += tl.sum(k * k, 0)
+    k_size = log_root(tl.sum(keys, 0) / (63.0 * D))
+    k_scale = k_channel_scale(log_root(channels / 63.0), k_size, d < D, D)
+    return k_scale, v_head_scale(tl.sum(values, 0) / (63.0 * D))
 
 
 @triton.jit

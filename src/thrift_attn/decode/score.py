@@ -19,7 +19,7 @@ def score_blocks(step: DecodeStep) -> None:
     The score of a block is the largest of its logits, over all new queries and the heads of the group
     (`thrift_attn.reference.budget.promoted_in_decode`).
     """
-    q, cache, block0_mean, inv_scale = step.q, step.cache, step.block0_mean, step.cache.inv_k_channel_scale
+    q, cache, block0_mean = step.q, step.cache, step.block0_mean
     batch, _, tq, dim = q.shape
     grid = triton.cdiv(cache.max_blocks, BLOCKS_PER_PROGRAM), batch * cache.kv_heads
     with on_device_of(q):
@@ -32,11 +32,9 @@ def score_blocks(step: DecodeStep) -> None:
             cache.lengths,
             step.bias,
             step.scores,
-            q if inv_scale is None else inv_scale,
             q if block0_mean is None else block0_mean,
             step.scale * LOG2E,
             *q.stride()[:3],
-            0 if inv_scale is None else inv_scale.stride(0),
             cache.max_blocks,
             tq,
             HKV=cache.kv_heads,
@@ -46,7 +44,6 @@ def score_blocks(step: DecodeStep) -> None:
             N=16 if step.q_rows % 16 == 0 else 8,
             RP=step.q_rows,
             BM=BLOCKS_PER_PROGRAM,
-            SCALED=inv_scale is not None,
             SINK=block0_mean is not None,
             PORTABLE=interpreted(),
             OVERLAP=step.overlap,

@@ -9,7 +9,7 @@ import triton.language as tl
 @triton.jit
 def _score(s, block, block0_mean, q, inside, scale, SINK: tl.constexpr):
     """Scores [BM] of blocks: the largest logit s [BM, N] of the columns that are inside; with SINK that of block 0 is the
-    largest product of ``others`` [DP] with the queries q [DP, N].
+    largest product of ``block0_mean`` [DP] with the queries q [DP, N].
     """
     largest = tl.max(tl.where(inside[None, :], s, float("-inf")), 1)
     if SINK and tl.program_id(0) == 0:
@@ -26,13 +26,11 @@ def block_scores_kernel(
     lengths_ptr,  # int32 [B]
     bias_ptr,  # float32 [B, Hkv, NB, RP]
     score_ptr,  # float32 [B, Hkv, NB]
-    inv_k_channel_scale_ptr,  # 16-bit [B, Hkv, D], powers of two that Q is multiplied by
     block0_mean_ptr,  # 16-bit [B, Hkv, D], what block 0 is scored by in place of c_0
     scale,  # factor of the logits times log2(e)
     stride_qb,
     stride_qh,
     stride_qt,
-    stride_kc,  # of the scales over sequences, 0 where all share them
     blocks,  # NB
     tq,
     HKV: tl.constexpr,
@@ -42,7 +40,6 @@ def block_scores_kernel(
     N: tl.constexpr,
     RP: tl.constexpr,
     BM: tl.constexpr,  # blocks per program
-    SCALED: tl.constexpr,
     SINK: tl.constexpr,
     PORTABLE: tl.constexpr,
     OVERLAP: tl.constexpr,
@@ -63,12 +60,7 @@ def block_scores_kernel(
         mean_at = (page * HKV + h).to(tl.int64)[:, None] * D + d[None, :]
         mean = tl.load(k_block_mean_ptr + mean_at, mask=there[:, None] & (d < D)[None, :], other=0.0)  # [BM, DP]
         largest = tl.full([BM], float("-inf"), tl.float32)
-        inv_scale = tl.full([DP], 1.0, tl.float32)
-        if SCALED:
-            inv_scale = tl.load(
-                inv_k_channel_scale_ptr + b.to(tl.int64) * stride_kc + h * D + d, mask=d < D, other=1.0
-            ).to(tl.float32)
-        block0_mean = inv_scale
+        block0_mean = tl.full([DP], 0.0, tl.float32)
         if SINK:
             block0_mean = tl.load(block0_mean_ptr + bh.to(tl.int64) * D + d, mask=d < D, other=0.0).to(tl.float32)
         q_start = q_ptr + b.to(tl.int64) * stride_qb + (h * GROUP).to(tl.int64) * stride_qh
@@ -77,8 +69,6 @@ def block_scores_kernel(
             at = row // GROUP * stride_qt + row % GROUP * stride_qh
             inside = row < GROUP * tq
             q = tl.load(q_start + at[None, :] + d[:, None], mask=inside[None, :] & (d < D)[:, None], other=0.0)
-            if SCALED:
-                q = (q.to(tl.float32) * inv_scale[:, None]).to(q.dtype)
             if PORTABLE:
                 s = tl.dot(mean.to(tl.float32), q.to(tl.float32), input_precision="ieee") * scale
             else:

@@ -53,11 +53,9 @@ class CacheTensors:
         budget: int32 ``[NB + 1]``: how many blocks to promote where so many complete ones are seen
             (`thrift_attn.reference.budget.promoted_in_decode`).
         overrun: int32 ``[1]``, 1 after a step for which a sequence had no page; what that step brought is lost.
-        k_channel_scale: ``[B, Hkv, D]``, powers of two that K is multiplied by when it is stored, or None for neither K nor V;
-            stride 0 over sequences that share them.
-        v_head_scale: ``[B, Hkv]``, likewise for V.
-        inv_k_channel_scale: the inverse of ``k_channel_scale``, which Q is multiplied by.
-        inv_v_head_scale: the inverse of ``v_head_scale``, which outputs are multiplied by.
+        k_channel_scale: float32 ``[B, Hkv, D]``, contiguous, powers of two that K is multiplied by when it is packed to 4 bits,
+            and Q divided by; written with the first block of a sequence. None for neither K nor V.
+        v_head_scale: float32 ``[B, Hkv]``, contiguous, likewise for V and what is summed of it.
     """
 
     base: Tensor
@@ -72,8 +70,6 @@ class CacheTensors:
     overrun: Tensor
     k_channel_scale: Tensor | None = None
     v_head_scale: Tensor | None = None
-    inv_k_channel_scale: Tensor | None = None
-    inv_v_head_scale: Tensor | None = None
 
     @property
     def kv_heads(self) -> int:

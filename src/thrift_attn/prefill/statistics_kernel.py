@@ -7,15 +7,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from thrift_attn.kernels.rounding import from_bits
+from thrift_attn.kernels.channel_scales import k_channel_scale, log_root, v_head_scale
 from thrift_attn.kernels.spans import K_LEN, K_START, Q_LEN, Q_START, SPAN
-from thrift_attn.reference import channel_scales
-
-_LEVEL = tl.constexpr(channel_scales.LEVEL)
-_SLACK = tl.constexpr(channel_scales.SLACK)
-_SPREAD = tl.constexpr(channel_scales.SPREAD)
-_DEPTH = tl.constexpr(channel_scales.DEPTH)
-_LARGEST = tl.constexpr(channel_scales.LARGEST)
 
 
 @triton.jit
@@ -114,26 +107,6 @@ def sum_queries_kernel(
 
 
 @triton.jit
-def _log_root(x):
-    """log2 of the square root, -inf for 0."""
-    return tl.where(x > 0.0, tl.log2(tl.where(x > 0.0, x, 1.0)) * 0.5, float("-inf"))
-
-
-@triton.jit
-def _whole(x):
-    """Rounded, ties to even."""
-    return (x + 12582912.0) - 12582912.0  # 1.5 * 2^23
-
-
-@triton.jit
-def _power(e):
-    """2 to the exponent rounded and held within bounds; 1 where there is nothing to go by."""
-    e = tl.where((e == e) & (tl.abs(e) < float("inf")), e, 0.0)
-    e = tl.minimum(tl.maximum(e, -_LARGEST), _LARGEST)
-    return from_bits((_whole(e).to(tl.int32) + 127) << 23)
-
-
-@triton.jit
 def channel_scales_kernel(
     spans_ptr,  # int32 [B, 6]
     squares_ptr,  # of `sum_keys_kernel`
@@ -170,16 +143,11 @@ def channel_scales_kernel(
         squares = tl.load(squares_ptr + (head * SK + sample[:, None]) * DP + dim[None, :])
         total = tl.sum(tl.load(totals_ptr + (head * SK + sample) * 2), 0)
         v_squares = tl.sum(tl.load(totals_ptr + (head * SK + sample) * 2 + 1), 0)
-        k_size = _log_root(total / (tokens * D))
-        size = tl.where(length < 64, k_size, _log_root(tl.sum(squares, 0) / tokens))
-        top = tl.max(tl.where(inside, size, float("-inf")), 0)
-        size = tl.maximum(size, tl.maximum(top - _SPREAD, k_size - _DEPTH))
-        middle = tl.sum(tl.where(inside, size, 0.0), 0) / D
-        outside = size - middle
-        outside -= tl.minimum(tl.maximum(outside, -_SLACK), _SLACK)
-        tl.store(k_channel_scale_ptr + head * D + dim, _power(-_whole(middle) - _whole(outside) + _LEVEL), mask=inside)
+        k_size = log_root(total / (tokens * D))
+        size = tl.where(length < 64, k_size, log_root(tl.sum(squares, 0) / tokens))
+        tl.store(k_channel_scale_ptr + head * D + dim, k_channel_scale(size, k_size, inside, D), mask=inside)
         if V_HEAD_SCALES:
-            tl.store(v_head_scale_ptr + head, _power(-_log_root(v_squares / (tokens * D)) + _LEVEL))
+            tl.store(v_head_scale_ptr + head, v_head_scale(v_squares / (tokens * D)))
     if SUBTRACT_QUERY_MEAN:
         _hidden, seen = _queries_seen(span, CAUSAL)
         step = tl.maximum((seen + max_queries - 1) // max_queries, 1)

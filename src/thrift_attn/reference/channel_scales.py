@@ -102,6 +102,31 @@ def mean_squares(k: Tensor, v: Tensor, centred: bool) -> Squares:
     return Squares(channels, keys, _sample_blocks(v).square().mean((-3, -2, -1)))
 
 
+def is_power_of_two(x: Tensor) -> Tensor:
+    """Return where ``x`` is a power of two that `level_keys` and `level_values` may give: a bool tensor of its shape."""
+    mantissa, exponent = torch.frexp(x)
+    return (mantissa == 0.5) & ((exponent - 1).abs() <= LARGEST)
+
+
+def scales_of_block(k: Tensor, v: Tensor, centred: bool) -> tuple[Tensor, Tensor]:
+    """Return the powers of two of a sequence of a cache, from its first block without its first token.
+
+    The first token, where attention with nothing to say goes, is unlike all others: its K and V are far smaller or larger.
+
+    Args:
+        k: ``[..., 64, D]``.
+        v: likewise.
+        centred: whether pages hold K less its block means.
+
+    Returns:
+        s ``[..., D]`` for K and g ``[...]`` for V, float32.
+    """
+    k, v = (x[..., 1:, :].float() for x in (k, v))
+    channels = (k - k.mean(-2, keepdim=True) if centred else k).square().mean(-2)
+    squares = Squares(channels, k.square().mean((-2, -1)).unsqueeze(-1), v.square().mean((-2, -1)))
+    return level_keys(squares), level_values(squares)
+
+
 def _power(exponent: Tensor) -> Tensor:
     """Whole powers of two; 1 where zeros, a NaN or an infinity leave nothing to go by."""
     return exponent.nan_to_num(0.0, 0.0, 0.0).round().clamp(-LARGEST, LARGEST).exp2()

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from thrift_attn.config import BLOCK
+from thrift_attn.numerics import DecodeNumerics
+from thrift_attn.reference.channel_scales import scales_of_block
 from thrift_attn.reference.formats import FORMATS, RESIDUALS, Format
 from thrift_attn.reference.page_layout import (
     Codes,
@@ -55,6 +58,46 @@ class Pool(NamedTuple):
         return sum(plane[0].numel() * plane.element_size() for plane in self)
 
 
+class SequenceTensors(NamedTuple):
+    """What a cache holds once per sequence, beside its pages: all of it comes with the first block.
+
+    Args:
+        block0_mean: ``[B, Hkv, D]``, activation dtype: mean of K of the first block without its first token.
+        sink_value: ``[B, Hkv, D]``, activation dtype: V of the first token.
+        k_channel_scale: float32 ``[B, Hkv, D]``, powers of two: pages hold 4-bit K times it. None: neither K nor V is scaled.
+        v_head_scale: float32 ``[B, Hkv]``, likewise for V.
+    """
+
+    block0_mean: Tensor
+    sink_value: Tensor
+    k_channel_scale: Tensor | None
+    v_head_scale: Tensor | None
+
+    @classmethod
+    def empty(
+        cls, batch: int, kv_heads: int, head_dim: int, *, scaled: bool, dtype: torch.dtype, device: torch.device
+    ) -> SequenceTensors:
+        """Return the tensors of sequences without a complete block: zeros, and scales of 1."""
+        mean, sink = (torch.zeros(batch, kv_heads, head_dim, dtype=dtype, device=device) for _ in range(2))
+        if not scaled:
+            return cls(mean, sink, None, None)
+        ones = torch.ones(batch, kv_heads, head_dim, device=device)
+        return cls(mean, sink, ones, torch.ones(batch, kv_heads, device=device))
+
+    def given(self) -> list[Tensor]:
+        """Return those that are there."""
+        return [x for x in self if x is not None]
+
+    def each(self, change: Callable[[Tensor], Tensor]) -> SequenceTensors:
+        """Return what ``change`` makes of each that is there."""
+        return SequenceTensors(
+            change(self.block0_mean),
+            change(self.sink_value),
+            None if self.k_channel_scale is None else change(self.k_channel_scale),
+            None if self.v_head_scale is None else change(self.v_head_scale),
+        )
+
+
 def _encode(k: Tensor, v: Tensor, fmt: Format, best: bool) -> tuple[Tensor, Tensor, Tensor]:
     """A plane of K and V ``[..., 64, D]`` and what it decodes to."""
     data = quantise(k, fmt, -1, best=best), quantise(v, fmt, -2, best=best)
@@ -67,37 +110,52 @@ def _encode(k: Tensor, v: Tensor, fmt: Format, best: bool) -> tuple[Tensor, Tens
 
 
 def write_blocks(
-    pool: Pool, pages: Tensor, k: Tensor, v: Tensor, *, low: str, plane: str, centred: bool, best: bool,
-    firsts: Tensor | None = None, sinks: tuple[Tensor, Tensor] | None = None,
-) -> None:  # fmt: skip
-    """Pack complete KV blocks into pages.
+    pool: Pool,
+    pages: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    numerics: DecodeNumerics,
+    sequence: SequenceTensors | None = None,
+    first: bool = False,
+) -> None:
+    """Pack complete KV blocks of one sequence into pages.
 
     Args:
         pool: the planes, written at ``pages``.
         pages: int64 ``[n]``.
         k: 16-bit ``[n, Hkv, 64, D]``.
         v: likewise.
-        low: ``"nvfp4"`` or ``"mxfp4"``.
-        plane: how high precision is stored: ``"nested"``, ``"nested8"`` or ``"16bit"``.
-        centred: pack K minus its block mean.
-        best: choose the better of the format's scales.
-        firsts: see `thrift_attn.decode.pack.pack_blocks`.
-        sinks: block0_mean and sink_value ``[B, Hkv, D]``, written for first blocks (`thrift_attn.decode.tensors`).
+        numerics: how blocks are stored.
+        sequence: what belongs to the sequence, without the dimension B; written with its first block. None: K and V are not
+            scaled, and no block is the first.
+        first: whether the first of the blocks is the first of its sequence. Scales are then taken from it, and where the
+            first token is exact it becomes the c_b of its block, and its V counts as zero.
     """
-    centres = block_means(k)[..., 0, :]  # [n, Hkv, D]
-    if firsts is not None and sinks is not None:
-        first, v = firsts >= 0, v.clone()
-        rows = firsts[first].long()
-        sinks[0][rows], sinks[1][rows] = mean_of_others(k[first]), v[first][:, :, 0]
-        centres[first] = k[first][:, :, 0]
-        v[:, :, 0] = torch.where(first[:, None, None], 0, v[:, :, 0])
-    delta = k.float() - centres.float()[..., None, :] if centred else k.float()
+    centres, copy_v = block_means(k)[..., 0, :], v  # [n, Hkv, D]
+    k_scale, v_scale = torch.ones((), device=k.device), torch.ones((), device=k.device)
+    if sequence is not None:
+        of_k, of_v = sequence.k_channel_scale, sequence.v_head_scale
+        if of_k is not None and of_v is not None:
+            if first:
+                for x, taken in zip((of_k, of_v), scales_of_block(k[0], v[0], numerics.centred), strict=True):
+                    x.copy_(taken)
+            k_scale, v_scale = of_k[:, None], of_v[:, None, None]  # [Hkv, 1, D], [Hkv, 1, 1]
+        if first and numerics.exact_sink:
+            sequence.block0_mean.copy_(mean_of_others(k[0]))
+            sequence.sink_value.copy_(v[0, :, 0])
+            centres[0] = k[0, :, 0]
+            copy_v = v.clone()
+            copy_v[0, :, 0] = 0
+    delta = k.float() - centres.float()[..., None, :] if numerics.centred else k.float()
+    delta, scaled_v = delta * k_scale, copy_v.float() * v_scale
     pool.centres[pages] = centres
-    pool.base[pages], low_k, low_v = _encode(delta, v.float(), FORMATS[low], best)
-    if plane == "16bit":
-        pool.high[pages] = pack_copy(k, v)
+    pool.base[pages], low_k, low_v = _encode(delta, scaled_v, FORMATS[numerics.base_format], numerics.best_scales)
+    if numerics.residual is None:
+        pool.high[pages] = pack_copy(k, copy_v)
     else:
-        pool.high[pages] = _encode(delta - low_k, v.float() - low_v, RESIDUALS[plane], best)[0]
+        fmt = RESIDUALS[numerics.residual]
+        pool.high[pages] = _encode(delta - low_k, scaled_v - low_v, fmt, numerics.best_scales)[0]
 
 
 def _decode(plane: Tensor, head_dim: int, fmt: Format) -> tuple[Tensor, Tensor]:
@@ -117,15 +175,29 @@ class Blocks(NamedTuple):
     centres: Tensor  # [n, Hkv, D]
 
 
-def read_blocks(pool: Pool, pages: Tensor, *, plane: str, centred: bool) -> Blocks:
-    """What pages decode to: the base, the base refined by the plane of high precision (c_b included), and c_b."""
+def read_blocks(
+    pool: Pool, pages: Tensor, *, plane: str, centred: bool, sequence: SequenceTensors | None = None
+) -> Blocks:
+    """What pages decode to: the base, the base refined by the plane of high precision (c_b included), and c_b.
+
+    Args:
+        pool: the planes.
+        pages: int64 ``[n]``.
+        plane: how high precision is stored: ``"nested"``, ``"nested8"`` or ``"16bit"``.
+        centred: whether pages hold K less c_b.
+        sequence: whose scales are divided out, without the dimension B; None where there are none.
+    """
     head_dim = pool.centres.shape[-1]
     centres = pool.centres[pages].float()
+    k_scale, v_scale = torch.ones((), device=pages.device), torch.ones((), device=pages.device)
+    if sequence is not None and sequence.k_channel_scale is not None and sequence.v_head_scale is not None:
+        k_scale, v_scale = sequence.k_channel_scale[:, None], sequence.v_head_scale[:, None, None]
     low_k, low_v = _decode(pool.base[pages], head_dim, FORMATS["nvfp4"])
+    low_k, low_v = low_k / k_scale, low_v / v_scale
     if plane == "16bit":
         high_k, high_v = (x.float() for x in unpack_copy(pool.high[pages], head_dim))
     else:
         fine_k, fine_v = _decode(pool.high[pages], head_dim, RESIDUALS[plane])
         mean = centres[..., None, :] if centred else 0
-        high_k, high_v = mean + low_k + fine_k, low_v + fine_v
+        high_k, high_v = mean + (low_k + fine_k / k_scale), low_v + fine_v / v_scale
     return Blocks(low_k, low_v, high_k, high_v, centres)

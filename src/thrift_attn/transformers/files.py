@@ -16,7 +16,7 @@ from thrift_attn.config import ThriftConfig, current_names
 from thrift_attn.transformers.padding import Padding
 from thrift_attn.transformers.thrift_layer import ThriftLayer
 
-FORMAT = 4
+FORMAT = 5
 """Version of the files."""
 
 
