@@ -134,9 +134,9 @@ def append_step(
     lengths: Tensor,
     budget: Tensor,
     overrun: Tensor,
+    k_channel_scale: Tensor,
+    v_head_scale: Tensor,
     storage: str,
-    k_channel_scale: Tensor | None = None,
-    v_head_scale: Tensor | None = None,
     counts: Tensor | None = None,
 ) -> None:
     """`append` with its bundles taken apart."""
@@ -151,8 +151,8 @@ def append_step(
         lengths=lengths,
         budget=budget,
         overrun=overrun,
-        k_channel_scale=k_channel_scale,
-        v_head_scale=v_head_scale,
+        k_channel_scale=k_channel_scale if k_channel_scale.numel() else None,
+        v_head_scale=v_head_scale if v_head_scale.numel() else None,
     )
     k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (k, v))
     batch, kv_heads, _, dim = k.shape
@@ -172,8 +172,8 @@ def append_step(
 
 
 @append_step.register_fake
-def _(k, v, base, k_block_mean, high, tail, block0_mean, sink_value, page_table, lengths, budget, overrun, storage,
-      k_channel_scale=None, v_head_scale=None, counts=None):  # fmt: skip
+def _(k, v, base, k_block_mean, high, tail, block0_mean, sink_value, page_table, lengths, budget, overrun,
+      k_channel_scale, v_head_scale, storage, counts=None):  # fmt: skip
     return None
 
 
@@ -196,16 +196,20 @@ def append(
         ValueError: more than 64 tokens.
     """
     append_step(
-        k, v, *_flat(cache), _storage(numerics), cache.k_channel_scale, cache.v_head_scale, counts
+        k, v, *_flat(cache), _storage(numerics), counts
     )  # fmt: skip
 
 
 def _flat(cache: CacheTensors) -> tuple[Tensor, ...]:
-    """Return the tensors of a cache in the order of the operators."""
+    """Return the tensors of a cache in the order of the operators; scales that are not there are empty."""
     high = cache.base if cache.high is None else cache.high
+    scales = (
+        x if x is not None else cache.base.new_empty(0, dtype=torch.float32)
+        for x in (cache.k_channel_scale, cache.v_head_scale)
+    )  # fmt: skip
     return (
         cache.base, cache.k_block_mean, high, cache.tail, cache.block0_mean, cache.sink_value, cache.page_table,
-        cache.lengths, cache.budget, cache.overrun,
+        cache.lengths, cache.budget, cache.overrun, *scales,
     )  # fmt: skip
 
 
@@ -222,12 +226,12 @@ def attend_cache(
     lengths: Tensor,
     budget: Tensor,
     overrun: Tensor,
+    k_channel_scale: Tensor,
+    v_head_scale: Tensor,
     storage: str,
     scale: float,
     window: int | None,
     softcap: float | None,
-    k_channel_scale: Tensor | None = None,
-    v_head_scale: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """`attend` with its bundles taken apart."""
     cache = CacheTensors(
@@ -241,8 +245,8 @@ def attend_cache(
         lengths=lengths,
         budget=budget,
         overrun=overrun,
-        k_channel_scale=k_channel_scale,
-        v_head_scale=v_head_scale,
+        k_channel_scale=k_channel_scale if k_channel_scale.numel() else None,
+        v_head_scale=v_head_scale if v_head_scale.numel() else None,
     )
     step = begin_step(q, cache, _numerics(storage), scale=scale, window=window, softcap=softcap)
     for launch in step_kernels(step).values():
@@ -251,8 +255,8 @@ def attend_cache(
 
 
 @attend_cache.register_fake
-def _(q, base, k_block_mean, high, tail, block0_mean, sink_value, page_table, lengths, budget, overrun, storage, scale,
-      window, softcap, k_channel_scale=None, v_head_scale=None):  # fmt: skip
+def _(q, base, k_block_mean, high, tail, block0_mean, sink_value, page_table, lengths, budget, overrun,
+      k_channel_scale, v_head_scale, storage, scale, window, softcap):  # fmt: skip
     return q.new_empty(q.shape), q.new_empty(q.shape[:3], dtype=torch.float32)
 
 
@@ -270,9 +274,7 @@ def attend(
     Returns:
         The output ``[B, Hq, Tq, D]`` in the dtype of ``q``, and the LSE ``[B, Hq, Tq]``, float32, natural logarithm.
     """
-    return attend_cache(
-        q, *_flat(cache), _storage(numerics), scale, window, softcap, cache.k_channel_scale, cache.v_head_scale
-    )
+    return attend_cache(q, *_flat(cache), _storage(numerics), scale, window, softcap)
 
 
 def warm_up(
