@@ -259,8 +259,8 @@ class ThriftConfig:
             of it, its value is in no group, and its block is scored by the mean of its other tokens. Needs centred K.
             ``"none"`` makes it a token like the others.
         smooth: ``"channel"`` multiplies what is quantised to 4 bits by powers of two, taken from a sample of the call or from
-            the first block of a cached sequence: outlier channels of K come near the others (Q is divided by the same), K and V to a
-            size that the scales hold; ``"none"`` does not.
+            the first block of a cached sequence: outlier channels of K come near the others (Q is divided by the same), K and V
+            to a size that the scales hold; ``"none"`` does not.
         scales: ``"max"`` derives every group scale from the group maximum as the format defines it; ``"best"`` also tries
             the format's other tops (for nvfp4: Four Over Six) when K, V, Q and residuals are quantised, and keeps the scale
             with the smaller squared error. Costs time when data are packed, none when they are read.

@@ -42,7 +42,7 @@ from thrift_attn.decode.fragments import (
     v_copy_operand,
 )
 from thrift_attn.kernels.arithmetic import dot, softcapped
-from thrift_attn.kernels.channel_scales import inverse
+from thrift_attn.kernels.powers_of_two import inverse
 from thrift_attn.reference.page_layout import HIGH
 
 _NESTED: tl.constexpr = tl.constexpr(HIGH["nested"])

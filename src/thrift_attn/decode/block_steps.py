@@ -22,7 +22,7 @@ from thrift_attn.decode.fragments import (
     widen8,
 )
 from thrift_attn.kernels.arithmetic import softcapped
-from thrift_attn.kernels.channel_scales import inverse
+from thrift_attn.kernels.powers_of_two import inverse
 
 
 @triton.jit

@@ -5,7 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from thrift_attn.kernels.channel_scales import inverse
+from thrift_attn.kernels.powers_of_two import inverse
 from thrift_attn.reference.page_layout import MASK
 
 _MASK = tl.constexpr(MASK)

@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 
 from thrift_attn.dispatch import interpreted
-from thrift_attn.kernels.channel_scales import k_channel_scale, log_root, v_head_scale
+from thrift_attn.kernels.powers_of_two import k_channel_scale, log_root, v_head_scale
 from thrift_attn.kernels.rounding import bits as _bits
 from thrift_attn.kernels.rounding import from_bits as _float
 from thrift_attn.kernels.rounding import round_e2m1 as _round_e2m1

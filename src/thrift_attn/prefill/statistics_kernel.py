@@ -7,7 +7,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from thrift_attn.kernels.channel_scales import k_channel_scale, log_root, v_head_scale
+from thrift_attn.kernels.powers_of_two import k_channel_scale, log_root, v_head_scale
 from thrift_attn.kernels.spans import K_LEN, K_START, Q_LEN, Q_START, SPAN
 
 
