@@ -162,7 +162,7 @@ def test_what_balance_is_for(change: Callable[..., Inputs], math_: Literal["fp4"
 
 @pytest.mark.parametrize("change", [rotating_bias, tiny_values])
 def test_a_cache_loses_little(change: Callable[..., Inputs]):
-    """The same through pages: levels are those of the first tokens, here of an eighth."""
+    """The same through pages: scales are those of the first block."""
     q, k, v = change(*plain(64))
     logits = (q[:, :, -1:].double() @ k.double().mT / math.sqrt(q.shape[-1])).softmax(-1)
     exact = logits @ v.double()

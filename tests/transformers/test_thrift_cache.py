@@ -419,10 +419,11 @@ FORGERIES: dict[str, Any] = {
     "pages": lambda about, x: x["0.blocks"].fill_(99),
     "slots": lambda about, x: about["layers"][0].update(slots=3),
     "layers": lambda about, x: about.pop("layers"),
-    "a missing tensor": lambda about, x: x.pop("0.sinks"),
+    "a missing tensor": lambda about, x: x.pop("0.sink_value"),
     "an unknown tensor": lambda about, x: x.update({"0.more": torch.zeros(1)}),
-    "a shape": lambda about, x: x.update({"0.sinks": torch.zeros(1)}),
+    "a shape": lambda about, x: x.update({"0.sink_value": torch.zeros(1)}),
     "a dtype": lambda about, x: x.update({"0.tail": x["0.tail"].half()}),
+    "a scale": lambda about, x: x["0.k_channel_scale"].fill_(3.0),
 }
 
 
