@@ -21,7 +21,8 @@ MASK = tl.constexpr(page_layout.MASK)
 # One 32-bit register holds two words w of neighbouring columns; $5 and $7 hold the scales of quarters (0, 2) and (1, 3) of
 # the row as half floats (operands come in pairs because two 16-bit elements are packed; both are equal). The four products
 # are exact in half precision.
-_WIDEN_ASM = tl.constexpr("""
+_WIDEN_ASM = tl.constexpr(
+    """
 {
 .reg .b32 a, b, c, d, e, f;
 .reg .b16 s0, s1, s2, s3;
@@ -32,20 +33,21 @@ mov.b32 q0, {s0, s0};
 mov.b32 q1, {s1, s1};
 mov.b32 q2, {s2, s2};
 mov.b32 q3, {s3, s3};
-and.b32 a, $4, 0x8E008E00;
+and.b32 a, $4, MASK_OF_TWO;
 shl.b32 b, $4, 3;
-and.b32 b, b, 0x8E008E00;
+and.b32 b, b, MASK_OF_TWO;
 shl.b32 c, $4, 6;
 shl.b32 d, $4, 1;
-lop3.b32 c, c, d, 0x8E008E00, 0x28;
+lop3.b32 c, c, d, MASK_OF_TWO, 0x28;
 shl.b32 e, $4, 9;
 shl.b32 f, $4, 2;
-lop3.b32 e, e, f, 0x8E008E00, 0x28;
+lop3.b32 e, e, f, MASK_OF_TWO, 0x28;
 mul.rn.f16x2 $0, a, q0;
 mul.rn.f16x2 $1, b, q1;
 mul.rn.f16x2 $2, c, q2;
 mul.rn.f16x2 $3, e, q3;
-}""")
+}""".replace("MASK_OF_TWO", f"0x{page_layout.MASK << 16 | page_layout.MASK:08X}")
+)
 
 # The same for two e4m3 bytes per 16-bit word: sign to bit 15, the rest to bits 13:7 gives the value times 2^-8. $3 is the
 # pair of scales for the low and the high byte.
@@ -125,6 +127,20 @@ def v_operand(x, C: tl.constexpr):
 
 
 @triton.jit
+def quarter_bits(word, J: tl.constexpr):
+    """Half-float bits of the e2m1 value times 2^-14 of token quarter J, see `thrift_attn.reference.page_layout`."""
+    if J == 0:
+        bits = word
+    elif J == 1:
+        bits = word << 3
+    elif J == 2:
+        bits = (word << 6) ^ (word << 1)
+    else:
+        bits = (word << 9) ^ (word << 2)
+    return bits & MASK
+
+
+@triton.jit
 def widen4(words, scales, C: tl.constexpr, PORTABLE: tl.constexpr):
     """Four fp16 tensors [C, 8, 4, 2, 2, 2] of value * 2^-7, one per token quarter, from e2m1 words and their scales."""
     w = _words(words, C)
@@ -132,10 +148,10 @@ def widen4(words, scales, C: tl.constexpr, PORTABLE: tl.constexpr):
     s13 = _over_columns((scales >> 1) & 0x7F807F80)
     if PORTABLE:
         x = w.to(tl.int32)
-        a = _half(x & MASK) * _half(s02)
-        b = _half((x << 3) & MASK) * _half(s13)
-        c = _half(((x << 6) ^ (x << 1)) & MASK) * _half(s02 >> 16)
-        d = _half(((x << 9) ^ (x << 2)) & MASK) * _half(s13 >> 16)
+        a = _half(quarter_bits(x, 0)) * _half(s02)
+        b = _half(quarter_bits(x, 1)) * _half(s13)
+        c = _half(quarter_bits(x, 2)) * _half(s02 >> 16)
+        d = _half(quarter_bits(x, 3)) * _half(s13 >> 16)
     else:
         a, b, c, d = tl.inline_asm_elementwise(
             _WIDEN_ASM,

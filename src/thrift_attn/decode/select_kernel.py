@@ -5,6 +5,19 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from thrift_attn.kernels.arithmetic import threshold_of_largest
+
+
+@triton.jit
+def _blocks_listed(length, tq, window, WINDOW: tl.constexpr):
+    """Blocks that are chosen among, from the first number up to the second; blocks of the sequence, and blocks listed."""
+    full = length // 64
+    total = (length + 63) // 64
+    start = full - full
+    if WINDOW:
+        start = tl.maximum(length - tq - window + 1, 0) // 64
+    return start, full, total, tl.maximum(full - start, 0)
+
 
 @triton.jit
 def _keys(score_ptr, block, start, full, total, FIRST: tl.constexpr, LAST: tl.constexpr):
@@ -43,12 +56,7 @@ def select_blocks_kernel(
     bh = tl.program_id(0)
     b = bh // HKV
     length = tl.load(lengths_ptr + b, cache_modifier=".cg")  # not from an L1 line of the last replay of this chain
-    full = length // 64
-    total = (length + 63) // 64
-    start = full - full
-    if WINDOW:
-        start = tl.maximum(length - tq - window + 1, 0) // 64
-    listed = tl.maximum(full - start, 0)
+    start, full, total, listed = _blocks_listed(length, tq, window, WINDOW)
     block = tl.arange(0, PAD)
     there = (block >= start) & (block < full)
     page = tl.load(page_table_ptr + b.to(tl.int64) * blocks + block, mask=there, other=0)
@@ -63,15 +71,7 @@ def select_blocks_kernel(
 
     # The largest threshold that at least `wanted` keys reach, bit by bit, or one that exactly so many reach.
     if PORTABLE:
-        threshold = wanted - wanted - 0x7FFFFFFF - 1
-        bit = 31
-        reached = wanted - wanted - 1
-        while (bit >= 0) & (reached != wanted):
-            # The sign bit counts the other way round.
-            trial = tl.where(bit == 31, 0, threshold + (1 << tl.minimum(bit, 30)))
-            reached = tl.sum((key >= trial).to(tl.int32), 0)
-            threshold = tl.where(reached >= wanted, trial, threshold)
-            bit -= 1
+        threshold = tl.sum(threshold_of_largest(key[None, :], wanted + tl.zeros([1], tl.int32), PAD), 0)
     else:
         threshold = tl.inline_asm_elementwise(
             SEARCH, REGISTERS, [key, wanted + tl.zeros([PAD], tl.int32)], dtype=tl.int32, is_pure=False, pack=KEYS
@@ -113,12 +113,7 @@ def select_many_blocks_kernel(
     bh = tl.program_id(0)
     b = bh // HKV
     length = tl.load(lengths_ptr + b, cache_modifier=".cg")
-    full = length // 64
-    total = (length + 63) // 64
-    start = full - full
-    if WINDOW:
-        start = tl.maximum(length - tq - window + 1, 0) // 64
-    listed = tl.maximum(full - start, 0)
+    start, full, total, listed = _blocks_listed(length, tq, window, WINDOW)
     wanted = tl.minimum(tl.maximum(tl.load(budget_ptr + listed), 0), listed)
     begin = start // CHUNK * CHUNK
     if OVERLAP:

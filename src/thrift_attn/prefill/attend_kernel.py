@@ -1,7 +1,7 @@
-"""Prefill attention: low-precision blocks, then promoted blocks, in one online softmax; one source for every GPU.
+"""Prefill attention: blocks in the base format, then promoted blocks, in one online softmax; one source for every GPU.
 
-A program serves BM query rows of one head: one list of promoted blocks per 64 rows. It walks all visible blocks in low
-precision, with those on a row's list hidden from it, then the lists in high precision. c_b enters some blocks at a time as one
+A program serves BM query rows of one head: one list of promoted blocks per 64 rows. It walks all visible blocks in the base
+format, with those on a row's list hidden from it, then the lists in 16 bits. c_b enters some blocks at a time as one
 16-bit product, inside the one loop over blocks so that loads ahead go on; a block takes its column from it.
 
 The running maximum is kept in base 2 and rounded up to a whole number. Rescaling then multiplies by powers of two, so P is
@@ -14,18 +14,20 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from thrift_attn.kernels.arithmetic import dot, softcapped
+from thrift_attn.kernels.arithmetic import softcapped
 from thrift_attn.kernels.online_softmax import P_MXFP4, P_NVFP4, online, visible
 from thrift_attn.kernels.spans import BLOCK_START, K_LEN, K_START, Q_BLOCK_START, Q_LEN, Q_START, SPAN
 from thrift_attn.kernels.token_order import token_at
 from thrift_attn.prefill.attend_steps_kernel import (
-    add_residual_values,
-    add_values,
-    load_low_q,
-    logits,
-    low_logits,
-    low_values,
-    residual_logits,
+    add_base_values,
+    base_logits,
+    blocks_seen,
+    load_base_q,
+    mean_logits,
+    next_listed,
+    promoted_logits,
+    promoted_values,
+    sink_logits,
 )
 
 _LN2 = tl.constexpr(0.6931471805599453)
@@ -52,7 +54,7 @@ def attend_prefill_kernel(
     block_counts_ptr,  # int32 [P, Hq, R]
     out_ptr,  # 16-bit, addressed by strides
     lse_ptr,  # float32, addressed by strides
-    high_fraction_ptr,  # float32, as lse_ptr: share of the high path
+    high_fraction_ptr,  # float32, as lse_ptr: share of the promoted path
     sink_logits_ptr,  # float32 [P, Hq, R*64]: product of each query with the first key
     stride_qb,
     stride_qh,
@@ -131,24 +133,7 @@ def attend_prefill_kernel(
             mask=inside[:, None] & (d < D)[None, :],
             other=0.0,
         )
-        # Blocks that the program's rows see; rows before position 0 see none.
-        last = tl.minimum((base + r) * 64 + BM, offset + queries)
-        low_end = (keys + 63) // 64
-        high = low_end
-        if CAUSAL:
-            high = tl.minimum(low_end, (tl.maximum(last, 0) + 63) // 64)
-        low = high - high
-        if WINDOW:
-            low = tl.maximum((base + r) * 64 + 1 - window, 0) // 64
-
-        # Blocks before `masked_to` and from `masked_from` on hold keys that some row does not see.
-        masked_from = keys // 64
-        if CAUSAL:
-            masked_from = base + r
-        masked_to = low
-        if WINDOW:
-            masked_to = (tl.maximum((base + r) * 64 + BM - window, 0) + 63) // 64
-
+        begin, end, masked_to, masked_from = blocks_seen(base, r, queries, keys, offset, window, BM, CAUSAL, WINDOW)
         ones, zeros = tl.full([BM], 1.0, tl.float32), tl.zeros([BM], tl.float32)
         row_max = tl.full([BM], float("-inf"), tl.float32)
         row_sum = tl.zeros([BM], tl.float32)
@@ -157,16 +142,17 @@ def attend_prefill_kernel(
         at_indices = block_indices_ptr + (head * q_blocks + q_block_start + r) * capacity
         at_count = block_counts_ptr + head * q_blocks + q_block_start + r
         count = tl.load(at_count)
+        count2 = count  # of the second query block, where there is one
         if Q_BLOCKS == 2:
             upper = tl.arange(0, BM) < 64
             count2 = tl.load(at_count + 1, mask=r + 1 < seq_q_blocks, other=0)
 
-        # -- low precision --
+        # -- base format --
         if FORMAT != "drop":
             first_row = (head * q_blocks + q_block_start + r) * 64
             row = first_row + tl.arange(0, BM)
             row_exists = (r * 64 + tl.arange(0, BM) < seq_q_blocks * 64)[:, None]
-            ql, qs = load_low_q(q, qp_ptr, qs_ptr, row, row_exists, D, DP, FORMAT, QUANTISE_QP, NATIVE)
+            ql, qs = load_base_q(q, qp_ptr, qs_ptr, row, row_exists, D, DP, FORMAT, QUANTISE_QP, NATIVE)
             factor_q = ones * scale
             if QUANTISE_QP and FORMAT == "fp8":
                 of_row = tl.load(qs_ptr + row // 64, mask=r * 64 + tl.arange(0, BM) < seq_q_blocks * 64, other=0.0)
@@ -181,21 +167,16 @@ def attend_prefill_kernel(
                 upcoming2 = tl.load(at_indices + capacity, mask=count2 > 0, other=-1)
             first_block = kv_head * blocks + block_start
             qc = tl.zeros([BM, MEANS], tl.float32)  # q.c_b of the blocks from the last multiple of MEANS on
-            for n in tl.range(low, high, num_stages=STAGES):
+            for n in tl.range(begin, end, num_stages=STAGES):
                 if CENTRED:
                     column = n % MEANS
-                    if (column == 0) | (n == low):
-                        c = n - column + tl.arange(0, MEANS)
-                        at_c = k_block_mean_ptr + (first_block + c)[None, :] * D + d[:, None]
-                        block_mean = tl.load(at_c, mask=(c < high)[None, :] & (d < D)[:, None], other=0.0)
-                        qc = dot(q, block_mean, PORTABLE)
+                    if (column == 0) | (n == begin):
+                        qc = mean_logits(q, k_block_mean_ptr, first_block, n - column, end, D, DP, MEANS, PORTABLE)
                 hidden = tl.zeros([BM], tl.int1) | (n == upcoming)
-                listed += (n == upcoming).to(tl.int32)
-                upcoming = tl.load(at_indices + listed, mask=listed < count, other=-1)
+                listed, upcoming = next_listed(n, at_indices, count, listed, upcoming)
                 if Q_BLOCKS == 2:
                     hidden = (upper & hidden) | (~upper & (n == upcoming2))
-                    listed2 += (n == upcoming2).to(tl.int32)
-                    upcoming2 = tl.load(at_indices + capacity + listed2, mask=listed2 < count2, other=-1)
+                    listed2, upcoming2 = next_listed(n, at_indices + capacity, count2, listed2, upcoming2)
                 bias = zeros
                 if CENTRED:
                     bias = tl.sum(tl.where(tl.arange(0, MEANS)[None, :] == column, qc, 0.0), 1) * scale
@@ -207,7 +188,7 @@ def attend_prefill_kernel(
                 for i in range(CHUNKS):
                     t = i * BN + token  # columns in the order of V
                     s_row = at * 64 + i * BN + order
-                    s = low_logits(
+                    s = base_logits(
                         ql, qs, kp_ptr, ks_ptr, s_row, key_bias_ptr, head * blocks + block_start + n, i * BN + order, scale,
                         BM, BN, D, DP, FORMAT, NATIVE, KEY_BIAS, PORTABLE,
                     )  # fmt: skip
@@ -222,7 +203,7 @@ def attend_prefill_kernel(
                     if edge:
                         s = visible(s, key, keys, position, window, CAUSAL, WINDOW, SINK)
                     p, row_max, row_sum, factor = online(s, ones if CAP > 0.0 else unit, shift, row_max, row_sum)
-                    acc, rounded_sum = low_values(
+                    acc, rounded_sum = add_base_values(
                         acc, rounded_sum, p, factor, vp_ptr, vs_ptr, at, (kv_head * D + e) * blocks + block_start + n, e, t,
                         D, FORMAT, QUANTISE_QP, NATIVE, NORMALIZE_ROUNDED, CAST, PORTABLE, DTYPE,
                     )  # fmt: skip
@@ -233,9 +214,9 @@ def attend_prefill_kernel(
                 if V_SCALED:
                     acc = acc / tl.load(v_head_scale_ptr + b * HKV + h // (HQ // HKV))
 
-        # -- high precision --
-        low_sum = row_sum
-        unit_high = ones if CAP > 0.0 else ones * scale
+        # -- first token and promoted blocks, in 16 bits --
+        base_sum = row_sum
+        promoted_unit = ones if CAP > 0.0 else ones * scale
         k_head = (
             k_ptr + batch * stride_kb + (h // (HQ // HKV)).to(tl.int64) * stride_kh + k_start.to(tl.int64) * stride_kt
         )
@@ -243,24 +224,13 @@ def attend_prefill_kernel(
             v_ptr + batch * stride_vb + (h // (HQ // HKV)).to(tl.int64) * stride_vh + k_start.to(tl.int64) * stride_vt
         )
         if SINK:  # the first token, unless a promoted block holds it
-            at_sink = (head * q_blocks + q_block_start + r) * 64 + tl.arange(0, BM)
-            first = tl.load(sink_logits_ptr + at_sink, mask=r * 64 + tl.arange(0, BM) < seq_q_blocks * 64, other=0.0)
-            if CAP > 0.0:
-                first = softcapped(first * scale, CAP)
-            seen = inside & (position >= 0) & (keys > 0)
-            if WINDOW:
-                seen = seen & (position < window)
-            if not RESIDUAL:
-                promoted = tl.load(at_indices, mask=count > 0, other=-1) == 0
-                if Q_BLOCKS == 2:
-                    promoted2 = tl.load(at_indices + capacity, mask=count2 > 0, other=-1) == 0
-                    seen = seen & ~((upper & promoted) | (~upper & promoted2))
-                else:
-                    seen = seen & ~promoted
-            first = tl.where(seen, first, float("-inf"))
-            p_sink, row_max, row_sum, factor = online(first[:, None], unit_high, zeros, row_max, row_sum)
+            first = sink_logits(
+                sink_logits_ptr, head * q_blocks + q_block_start + r, r, seq_q_blocks, at_indices, count, count2, capacity,
+                inside, position, keys, window, scale, BM, WINDOW, CAP, RESIDUAL,
+            )  # fmt: skip
+            p_sink, row_max, row_sum, factor = online(first[:, None], promoted_unit, zeros, row_max, row_sum)
             if HIGH_FRACTION:
-                low_sum = low_sum * factor
+                base_sum = base_sum * factor
             if NORMALIZE_ROUNDED:
                 rounded_sum = rounded_sum * factor + tl.sum(p_sink, 1)
             sink_value = tl.load(v_head + e, mask=e < D, other=0.0).to(tl.float32)
@@ -273,30 +243,21 @@ def attend_prefill_kernel(
                 n = tl.load(at_indices + j)
                 at = kv_head * blocks + block_start + n
                 for i in range(CHUNKS):
-                    key = n * 64 + i * BN + token
-                    if RESIDUAL:
-                        s = residual_logits(
-                            q, kp_ptr, k_residual_ptr, k_block_mean_ptr, at, i * BN + token, D, DP, CENTRED, PORTABLE
-                        )
-                    else:
-                        s = logits(q, k_head, key, keys, stride_kt, D, DP, PORTABLE)
-                    if CAP > 0.0:
-                        s = softcapped(s * scale, CAP)
-                    s = visible(s, key, keys, position, window, CAUSAL, WINDOW, SINK and RESIDUAL)
+                    s = promoted_logits(
+                        q, k_head, kp_ptr, k_residual_ptr, k_block_mean_ptr, n, at, i * BN + token, position, keys, window,
+                        scale, stride_kt, D, DP, CAUSAL, WINDOW, CAP, CENTRED, RESIDUAL, SINK, PORTABLE,
+                    )  # fmt: skip
                     if Q_BLOCKS == 2:
                         s = tl.where((upper if side == 0 else ~upper)[:, None], s, float("-inf"))
-                    p, row_max, row_sum, factor = online(s, unit_high, zeros, row_max, row_sum)
+                    p, row_max, row_sum, factor = online(s, promoted_unit, zeros, row_max, row_sum)
                     if HIGH_FRACTION:
-                        low_sum = low_sum * factor
+                        base_sum = base_sum * factor
                     if NORMALIZE_ROUNDED:
                         rounded_sum = rounded_sum * factor + tl.sum(p, 1)
-                    acc = acc * factor[:, None]
-                    if RESIDUAL:
-                        acc = add_residual_values(
-                            acc, p.to(DTYPE), vp_ptr, v_residual_ptr, at, i * BN + token, e, D, PORTABLE
-                        )
-                    else:
-                        acc = add_values(acc, p.to(DTYPE), v_head, key, keys, e, stride_vt, D, PORTABLE)
+                    acc = promoted_values(
+                        acc * factor[:, None], p.to(DTYPE), v_head, vp_ptr, v_residual_ptr, n, at, i * BN + token, keys, e,
+                        stride_vt, D, RESIDUAL, PORTABLE,
+                    )  # fmt: skip
 
         empty = row_sum == 0.0
         norm = tl.where(empty, 1.0, row_sum)
@@ -310,4 +271,4 @@ def attend_prefill_kernel(
         lse = tl.where(empty, float("-inf"), (row_max + tl.log2(norm)) * _LN2)
         tl.store(lse_ptr + at_l, lse, mask=inside)
         if HIGH_FRACTION:
-            tl.store(high_fraction_ptr + at_l, 1.0 - tl.where(empty, 1.0, low_sum / norm), mask=inside)
+            tl.store(high_fraction_ptr + at_l, 1.0 - tl.where(empty, 1.0, base_sum / norm), mask=inside)

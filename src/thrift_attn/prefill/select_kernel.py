@@ -5,7 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from thrift_attn.kernels.arithmetic import threshold_of_largest
+from thrift_attn.kernels.arithmetic import dot, threshold_of_largest
 from thrift_attn.kernels.spans import BLOCK_START, K_LEN, Q_BLOCK_START, Q_LEN, SPAN
 
 
@@ -87,7 +87,7 @@ def select_rows_kernel(
                     at_c = tl.where((n == 0)[None, :], at_block0, at_c)
                 c = tl.load(at_c, mask=(n < high)[None, :] & (d < D)[:, None], other=0.0)
                 if PORTABLE:
-                    s = tl.dot(mean, c.to(tl.float32), input_precision="ieee")
+                    s = dot(mean, c, PORTABLE)
                 else:
                     s = tl.dot(upper, c, tl.dot(lower, c))  # [Q_BLOCKS, BN]
                 tl.store(scratch + tl.arange(0, Q_BLOCKS)[:, None] * PAD + n[None, :], s + 0.0, mask=(n < PAD)[None, :])
