@@ -126,12 +126,14 @@ def _doctor(out: Console) -> list[str]:
     from thrift_lab.eval.run_nll import PACKAGES
     from thrift_lab.extras import missing
     from thrift_lab.models import is_cached
-    from thrift_lab.provenance import device_name, versions
+    from thrift_lab.provenance import device_name, served_versions, versions
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     plain = Table(box=None, show_header=False, padding=(0, 1))
+    served = served_versions()
     for name, version in versions(PACKAGES).items():
-        plain.add_row(name, version or "[dim]not installed[/dim]")
+        wanted = f" [dim](served: {served[name]})[/dim]" if name in served else ""
+        plain.add_row(name, (version or "[dim]not installed[/dim]") + wanted)
     plain.add_row("device", device_name(device))
     plain.add_row("cache", str(cache_dir()))
     for asset, here in [(model, is_cached(name)) for name, model in MODELS.items()] + [

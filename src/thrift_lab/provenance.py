@@ -6,6 +6,7 @@ import importlib.metadata
 import json
 import os
 import platform
+import re
 import shutil
 import subprocess
 import tempfile
@@ -123,6 +124,22 @@ def versions(packages: Iterable[str]) -> dict[str, str | None]:
         "cuda": torch.version.cuda,
         "cudnn": None if cudnn is None else str(cudnn),
     }
+
+
+def served_versions() -> dict[str, str]:
+    """Return which versions of torch, triton and transformers the library is meant for, by package.
+
+    Those of transformers stand in `thrift_attn.transformers.versions`; the others are the package's own requirements.
+    """
+    required = (
+        re.match(r"(torch|triton)\s*\(?(>=[\d.]+)", line) for line in importlib.metadata.requires("thrift-attn") or ()
+    )
+    served = {match[1]: match[2] for match in required if match}
+    try:
+        from thrift_attn.transformers.versions import RANGE
+    except ImportError as error:  # absent or too old: the error says what is needed
+        return {**served, "transformers": str(error)}
+    return {**served, "transformers": RANGE}
 
 
 def device_name(device: torch.device) -> str:

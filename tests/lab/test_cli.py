@@ -14,6 +14,7 @@ import pytest
 from typer.testing import CliRunner, Result
 
 from support.tiny_eval import TEXT, save_model
+from thrift_attn.transformers.versions import RANGE
 from thrift_lab import cli
 from thrift_lab.assets import MIRROR
 
@@ -118,6 +119,8 @@ def test_doctor(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     assert result.exit_code == 0, result.output
     for word in ("python", "torch", "triton", "transformers", "smollm2-135m", "shakespeare", "fetched when first used"):
         assert word in result.output
+    assert f"(served: {RANGE})" in result.output
+    assert "(served: >=2.10)" in result.output
     assert "emulated" in result.output
     assert "cached" not in result.output
     (tmp_path / "SmolLM2-135M-Instruct.Q4_1.gguf").touch()

@@ -57,7 +57,7 @@ def test_divergence_is_that_of_the_distributions() -> None:
 def test_needles_are_counted() -> None:
     one = decode.Needle(0.5, 100, "1234", "is 1234.", "is 12.")
     record = decode.DecodeRecord(needles=[one, decode.Needle(0, 9, "7", "8", "7"), decode.Needle(0, 9, "7", "7", "7")])
-    assert (record.found, record.lost) == (2, 1)
+    assert (record.found_by_plain, record.lost) == (2, 1)
     assert "loses 1" in record.sentence()
 
 

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from thrift_attn.config import BLOCK, ThriftConfig, fraction
 from thrift_attn.interface import attention
+from thrift_attn.numerics import DecodeNumerics
 from thrift_attn.transformers import ThriftCache, disable, enable
 from thrift_attn.transformers.decode_graph import DecodeGraph
 from thrift_attn.transformers.generate import prefill
@@ -251,6 +252,7 @@ def run(plan: ModelPlan, log: Log = print) -> ModelRecord:
         "model": plan.model,
         "new": plan.new,
         "config": plan.config.to_dict(),
+        "ignored": list(DecodeNumerics.resolve(plan.config).ignored),
         "prefill": ThriftCache(bench.model.config, BLOCK, decode=plan.config).prefill_on(bench.device).to_dict(),
         "fused": bench.fused,
         "sides": SIDES,

@@ -16,6 +16,7 @@ from pydantic import Field
 from torch import Tensor
 
 from thrift_attn.config import ThriftConfig
+from thrift_attn.numerics import DecodeNumerics
 from thrift_attn.transformers import ThriftCache, disable, enable
 from thrift_attn.transformers.decode_graph import DecodeGraph
 from thrift_attn.transformers.generate import prefill, stream
@@ -82,12 +83,12 @@ class DecodeRecord(Record):
     @property
     def kl(self) -> float:
         """Mean divergence over all steps of all texts, in nats."""
-        return _mean([x for one in self.continuations for x in one.kl])
+        return _mean([x for text in self.continuations for x in text.kl])
 
     @property
     def same_top(self) -> float:
         """Share of steps with the same likeliest token."""
-        return _mean([float(x) for one in self.continuations for x in one.same_top])
+        return _mean([float(x) for text in self.continuations for x in text.same_top])
 
     @property
     def lost(self) -> int:
@@ -95,7 +96,7 @@ class DecodeRecord(Record):
         return sum(needle.lost for needle in self.needles)
 
     @property
-    def found(self) -> int:
+    def found_by_plain(self) -> int:
         """Needles that the plain model finds."""
         return sum(needle.number in needle.plain for needle in self.needles)
 
@@ -103,13 +104,13 @@ class DecodeRecord(Record):
         """The result in words."""
         return (
             f"{len(self.continuations)} texts: KL {self.kl:.4f} nats, same likeliest token {self.same_top:.1%}; "
-            f"{len(self.needles)} needles: the plain model finds {self.found}, of which the cache loses {self.lost}"
+            f"{len(self.needles)} needles: the plain model finds {self.found_by_plain}, of which the cache loses {self.lost}"
         )
 
     def to_json(self) -> dict[str, Any]:
         """Return plain JSON values, the means with them."""
         content = super().to_json()
-        summary = {"kl": self.kl, "same_top": self.same_top, "found": self.found, "lost": self.lost}
+        summary = {"kl": self.kl, "same_top": self.same_top, "found": self.found_by_plain, "lost": self.lost}
         return {"kind": content.pop("kind"), "schema": content.pop("schema"), "summary": summary, **content}
 
 
@@ -230,6 +231,7 @@ def evaluate(
             dtype=str(loaded.model.dtype).removeprefix("torch."),
             text=text_name,
             config=config.to_dict(),
+            ignored=list(DecodeNumerics.resolve(config).ignored),
             prefill=ThriftCache(loaded.model.config, longest, decode=config).prefill_on(device).to_dict(),
             seed=seed,
         )
@@ -242,7 +244,7 @@ def evaluate(
     draw = random.Random(seed)
     for i, size in enumerate(lengths(needles, shortest, longest) if needles else []):
         number, depth = str(draw.randrange(1000, 10000)), i / max(1, needles - 1)
-        found = needle(loaded, hide(loaded, text, size, depth, number), depth, number, config)
-        log(f"{number} at {depth:.0%} of {size} tokens: {found.plain!r}, cached {found.cached!r}")
-        record.needles.append(found)
+        answers = needle(loaded, hide(loaded, text, size, depth, number), depth, number, config)
+        log(f"{number} at {depth:.0%} of {size} tokens: {answers.plain!r}, cached {answers.cached!r}")
+        record.needles.append(answers)
     return record

@@ -8,6 +8,7 @@ from dataclasses import Field, dataclass, fields, replace
 from typing import Any
 
 from thrift_attn.config import OLD_NAMES, Budget, ThriftConfig, current_names, fraction
+from thrift_attn.numerics import PrefillNumerics
 from thrift_lab.console import words
 from thrift_lab.eval.eviction import Eviction
 
@@ -91,11 +92,16 @@ def described(method: Method) -> dict[str, Any] | None:
     return method.config.to_dict() if method.config else None
 
 
-def from_description(name: str, found: dict[str, Any] | None) -> Method:
+def from_description(name: str, options: dict[str, Any] | None) -> Method:
     """The inverse of `described`."""
-    if found is not None and "keep" in found:
-        return Method(name, None, Eviction(found["keep"]))
-    return Method(name, config_of(found) if found else None)
+    if options is not None and "keep" in options:
+        return Method(name, None, Eviction(options["keep"]))
+    return Method(name, config_of(options) if options else None)
+
+
+def ignored_options(method: Method) -> list[str]:
+    """Names of options that do nothing in what a method computes, see `thrift_attn.numerics`."""
+    return list(PrefillNumerics.resolve(method.config).ignored) if method.config else []
 
 
 def config_of(found: dict[str, Any]) -> ThriftConfig:

@@ -108,18 +108,18 @@ def gold_table(run: Run) -> Table:
 
 def concentration_table(run: Run) -> Table:
     """Share of the error in the first blocks by mass."""
-    found = run.metrics["concentration"]
-    if not found:
+    measured = run.metrics["concentration"]
+    if not measured:
         return [], []
     head = ["blocks, by attention mass", "share of the error", "10% to 90% of heads", "share of the mass"]
     body = [
         [f"{share:.1%}", f"{error:.1%}", f"{low:.0%} to {high:.0%}", f"{mass:.1%}"]
         for share, error, low, high, mass in zip(
-            found[0]["shares"],
-            found[0]["error_share"],
-            found[0]["error_share_low"],
-            found[0]["error_share_high"],
-            found[0]["mass_share"],
+            measured[0]["shares"],
+            measured[0]["error_share"],
+            measured[0]["error_share_low"],
+            measured[0]["error_share_high"],
+            measured[0]["mass_share"],
             strict=True,
         )
     ]
@@ -158,34 +158,34 @@ def _at_equal_cost(run: Run) -> list[str]:
 
 def findings(run: Run) -> list[str]:
     """What the figures say, in plain sentences, about one method of each kind."""
-    found: list[str] = []
+    sentences: list[str] = []
     known, rows = run.methods(), {row["method"]: row for row in run.nll()}
     fp4 = next((row for name, row in rows.items() if known[name]["fp4"]), None)
     if fp4 is not None and fp4["loss"] is not None:
         windows = f"{fp4['windows']} windows of {fp4['length']:,} tokens"
-        found.append(
+        sentences.append(
             f"Uniform 4-bit attention costs {_signed(fp4['loss'], fp4['loss_interval'])} nats per token over {windows}."
         )
     shown = [name for name in figures.selected(run.metrics) if rows.get(name, {}).get("loss") is not None]
     for name in shown:
         row = rows[name]
         if row["recovered"] is not None and not known[name]["sparse"]:
-            found.append(
+            sentences.append(
                 f"{name} ({_percent(known[name]['share'])} of the blocks promoted) is {row['loss']:+.4f} nats from fp16 and "
                 f"brings back {_percent(row['recovered'], row['recovered_interval'])} of that loss."
             )
-    found += _at_equal_cost(run)
+    sentences += _at_equal_cost(run)
     overall = {row["method"]: row for row in run.tasks() if row["task"] == "all"}
     if overall:
         scores = ", ".join(f"{name} {100 * overall[name]['score']:.1f}" for name in list(overall)[:10])
         samples = next(iter(overall.values()))["samples"]
-        found.append(f"Mean score over {samples} samples of all tasks, in per cent: {scores}.")
-    return found
+        sentences.append(f"Mean score over {samples} samples of all tasks, in per cent: {scores}.")
+    return sentences
 
 
 def losses(run: Run) -> list[str]:
     """Where thrift loses, as far as these samples can tell."""
-    found: list[str] = []
+    sentences: list[str] = []
     known, rows = run.methods(), {row["method"]: row for row in run.nll()}
     chosen = figures.selected(run.metrics)
     ours = [n for n, about in known.items() if about["family"] == "thrift" or (n in chosen and n.startswith("thrift"))]
@@ -195,7 +195,7 @@ def losses(run: Run) -> list[str]:
         if name in rows and rows[name]["loss_interval"] and rows[name]["loss_interval"][0] > 0
     ]
     if worse:
-        found.append(f"Above fp16 beyond noise, in nats per token: {'; '.join(worse)}.")
+        sentences.append(f"Above fp16 beyond noise, in nats per token: {'; '.join(worse)}.")
     for name, row in rows.items():
         if not known[name]["sparse"] and known[name]["family"] != "paper":
             continue
@@ -207,31 +207,31 @@ def losses(run: Run) -> list[str]:
             cheap = [known[at]["prefill_cost"] for at in (name, mine)]
             if None not in cheap and cheap[0] <= cheap[1] * 1.01:
                 losing = f"({row['loss']:+.4f}, {other['loss']:+.4f})"
-                found.append(f"{name} is nearer to fp16 than {mine} at no higher prefill cost {losing}.")
+                sentences.append(f"{name} is nearer to fp16 than {mine} at no higher prefill cost {losing}.")
     main = next((name for name in figures.in_tasks(run.metrics) if known[name]["family"] == "thrift"), None)
     mine = [row for row in run.tasks() if row["method"] == main and not row["group"]]
     unlikely = [row for row in mine if row["gold_loss_interval"] and row["gold_loss_interval"][0] > 0]
     if unlikely:
         named = ", ".join(f"{_task_name(row['task'], run)} {row['gold_loss']:+.3f}" for row in unlikely)
-        found.append(
+        sentences.append(
             f"With {main} the right answer is less likely than with fp16 beyond noise on {len(unlikely)} of {len(mine)} tasks "
             f"(nats per token): {named}."
         )
     lower = [row for row in mine if row["difference_interval"] and row["difference_interval"][1] < 0]
     if lower:
         named = ", ".join(f"{_task_name(row['task'], run)} {100 * row['difference']:+.0f}" for row in lower)
-        found.append(
+        sentences.append(
             f"With {main} the score is below fp16 beyond noise on {len(lower)} of {len(mine)} tasks (points): {named}."
         )
-    if not found and (rows or mine):
-        found.append("No difference to fp16 is above noise at the 95% level on these samples.")
-    return found
+    if not sentences and (rows or mine):
+        sentences.append("No difference to fp16 is above noise at the 95% level on these samples.")
+    return sentences
 
 
 def _other_options(run: Run) -> list[tuple[str, str]]:
     """Methods of one family that do not only differ in budget, because a default changed between their runs."""
     first: dict[str, dict[str, Any]] = {}
-    found: list[tuple[str, str]] = []
+    differing: list[tuple[str, str]] = []
     for about in run.metrics["methods"]:
         if about["config"] is None:
             continue
@@ -239,8 +239,8 @@ def _other_options(run: Run) -> list[tuple[str, str]]:
         other = {key: value for key, value in about["config"].items() if key != "budget" and usual[key] != value}
         if other:
             options = ", ".join(f"{key}={value} (elsewhere {usual[key]})" for key, value in other.items())
-            found.append((f"options of {about['name']}", options))
-    return found
+            differing.append((f"options of {about['name']}", options))
+    return differing
 
 
 def _listed(numbers: Sequence[int]) -> str:
@@ -279,6 +279,11 @@ def circumstances(run: Run) -> list[tuple[str, str]]:
             ("seed", str(plan["seed"])),
         ]
     known += _other_options(run)
+    known += [
+        (f"without effect in {row['name']}", ", ".join(row["ignored"]))
+        for row in run.metrics["methods"]
+        if row.get("ignored")
+    ]
     left = {line for row in run.metrics["methods"] for line in row["unserved"]}
     if lacking := last.get("left_out"):
         known.append(("tasks left out for want of data", ", ".join(lacking)))

@@ -39,7 +39,7 @@ class Run:
         if not records:
             raise ValueError(f"{folder} holds no results yet")
         head_dim = environments[-1]["model"]["head_dim"] if environments else 128
-        methods = [from_description(name, found) for name, found in plan["computed"].items()]
+        methods = [from_description(name, described) for name, described in plan["computed"].items()]
         return cls(folder.name, plan, environments, summarise(methods, records, head_dim))
 
     @classmethod
@@ -116,13 +116,13 @@ class Run:
         return [row for row in self.metrics["tasks"] if row["length"] == (length or max(lengths, default=0))]
 
     def methods(self) -> dict[str, Row]:
-        """Facts about methods by name."""
+        """What is known of each method, by its name."""
         return {row["name"]: row for row in self.metrics["methods"]}
 
 
 def lines_of(result: NLLRecord) -> list[dict[str, Any]]:
     """An NLL record as lines of a run."""
-    found: list[dict[str, Any]] = []
+    lines: list[dict[str, Any]] = []
     context = result.context
     for row in result.rows:
         spent = (
@@ -133,7 +133,7 @@ def lines_of(result: NLLRecord) -> list[dict[str, Any]]:
         for index, nll in enumerate(result.nll[row.method.name].astype(np.float64)):
             head = {"kind": "nll", "task": context["text"]["spec"], "length": context["length"], "index": index}
             sums = np.add.reduceat(nll, np.arange(0, len(nll), BOOTSTRAP_BLOCK))
-            found.append(
+            lines.append(
                 {
                     **head,
                     "method": row.method.name,
@@ -144,7 +144,7 @@ def lines_of(result: NLLRecord) -> list[dict[str, Any]]:
                     "unserved": list(row.unserved),
                 }
             )
-    return found
+    return lines
 
 
 def load_runs(paths: Sequence[Path]) -> list[Run]:
@@ -161,8 +161,8 @@ def load_runs(paths: Sequence[Path]) -> list[Run]:
     for path in paths:
         if path.suffix == ".json":
             records.setdefault(NLLRecord.load(path).context["model"]["spec"], []).append(path)
-    for spec, found in records.items():
-        by_model.setdefault(spec, []).append(Run.of_records(found))
+    for spec, of_model in records.items():
+        by_model.setdefault(spec, []).append(Run.of_records(of_model))
     for path in paths:
         if path.suffix != ".json":
             run = Run.load(path)

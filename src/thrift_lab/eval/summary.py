@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from thrift_lab.eval.bootstrap import BOOTSTRAP_BLOCK, LEVEL, RESAMPLES, Interval, draws, interval
 from thrift_lab.eval.cost import costs
-from thrift_lab.eval.methods import Method
+from thrift_lab.eval.methods import Method, ignored_options
 from thrift_lab.eval.run_nll import is_fp4
 
 Records = Sequence[dict[str, Any]]
@@ -57,6 +57,7 @@ def _method(method: Method, records: Records, head_dim: int) -> dict[str, Any]:
         "fp4": is_fp4(method),
         "sparse": method.evict is not None or (method.config is not None and method.config.base_format == "drop"),
         "config": method.config.to_dict() if method.config else None,
+        "ignored": ignored_options(method),
         "share": share,
         "prefill_cost": prefill,
         "decode_cost": decode,
@@ -65,10 +66,10 @@ def _method(method: Method, records: Records, head_dim: int) -> dict[str, Any]:
 
 
 def _grouped(records: Records, *keys: str) -> dict[tuple[Any, ...], list[dict[str, Any]]]:
-    found: dict[tuple[Any, ...], list[dict[str, Any]]] = defaultdict(list)
+    groups: dict[tuple[Any, ...], list[dict[str, Any]]] = defaultdict(list)
     for record in records:
-        found[tuple(record[key] for key in keys)].append(record)
-    return found
+        groups[tuple(record[key] for key in keys)].append(record)
+    return groups
 
 
 class _Paired:
@@ -102,16 +103,16 @@ class _Paired:
         if gaps is None or losses is None or self.mean(gap) <= 0 or np.quantile(gaps, (1 - LEVEL) / 2) <= 0:
             return nothing
         kept = gaps > 0
-        found: Interval | None = interval(1 - losses[kept] / gaps[kept])
-        return {"recovered": 1 - self.mean(loss) / self.mean(gap), "recovered_interval": found}
+        bounds: Interval | None = interval(1 - losses[kept] / gaps[kept])
+        return {"recovered": 1 - self.mean(loss) / self.mean(gap), "recovered_interval": bounds}
 
 
 def _by_method(records: Records) -> dict[str, dict[Any, dict[str, Any]]]:
     """Records by method and by (task, index)."""
-    found: dict[str, dict[Any, dict[str, Any]]] = defaultdict(dict)
+    by_method: dict[str, dict[Any, dict[str, Any]]] = defaultdict(dict)
     for record in records:
-        found[record["method"]][record["task"], record["index"]] = record
-    return found
+        by_method[record["method"]][record["task"], record["index"]] = record
+    return by_method
 
 
 def _common(methods: list[Method], by_method: dict[str, dict[Any, Any]]) -> tuple[list[str], list[Any]]:
