@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from thrift_attn.cache.stream_order import StreamOrder, current_stream
 from thrift_attn.config import BLOCK
 
 
@@ -37,6 +38,8 @@ class PageTable:
         self._tokens = [0] * batch
         self._references = [0] * pages
         self._free = list(range(pages - 1, -1, -1))
+        self._order = StreamOrder()  # of the pool
+        self._users: dict[int, torch.cuda.Stream] = {}  # streams in which kernels used the pages of these sequences
 
     @property
     def batch(self) -> int:
@@ -47,6 +50,12 @@ class PageTable:
     def free_pages(self) -> int:
         """Pages that no sequence holds."""
         return len(self._free)
+
+    def note_use(self) -> None:
+        """Note that kernels which use pages of these sequences are started in the current stream."""
+        stream = current_stream(self.table.device)
+        if stream is not None:
+            self._users[stream.cuda_stream] = stream
 
     def tokens(self, row: int) -> int:
         """Length of a sequence, known without asking the device."""
@@ -93,6 +102,7 @@ class PageTable:
         missing = self._missing(wanted)
         if not any(missing):
             return
+        self._order.take(current_stream(self.table.device))
         # One copy to the device, and the books only when it has been made.
         given = torch.tensor(self._free[-sum(missing) :][::-1], dtype=torch.int32)
         rows = torch.tensor(missing).nonzero().flatten().repeat_interleave(torch.tensor([n for n in missing if n]))
@@ -131,6 +141,9 @@ class PageTable:
 
     def _give_back(self, row: int, blocks: int) -> None:
         given = self._owned[row][blocks:]
+        if given:
+            self.note_use()
+            self._order.give_back(self._users.values())
         del self._owned[row][blocks:]
         for page in given:
             self._references[page] -= 1
@@ -183,6 +196,7 @@ class PageTable:
             "lengths": self.lengths.clone(),
             "_owned": owned,
             "_tokens": [*self._tokens],
+            "_users": {},
         }
         self._hold(owned)
         other = PageTable.__new__(PageTable)
@@ -209,6 +223,7 @@ class PageTable:
             raise ValueError(f"a sequence of {longest} blocks does not fit into {limit} pages")
         if count > len(self._free):
             raise RuntimeError(f"the page pool is exhausted: {count} pages are needed and {len(self._free)} are free")
+        self._order.take(current_stream(self.table.device))
         given = self._free[len(self._free) - count :][::-1]
         owned = [[given[number] for number in held] for held in blocks]
         rows = torch.tensor([[*held, *[-1] * (longest - len(held))] for held in owned], dtype=torch.int32)

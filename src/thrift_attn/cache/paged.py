@@ -41,7 +41,8 @@ class PagedThriftCache(CacheSequences):
     On a CPU the same pages are written and read in plain PyTorch.
 
     A change that is interrupted (Ctrl-C, no memory) between its first and its last write leaves a cache that refuses everything
-    but being dropped. Threads may use one cache, or several over one pool: one waits for the other.
+    but being dropped. Threads may use one cache, or several over one pool: one waits for the other. Caches over one pool may
+    also run in several CUDA streams: one that takes pages which another used waits for it (`thrift_attn.cache.stream_order`).
 
     Args:
         batch: number of sequences.
@@ -340,6 +341,7 @@ class PagedThriftCache(CacheSequences):
 
     def tensors(self) -> CacheTensors:
         """Return what the cache holds on the device, as the kernels of decode take it (`thrift_attn.decode.tensors`)."""
+        self.table.note_use()
         return CacheTensors(
             base=self.pool.base,
             k_block_mean=self.pool.centres,

@@ -62,6 +62,7 @@ class CacheSequences:
         with self._lock:
             self._check_finished()
             self._unfinished = True
+            self.table.note_use()
             yield
             self._unfinished = False
 
