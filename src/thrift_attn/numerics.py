@@ -74,6 +74,17 @@ class PrefillNumerics(_Shared):
     normalize_rounded: bool
     min_blocks: int
 
+    @property
+    def looks_ahead(self) -> tuple[str, ...]:
+        """What the rounding of a token takes from tokens after it in the call, in words; empty where it takes nothing.
+
+        Masked logits never enter, but a loss that is measured on whole texts is measured with this help.
+        """
+        found = ["the mean of all queries"] * self.subtract_query_mean
+        found += ["powers of two of K and V"] * self.channel_scales
+        found += ["one scale per head of V"] * (self.base_format == "fp8")
+        return tuple(found)
+
     @classmethod
     def resolve(cls, config: ThriftConfig) -> PrefillNumerics:
         """Return what ``config`` means for attention over contiguous K and V."""

@@ -104,6 +104,11 @@ def ignored_options(method: Method) -> list[str]:
     return list(PrefillNumerics.resolve(method.config).ignored) if method.config else []
 
 
+def looks_ahead(method: Method) -> list[str]:
+    """What the rounding of a token takes from later tokens of the text, see `PrefillNumerics.looks_ahead`."""
+    return list(PrefillNumerics.resolve(method.config).looks_ahead) if method.config else []
+
+
 def config_of(found: dict[str, Any]) -> ThriftConfig:
     """A configuration from `ThriftConfig.to_dict`; options that an old record does not know are off."""
     off = {"sink_token": "none", "smooth": "none", "normalize": "exact"}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from rich.table import Table
 
+from thrift_lab.eval.methods import looks_ahead
 from thrift_lab.eval.run_nll import NLLRecord, NLLRow, is_fp4
 
 
@@ -74,6 +75,15 @@ def notes(result: NLLRecord) -> list[str]:
         found.append("No recovered share: it needs both fp16 and fp4 among the methods.")
     elif len(result.rows) > 2 and all(row.recovered is None for row in result.rows):
         found.append("No recovered share: on this text fp4 is not worse than fp16 at the 95% level. Use more tokens.")
+    ahead: dict[tuple[str, ...], list[str]] = {}
+    for row in result.rows:
+        if reasons := tuple(looks_ahead(row.method)):
+            ahead.setdefault(reasons, []).append(row.method.name)
+    for reasons, names in ahead.items():
+        found.append(
+            f"{', '.join(names)}: the 4-bit noise of a token looks ahead to later tokens of its window ({', '.join(reasons)}). "
+            "Masked logits never enter; `thrift eval decode` measures what a growing cache loses."
+        )
     for row in result.rows:
         for first in row.unserved[:1]:
             more = f" and {len(row.unserved) - 1} more layers" if len(row.unserved) > 1 else ""

@@ -15,7 +15,7 @@ from thrift_attn.config import ThriftConfig, fraction
 from thrift_attn.stats import Stats
 from thrift_lab.console import Log, Progress, silent, unseen
 from thrift_lab.eval.bootstrap import BOOTSTRAP_BLOCK, LEVEL, RESAMPLES, Bootstrap, Interval, interval, recovery
-from thrift_lab.eval.methods import Method, check_distinct, config_of, ignored_options
+from thrift_lab.eval.methods import Method, check_distinct, config_of, ignored_options, looks_ahead
 from thrift_lab.eval.nll import (
     Window,
     chars_needed,
@@ -83,6 +83,7 @@ class NLLRow:
             "name": self.method.name,
             "config": self.method.config.to_dict() if self.method.config else None,
             "ignored": ignored_options(self.method),
+            "looks_ahead": looks_ahead(self.method),
             "nll": self.nll,
             "loss": self.loss,
             "loss_interval": self.loss_interval,
