@@ -53,8 +53,15 @@ def tuning(head_dim: int, tile: int, masked: bool, plane: str | None) -> Tuning:
     return Tuning(168, 2 if masked else 4)
 
 
+SINGLE_BLOCKS = 128
+"""Up to so many blocks of a sequence are attended by one program each."""
+
+
 def choose_splits(max_blocks: int, batch: int, kv_heads: int, row_tiles: int, max_programs: int) -> int:
-    """Splits per (sequence, KV head) such that no more than ``max_programs`` programs run, each with three blocks or more.
+    """Splits per (sequence, KV head) such that no more than ``max_programs`` programs run.
+
+    A short sequence is a matter of latency: every block gets a program, up to `SINGLE_BLOCKS` of them. Beyond, two blocks a
+    program save what the combination of more splits would cost (docs/log.md).
 
     Args:
         max_blocks: most blocks of a sequence.
@@ -63,7 +70,8 @@ def choose_splits(max_blocks: int, batch: int, kv_heads: int, row_tiles: int, ma
         row_tiles: programs that share a split: padded rows over `column_tile`.
         max_programs: programs the device runs at a time: its multiprocessors times `Tuning.programs`.
     """
-    return max(1, min(max_programs // max(1, batch * kv_heads * row_tiles), max_blocks // 3, 1024))
+    useful = max(max_blocks // 2, min(max_blocks, SINGLE_BLOCKS))
+    return max(1, min(max_programs // max(1, batch * kv_heads * row_tiles), useful, 1024))
 
 
 def tuning_of(group: int, tq: int, head_dim: int, window: int | None, plane: str | None) -> Tuning:
