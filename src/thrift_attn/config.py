@@ -19,6 +19,7 @@ MAX_BLOCKS = 2**31 - 1
 """Largest number of blocks that an option may name; what a call can hold is far less."""
 
 BaseFormat = Literal["nvfp4", "mxfp4", "fp8", "drop"]
+AskedFormat = Literal["auto", BaseFormat]
 Compute = Literal["fp4", "16bit"]
 Center = Literal["none", "block", "all"]
 SinkToken = Literal["none", "exact"]
@@ -230,7 +231,7 @@ def use_scores(table: Mapping[str, object]) -> None:
 
 
 _CHOICES = {
-    "base_format": BaseFormat,
+    "base_format": AskedFormat,
     "compute": Compute,
     "center": Center,
     "sink_token": SinkToken,
@@ -248,7 +249,9 @@ class ThriftConfig:
 
     Args:
         base_format: format of the low-precision path, ``"nvfp4"``, ``"mxfp4"`` or ``"fp8"``; ``"drop"`` leaves the blocks out
-            that are not promoted, which turns the method into the sparse baselines.
+            that are not promoted, which turns the method into the sparse baselines. ``"auto"`` is what a device is fast at
+            (`thrift_attn.dispatch.AUTO_FORMATS`): nvfp4 on Blackwell, fp8 on Ada and Hopper, exact 16-bit attention on other
+            GPUs; nvfp4 on a CPU, in caches, and with ``compute="16bit"`` or a nested ``promoted_storage``.
         compute: ``"fp4"`` quantises Q and P in the low format as well (what low-precision tensor cores do);
             ``"16bit"`` widens K and V and multiplies with the given Q and P.
         center: ``"block"`` quantises K minus the mean of its KV block and adds q.c_b in high precision; ``"all"`` also
@@ -275,6 +278,10 @@ class ThriftConfig:
             worth it.
         force_last: this many blocks come next, those nearest to the query's own, that one included; under a causal mask these
             are the last visible ones.
+        exact_below: sequences of fewer keys than this, or with fewer than a quarter as many queries, are attended exactly, with
+            every block promoted or by a kernel for 16-bit attention, since quantising them would not pay. None: what has
+            been measured for ``base_format="auto"`` and the GPU at hand (`thrift_attn.crossovers`), and 0 for a format that
+            is named. 0 is never: quality is measured so. Of `thrift_attn.attention` alone, not of caches.
         promoted_storage: how promoted blocks are stored: ``"16bit"`` copy, ``"nested"`` (nvfp4 residual of the base) or
             ``"nested8"`` (e4m3 residual with group scales).
 
@@ -285,7 +292,7 @@ class ThriftConfig:
     Source: arXiv 2605.23081; centring and nested planes: docs/method.md.
     """
 
-    base_format: BaseFormat = "nvfp4"
+    base_format: AskedFormat = "auto"
     compute: Compute = "fp4"
     center: Center = "all"
     sink_token: SinkToken = "exact"
@@ -297,6 +304,7 @@ class ThriftConfig:
     force_first: int = 0
     force_last: int = 1
     promoted_storage: PromotedStorage = "16bit"
+    exact_below: int | None = None
 
     def __post_init__(self) -> None:
         for name, choices in _CHOICES.items():
@@ -304,12 +312,18 @@ class ThriftConfig:
         if self.score not in _scores:
             raise ValueError(f"score must be one of {', '.join(map(repr, _scores))}, got {self.score!r}")
         object.__setattr__(self, "budget", Budget.of(self.budget))
-        for name in ("force_first", "force_last"):
+        for name in ("force_first", "force_last", "exact_below"):
             value = getattr(self, name)
+            if name == "exact_below" and value is None:
+                continue
             if isinstance(value, bool) or not isinstance(value, int):
                 raise TypeError(f"{name} must be an int, got {type(value).__name__}")
             if not 0 <= value <= MAX_BLOCKS:
                 raise ValueError(f"{name} must be >= 0 and at most {MAX_BLOCKS}, got {value}")
+        if self.exact_below and self.promoted_storage != "16bit":
+            raise ValueError(
+                f"exact_below needs promoted_storage='16bit': planes are not exact, got {self.promoted_storage!r}"
+            )
         if self.base_format == "drop" and (self.center, self.scales, self.promoted_storage) != ("none", "max", "16bit"):
             raise ValueError(
                 "base_format='drop' quantises nothing: it needs center='none', scales='max' and promoted_storage='16bit'"
@@ -326,15 +340,17 @@ class ThriftConfig:
     @classmethod
     def paper(cls, **changes: Any) -> ThriftConfig:
         """The paper's form: nvfp4, scales from maxima, no centring, block-mean score, nothing forced, 5%, 16-bit copy."""
-        plain = {"center": "none", "sink_token": "none", "smooth": "none", "scales": "max", "normalize": "exact"}
-        budget = fraction(0.05)
-        return cls(**{**plain, "budget": budget, "force_first": 0, "force_last": 0, **current_names(changes)})
+        plain = {"base_format": "nvfp4", "center": "none", "sink_token": "none", "smooth": "none", "scales": "max"}
+        plain |= {"normalize": "exact", "budget": fraction(0.05), "force_first": 0, "force_last": 0}
+        return cls(**{**plain, **current_names(changes)})
 
     @classmethod
     def for_cache(cls, **changes: Any) -> ThriftConfig:
         """The form of a KV cache: a 4-bit base and a nested residual; Q and P stay in 16 bits, since reading is what
         takes time."""
-        return cls(**{"compute": "16bit", "promoted_storage": "nested", **current_names(changes)})
+        return cls(
+            **{"base_format": "nvfp4", "compute": "16bit", "promoted_storage": "nested", **current_names(changes)}
+        )
 
     @classmethod
     def sparse(cls, score: Score, **changes: Any) -> ThriftConfig:

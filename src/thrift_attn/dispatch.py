@@ -6,11 +6,14 @@ import importlib.metadata
 import importlib.util
 import os
 import sys
+import warnings
 from typing import Literal, NamedTuple
 
 import torch
 
 from thrift_attn.config import BaseFormat, Compute, ThriftConfig
+from thrift_attn.crossovers import CROSSOVERS, EVERYWHERE, is_exact, measured
+from thrift_attn.exact import Call, exact_server, why_not_exact
 from thrift_attn.numerics import PrefillNumerics, describe_ignored
 
 Status = Literal["native", "compiled", "emulated", "no"]
@@ -18,6 +21,25 @@ Status = Literal["native", "compiled", "emulated", "no"]
 
 Form = Literal["decoded", "native"]
 """How packed low-precision data are multiplied: as decoded 16-bit numbers, or by units of their own format."""
+
+AUTO_FORMATS: dict[str, BaseFormat] = {"8.9": "fp8", "9.0": "fp8", "10": "nvfp4", "12": "nvfp4"}
+"""What ``base_format="auto"`` is by compute capability, or its major number: what has units. Other GPUs attend exactly."""
+
+
+class Served(NamedTuple):
+    """What runs for a call of `thrift_attn.attention`.
+
+    Args:
+        by: the reference, the kernels of thrift, or a kernel for exact attention (`thrift_attn.exact`).
+        form: how the kernels of thrift multiply.
+        config: what is computed, with a format and an ``exact_below`` that are named: what records store.
+        why: why it is exact, for people; empty otherwise.
+    """
+
+    by: Literal["reference", "triton", "exact"]
+    form: Form
+    config: ThriftConfig
+    why: str = ""
 
 
 class Row(NamedTuple):
@@ -38,9 +60,9 @@ def support(device: torch.device | str | None = None) -> list[Row]:
         One row per feature of the library.
     """
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    rows = [*_prefill_rows(device)]
+    rows = [*_auto_rows(device), *_prefill_rows(device)]
     try:
-        backend = check_cache(ThriftConfig(compute="16bit", promoted_storage="nested"), 128, torch.bfloat16, device)
+        backend = check_cache(ThriftConfig.for_cache(), 128, torch.bfloat16, device)
     except NotImplementedError as error:
         return [*rows, Row("PagedThriftCache", "no", str(error))]
     if backend == "reference":
@@ -51,6 +73,30 @@ def support(device: torch.device | str | None = None) -> list[Row]:
         *rows,
         Row("PagedThriftCache, base_format='nvfp4' | 'mxfp4'", "native", f"kernels for head_dim {dims}; {timed}"),
     ]
+
+
+def _auto_rows(device: torch.device) -> list[Row]:
+    """What ``base_format="auto"`` means on a device, and from which length on."""
+    prompt = Call(device=device, dtype=torch.bfloat16, head_dim=128, queries=MAX_KEYS, keys=MAX_KEYS)
+    config = prefill_config(ThriftConfig(), prompt)
+    feature = "attention(), base_format='auto', the default"
+    if config.exact_below == EVERYWHERE:
+        return [Row(feature, "native", f"exact 16-bit attention by {exact_server(prompt)}: no FP8 or FP4 units here")]
+    if device.type != "cuda":
+        return [Row(feature, "emulated", f"{config.base_format} with compute={config.compute!r}: quality, no speed")]
+    told = describe_ignored(config, PrefillNumerics.resolve(config))
+    means = f"{config.base_format}" + (f"; {'; '.join(told)}" if told else "")
+    rows = [Row(feature, "native", means)]
+    capability = torch.cuda.get_device_capability(device)
+    for one in CROSSOVERS:
+        if one.capability == capability:
+            shorter = f"the same, fewer than {one.keys:,} keys, head_dim {one.head_dim}, with {one.server}"
+            rows.append(Row(shorter, "native", f"exact 16-bit attention, which is faster: {one.source}"))
+    if len(rows) == 1:
+        rows.append(
+            Row("the same, short prompts", "native", "not dispatched: no crossover has been measured on this GPU")
+        )
+    return rows
 
 
 def _prefill_rows(device: torch.device) -> list[Row]:
@@ -118,6 +164,93 @@ def multiprocessors(device: torch.device) -> int:
 def overlaps(device: torch.device) -> bool:
     """Whether a kernel may start while the one before it ends (programmatic dependent launch, compute capability 9 and up)."""
     return device.type == "cuda" and not interpreted() and torch.cuda.get_device_capability(device) >= (9, 0)
+
+
+def prefill_config(config: ThriftConfig, call: Call, backend: str = "auto") -> ThriftConfig:
+    """What a configuration means for a call of `thrift_attn.attention`: with a format and an ``exact_below`` that are named.
+
+    Args:
+        config: as it was given.
+        call: its facts; no data and no batch.
+        backend: as it was asked for: one that is named runs at every length.
+    """
+    if config.base_format != "auto":
+        return config if config.exact_below is not None else config.with_(exact_below=0)
+    chosen, below = _auto_format(config, call), config.exact_below
+    if below is None and chosen == "exact":
+        below = EVERYWHERE
+    elif below is None and backend == "auto" and call.device.type == "cuda" and _dispatched(config, call):
+        below = measured(torch.cuda.get_device_capability(call.device), chosen, call.head_dim, exact_server(call))
+    return config.with_(base_format="nvfp4" if chosen == "exact" else chosen, exact_below=below or 0)
+
+
+def cache_config(config: ThriftConfig) -> ThriftConfig:
+    """What a configuration means for a cache: pages hold nvfp4 on every device, and nothing is dispatched."""
+    return config.with_(base_format="nvfp4") if config.base_format == "auto" else config
+
+
+def _auto_format(config: ThriftConfig, call: Call) -> BaseFormat | Literal["exact"]:
+    """The format that ``base_format="auto"`` is for a call, or exact attention."""
+    if call.device.type != "cuda" or config.compute == "16bit" or config.promoted_storage != "16bit":
+        return "nvfp4"
+    if call.dtype not in (torch.float16, torch.bfloat16) or call.head_dim not in HEAD_DIMS:
+        return "exact"  # no kernels of thrift
+    major, minor = torch.cuda.get_device_capability(call.device)
+    return AUTO_FORMATS.get(f"{major}.{minor}") or AUTO_FORMATS.get(str(major)) or "exact"
+
+
+def _dispatched(config: ThriftConfig, call: Call) -> bool:
+    """Whether what has been measured, causal prompts by kernels, speaks for a call, and exact attention can serve it."""
+    plain = config.compute == "fp4" and config.promoted_storage == "16bit" and config.score == "mean"
+    return plain and call.is_prompt_for(exact_server(call)) and why_not_exact(call) is None
+
+
+def serve(asked: str, config: ThriftConfig, call: Call) -> Served:
+    """What runs for a call of `thrift_attn.attention`: the one place where this is decided.
+
+    Args:
+        asked: the backend: ``"auto"``, ``"reference"`` or ``"triton"``.
+        config: as it was given.
+        call: its facts. Rows of a batch that have lengths of their own are calls of their own.
+
+    Raises:
+        ValueError: an unknown backend.
+        NotImplementedError: a backend that was asked for and cannot serve the call, with the reason.
+    """
+    chosen = prefill_config(config, call, asked)
+    below = chosen.exact_below or 0
+    if asked == "auto" and is_exact(below, call.keys, call.queries) and why_not_exact(call) is None:
+        return Served("exact", "decoded", chosen, _why_exact(below, call))
+    by, form = pick_backend(
+        asked, chosen, call.head_dim, call.dtype, call.device, call.keys, causal=call.causal, window=call.window
+    )
+    if by == "triton" and form == "decoded" and chosen.compute == "fp4" and chosen.base_format != "drop":
+        _tell_emulated(chosen, call)
+    return Served(by, form, chosen)
+
+
+def _why_exact(below: int, call: Call) -> str:
+    """Why a call is attended exactly, for reports."""
+    if below == EVERYWHERE:
+        return f"exact by {exact_server(call)}: no kernels or units for it on this GPU"
+    few = f"fewer than {below:,} keys" if call.keys < below else f"fewer than {-(-below // 4):,} queries"
+    return f"exact by {exact_server(call)}: {few}"
+
+
+_told: set[str] = set()
+
+
+def _tell_emulated(config: ThriftConfig, call: Call) -> None:
+    """Warn, once per format, that a GPU without units computes the numbers of a format and gains no speed."""
+    if call.device.type != "cuda" or config.exact_below == EVERYWHERE or torch.compiler.is_compiling():
+        return
+    if config.base_format not in _told:
+        _told.add(config.base_format)
+        warnings.warn(
+            f"thrift: base_format={config.base_format!r} is emulated on {torch.cuda.get_device_name(call.device)}, for its "
+            f"quality and not its speed; base_format='auto' is what this GPU is fast at",
+            stacklevel=4,
+        )
 
 
 def check_cache(

@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, Literal, TypedDict, overload
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypedDict, overload
 
 import torch
 import torch.nn.functional as F
@@ -13,7 +14,8 @@ from torch import Tensor
 
 from thrift_attn.checks import check_cu_seqlens, check_kv_lengths, check_logits, check_qkv
 from thrift_attn.config import ThriftConfig
-from thrift_attn.dispatch import pick_backend
+from thrift_attn.dispatch import Served, serve
+from thrift_attn.exact import Call, attend_exact, exact_stats
 from thrift_attn.numerics import PrefillNumerics
 from thrift_attn.reference import attention as reference
 from thrift_attn.reference.formats import FORMATS
@@ -93,8 +95,9 @@ def attention(
         softcap: logits become softcap * tanh(logits / softcap). None for no cap.
         kv_lengths: int ``[B]``: row b has keys ``k[b, :, :kv_lengths[b]]``; queries before its position 0 give 0 and
             LSE -inf. None when all rows have Tk keys.
-        backend: ``"reference"``, plain PyTorch; ``"triton"``, the kernels; or ``"auto"``, the kernels on a CUDA device for what
-            they serve, else the reference. See `thrift_attn.support`.
+        backend: ``"reference"``, plain PyTorch; ``"triton"``, the kernels; or ``"auto"``: exact 16-bit attention where that is
+            faster (``exact_below`` of `ThriftConfig`), the kernels on a CUDA device for what they serve, else the reference.
+            See `thrift_attn.support`.
         return_lse: also return the log-sum-exp of the logits, natural logarithm ``[B, Hq, Tq]``, float32 (float64 for
             float64 input).
         return_stats: also return `Stats`: pairs promoted, asked and visible, and softmax mass per path. Copies them to the
@@ -110,37 +113,141 @@ def attention(
 
     Source: ThriftAttention, arXiv 2605.23081.
     """
+    found = attend(
+        q, k, v, config=config, causal=causal, scale=scale, window=window, softcap=softcap, kv_lengths=kv_lengths,
+        backend=backend, return_lse=return_lse, return_stats=return_stats,
+    )  # fmt: skip
+    returned = (found.out, *(found.lse,) * return_lse, *(found.stats,) * return_stats)
+    return returned if len(returned) > 1 else found.out
+
+
+class Attended(NamedTuple):
+    """What `attend` returns: output, LSE (None if it was not asked for and did not come up), statistics, and what ran."""
+
+    out: Tensor
+    lse: Tensor | None
+    stats: Stats
+    served: Served
+
+
+def attend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    config: ThriftConfig | None = None,
+    causal: bool = True,
+    scale: float | None = None,
+    window: int | None = None,
+    softcap: float | None = None,
+    kv_lengths: Tensor | None = None,
+    backend: str = "auto",
+    return_lse: bool = False,
+    return_stats: bool = False,
+) -> Attended:
+    """`attention`, which also tells what ran."""
     config = _checked(config)
     q, k, v = _under_autocast(q, k, v)
     check_qkv(q, k, v)
     check_logits(scale, window, softcap)
     check_kv_lengths(kv_lengths, k)
     head_dim = q.shape[3]
-    logits = {"scale": 1 / math.sqrt(head_dim) if scale is None else scale, "window": window, "softcap": softcap}
+    scale = 1 / math.sqrt(head_dim) if scale is None else scale
     with _inference(q.device):
         q, k, v = _whole_groups(config, q, k, v)
-        served, form = pick_backend(
-            backend, config, q.shape[3], q.dtype, q.device, k.shape[2], causal=causal, window=window
-        )
-        stats = Stats()
-        if served == "reference":
-            numerics, spans = PrefillNumerics.resolve(config), reference.batch_spans(q, k, kv_lengths)
-            out, lse, stats = reference.attend(q, k, v, numerics, spans, causal=causal, **logits)
+        call = Call(
+            device=q.device, dtype=q.dtype, head_dim=q.shape[3], queries=q.shape[2], keys=k.shape[2], causal=causal,
+            window=window, softcap=softcap, lse=return_lse,
+        )  # fmt: skip
+        if kv_lengths is None:
+            found = _attend(q, k, v, serve(backend, config, call), call, None, scale, return_stats)
+        elif q.is_cuda and torch.cuda.is_current_stream_capturing():  # lengths cannot be looked at
+            lengths_unknown = serve(backend, config, replace(call, packed=True))
+            found = _attend(q, k, v, lengths_unknown, call, kv_lengths, scale, return_stats)
         else:
-            from thrift_attn.prefill import ops  # needs Triton, which the reference does not
+            lengths = kv_lengths.tolist()
+            plans = [serve(backend, config, replace(call, queries=min(call.queries, n), keys=n)) for n in lengths]
+            found = _attend_rows(q, k, v, plans, call, kv_lengths, lengths, scale, return_stats)
+        return found._replace(out=found.out[..., :head_dim])
 
-            if kv_lengths is None:
-                sequences = dense(q.shape[0], q.shape[2], k.shape[2], causal, q.device)
-            else:
-                sequences = padded(q.shape[2], k.shape[2], causal, kv_lengths.to(q.device))
-            out, lse, counts, share = ops.prefill(
-                q, k, v, sequences, config, form, high_fraction=return_stats, **logits
-            )
-            if return_stats:
-                stats = ops.prefill_stats(sequences, config, q.shape[1], counts, share, window)
-        out = out[..., :head_dim]
-    returned = (out, *(lse,) * return_lse, *(stats,) * return_stats)
-    return returned if len(returned) > 1 else out
+
+def _attend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    served: Served,
+    call: Call,
+    kv_lengths: Tensor | None,
+    scale: float,
+    return_stats: bool,
+) -> Attended:
+    """Compute a call by what has been chosen for all of its rows."""
+    config, causal = served.config, call.causal
+    logits = {"scale": scale, "window": call.window, "softcap": call.softcap}
+    if served.by == "exact":
+        out, lse = attend_exact(q, k, v, causal=causal, scale=scale, softcap=call.softcap, lse=call.lse)
+        return Attended(out, lse, exact_stats(call, q.shape[0] * q.shape[1]), served)
+    if served.by == "reference":
+        numerics, spans = PrefillNumerics.resolve(config), reference.batch_spans(q, k, kv_lengths)
+        return Attended(*reference.attend(q, k, v, numerics, spans, causal=causal, **logits), served)
+    from thrift_attn.prefill import ops  # needs Triton, which the reference does not
+
+    if kv_lengths is None:
+        sequences = dense(q.shape[0], q.shape[2], k.shape[2], causal, q.device)
+    else:
+        sequences = padded(q.shape[2], k.shape[2], causal, kv_lengths.to(q.device))
+    out, lse, counts, share = ops.prefill(
+        q, k, v, sequences, config, served.form, high_fraction=return_stats, **logits
+    )  # fmt: skip
+    stats = Stats()
+    if return_stats:
+        stats = ops.prefill_stats(sequences, config, q.shape[1], counts, share, call.window)
+    return Attended(out, lse, stats, served)
+
+
+def _attend_rows(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    plans: list[Served],
+    call: Call,
+    kv_lengths: Tensor,
+    lengths: list[int],
+    scale: float,
+    return_stats: bool,
+) -> Attended:
+    """Compute a batch whose rows have lengths of their own, each row as it is computed alone.
+
+    Rows that are exact go one by one, without their padding; the others go together.
+    """
+    if len(set(plans)) == 1 and plans[0].by != "exact":
+        return _attend(q, k, v, plans[0], call, kv_lengths, scale, return_stats)
+    out, lse = torch.zeros_like(q), None
+    if call.lse:
+        lse = q.new_full(q.shape[:3], -torch.inf, dtype=torch.promote_types(q.dtype, torch.float32))
+    stats, told = Stats(), plans[0]
+    for plan in dict.fromkeys(plans):
+        rows = [row for row, its in enumerate(plans) if its == plan]
+        if plan.by != "exact":
+            at = torch.tensor(rows, device=q.device)
+            found = _attend(q[at], k[at], v[at], plan, call, kv_lengths[rows], scale, return_stats)
+            out[at], stats = found.out, stats + found.stats
+            if lse is not None and found.lse is not None:
+                lse[at] = found.lse
+            continue
+        for row in rows:
+            n = lengths[row]
+            own = replace(call, queries=min(call.queries, n), keys=n)
+            here = slice(row, row + 1), slice(None), slice(call.queries - own.queries, None)
+            keys = slice(row, row + 1), slice(None), slice(n)
+            found = _attend(q[here], k[keys], v[keys], plan, own, None, scale, return_stats)
+            out[here], stats = found.out, stats + found.stats
+            if lse is not None and found.lse is not None:
+                lse[here] = found.lse
+    others = [plan for plan in plans if plan.by != "exact"]
+    if 0 < len(others) < len(plans):
+        told = others[0]._replace(why="short rows exactly")
+    return Attended(out, lse, stats, told)
 
 
 def attention_varlen(
@@ -163,6 +270,7 @@ def attention_varlen(
     """`attention` over sequences packed end to end; nothing is copied to the host on the kernels' path.
 
     Every query head and block of 64 positions has its own list of promoted blocks, also in sequences of up to 16 queries.
+    Sequences of fewer keys than ``exact_below`` (see `ThriftConfig`) promote every block, each by its own length.
     Queries outside of all sequences, and of sequences without keys, give 0 and LSE -inf.
 
     Args:
@@ -204,10 +312,13 @@ def attention_varlen(
     logits = {"scale": 1 / math.sqrt(head_dim) if scale is None else scale, "window": window, "softcap": softcap}
     with _inference(q.device):
         q, k, v = _whole_groups(config, q, k, v)
-        served, form = pick_backend(
-            backend, config, q.shape[3], q.dtype, q.device, max_seqlen_k, causal=causal, window=window
-        )
-        if served == "reference":
+        call = Call(
+            device=q.device, dtype=q.dtype, head_dim=q.shape[3], queries=max_seqlen_q, keys=max_seqlen_k, causal=causal,
+            window=window, softcap=softcap, lse=return_lse, packed=True,
+        )  # fmt: skip
+        served = serve(backend, config, call)
+        config = served.config
+        if served.by == "reference":
             numerics, spans = PrefillNumerics.resolve(config), reference.packed_spans(cu_seqlens_q, cu_seqlens_k)
             out, lse, _ = reference.attend(q, k, v, numerics, spans, causal=causal, decode=False, **logits)
         else:
@@ -216,7 +327,7 @@ def attention_varlen(
             starts = cu_seqlens_q.to(q.device), cu_seqlens_k.to(q.device)
             sizes = {"queries": queries, "keys": keys, "max_queries": max_seqlen_q, "max_keys": max_seqlen_k}
             sequences = packed(*starts, **sizes, causal=causal)
-            out, lse, *_ = ops.prefill(q, k, v, sequences, config, form, **logits)
+            out, lse, *_ = ops.prefill(q, k, v, sequences, config, served.form, **logits)
         out = out[0, ..., :head_dim].transpose(0, 1)
     return (out, lse[0]) if return_lse else out
 

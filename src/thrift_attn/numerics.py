@@ -67,12 +67,14 @@ class PrefillNumerics(_Shared):
             added exactly. Only of calls of more than `thrift_attn.config.DECODE_ROWS` queries.
         normalize_rounded: whether the output is divided by the sum of P after rounding; else before.
         min_blocks: blocks that every row promotes whatever its budget: a row that attends to nothing has no output.
+        exact_below: which sequences promote every block (`thrift_attn.crossovers.is_exact`); 0 for none.
     """
 
     quantise_qp: bool
     subtract_query_mean: bool
     normalize_rounded: bool
     min_blocks: int
+    exact_below: int
 
     @property
     def looks_ahead(self) -> tuple[str, ...]:
@@ -103,6 +105,7 @@ class PrefillNumerics(_Shared):
             subtract_query_mean=four_bit_qp and config.center == "all",
             normalize_rounded=four_bit_qp and config.normalize == "rounded",
             min_blocks=int(drop),
+            exact_below=config.exact_below or 0,
             ignored=tuple(ignored),
         )
 
@@ -115,6 +118,7 @@ class DecodeNumerics(_Shared):
     subtract_query_mean: ClassVar[bool] = False
     normalize_rounded: ClassVar[bool] = False
     min_blocks: ClassVar[int] = 0
+    exact_below: ClassVar[int] = 0
 
     @classmethod
     def resolve(cls, config: ThriftConfig) -> DecodeNumerics:
@@ -125,7 +129,13 @@ class DecodeNumerics(_Shared):
 
 
 def _shared(config: ThriftConfig) -> tuple[dict[str, Any], list[str]]:
-    """Return the entries of `_Shared`, and the names of options without effect on them."""
+    """Return the entries of `_Shared`, and the names of options without effect on them.
+
+    Raises:
+        ValueError: a format that is still to be chosen.
+    """
+    if config.base_format == "auto":
+        raise ValueError("base_format='auto' has no numerics: thrift_attn.dispatch says what it means on a device")
     four_bits = config.base_format in FOUR_BITS
     channel_scales = config.smooth == "channel" and four_bits
     best_scales = config.scales == "best" and (four_bits or config.promoted_storage == "nested")

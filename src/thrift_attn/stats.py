@@ -15,6 +15,8 @@ class Stats:
         asked: pairs the budget asked for, before rounding to whole blocks.
         mass: softmax mass that went through the high-precision path, summed over rows.
         rows: (query head, query) rows that see at least one key.
+        exact: visible pairs of sequences that were attended exactly as a whole, since that is faster (``exact_below`` of
+            `ThriftConfig`); they count as promoted, and say nothing about the quality of a budget.
     """
 
     visible: int = 0
@@ -22,6 +24,7 @@ class Stats:
     asked: float = 0.0
     mass: float = 0.0
     rows: int = 0
+    exact: int = 0
 
     @property
     def share(self) -> float:
@@ -45,4 +48,5 @@ class Stats:
             self.asked + other.asked,
             self.mass + other.mass,
             self.rows + other.rows,
+            self.exact + other.exact,
         )

@@ -162,7 +162,7 @@ def test_evict_needs_a_watched_layer(tiny: Loaded) -> None:
 
 
 def test_costs_by_hand() -> None:
-    thrift, paper = ThriftConfig(), ThriftConfig.paper()
+    thrift, paper = ThriftConfig(base_format="nvfp4"), ThriftConfig.paper()
     assert prefill_cost(None, 0) == decode_cost(None, 0) == 1
     assert prefill_cost(paper, 0.0) == 0.25
     assert prefill_cost(paper, 0.05) == pytest.approx(0.05 + 0.95 / 4 + 1 / 8192)

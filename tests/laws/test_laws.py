@@ -32,7 +32,7 @@ SHAPES = (
 )
 """dtype, head dim, KV heads and query heads per KV head: what kernels are compiled for, so few of each."""
 
-EXACT = ThriftConfig(compute="16bit", budget=fraction(1.0))
+EXACT = ThriftConfig(base_format="nvfp4", compute="16bit", budget=fraction(1.0))
 """Every block promoted from a 16-bit copy: only P and the output are rounded."""
 
 

@@ -49,7 +49,10 @@ def test_kernel_equals_the_reference(low: str, math_: str, dim: int, queries: in
 @pytest.mark.parametrize("high", ["nested", "nested8"])
 def test_nested_planes(high: str) -> None:
     torch.manual_seed(1)
-    check(*draw(1, (2, 1), 70, 150, 64), ThriftConfig(compute="16bit", promoted_storage=high, budget=fraction(0.5)))
+    check(
+        *draw(1, (2, 1), 70, 150, 64),
+        ThriftConfig(base_format="nvfp4", compute="16bit", promoted_storage=high, budget=fraction(0.5)),
+    )
 
 
 @pytest.mark.parametrize(
@@ -63,7 +66,7 @@ def test_levelled_data(queries: int, options: dict) -> None:
     size = torch.ones(64, device=DEVICE)
     size[[3, 40]] = 20
     q, k, v = (10 * q / size).to(DTYPE), (0.02 * k * size).to(DTYPE), (1e-3 * v).to(DTYPE)
-    config = ThriftConfig(smooth="channel", budget=fraction(0.4), **options)
+    config = ThriftConfig(**{"base_format": "nvfp4", "smooth": "channel", "budget": fraction(0.4), **options})
     check(q, k, v, config)
 
 
@@ -71,7 +74,7 @@ def test_levelled_data(queries: int, options: dict) -> None:
 def test_the_ends_of_the_budget(share: float) -> None:
     torch.manual_seed(2)
     q, k, v = draw(1, (2, 1), 65, 130, 64)
-    config = ThriftConfig(budget=fraction(share))
+    config = ThriftConfig(base_format="nvfp4", budget=fraction(share))
     check(q, k, v, config)
     if share == 1.0:
         out = prefill(q, k, v, dense(1, 65, 130, True, q.device), config, "decoded", scale=0.125)[0]
@@ -84,14 +87,14 @@ def test_two_rows_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
     """Programs of 128 queries with two lists, half blocks, and half of the output."""
     monkeypatch.setattr(kernels, "tuning", lambda *_: kernels.Tuning(128, 32, 4, 1, columns=32))
     torch.manual_seed(9)
-    check(*draw(1, (2, 1), 130, 160, 64), ThriftConfig(budget=fraction(0.4)))
+    check(*draw(1, (2, 1), 130, 160, 64), ThriftConfig(base_format="nvfp4", budget=fraction(0.4)))
 
 
 @pytest.mark.parametrize("window", [None, 200])
 def test_more_blocks_than_one_product_of_centres(window: int | None) -> None:
     """At head dim 64 a product of centres is of 8 blocks; with the window it starts within one."""
     torch.manual_seed(12)
-    check(*draw(1, (2, 1), 70, 650, 64), ThriftConfig(budget=fraction(0.2)), window=window)
+    check(*draw(1, (2, 1), 70, 650, 64), ThriftConfig(base_format="nvfp4", budget=fraction(0.2)), window=window)
 
 
 def test_zeros_in_fp8_have_no_scale() -> None:
@@ -132,14 +135,14 @@ def test_sparse_baseline_drops_what_is_not_chosen() -> None:
 def test_few_queries_share_a_list(queries: int) -> None:
     torch.manual_seed(4)
     q, k, v = draw(1, (4, 2), queries, 300, 64)
-    check(q, k, v, ThriftConfig(compute="16bit", budget=top_k(2)))
+    check(q, k, v, ThriftConfig(base_format="nvfp4", compute="16bit", budget=top_k(2)))
 
 
 def test_chunks_equal_the_whole() -> None:
     """Rows are cut at absolute positions, so a prompt may come in any pieces."""
     torch.manual_seed(5)
     q, k, v = draw(1, (2, 1), 150, 150, 64)
-    config, scale = ThriftConfig(compute="16bit", smooth="none", budget=top_k(2)), 0.125
+    config, scale = ThriftConfig(base_format="nvfp4", compute="16bit", smooth="none", budget=top_k(2)), 0.125
     whole = prefill(q, k, v, dense(1, 150, 150, True, q.device), config, "decoded", scale=scale)
     for start, end in ((64, 128), (128, 150)):
         part = dense(1, end - start, end, True, q.device)
@@ -153,7 +156,7 @@ def test_partial_results_merge() -> None:
     """Keys split in two at a block: the parts merge to the whole, where the second part has no first token of its own."""
     torch.manual_seed(6)
     q, k, v = draw(1, (2, 1), 40, 192, 64)
-    config = ThriftConfig(compute="16bit", sink_token="none", smooth="none", budget=fraction(0.0))
+    config = ThriftConfig(base_format="nvfp4", compute="16bit", sink_token="none", smooth="none", budget=fraction(0.0))
     parts = []
     for keys in (slice(0, 128), slice(128, 192), slice(0, 192)):
         size = keys.stop - keys.start
@@ -168,7 +171,7 @@ def test_ragged_batches() -> None:
     """Sequences end to end, and a padded batch, give what each gives alone; strided inputs, no value is read beyond an end."""
     torch.manual_seed(7)
     lengths = [(65, 130), (1, 64), (40, 30)]
-    config, scale = ThriftConfig(compute="16bit", budget=fraction(0.5)), 0.125
+    config, scale = ThriftConfig(base_format="nvfp4", compute="16bit", budget=fraction(0.5)), 0.125
     q, k, v = (x.transpose(1, 2).contiguous().transpose(1, 2) for x in draw(1, (2, 1), 106, 224, 64))
     cu = [torch.tensor([0, *x], device=DEVICE, dtype=torch.int32).cumsum(0).int() for x in zip(*lengths, strict=True)]
     every = packed(*cu, queries=106, keys=224, max_queries=65, max_keys=130, causal=True)
@@ -197,7 +200,7 @@ def test_operator_is_registered_well() -> None:
     q, k, v = draw(1, (2, 1), 20, 64, 64)
     layout = dense(1, 20, 64, True, q.device)
     wanted = torch.ones(1, 1, dtype=torch.int32, device=DEVICE)
-    numerics = KernelNumerics.of(PrefillNumerics.resolve(ThriftConfig(compute="16bit")), "decoded")
+    numerics = KernelNumerics.of(PrefillNumerics.resolve(ThriftConfig(base_format="nvfp4", compute="16bit")), "decoded")
     arguments = (q, k, v, layout.spans, wanted, layout.pack(), [1, 0], numerics.pack(), 0.125, None, None, True)
     torch.library.opcheck(prefill_op, arguments, test_utils=("test_schema", "test_faketensor"))
 

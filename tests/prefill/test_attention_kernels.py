@@ -10,7 +10,7 @@ from support.prefill import DTYPE, draw
 from thrift_attn import ThriftConfig, attention, attention_varlen, fraction, top_k
 from thrift_attn.reference.formats import FORMATS
 
-CONFIG = ThriftConfig(compute="16bit", budget=fraction(0.4))
+CONFIG = ThriftConfig(base_format="nvfp4", compute="16bit", budget=fraction(0.4))
 
 
 def same(got, want) -> None:
@@ -59,10 +59,43 @@ def test_varlen_agrees(causal: bool) -> None:
     same(got, want)
 
 
+@pytest.mark.parametrize(
+    ("queries", "lengths"), [(200, [200, 99]), (200, [100, 200]), (24, [200, 130]), (25, [200, 99])]
+)
+def test_short_rows_promote_every_block(queries: int, lengths: list[int]) -> None:
+    """Of a batch, by keys and queries; the log-sum-exp keeps it on the kernels. Packed sequences, by keys alone."""
+    torch.manual_seed(queries)
+    config = CONFIG.with_(budget=fraction(0), exact_below=100)
+    q, k, v = draw(2, (2, 1), queries, 200, 64)
+    options = {
+        "config": config,
+        "kv_lengths": torch.tensor(lengths, device=DEVICE),
+        "return_stats": True,
+        "return_lse": True,
+    }
+    got, want = (attention(q, k, v, backend=backend, **options) for backend in ("triton", "reference"))
+    same(got, want)
+    assert (got[2].promoted, got[2].exact, got[2].asked) == (want[2].promoted, want[2].exact, want[2].asked)
+    assert 0 < want[2].exact == want[2].promoted or lengths == [100, 200]
+    dense, every = (attention(q, k, v, config=c, return_lse=True, backend="triton") for c in (config, CONFIG))
+    exact = attention(q, k, v, config=CONFIG.with_(budget=fraction(1)), return_lse=True, backend="triton")
+    assert torch.equal(dense[0], exact[0]) == (queries == 24)
+    assert not torch.equal(every[0], exact[0])
+    packed = [x.transpose(1, 2).reshape(-1, x.shape[1], 64) for x in (q, k, v)]
+    cu = [torch.tensor([0, n, 2 * n], device=DEVICE).int() for n in (queries, 200)]
+    ends = cu[1].clone()
+    ends[1] = 99
+    got, want = (
+        attention_varlen(*packed, cu[0], ends, queries, 301, config=config, return_lse=True, backend=backend)
+        for backend in ("triton", "reference")
+    )
+    same(got, want)
+
+
 def test_what_the_kernels_do_not_serve() -> None:
     q, k, v = draw(1, (2, 1), 20, 64, 64)
     for config, reason in (
-        (ThriftConfig(score="oracle"), "score='mean'"),
+        (ThriftConfig(base_format="nvfp4", score="oracle"), "score='mean'"),
         (ThriftConfig(base_format="fp8", promoted_storage="nested"), "promoted_storage='16bit'"),
     ):
         with pytest.raises(NotImplementedError, match=reason):

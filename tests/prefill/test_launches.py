@@ -21,7 +21,7 @@ from thrift_attn.prefill.pack import quantise_kv, quantise_q
 from thrift_attn.prefill.select import plan_blocks
 from thrift_attn.seq_layout import dense, packed
 
-CONFIG = ThriftConfig(compute="16bit", sink_token="none", smooth="none", budget=fraction(0.5))
+CONFIG = ThriftConfig(base_format="nvfp4", compute="16bit", sink_token="none", smooth="none", budget=fraction(0.5))
 DEV = torch.device(DEVICE)
 
 
@@ -45,7 +45,7 @@ def test_kernels_start_under_a_guard_of_their_tensors_device(monkeypatch: pytest
         start = owner.launch
         monkeypatch.setattr(owner, "launch", lambda *a, f=start, **o: (seen.append(list(guarded)), f(*a, **o)))
     q, k, v = draw(1, (1, 1), 20, 20, 64)
-    ops.prefill(q, k, v, dense(1, 20, 20, True, q.device), ThriftConfig(), "decoded", scale=0.1)
+    ops.prefill(q, k, v, dense(1, 20, 20, True, q.device), ThriftConfig(base_format="nvfp4"), "decoded", scale=0.1)
     assert len(seen) == 7
     assert all(devices == [q.device] for devices in seen)
     assert not guarded
@@ -96,7 +96,7 @@ def test_a_graph_holds_all_that_it_reads() -> None:
 @pytest.mark.parametrize("causal", [True, False])
 def test_what_is_made_on_the_device_equals_what_is_kept(shape, causal: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     layouts, plans = [], []
-    numerics = PrefillNumerics.resolve(ThriftConfig(budget=fraction(0.3)))
+    numerics = PrefillNumerics.resolve(ThriftConfig(base_format="nvfp4", budget=fraction(0.3)))
     for keep in (True, False):
         monkeypatch.setattr(seq_layout, "may_keep", lambda device, keep=keep: keep)
         monkeypatch.setattr("thrift_attn.prefill.select.may_keep", lambda device, keep=keep: keep)

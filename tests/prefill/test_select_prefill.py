@@ -76,7 +76,7 @@ def means_of_q_and_k(
 
 
 def plan(budget: Budget, layout: SeqLayout, **options) -> BlockPlan:
-    return plan_blocks(PrefillNumerics.resolve(ThriftConfig(budget=budget)), layout, **options)
+    return plan_blocks(PrefillNumerics.resolve(ThriftConfig(base_format="nvfp4", budget=budget)), layout, **options)
 
 
 def check(chosen, counts, scores, visible, wanted, first: int, last: int) -> None:

@@ -154,7 +154,7 @@ def distance(a: Tensor, b: Tensor) -> float:
 
 def check(q, k, v, config, **options):
     """The kernel does what the reference does: as far from exact attention, and near to it."""
-    truth, _, _ = expected(q, k, v, ThriftConfig(budget=fraction(1)), **options)
+    truth, _, _ = expected(q, k, v, ThriftConfig(base_format="nvfp4", budget=fraction(1)), **options)
     want, want_lse, promoted = expected(q, k, v, config, **options)
     numerics = PrefillNumerics.resolve(config)
     out, lse = run(q, k, v, promoted, centred=numerics.centred, sink=numerics.exact_sink, **options)
@@ -265,7 +265,7 @@ def test_error_against_plain_fp8(outliers, share) -> None:
     if outliers:  # a few channels of K carry a large value, as in models with a bias
         k[..., [3, 40, 77, 100]] += 30
     q, k, v = (x.bfloat16() for x in (q, k, v))
-    truth, _, _ = expected(q, k, v, ThriftConfig(budget=fraction(1)))
+    truth, _, _ = expected(q, k, v, ThriftConfig(base_format="nvfp4", budget=fraction(1)))
     _, _, promoted = expected(q, k, v, ThriftConfig(base_format="fp8", budget=fraction(0.05)))
     ours, plain = distance(run(q, k, v, promoted)[0], truth), distance(plain_fp8(q, k, v), truth)
     print("error", outliers, ours, plain)

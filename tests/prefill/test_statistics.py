@@ -59,7 +59,7 @@ def check(found: CallStatistics, row: int, q: Tensor, k: Tensor, v: Tensor, conf
 )
 def test_levels_equal_the_reference(tokens: int, dim: int, options: dict) -> None:
     torch.manual_seed(tokens)
-    config = ThriftConfig(smooth="channel", **options)
+    config = ThriftConfig(**{"base_format": "nvfp4", "smooth": "channel", **options})
     q, k, v = draw(2, 4, tokens, dim), draw(2, 2, tokens, dim), 1e-3 * draw(2, 2, tokens, dim)
     found = found_by(q, k, v, dense(2, tokens, tokens, True, DEV), config)
     for row in range(2):
@@ -70,7 +70,7 @@ def test_long_calls_are_sampled(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(fitting, "SAMPLE", 128)
     torch.manual_seed(1)
     q, k, v = draw(1, 2, 330, 64), draw(1, 1, 330, 64), draw(1, 1, 330, 64)
-    config = ThriftConfig(smooth="channel")
+    config = ThriftConfig(base_format="nvfp4", smooth="channel")
     check(found_by(q, k, v, dense(1, 330, 330, True, DEV), config), 0, q[0], k[0], v[0], config)
 
 
@@ -78,7 +78,7 @@ def test_every_sequence_has_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
     """End to end and padded, strided, among them sequences of few queries, of queries that see nothing, and empty ones."""
     monkeypatch.setattr(fitting, "SAMPLE", 64)
     torch.manual_seed(2)
-    config = ThriftConfig(smooth="channel")
+    config = ThriftConfig(base_format="nvfp4", smooth="channel")
     lengths = [(65, 130), (10, 64), (0, 5), (40, 30)]
     q, k, v = (draw(1, 115 if heads == 4 else 229, heads, 64).transpose(1, 2) for heads in (4, 2, 2))
     cu = [torch.tensor([0, *x], device=DEVICE).cumsum(0).int() for x in zip(*lengths, strict=True)]
@@ -103,7 +103,7 @@ def test_powers_are_finite_and_positive_whatever_comes(value: float) -> None:
     torch.manual_seed(3)
     q, k, v = draw(1, 2, 80, 64), draw(1, 2, 80, 64), draw(1, 2, 80, 64)
     q[:, 0], k[:, 0], v[:, 0] = value, value, value
-    found = found_by(q, k, v, dense(1, 80, 80, True, DEV), ThriftConfig(smooth="channel"))
+    found = found_by(q, k, v, dense(1, 80, 80, True, DEV), ThriftConfig(base_format="nvfp4", smooth="channel"))
     for power in found[1:]:
         assert power is not None
         assert bool((power > 0).all() & power.isfinite().all())
@@ -114,10 +114,10 @@ def test_only_what_is_wanted() -> None:
     q = draw(1, 2, 20, 64)
     sequences = dense(1, 20, 20, True, DEV)
     assert found_by(q, q, q, sequences, ThriftConfig(base_format="fp8", smooth="channel")) == NO_STATISTICS
-    mean_alone = found_by(q, q, q, sequences, ThriftConfig(smooth="none"))
+    mean_alone = found_by(q, q, q, sequences, ThriftConfig(base_format="nvfp4", smooth="none"))
     assert mean_alone[1:] == (None, None)
-    check(mean_alone, 0, q[0], q[0], q[0], ThriftConfig(smooth="none"))
+    check(mean_alone, 0, q[0], q[0], q[0], ThriftConfig(base_format="nvfp4", smooth="none"))
     few = q[:, :, :DECODE_ROWS].contiguous()
-    mean = found_by(few, few, few, dense(1, DECODE_ROWS, DECODE_ROWS, True, DEV), ThriftConfig())[0]
+    mean = found_by(few, few, few, dense(1, DECODE_ROWS, DECODE_ROWS, True, DEV), ThriftConfig(base_format="nvfp4"))[0]
     assert mean is not None
     assert not mean.any()

@@ -16,16 +16,16 @@ from thrift_attn.reference.quantize import block_means, roundtrip
 
 ODD = [1, 63, 64, 65, 1000]
 CONFIGS = {
-    "default": ThriftConfig(),
+    "default": ThriftConfig(base_format="nvfp4"),
     "paper": ThriftConfig.paper(),
-    "16bit": ThriftConfig(compute="16bit"),
-    "no sink": ThriftConfig(sink_token="none", force_first=1),
-    "nested": ThriftConfig(promoted_storage="nested"),
-    "nested8": ThriftConfig(promoted_storage="nested8", compute="16bit"),
+    "16bit": ThriftConfig(base_format="nvfp4", compute="16bit"),
+    "no sink": ThriftConfig(base_format="nvfp4", sink_token="none", force_first=1),
+    "nested": ThriftConfig(base_format="nvfp4", promoted_storage="nested"),
+    "nested8": ThriftConfig(base_format="nvfp4", promoted_storage="nested8", compute="16bit"),
     "mxfp4": ThriftConfig(base_format="mxfp4"),
     "fp8": ThriftConfig(base_format="fp8"),
-    "quest": ThriftConfig(score="quest"),
-    "oracle": ThriftConfig(score="oracle"),
+    "quest": ThriftConfig(base_format="nvfp4", score="quest"),
+    "oracle": ThriftConfig(base_format="nvfp4", score="oracle"),
     "sparse": ThriftConfig.sparse("oracle"),
 }
 CONFIGS = {

@@ -24,7 +24,7 @@ def draw(*shape: int) -> torch.Tensor:
 def test_the_parts_add_up_to_the_logit(tokens: int):
     q, k = draw(4, tokens, 32) + 1, draw(2, tokens, 32)
     centres = block_means(k)
-    mean, keys, values = statistics_of(q, k, k, ThriftConfig(smooth="channel"))
+    mean, keys, values = statistics_of(q, k, k, ThriftConfig(base_format="nvfp4", smooth="channel"))
     assert mean is not None
     assert keys is not None
     assert values is not None
@@ -40,15 +40,15 @@ def test_the_parts_add_up_to_the_logit(tokens: int):
 
 def test_only_many_queries_in_four_bits_have_a_mean():
     q, k = draw(2, 40, 16), draw(1, 40, 16)
-    mean = statistics_of(q, k, k, ThriftConfig()).query_mean
+    mean = statistics_of(q, k, k, ThriftConfig(base_format="nvfp4")).query_mean
     assert mean is not None
     torch.testing.assert_close(mean, q.mean(1))
     for few, config in (
-        (q[:, :16], ThriftConfig()),
-        (q, ThriftConfig(compute="16bit")),
+        (q[:, :16], ThriftConfig(base_format="nvfp4")),
+        (q, ThriftConfig(base_format="nvfp4", compute="16bit")),
         (q, ThriftConfig(base_format="fp8")),
-        (q, ThriftConfig(center="block")),
-        (None, ThriftConfig()),
+        (q, ThriftConfig(base_format="nvfp4", center="block")),
+        (None, ThriftConfig(base_format="nvfp4")),
     ):
         assert statistics_of(few, k, k, config).query_mean is None
 
@@ -56,9 +56,12 @@ def test_only_many_queries_in_four_bits_have_a_mean():
 def test_only_four_bit_formats_are_balanced():
     q, k = draw(2, 40, 16), draw(1, 40, 16)
     assert statistics_of(q, k, k, ThriftConfig(base_format="fp8", smooth="channel")) == CallStatistics()
-    assert statistics_of(q, k, k, ThriftConfig(smooth="none"))[1:] == (None, None)
-    by_k = statistics_of(None, k, k, ThriftConfig(smooth="channel"))
-    for config in (ThriftConfig(smooth="channel"), ThriftConfig(smooth="channel", compute="16bit")):
+    assert statistics_of(q, k, k, ThriftConfig(base_format="nvfp4", smooth="none"))[1:] == (None, None)
+    by_k = statistics_of(None, k, k, ThriftConfig(base_format="nvfp4", smooth="channel"))
+    for config in (
+        ThriftConfig(base_format="nvfp4", smooth="channel"),
+        ThriftConfig(base_format="nvfp4", smooth="channel", compute="16bit"),
+    ):
         for one, other in zip(statistics_of(q, k, k, config)[1:], by_k[1:], strict=True):
             assert one is not None
             assert other is not None
@@ -69,7 +72,7 @@ def test_outlier_channels_come_near_the_middle_and_others_stay():
     size = torch.ones(16, dtype=torch.float64)
     size[3], size[5], size[8] = 64, 2, 1 / 8
     k, v = draw(1, 200, 16) * size * 1e-4, 1e-5 * draw(1, 200, 16)
-    _, keys, values = statistics_of(None, k, v, ThriftConfig(smooth="channel"))
+    _, keys, values = statistics_of(None, k, v, ThriftConfig(base_format="nvfp4", smooth="channel"))
     assert keys is not None
     assert values is not None
     plain = keys[0, 0]
@@ -87,7 +90,7 @@ def test_powers_are_finite_and_positive_whatever_comes(value: float):
     """A constant K has no spread; a NaN or infinity takes the balance of its head away and no more."""
     q, k = draw(4, 80, 16), draw(2, 80, 16)
     q[:2], k[0] = value, value
-    found = statistics_of(q, k, k, ThriftConfig(smooth="channel"))
+    found = statistics_of(q, k, k, ThriftConfig(base_format="nvfp4", smooth="channel"))
     for power in (found.k_channel_scale, found.v_head_scale):
         assert power is not None
         assert bool((power > 0).all() & power.isfinite().all())
@@ -98,7 +101,7 @@ def test_the_statistics_come_from_whole_blocks(monkeypatch):
     k, v = draw(1, 330, 16), draw(1, 330, 16)
     taken = torch.cat([k[:, :64], k[:, 192:256]], 1), torch.cat([v[:, :64], v[:, 192:256]], 1)  # 5 blocks, every third
     k[:, 320:] = 1e6  # the incomplete block is not asked
-    config = ThriftConfig(smooth="channel")
+    config = ThriftConfig(base_format="nvfp4", smooth="channel")
     for one, other in zip(statistics_of(None, k, v, config)[1:], statistics_of(None, *taken, config)[1:], strict=True):
         assert one is not None
         assert other is not None

@@ -124,7 +124,11 @@ def test_other_budgets():
 @pytest.mark.parametrize(
     ("options", "error", "message"),
     [
-        ({"base_format": "int4"}, ValueError, "base_format must be one of 'nvfp4', 'mxfp4', 'fp8', 'drop', got 'int4'"),
+        (
+            {"base_format": "int4"},
+            ValueError,
+            "base_format must be one of 'auto', 'nvfp4', 'mxfp4', 'fp8', 'drop', got 'int4'",
+        ),
         ({"compute": "bf16"}, ValueError, "compute must be one of"),
         ({"center": True}, ValueError, "center must be one of"),
         ({"score": "best"}, ValueError, "score must be one of"),
@@ -137,6 +141,9 @@ def test_other_budgets():
         ({"force_first": -1}, ValueError, "force_first must be >= 0"),
         ({"force_last": 1.0}, TypeError, "force_last must be an int"),
         ({"base_format": "drop"}, ValueError, "quantises nothing"),
+        ({"exact_below": -1}, ValueError, "exact_below must be >= 0"),
+        ({"exact_below": 0.5}, TypeError, "exact_below must be an int, got float"),
+        ({"exact_below": 10, "promoted_storage": "nested"}, ValueError, "planes are not exact, got 'nested'"),
         ({"sink_token": "key"}, ValueError, "sink_token must be one of 'none', 'exact', got 'key'"),
         (
             {"center": "none"},

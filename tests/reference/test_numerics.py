@@ -45,14 +45,17 @@ def test_options_that_are_not_ignored_change_something(config):
 
 
 def test_what_is_ignored_by_configuration():
-    assert PrefillNumerics.resolve(ThriftConfig()).ignored == ()
+    assert PrefillNumerics.resolve(ThriftConfig(base_format="nvfp4")).ignored == ()
     assert PrefillNumerics.resolve(ThriftConfig(base_format="fp8")).ignored == (
         "smooth",
         "scales",
         "center",
         "normalize",
     )
-    assert PrefillNumerics.resolve(ThriftConfig(compute="16bit")).ignored == ("center", "normalize")
+    assert PrefillNumerics.resolve(ThriftConfig(base_format="nvfp4", compute="16bit")).ignored == (
+        "center",
+        "normalize",
+    )
     assert PrefillNumerics.resolve(ThriftConfig.sparse("quest")).ignored == ("compute",)
     assert DecodeNumerics.resolve(ThriftConfig.for_cache()).ignored == ("center", "normalize")
 
@@ -62,7 +65,7 @@ def test_ignored_options_are_told_to_people():
     told = describe_ignored(config, PrefillNumerics.resolve(config))
     assert "smooth='channel' does nothing with base_format='fp8'" in told
     assert "center='all' does nothing more than center='block' with base_format='fp8'" in told
-    config = ThriftConfig(compute="16bit")
+    config = ThriftConfig(base_format="nvfp4", compute="16bit")
     assert "normalize='rounded' does nothing with compute='16bit'" in describe_ignored(
         config, PrefillNumerics.resolve(config)
     )
@@ -85,5 +88,5 @@ def test_a_cache_ignores_what_it_says():
 
 
 def test_records_hold_plain_values():
-    assert PrefillNumerics.resolve(ThriftConfig()).to_dict()["budget"] == "max(0.05, 16)"
+    assert PrefillNumerics.resolve(ThriftConfig(base_format="nvfp4")).to_dict()["budget"] == "max(0.05, 16)"
     assert DecodeNumerics.resolve(ThriftConfig.for_cache()).to_dict()["residual"] == "nested"

@@ -12,7 +12,7 @@ from thrift_attn import ThriftConfig, attention, attention_varlen, fraction, top
 from thrift_attn.numerics import PrefillNumerics
 from thrift_attn.reference.attention import Mask, _Sequence, build_planes
 
-LOW = ThriftConfig(budget=fraction(0))
+LOW = ThriftConfig(base_format="nvfp4", budget=fraction(0))
 FORMS = {
     "fp4": LOW,
     "16bit": LOW.with_(compute="16bit"),
@@ -35,7 +35,9 @@ def sunk(queries: int, keys: int, *, heads: int = 4, dim: int = 64, batch: int =
 
 
 def exact(q: Tensor, k: Tensor, v: Tensor, **options) -> Tensor:
-    return attention(q.double(), k.double(), v.double(), config=ThriftConfig(budget=fraction(1)), **options)
+    return attention(
+        q.double(), k.double(), v.double(), config=ThriftConfig(base_format="nvfp4", budget=fraction(1)), **options
+    )
 
 
 def error(got: Tensor, want: Tensor) -> float:
@@ -70,7 +72,7 @@ def test_short_sequences(name: str, keys: int) -> None:
 def test_promoted_it_is_no_other(high, options: dict) -> None:
     """With every block promoted, sink or not, the result is that of the promoted blocks."""
     q, k, v = sunk(130, 130)
-    config = ThriftConfig(promoted_storage=high, budget=fraction(1))
+    config = ThriftConfig(base_format="nvfp4", promoted_storage=high, budget=fraction(1))
     tolerance = 1e-6 if high == "16bit" else 1e-2
     assert error(attention(q, k, v, config=config, **options), exact(q, k, v, **options)) < tolerance
 
@@ -92,7 +94,7 @@ def test_a_window_hides_it(name: str) -> None:
 def test_it_is_outside_of_the_budget() -> None:
     q, k, v = sunk(64, 640)
     for budget, promoted in ((fraction(0), 0), (top_k(2), 2 * 4)):
-        _, stats = attention(q, k, v, config=ThriftConfig(budget=budget), return_stats=True)
+        _, stats = attention(q, k, v, config=ThriftConfig(base_format="nvfp4", budget=budget), return_stats=True)
         assert stats.promoted == promoted
         assert stats.high_mass > 0.9
 
@@ -104,7 +106,7 @@ def test_its_block_is_judged_without_it(score, queries: int) -> None:
     q, k, v = sunk(queries, 640)
     direction = k[0, 0, 0] / k[0, 0, 0].norm()
     k[:, :, 320:384] += 6 * direction
-    config = ThriftConfig(budget=top_k(1), score=score, force_last=0)
+    config = ThriftConfig(base_format="nvfp4", budget=top_k(1), score=score, force_last=0)
 
     def chosen(config: ThriftConfig) -> Tensor:
         numerics = PrefillNumerics.resolve(config)

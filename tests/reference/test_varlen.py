@@ -8,7 +8,7 @@ import torch
 from thrift_attn import ThriftConfig, attention, attention_varlen, dispatch, fraction, support, top_k
 from thrift_attn.dispatch import check_prefill, pick_backend
 
-CONFIG = ThriftConfig(budget=fraction(0.4))
+CONFIG = ThriftConfig(base_format="nvfp4", budget=fraction(0.4))
 
 
 def parts(dtype: torch.dtype = torch.float32):
@@ -110,7 +110,10 @@ def test_forms_by_compute_capability(monkeypatch: pytest.MonkeyPatch) -> None:
             assert (
                 check_prefill(ThriftConfig(base_format=low, compute="16bit"), 128, torch.float16, device) == "decoded"
             )
-        assert check_prefill(ThriftConfig(promoted_storage="nested"), 128, torch.float16, device) == "decoded"
+        assert (
+            check_prefill(ThriftConfig(base_format="nvfp4", promoted_storage="nested"), 128, torch.float16, device)
+            == "decoded"
+        )
     assert [key for key, found in form.items() if found == "native"] == [
         ((8, 9), "fp8"), ((9, 0), "fp8"), ((10, 0), "nvfp4"), ((10, 0), "fp8"), ((12, 0), "nvfp4"), ((12, 0), "fp8"),
     ]  # fmt: skip

@@ -344,6 +344,26 @@ def test_report_accumulates_since_enable() -> None:
     assert thrift.report(model).stats.visible == 0
 
 
+@torch.no_grad()
+def test_report_labels_what_is_exact_because_it_is_short() -> None:
+    plain = build("llama", attn="sdpa")
+    model = copy.deepcopy(plain)
+    thrift.enable(model, ThriftConfig(budget=fraction(0), exact_below=200))
+    short, long = tokens(1, 150), tokens(1, 250)
+    close(model(short).logits, plain(short).logits)
+    assert float((model(long).logits - plain(long).logits).abs().max()) > 1e-3
+    rows = [(row.layer, row.served_by, row.reason) for row in thrift.report(model)]
+    exact = "causal; exact by SDPA: fewer than 200 keys"
+    assert rows == [(0, "exact", exact), (0, "thrift", "causal"), (1, "exact", exact), (1, "thrift", "causal")]
+    stats = thrift.report(model)[0].stats
+    assert stats.exact == stats.visible > 0
+    ids, mask, positions = padded([250, 150], "left")
+    thrift.enable(model, ThriftConfig(budget=fraction(0), exact_below=200))
+    found = model(ids, attention_mask=mask, position_ids=positions).logits[1, -150:]
+    close(found, plain(ids, attention_mask=mask, position_ids=positions).logits[1, -150:])
+    assert thrift.report(model)[0].reason == "causal; short rows exactly"
+
+
 @families
 @torch.no_grad()
 def test_disable_restores(family: str) -> None:

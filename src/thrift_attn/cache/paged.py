@@ -24,7 +24,7 @@ from thrift_attn.cache.sequences import CacheSequences
 from thrift_attn.checks import check_logits, check_no_gradients, whole_number
 from thrift_attn.config import BLOCK, DECODE_ROWS, ThriftConfig
 from thrift_attn.decode.tensors import MAX_BLOCKS, CacheTensors, check_sizes
-from thrift_attn.dispatch import check_cache
+from thrift_attn.dispatch import cache_config, check_cache
 from thrift_attn.numerics import DecodeNumerics
 from thrift_attn.reference import attention as reference
 from thrift_attn.reference.budget import decode_budget
@@ -51,7 +51,7 @@ class PagedThriftCache(CacheSequences):
         num_pages: pages in the pool, shared by all sequences.
         max_pages: most pages of one sequence; all of the pool by default, up to 65,536.
         max_tokens: most tokens of one sequence, where that is less than its pages hold.
-        config: what is stored and computed; ``math`` must be ``"16bit"`` and ``score`` ``"mean"``.
+        config: what is stored and computed; ``compute`` must be ``"16bit"`` and ``score`` ``"mean"``.
         dtype: dtype of K, V and Q: float16 or bfloat16 (float32 on a CPU as well).
         device: where the cache lives.
 
@@ -91,7 +91,7 @@ class PagedThriftCache(CacheSequences):
         for name, size in sizes.items():
             if size < 1:
                 raise ValueError(f"{name} must be at least 1, got {size}")
-        device = torch.device(device)
+        config, device = cache_config(config), torch.device(device)
         if device.type == "cuda" and device.index is None:
             device = torch.device("cuda", torch.cuda.current_device())
         self.backend = check_cache(config, head_dim, dtype, device)

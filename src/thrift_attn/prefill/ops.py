@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from thrift_attn.config import BLOCK, DECODE_ROWS, ThriftConfig
+from thrift_attn.crossovers import is_exact
 from thrift_attn.dispatch import Form, why_not_sm90_fp8
 from thrift_attn.kernels.launcher import on_device_of
 from thrift_attn.numerics import PrefillNumerics
@@ -225,11 +226,13 @@ def prefill_stats(
     total = Stats(promoted=0, mass=float(high_fraction.sum()))
     for b, (_, queries, _, keys, row, _) in enumerate(spans.tolist()):
         seen = visible[b][visible[b] > 0]
+        exact = is_exact(config.exact_below or 0, keys, None if layout.end_to_end else queries)
         own = counts[0 if layout.end_to_end else b, :, row : row + (1 if shared else len(visible[b]))]
         total += Stats(
             visible=heads * int(seen.sum()),
             promoted=int(own[..., visible[b] > 0].sum()),
-            asked=heads * float(asked_share(config.budget, seen, -(-keys // BLOCK)) * seen.sum()),
+            asked=heads * float(seen.sum() * (1 if exact else asked_share(config.budget, seen, -(-keys // BLOCK)))),
             rows=heads * (min(queries, keys) if layout.causal else queries),
+            exact=heads * int(seen.sum()) if exact else 0,
         )
     return total

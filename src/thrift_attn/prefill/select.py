@@ -13,6 +13,7 @@ import triton
 from torch import Tensor
 
 from thrift_attn.config import BLOCK, Budget
+from thrift_attn.crossovers import is_exact
 from thrift_attn.dispatch import interpreted, multiprocessors
 from thrift_attn.kernels.launcher import launch
 from thrift_attn.numerics import PrefillNumerics
@@ -81,7 +82,7 @@ def plan_blocks(
     """Work out how many blocks every row of every sequence promotes.
 
     Args:
-        numerics: budget, and the least number of a row that sees any block.
+        numerics: budget, the least number of a row that sees any block, and which sequences are exact.
         layout: how the sequences lie.
         window: sliding window in tokens.
         shared: whether all queries of a sequence are one row.
@@ -89,16 +90,32 @@ def plan_blocks(
     Returns:
         The plan. For sequences of one length ``wanted`` is kept for the next call where `may_keep` allows it.
     """
-    least = numerics.min_blocks
-    capacity = max(least, list_capacity(numerics.budget, layout.max_blocks))
+    least, below = numerics.min_blocks, numerics.exact_below
+    capacity = max(least, list_capacity(numerics.budget, layout.max_blocks), _exact_capacity(below, layout))
     if layout.lengths is not None and may_keep(layout.spans.device):
         rows, device = 1 if shared else layout.max_q_blocks, layout.spans.device
-        wanted = _kept_wanted(numerics.budget, layout.lengths, rows, shared, layout.causal, window, least, device)
+        wanted = _kept_wanted(
+            numerics.budget, layout.lengths, rows, shared, layout.causal, window, least, below, device
+        )
         return BlockPlan(wanted, capacity, shared)
     rules = {"shared": shared, "causal": layout.causal, "window": window}
     visible = visible_counts(layout.q_len, layout.k_len, layout.max_q_blocks, **rules)
     wanted = blocks_per_row(numerics.budget, visible, -(-layout.k_len.long() // BLOCK))
+    if below:
+        exact = is_exact(below, layout.k_len, None if layout.end_to_end else layout.q_len)
+        wanted = torch.where(exact[:, None], visible, wanted)
     return BlockPlan(wanted.clamp(min=least).minimum(visible).int(), capacity, shared)
+
+
+def _exact_capacity(exact_below: int, layout: SeqLayout) -> int:
+    """Return room for the lists of exact sequences: all that the longest of those that may be exact sees."""
+    if layout.lengths is not None:
+        queries, keys = layout.lengths
+        return layout.max_blocks if is_exact(exact_below, keys, queries) else 0
+    fewest = (layout.max_q_blocks - 2) * BLOCK + 1  # queries of a batch with so many rows
+    if not layout.end_to_end and is_exact(exact_below, layout.max_blocks * BLOCK, fewest):
+        return layout.max_blocks
+    return min(layout.max_blocks, -(-exact_below // BLOCK))
 
 
 @lru_cache(maxsize=256)
@@ -110,11 +127,14 @@ def _kept_wanted(
     causal: bool,
     window: int | None,
     least: int,
+    exact_below: int,
     device: torch.device,
 ) -> Tensor:
     queries, keys = (torch.tensor([x], device="cpu") for x in lengths)
     visible = visible_counts(queries, keys, rows, shared=shared, causal=causal, window=window)[0]
     wanted = blocks_per_row(budget, visible, -(-lengths[1] // BLOCK))
+    if is_exact(exact_below, lengths[1], lengths[0]):
+        wanted = visible
     return wanted.clamp(min=least).minimum(visible).int()[None].to(device)
 
 

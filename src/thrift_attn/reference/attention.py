@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from thrift_attn.config import BLOCK, DECODE_ROWS
+from thrift_attn.crossovers import is_exact
 from thrift_attn.numerics import DecodeNumerics, PrefillNumerics
 from thrift_attn.reference import quantize as quant
 from thrift_attn.reference.budget import asked_share, blocks_per_row, promote
@@ -107,6 +108,8 @@ class _Sequence:
         self.q = q[:, mask.hidden :].to(planes.high_k.dtype)
         self.kv_heads = len(planes.high_k)
         self.decode = mask.queries <= DECODE_ROWS if mask.decode is None else mask.decode
+        # Packed end to end (``decode=False``), few queries are nothing special.
+        self.exact = is_exact(numerics.exact_below, mask.keys, None if mask.decode is False else mask.queries)
         self.blocks = -(-mask.keys // BLOCK)
         index = torch.arange(mask.hidden, mask.queries, device=q.device)
         positions = index + mask.offset
@@ -172,6 +175,8 @@ class _Sequence:
                 last = max(0, last - 1)
             blocks = int(visible.sum(-1).max())
         counts = visible.sum(-1)
+        if self.exact:
+            return visible.expand(len(self.q), -1, -1), counts.sum()
         asked = asked_share(numerics.budget, counts, blocks) * counts.sum()
         wanted = blocks_per_row(numerics.budget, counts, blocks).clamp(min=numerics.min_blocks).minimum(counts)
         if not wanted.any():
@@ -306,6 +311,7 @@ class _Sequence:
             asked=heads * float(asked),
             mass=float(mass),
             rows=heads * int((self.first < self.last).sum()),
+            exact=heads * int(self.visible.sum()) if self.exact else 0,
         )
         return torch.cat(outs, 1), torch.cat(lses, 1), stats
 

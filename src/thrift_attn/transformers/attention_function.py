@@ -13,6 +13,9 @@ the tokens of a row. The others are computed in the dtype of the model by PyTorc
 - any other mask: packed sequences, prefix-LM, image tokens, a 4D mask given by the caller, and padding between tokens
   (which a ThriftCache leaves out, so that with one it is served too).
 
+Of the calls that thrift serves, those of short sequences are attended exactly where that has been measured to be faster
+(`thrift_attn.dispatch.serve`); the report says ``exact``.
+
 Learned sinks (``s_aux``, gpt-oss) are served: a logit without a value is one more term in the sum of the softmax. SDPA has
 neither sinks nor softcap: layers off the rule that need them (sliding layers of gpt-oss, Gemma 2) are computed by a plain
 softmax, and the report says ``eager``. A call with tensors that neither path knows raises. `report` names the
@@ -103,8 +106,11 @@ def thrift_attention(
             tokens = mask if mask is not None and mask.ndim == 2 else None
             reason = reason or ("sliding window over pages" if window else layer.why_not(pending, query, tokens))
             if reason is None:
-                out, stats = layer.attend(pending, query, tokens, counted=counted, **options)
-                state.count("thrift", "causal, cached", stats)
+                out, stats, served = layer.attend(pending, query, tokens, counted=counted, **options)
+                if served is None:
+                    state.count("thrift", "causal, cached", stats)
+                else:
+                    state.count_thrift(served, "causal, cached", stats)
                 return out.transpose(1, 2).contiguous(), None
             key, value = layer.full(pending, tokens)
         elif isinstance(key, Cached) or isinstance(value, Cached):
@@ -118,8 +124,10 @@ def thrift_attention(
             config = state.config
             if window is not None and config is not None:
                 config = config.with_(budget=fraction(1.0))
-            out, stats = attend_masked(query, key, value, mask, counted, config=config, window=window, **options)
-            state.count("thrift", "causal" if window is None else f"sliding window of {window}", stats)
+            out, stats, served = attend_masked(
+                query, key, value, mask, counted, config=config, window=window, **options
+            )
+            state.count_thrift(served, "causal" if window is None else f"sliding window of {window}", stats)
             return out.transpose(1, 2).contiguous(), None
     except BaseException:
         if pending is not None:

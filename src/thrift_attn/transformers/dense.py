@@ -10,7 +10,8 @@ import torch
 import torch.autograd.forward_ad as fwAD
 from torch import Tensor
 
-from thrift_attn.interface import attention
+from thrift_attn.dispatch import Served
+from thrift_attn.interface import attend
 from thrift_attn.stats import Stats
 
 
@@ -43,8 +44,8 @@ def check_no_gradients(*tensors: Tensor) -> None:
 
 def attend_counted(
     q: Tensor, k: Tensor, v: Tensor, counted: bool, *, sinks: Tensor | None = None, **options: Any
-) -> tuple[Tensor, Stats]:
-    """`thrift_attn.attention` with its statistics, or with empty ones if they are not to be counted.
+) -> tuple[Tensor, Stats, Served]:
+    """`thrift_attn.attention` with its statistics, or with empty ones if they are not to be counted, and what ran.
 
     Args:
         q: ``[B, Hq, Tq, D]``.
@@ -55,9 +56,12 @@ def attend_counted(
         **options: of `thrift_attn.attention`.
     """
     with as_given(q.device):
-        found: Any = attention(q, k, v, return_lse=True, return_stats=counted, **options)
-        out = found[0] if sinks is None else with_sinks(found[0], found[1], sinks)
-        return out, found[2] if counted else Stats()
+        found = attend(q, k, v, return_lse=sinks is not None, return_stats=counted, **options)
+        out = found.out
+        if sinks is not None:
+            assert found.lse is not None
+            out = with_sinks(out, found.lse, sinks)
+        return out, found.stats if counted else Stats(), found.served
 
 
 def with_sinks(out: Tensor, lse: Tensor, sinks: Tensor) -> Tensor:
@@ -74,7 +78,7 @@ def with_sinks(out: Tensor, lse: Tensor, sinks: Tensor) -> Tensor:
 
 def attend_masked(
     query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, counted: bool, **options: Any
-) -> tuple[Tensor, Stats]:
+) -> tuple[Tensor, Stats, Served]:
     """Thrift attention under a mask of padding at the ends.
 
     Args:
@@ -87,7 +91,7 @@ def attend_masked(
         **options: of `thrift_attn.attention`.
 
     Returns:
-        The output ``[B, Hq, Tq, D]``, 0 at padding, and the statistics.
+        The output ``[B, Hq, Tq, D]``, 0 at padding, the statistics, and what ran.
 
     Raises:
         ValueError: a mask that does not fit.
@@ -104,9 +108,11 @@ def attend_masked(
     lengths, before = mask.sum(-1), mask.int().argmax(-1)
     after = mask.shape[1] - before - lengths
     options["kv_lengths"] = lengths.clamp(min=1)
-    out, stats = attend_counted(_roll(query, -after), _roll(key, before), _roll(value, before), counted, **options)
+    out, stats, served = attend_counted(
+        _roll(query, -after), _roll(key, before), _roll(value, before), counted, **options
+    )
     is_token = mask[:, -query.shape[2] :]
-    return _roll(out, after).masked_fill(~is_token[:, None, :, None], 0), stats
+    return _roll(out, after).masked_fill(~is_token[:, None, :, None], 0), stats, served
 
 
 def _roll(x: Tensor, shifts: Tensor) -> Tensor:

@@ -17,7 +17,8 @@ class LayerRow:
     Args:
         layer: its ``layer_idx``; None if it has none.
         name: dotted name of the module in the model.
-        served_by: ``"thrift"``, ``"sdpa"``, ``"eager"``, or None before the first call.
+        served_by: ``"thrift"``; ``"exact"``, exact attention by thrift's choice, since it is faster; ``"sdpa"`` or ``"eager"``,
+            what thrift does not serve; or None before the first call.
         reason: why.
         calls: number of calls since `enable`.
         stats: their statistics added up, all zero if not served by thrift or not counted (see `enable`).

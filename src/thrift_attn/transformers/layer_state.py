@@ -11,12 +11,14 @@ import torch
 from torch import nn
 
 from thrift_attn.config import ThriftConfig
+from thrift_attn.dispatch import Served
 from thrift_attn.stats import Stats
 
 NAME = "thrift"
 """The name to give as ``attn_implementation``."""
 
-ServedBy = Literal["thrift", "sdpa", "eager"]
+ServedBy = Literal["thrift", "exact", "sdpa", "eager"]
+"""Exact: by thrift's choice, since it is faster (`thrift_attn.dispatch.serve`); SDPA and eager: what thrift does not serve."""
 
 _LAYER = "_thrift_layer"  # attribute on attention modules
 
@@ -65,6 +67,13 @@ class LayerState:
     def counts(self, device: torch.device) -> bool:
         """Whether a call on this device counts what it promotes."""
         return device.type == "cpu" if self.stats is None else self.stats
+
+    def count_thrift(self, served: Served, reason: str, stats: Stats) -> None:
+        """Note one call of `thrift_attn.interface.attend`."""
+        if served.by == "exact":
+            self.count("exact", f"{reason}; {served.why}", stats)
+        else:
+            self.count("thrift", f"{reason}; {served.why}" if served.why else reason, stats)
 
     def count(self, served_by: ServedBy, reason: str, stats: Stats) -> None:
         """Note one call."""

@@ -36,6 +36,9 @@ from transformers.cache_utils import Cache, DynamicSlidingWindowLayer
 
 from thrift_attn.cache.paged import DEFAULT
 from thrift_attn.config import ThriftConfig
+from thrift_attn.crossovers import EVERYWHERE
+from thrift_attn.dispatch import cache_config, prefill_config
+from thrift_attn.exact import Call
 from thrift_attn.transformers.files import identity_of, load, save
 from thrift_attn.transformers.padding import MaskReader
 from thrift_attn.transformers.state_layers import (
@@ -59,7 +62,8 @@ class ThriftCache(Cache):
         pool_tokens: tokens for which there are pages in every layer, all sequences together; by default ``max_tokens`` for
             each sequence of the first batch. Sequences that share a prefix need its pages once.
         decode: what is stored, and computed for up to 16 new tokens.
-        prefill: what longer prompts are attended with; by default FP4 on Blackwell, FP8 on Ada and Hopper, else ``decode``.
+        prefill: what more than 16 tokens are attended with; by default what the device is fast at (``base_format="auto"``)
+            with the budget of ``decode``.
         exact_tokens: does nothing any more: the default budget has a floor of 16 blocks, so that up to 1,024 tokens are
             attended with every block in high precision (`thrift_attn.floored`). Accepted with a DeprecationWarning.
 
@@ -100,7 +104,8 @@ class ThriftCache(Cache):
         text = config.get_text_config(decoder=True)
         _check_kind(config, text)
         self.identity = identity_of(text)
-        self.options = CacheOptions(max_tokens, pool_tokens, decode, prefill)
+        self.options = CacheOptions(max_tokens, pool_tokens, cache_config(decode), prefill)
+        self.text_config = text
         layers = make_layers(config, self.options, MaskReader())
         _check_head_dims(text, [at for at, layer in enumerate(layers) if isinstance(layer, ThriftLayer)])
         super().__init__(layers=layers)
@@ -118,11 +123,21 @@ class ThriftCache(Cache):
         return [layer for layer in self.paged_layers if layer.is_initialized]
 
     def prefill_on(self, device: torch.device, tokens: int | None = None) -> ThriftConfig:
-        """What a prompt is attended with on a device. ``tokens`` does nothing any more: a budget may have a floor."""
+        """What a long prompt is attended with on a device, its format named. ``tokens`` does nothing any more."""
         if tokens is not None:
             told = "ThriftCache.prefill_on: tokens does nothing: budgets have a floor, see thrift_attn.floored"
             warnings.warn(told, DeprecationWarning, stacklevel=2)
-        return self.options.prefill_on(device)
+        text = self.text_config
+        first = next(at for at, layer in enumerate(self.layers) if isinstance(layer, ThriftLayer))
+        dtype = getattr(text, "dtype", None)
+        call = Call(
+            device=device,
+            dtype=dtype if isinstance(dtype, torch.dtype) else torch.get_default_dtype(),
+            head_dim=head_dim(text, first),
+            queries=EVERYWHERE,
+            keys=EVERYWHERE,
+        )
+        return prefill_config(self.options.prompts, call)
 
     # -- what transformers calls ---------------------------------------------------------------------------------------
 

@@ -11,23 +11,13 @@ from transformers.cache_utils import CacheLayerMixin
 
 from thrift_attn.cache import PagedThriftCache
 from thrift_attn.config import BLOCK, DECODE_ROWS, ThriftConfig
+from thrift_attn.dispatch import Served
 from thrift_attn.reference.budget import asked_share, promoted_in_decode
 from thrift_attn.stats import Stats
 from thrift_attn.transformers.dense import as_given, attend_counted, autocast_dtype, check_no_gradients, with_sinks
 from thrift_attn.transformers.layer_state import LayerState
 from thrift_attn.transformers.lazy_kv import PendingKV
 from thrift_attn.transformers.padding import MaskReader, Padding, gather, spread
-
-
-def default_prefill(device: torch.device, decode: ThriftConfig) -> ThriftConfig:
-    """What a prompt is attended with: FP4 on Blackwell, FP8 on Ada and Hopper, elsewhere as in decode."""
-    if device.type == "cuda":
-        capability = torch.cuda.get_device_capability(device)
-        if capability >= (10, 0):
-            return ThriftConfig(budget=decode.budget)
-        if capability >= (8, 9):
-            return ThriftConfig(base_format="fp8", budget=decode.budget)
-    return decode
 
 
 @dataclass(frozen=True)
@@ -39,9 +29,10 @@ class CacheOptions:
     decode: ThriftConfig
     prefill: ThriftConfig | None
 
-    def prefill_on(self, device: torch.device) -> ThriftConfig:
-        """What a prompt is attended with on a device."""
-        return self.prefill or default_prefill(device, self.decode)
+    @property
+    def prompts(self) -> ThriftConfig:
+        """What prompts are attended with; by default what the device is fast at, with the budget of decode."""
+        return self.prefill or ThriftConfig(budget=self.decode.budget)
 
 
 class ThriftLayer(CacheLayerMixin):
@@ -208,7 +199,7 @@ class ThriftLayer(CacheLayerMixin):
 
     def attend(
         self, pending: PendingKV, query: Tensor, tokens: Tensor | None, *, counted: bool, backend: str, **options: Any
-    ) -> tuple[Tensor, Stats]:
+    ) -> tuple[Tensor, Stats, Served | None]:
         """Attention of the new tokens over all that the layer holds, which they now belong to.
 
         Args:
@@ -220,7 +211,7 @@ class ThriftLayer(CacheLayerMixin):
             **options: ``scale`` and ``softcap`` of the logits, ``sinks`` as in `thrift_attn.transformers.dense.with_sinks`.
 
         Returns:
-            The output ``[B, Hq, T, D]``, 0 at padding, and what was promoted.
+            The output ``[B, Hq, T, D]``, 0 at padding, what was promoted, and what ran (None: the pages were attended).
 
         Raises:
             ValueError: a sequence would be longer than the cache allows.
@@ -241,8 +232,8 @@ class ThriftLayer(CacheLayerMixin):
             with as_given(query.device):
                 out, lse = paged.attend(query, return_lse=True, **options)
                 out = out if sinks is None else with_sinks(out, lse, sinks)
-            return out, self.decode_stats(query.shape[1], count)
-        options |= {"config": self.options.prefill_on(query.device), "backend": backend}
+            return out, self.decode_stats(query.shape[1], count), None
+        options |= {"config": self.options.prompts, "backend": backend}
         k, v = pending.k, pending.v
         if padding is not None:
             query = gather(query, padding.right())
@@ -251,12 +242,12 @@ class ThriftLayer(CacheLayerMixin):
             k, v = paged.widen() if pending.written else self._behind(k, v, before)
         if padding is not None or len(set(totals)) > 1:
             options["kv_lengths"] = torch.tensor(totals, device=query.device).clamp(min=1)
-        out, stats = attend_counted(query, k, v, counted, **options)
+        out, stats, served = attend_counted(query, k, v, counted, **options)
         self._write(pending, padding)
         if padding is not None:
             out = gather(out, padding.right().argsort(dim=1))
             out = out.masked_fill(~padding.is_token[:, None, :, None], 0)
-        return out, stats
+        return out, stats, served
 
     def full(self, pending: PendingKV, tokens: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """K and V of all slots in 16 bits; the new tokens now belong to the layer.

@@ -157,7 +157,7 @@ class DecodeCase(Case):
     @property
     def config(self) -> ThriftConfig:
         """What our side computes."""
-        return self._configured(compute="16bit", promoted_storage=self.promoted_storage)
+        return self._configured(base_format="nvfp4", compute="16bit", promoted_storage=self.promoted_storage)
 
     @property
     def shape(self) -> DecodeCase:

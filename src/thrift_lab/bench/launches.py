@@ -124,6 +124,7 @@ def _place(*names: str) -> Any:
 def _config(options: dict[str, Any]) -> Any:
     """Return a ThriftConfig of this tree from options by their current names."""
     config = importlib.import_module("thrift_attn.config")
+    options = {"base_format": "nvfp4", "budget": config.fraction(0.05), **options}  # whatever the tree's defaults
     if "base_format" not in config.ThriftConfig.__dataclass_fields__:
         old = {
             "base_format": "low",
@@ -135,7 +136,7 @@ def _config(options: dict[str, Any]) -> Any:
         options = {old.get(name, name): value for name, value in options.items()}
         if "sink_token" in options:
             options["sink"] = {"exact": "token"}.get(options.pop("sink_token"), "none")
-    return config.ThriftConfig(**{"budget": config.fraction(0.05), **options})
+    return config.ThriftConfig(**options)
 
 
 @contextlib.contextmanager

@@ -131,6 +131,12 @@ def lengths(prompts: int, shortest: int, longest: int) -> list[int]:
 
 
 @torch.no_grad()
+def _cache(model: Any, tokens: int, config: ThriftConfig) -> ThriftCache:
+    """A cache whose prompts are attended as long ones are: none exactly, because it is short."""
+    prefill = ThriftConfig(budget=config.budget, exact_below=0)
+    return ThriftCache(model.config, tokens, decode=config, prefill=prefill)
+
+
 def continuation(loaded: Loaded, ids: Tensor, start: int, new: int, config: ThriftConfig) -> Continuation:
     """Compare ``new`` teacher-forced steps after the prompt ``ids[:, :-new]``.
 
@@ -146,7 +152,7 @@ def continuation(loaded: Loaded, ids: Tensor, start: int, new: int, config: Thri
     want = model.get_output_embeddings()(hidden)[0].float().log_softmax(-1)  # [new, V]
     enable(model, config)
     try:
-        cache = ThriftCache(model.config, ids.shape[1], decode=config)
+        cache = _cache(model, ids.shape[1], config)
         got = [prefill(model, ids[:, :prompt], cache)]
         step = DecodeGraph(model, cache)
         got += [step(ids[:, at : at + 1]).clone() for at in range(prompt, ids.shape[1] - 1)]
@@ -178,7 +184,7 @@ def needle(loaded: Loaded, ids: Tensor, depth: float, number: str, config: Thrif
     plain = model.generate(ids, pad_token_id=pad[0] if isinstance(pad, list) else pad, **options)[0, ids.shape[1] :]
     enable(model, config)
     try:
-        cache = ThriftCache(model.config, ids.shape[1] + ANSWER, decode=config)
+        cache = _cache(model, ids.shape[1] + ANSWER, config)
         cached = torch.cat(list(stream(model, ids, cache, max_new_tokens=ANSWER)))
     finally:
         disable(model)
@@ -232,7 +238,7 @@ def evaluate(
             text=text_name,
             config=config.to_dict(),
             ignored=list(DecodeNumerics.resolve(config).ignored),
-            prefill=ThriftCache(loaded.model.config, longest, decode=config).prefill_on(device).to_dict(),
+            prefill=_cache(loaded.model, longest, config).prefill_on(device).to_dict(),
             seed=seed,
         )
     )

@@ -22,7 +22,8 @@ def _parser(option: Field[Any]) -> Callable[[str], Any]:
 
 _PARSERS: dict[str, Callable[[str], Any]] = {option.name: _parser(option) for option in fields(ThriftConfig)}
 _PARSERS["keep"] = float
-_OPTIONS = tuple(option.name for option in fields(ThriftConfig))
+_OPTIONS = tuple(option.name for option in fields(ThriftConfig) if option.name != "exact_below")
+"""Quality is that of the numerics: nothing is attended exactly because it is faster."""
 _PROMOTION = ("budget", "score", "force_first", "force_last", "high")
 _SPARSE = ("budget", "force_first", "force_last")
 
@@ -43,7 +44,7 @@ KINDS: dict[str, _Kind] = {
     ),
     "paper": _Kind(ThriftConfig.paper, _OPTIONS, "4 bits and the paper's promotion, 5% of the blocks"),
     "thrift": _Kind(
-        lambda **options: ThriftConfig(**{"budget": fraction(0.05), **options}),
+        lambda **options: ThriftConfig(**{"base_format": "nvfp4", "budget": fraction(0.05), **options}),
         _OPTIONS,
         "the form of this package with 5% of the blocks and no floor, or any other",
     ),
@@ -141,6 +142,8 @@ def parse_method(spec: str) -> Method:
             options[key] = _PARSERS[key](value)
         except ValueError as error:
             raise ValueError(f"method {spec!r}: option {key}: {error}") from error
+    if options.get("base_format") == "auto":
+        raise ValueError(f"method {spec!r}: a record names its format, such as nvfp4 or fp8, and does not say auto")
     try:
         made = KINDS[kind].make(**options)
     except (ValueError, TypeError) as error:

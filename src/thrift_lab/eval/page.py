@@ -236,9 +236,9 @@ def _other_options(run: Run) -> list[tuple[str, str]]:
         if about["config"] is None:
             continue
         usual = first.setdefault(about["family"], about["config"])
-        other = {key: value for key, value in about["config"].items() if key != "budget" and usual[key] != value}
+        other = {key: value for key, value in about["config"].items() if key != "budget" and usual.get(key) != value}
         if other:
-            options = ", ".join(f"{key}={value} (elsewhere {usual[key]})" for key, value in other.items())
+            options = ", ".join(f"{key}={value} (elsewhere {usual.get(key)})" for key, value in other.items())
             differing.append((f"options of {about['name']}", options))
     return differing
 
