@@ -58,7 +58,7 @@ def _layout(x: Axis, y: Axis, height: int, **more: Any) -> Any:
     figure.update_layout(
         template="none", height=height, margin={"l": 60, "r": 14, "t": 10, "b": 40}, hovermode="closest",
         paper_bgcolor="rgba(0,0,0,0)", plot_bgcolor="rgba(0,0,0,0)",
-        legend={"orientation": "h", "y": -0.22, "yanchor": "top"}, **more,
+        legend={"orientation": "h", "yref": "container", "y": 0, "yanchor": "bottom", "x": 0, "xref": "container"}, **more,
     )  # fmt: skip
     return figure
 
@@ -75,7 +75,7 @@ def lines(x: Axis, y: Axis, series: Sequence[Series], marks: Mapping[float, str]
         marks: named horizontal lines by their height.
     """
     graph = need("plotly.graph_objects")
-    figure = _layout(x, y, 380)
+    figure = _layout(x, y, 440)
     for height, words in (marks or {}).items():
         figure.add_hline(height, line={"color": SOFT, "width": 1, "dash": "dot"}, annotation_text=words)
     low, high = y.range or (float("-inf"), float("inf"))
@@ -129,5 +129,5 @@ def bars(label: str, groups: Sequence[str], values: Mapping[str, Sequence[float]
                 hovertemplate=hover,
             )
         )
-    figure.update_layout(yaxis={"autorange": "reversed", "tickformat": None}, legend={"y": 1.02, "yanchor": "bottom"})
+    figure.update_layout(yaxis={"autorange": "reversed", "tickformat": None}, legend={"y": 1, "yanchor": "top"})
     return figure

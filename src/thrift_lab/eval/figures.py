@@ -70,8 +70,8 @@ def recovery(metrics: Row) -> Chart | None:
     if not series:
         return None
     low = max(_LOWEST, min([0.0, *(y for one in series for _, y in one.points)]) - 0.05)
-    x = Axis("blocks in high precision (log)", form=".1%", log=True)
-    y = Axis("share of the fp4 loss brought back", (low, 1.06), form=".0%")
+    x = Axis("blocks in high precision (log)", form=".0%", log=True, ticks=[0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1])
+    y = Axis("fp4 loss brought back", (low, 1.06), form=".0%")
     words = "Bars: 95% intervals. quest, topk and local drop all other blocks. Triangles lie beyond the edge."
     return Chart("Recovery against budget", lines(x, y, series, {1.0: "fp16", 0.0: "fp4"}), words)
 
@@ -178,7 +178,7 @@ def concentration(metrics: Row) -> Chart | None:
     kinds = (("error", OTHER[1], "error_share"), ("attention mass", OTHER[0], "mass_share"))
     series = [Series(name, shade, list(zip(shares, found[key], strict=True))) for name, shade, key in kinds]
     series.append(Series("evenly spread", SOFT, [(share, share) for share in shares], dashed=True))
-    x = Axis("blocks, by attention mass (log)", form=".1%", log=True, ticks=[s for s in shares if s != 0.005])
+    x = Axis("blocks, by attention mass (log)", form=".1~%", log=True, ticks=[s for s in shares if s != 0.005])
     y = Axis("share of the total", (0, 1.03), form=".0%")
     words = (
         f"Mean over {found['heads']} heads, {found['length']:,} tokens of {Path(found['text']).name}, uniform NVFP4."
