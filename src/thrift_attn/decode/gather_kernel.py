@@ -5,30 +5,14 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from thrift_attn.decode.fragments import quarter_bits
 from thrift_attn.kernels.powers_of_two import inverse
-from thrift_attn.reference.page_layout import MASK
-
-_MASK = tl.constexpr(MASK)
 
 
 @triton.jit
 def _half(bits):
     """The half float with these 16 bits, as float32."""
     return (bits & 0xFFFF).to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
-
-
-@triton.jit
-def _element4(word, J: tl.constexpr):
-    """e2m1 value times 2^-14 of token quarter J, see `thrift_attn.reference.page_layout`."""
-    if J == 0:
-        bits = word
-    elif J == 1:
-        bits = word << 3
-    elif J == 2:
-        bits = (word << 6) ^ (word << 1)
-    else:
-        bits = (word << 9) ^ (word << 2)
-    return _half(bits & _MASK)
 
 
 @triton.jit
@@ -54,7 +38,7 @@ def _decoded(ptr16, ptr32, t, spot, rows, J: tl.constexpr, T: tl.constexpr, EIGH
     else:
         word = tl.load(ptr16 + t * 256 + spot).to(tl.int32)
         scales = tl.load(ptr32 + T * 128 + t // 2 * 32 + rows + t % 2)
-        return _element4(word, J) * _scale(scales, J) * 128.0
+        return _half(quarter_bits(word, J)) * _scale(scales, J) * 128.0
 
 
 @triton.jit(do_not_specialize=["blocks", "capacity", "batch"])

@@ -10,8 +10,10 @@ import triton
 import triton.language as tl
 
 from thrift_attn.dispatch import interpreted
+from thrift_attn.kernels.groups import e4m3_scale as _e4m3_scale
 from thrift_attn.kernels.powers_of_two import k_channel_scale, log_root, v_head_scale
 from thrift_attn.kernels.rounding import bits as _bits
+from thrift_attn.kernels.rounding import e2m1_magnitude as _e2m1_magnitude
 from thrift_attn.kernels.rounding import from_bits as _float
 from thrift_attn.kernels.rounding import round_e2m1 as _round_e2m1
 from thrift_attn.kernels.rounding import round_e4m3 as _round_e4m3
@@ -24,9 +26,7 @@ _INTERPRETED = tl.constexpr(interpreted())
 @triton.jit
 def _e2m1_half(value, signed):
     """e2m1 values to the bits of the half float value * 2^-14, with the sign of ``signed``, also for zero."""
-    v = tl.abs(value)
-    code = tl.where(v < 2.0, 2.0 * v, tl.where(v < 4.0, v + 2.0, v * 0.5 + 4.0)).to(tl.int32)
-    return (code << 9) | ((_bits(signed) >> 16) & 0x8000)
+    return (_e2m1_magnitude(value) << 9) | ((_bits(signed) >> 16) & 0x8000)
 
 
 @triton.jit
@@ -45,7 +45,7 @@ def _scale_of(peak, TOP: tl.constexpr, POWER: tl.constexpr):
         scale = tl.where(exponent < 127 - 24, 0.0, _float(exponent << 23))
         return tl.where(peak == peak, scale, peak)
     else:
-        return _round_e4m3(tl.div_rn(peak, TOP + tl.zeros_like(peak)))
+        return _e4m3_scale(peak, TOP)
 
 
 @triton.jit

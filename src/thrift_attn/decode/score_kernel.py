@@ -5,6 +5,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from thrift_attn.kernels.arithmetic import dot
+
 
 @triton.jit
 def _score(s, block, block0_mean, q, inside, scale, SINK: tl.constexpr):
@@ -69,10 +71,7 @@ def block_scores_kernel(
             at = row // GROUP * stride_qt + row % GROUP * stride_qh
             inside = row < GROUP * tq
             q = tl.load(q_start + at[None, :] + d[:, None], mask=inside[None, :] & (d < D)[:, None], other=0.0)
-            if PORTABLE:
-                s = tl.dot(mean.to(tl.float32), q.to(tl.float32), input_precision="ieee") * scale
-            else:
-                s = tl.dot(mean, q) * scale  # [BM, N]
+            s = dot(mean, q, PORTABLE) * scale  # [BM, N]
             bias_at = (bh.to(tl.int64) * blocks + block)[:, None] * RP + row[None, :]
             tl.store(bias_ptr + bias_at, s, mask=there[:, None])
             largest = tl.maximum(largest, _score(s, block, block0_mean, q, inside, scale, SINK))

@@ -17,6 +17,12 @@ _FP8_TOP = tl.constexpr(FORMATS["fp8"].tops[0])
 
 
 @triton.jit
+def e4m3_scale(peak, TOP: tl.constexpr):
+    """The e4m3 number next to peak / TOP; NaN for NaN."""
+    return round_e4m3(tl.div_rn(peak, TOP + tl.zeros_like(peak)))
+
+
+@triton.jit
 def _group_scale(peak, TOP: tl.constexpr, POWER: tl.constexpr):
     """Scale of groups with these maxima, see `thrift_attn.reference.formats`; NaN for NaN."""
     if POWER:
@@ -24,7 +30,7 @@ def _group_scale(peak, TOP: tl.constexpr, POWER: tl.constexpr):
         scale = from_bits(tl.where(exponent == 0, 1 << 22, exponent << 23))
         return tl.where(peak == peak, scale, peak)
     else:
-        return round_e4m3(tl.div_rn(peak, TOP + tl.zeros_like(peak)))
+        return e4m3_scale(peak, TOP)
 
 
 @triton.jit

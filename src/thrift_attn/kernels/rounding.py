@@ -57,8 +57,13 @@ def e4m3_code(value):
 
 
 @triton.jit
+def e2m1_magnitude(value):
+    """int32 code without its sign of a float32 that is an e2m1 value."""
+    v = tl.abs(value)
+    return tl.where(v < 2.0, 2.0 * v, tl.where(v < 4.0, v + 2.0, v * 0.5 + 4.0)).to(tl.int32)
+
+
+@triton.jit
 def e2m1_code(value, signed):
     """int32 code of a float32 that is an e2m1 value, with the sign of ``signed``, also for zero."""
-    v = tl.abs(value)
-    code = tl.where(v < 2.0, 2.0 * v, tl.where(v < 4.0, v + 2.0, v * 0.5 + 4.0)).to(tl.int32)
-    return code | ((bits(signed) >> 28) & 0x8)
+    return e2m1_magnitude(value) | ((bits(signed) >> 28) & 0x8)

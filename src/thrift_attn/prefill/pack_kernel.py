@@ -6,15 +6,10 @@ import triton
 import triton.language as tl
 
 from thrift_attn.kernels.groups import store_columns, store_residual, store_rows
-from thrift_attn.kernels.rounding import bits, cut, from_bits
+from thrift_attn.kernels.powers_of_two import inverse
+from thrift_attn.kernels.rounding import bits, cut
 from thrift_attn.kernels.spans import BLOCK_START, K_LEN, K_START, Q_BLOCK_START, Q_LEN, Q_START, SPAN
 from thrift_attn.kernels.token_order import token_at
-
-
-@triton.jit
-def _inverse(power):
-    """1 / x of powers of two, exactly."""
-    return from_bits((254 << 23) - bits(power))
 
 
 @triton.jit(do_not_specialize=["blocks"])
@@ -94,10 +89,10 @@ def quantise_kv_kernel(
                 inv_v_scale = tl.load(v_head_scale_ptr + b * HKV + h)
             if CHANNEL_SCALES:
                 k_scale = tl.load(k_channel_scale_ptr + (b * HKV + h).to(tl.int64) * D + dim, mask=dim < D, other=1.0)
-                inv_k_scale = _inverse(k_scale)[None, :]
+                inv_k_scale = inverse(k_scale)[None, :]
                 if FORMAT == "nvfp4":
                     v_scale = tl.load(v_head_scale_ptr + b * HKV + h)
-                    inv_v_scale = _inverse(v_scale)
+                    inv_v_scale = inverse(v_scale)
             for i in tl.range(0, 64, TOKENS):
                 row = at * 64 + i
                 token = i + tl.arange(0, TOKENS)[:, None]
@@ -209,7 +204,7 @@ def quantise_q_kernel(
                     query_mean = tl.load(query_mean_ptr + (b * HQ + h).to(tl.int64) * D + dim, mask=dim < D, other=0.0)
                     x = tl.where(present, x - query_mean[None, :], 0.0)
                 if CHANNEL_SCALES:
-                    x *= _inverse(k_scale)[None, :]
+                    x *= inverse(k_scale)[None, :]
                 store_rows(x, qp_ptr, qs_ptr, at * 64 + i, inv_k_scale, D, DP, FORMAT, BEST_SCALES, NATIVE, CAST)
 
 
