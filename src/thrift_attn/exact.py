@@ -96,7 +96,15 @@ def exact_stats(call: Call, heads: int) -> Stats:
 
 
 def attend_exact(
-    q: Tensor, k: Tensor, v: Tensor, *, causal: bool, scale: float, softcap: float | None = None, lse: bool = False
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    causal: bool,
+    scale: float,
+    softcap: float | None = None,
+    lse: bool = False,
+    by: Server | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """Exact attention of a call that `why_not_exact` has nothing against.
 
@@ -108,6 +116,7 @@ def attend_exact(
         scale: factor of the logits.
         softcap: of `thrift_attn.attention`.
         lse: whether to return the log-sum-exp.
+        by: who is to compute it; None: `exact_server`.
 
     Returns:
         The output ``[B, Hq, Tq, D]``, and the log-sum-exp float32 ``[B, Hq, Tq]`` or None.
@@ -116,7 +125,7 @@ def attend_exact(
         device=q.device, dtype=q.dtype, head_dim=q.shape[3], queries=q.shape[2], keys=k.shape[2], causal=causal,
         softcap=softcap, lse=lse,
     )  # fmt: skip
-    if exact_server(call) == "FlashAttention-3":
+    if (by or exact_server(call)) == "FlashAttention-3":
         return _fa3_attend(q, k, v, causal=causal, scale=scale, softcap=softcap, lse=lse)
     return _sdpa_attend(q, k, v, causal=causal, scale=scale), None
 

@@ -23,7 +23,7 @@ from thrift_lab.records import Record, read_json
 RESULTS = Path(__file__).parents[2] / "benchmarks" / "results"
 CLASSES: tuple[type[Record], ...] = (BenchRecord, ModelRecord, DecodeRecord, NLLRecord)
 BY_KIND = {kind: made for made in CLASSES for kind in made.KINDS}
-OTHER_KINDS = ("compile", "exploration", "gpu-tests", "kvpress-snapkv", None)
+OTHER_KINDS = ("compile", "crossover", "exploration", "gpu-tests", "kvpress-snapkv", None)
 """Kinds of records that another tool reads, and files of runs and of explorations that have none."""
 
 COMMITTED = sorted(RESULTS.rglob("*.json"))

@@ -24,7 +24,7 @@ app = typer.Typer(
 )
 
 HEADS, HEAD_DIM, TQ, STORAGE, BUDGET, CONFIG = ["32/8"], ["128"], ["1"], ["nested"], ["0.05"], ["default"]
-BASE_FORMAT, COMPUTE = ["fp8"], ["fp4"]
+BASE_FORMAT, COMPUTE, DIMS = ["fp8"], ["fp4"], ["128,64"]
 """Defaults of options that may be given several times."""
 
 RESTARTS = 4
@@ -250,6 +250,35 @@ def prefill(
             seed=seed,
         )
         _run(plan, console, resume=resume, plot=plot)
+
+
+@app.command()
+def crossover(
+    out: Annotated[Path, typer.Option("--out", "-o", help="Folder for the record, named after the GPU.")] = Path(
+        "benchmarks/results/crossover"
+    ),
+    dims: Annotated[list[str], typer.Option(help="Head dims.")] = DIMS,
+    replays: Annotated[int, typer.Option(min=3, help="Timed graph replays of each of three rounds.")] = 7,
+) -> None:
+    """From which length on thrift is faster than exact 16-bit attention here: the source of `thrift_attn.crossovers`."""
+    console = Console(soft_wrap=True, width=None if sys.stdout.isatty() else 150)
+    with errors():
+        from thrift_lab.bench.timing import require_cuda
+
+        require_cuda()
+        from thrift_lab.bench import crossover as crossing
+
+        def log(line: str) -> None:
+            console.print(line, highlight=False, markup=False)
+
+        record, path = crossing.run(out, dims=numbers(dims), replays=replays, log=log)
+        for line in crossing.conclusions(record):
+            log(line)
+        console.print(f"wrote {path}", style="dim", highlight=False, markup=False)
+        wrong = [row for row in record.rows if row.reason.startswith("wrong")]
+        if any(row.side == "thrift" and row.us is None for row in record.rows) or wrong:
+            console.print("some calls are wrong or failed: see the record", style="red", highlight=False)
+            raise typer.Exit(1)
 
 
 @app.command(name="compile")
