@@ -7,7 +7,6 @@ over the FP8 kernel of sm_90. The record knows the digest of the kernels' source
 from __future__ import annotations
 
 import argparse
-import hashlib
 import re
 import subprocess
 import sys
@@ -20,6 +19,7 @@ from xml.etree import ElementTree
 
 from pydantic import BaseModel, Field
 
+from thrift_lab.provenance import digest_of_sources
 from thrift_lab.records import Record, make_context
 
 ROOMS = ("kernels", "prefill", "decode")
@@ -66,13 +66,7 @@ def digest_of_kernels(package: Path) -> str:
     Args:
         package: the folder of ``thrift_attn``.
     """
-    total = hashlib.sha256()
-    for room in ROOMS:
-        for path in sorted((package / room).rglob("*.py")):
-            lines = (line.strip() for line in path.read_text().splitlines())
-            code = [line for line in lines if line and not line.startswith(("#", "import ", "from "))]
-            total.update("\n".join([str(path.relative_to(package)), *code]).encode())
-    return total.hexdigest()
+    return digest_of_sources(package, ROOMS)
 
 
 def run_pytest(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib.metadata
 import json
 import os
@@ -104,6 +105,22 @@ def commit() -> str | None:
         return git("rev-parse", "HEAD") + ("+" if git("status", "--porcelain", "--untracked-files=no") else "")
     except (OSError, subprocess.CalledProcessError):
         return None
+
+
+def digest_of_sources(package: Path, rooms: Iterable[str]) -> str:
+    """Return the SHA-256 of the sources of some folders of a package, without imports, comments and layout.
+
+    Args:
+        package: the folder of the package.
+        rooms: names of folders in it.
+    """
+    total = hashlib.sha256()
+    for room in rooms:
+        for path in sorted((package / room).rglob("*.py")):
+            lines = (line.strip() for line in path.read_text().splitlines())
+            code = [line for line in lines if line and not line.startswith(("#", "import ", "from "))]
+            total.update("\n".join([str(path.relative_to(package)), *code]).encode())
+    return total.hexdigest()
 
 
 def versions(packages: Iterable[str]) -> dict[str, str | None]:

@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.table import Table
 
 from thrift_lab.console import errors, numbers, words
+from thrift_lab.fuzz.fuzz_cli import fuzz
 
 if TYPE_CHECKING:
     from thrift_lab.bench.bench_records import BenchRecord
@@ -32,6 +33,9 @@ RESTARTS = 4
 
 COUNT = "THRIFT_BENCH_RESTARTS"
 """Environment variable of a process that took a run up again, set here alone: how often that has happened."""
+
+
+app.command()(fuzz)
 
 
 @app.callback()

@@ -81,4 +81,5 @@ class Interrupter:
             found = change()
         finally:
             sys.settrace(before)
+            blocks.clear()  # frames hold the tracer, which holds this: nothing of the change may outlive it
         return found, lines

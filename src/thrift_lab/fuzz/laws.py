@@ -1,0 +1,217 @@
+"""The laws of a fuzz: what must hold of caches after every operation."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from thrift_attn.cache import PagedThriftCache, state
+from thrift_attn.config import BLOCK
+from thrift_lab.fuzz.settings import Setting
+from thrift_lab.fuzz.shadow import Sequence, dense, picture, same
+
+PATIENCE = 30.0
+"""Seconds after which a thread counts as stuck."""
+
+
+class Finding(AssertionError):
+    """A law that does not hold."""
+
+
+@dataclass
+class Member:
+    """A cache and what it should hold.
+
+    Args:
+        cache: the cache.
+        rows: its sequences.
+        pictures: what it held of each of them when last looked at.
+    """
+
+    cache: PagedThriftCache
+    rows: tuple[Sequence, ...]
+    pictures: list[list[Tensor]] = field(default_factory=list)
+
+    def look(self) -> None:
+        """Take pictures of all sequences."""
+        self.pictures = [picture(self.cache, row) for row in range(len(self.rows))]
+
+
+def check_lock(cache: PagedThriftCache) -> None:
+    """Another thread must be able to ask the cache for something."""
+
+    def ask() -> None:
+        try:
+            cache.read(0)
+        except RuntimeError:
+            if cache.is_intact:
+                raise
+
+    thread = threading.Thread(target=ask, daemon=True)
+    thread.start()
+    thread.join(PATIENCE)
+    if thread.is_alive():
+        raise Finding("after an interrupt another thread waits for ever")
+
+
+def check_refuses(cache: PagedThriftCache, setting: Setting, name: str) -> None:
+    """A cache that is not intact must refuse everything that looks at it or changes it."""
+    k, v = setting.tokens(cache.batch, 1, 0, "plain")
+    calls: dict[str, Callable[[], Any]] = {
+        "append": lambda: cache.append(k, v),
+        "attend": lambda: cache.attend(setting.queries(cache.batch, 1, 0)),
+        "read": lambda: cache.read(0),
+        "widen": cache.widen,
+        "branch": cache.branch,
+        "free": lambda: cache.free(0),
+        "select": lambda: cache.select([0]),
+        "reserve": lambda: cache.reserve(1),
+        "dump": lambda: state.dump(cache),
+    }
+    for what, call in calls.items():
+        try:
+            call()
+        except RuntimeError as error:
+            if "interrupted" in str(error):
+                continue
+        raise Finding(f"{name} was interrupted, the cache says that it is broken, and {what} goes on")
+
+
+def check_left_alone(member: Member, rows: Iterable[int], name: str) -> None:
+    """Sequences that an operation was not about are bit for bit what they were."""
+    for row in rows:
+        if not same(picture(member.cache, row), member.pictures[row]):
+            raise Finding(f"{name} has changed sequence {row}, which it should have left alone")
+
+
+def check_content(member: Member, row: int) -> None:
+    """A sequence must look as in a fresh cache that got its tokens at once."""
+    sequence = member.rows[row]
+    if not same(picture(member.cache, row), picture(sequence.twin(), 0)):
+        raise Finding(f"sequence {row} of {sequence.tokens} tokens is not what a fresh cache holds of them")
+    if sequence.finite:
+        _check_precision(member, row)
+
+
+SMALLEST, LARGEST = 0.012, 2688.0
+"""Absolute error where the scales of groups run out below, and the largest element that they reach; times powers of two."""
+
+
+def _check_precision(member: Member, row: int) -> None:
+    """What a cache reads is what was appended: the newest tokens and 16-bit copies exactly, the rest nearly."""
+    sequence, cache = member.rows[row], member.cache
+    of_row = cache.per_sequence
+    powers = [None if x is None else x[row].double() for x in (of_row.k_channel_scale, of_row.v_head_scale)]
+    for name, power, got, want in zip("KV", powers, cache.read(row), (sequence.k, sequence.v), strict=True):
+        whole = 0 if cache.config.promoted_storage == "16bit" else sequence.tokens // BLOCK * BLOCK
+        if not torch.equal(got[:, whole:], want[:, whole:]):
+            raise Finding(f"{name} of the newest of {sequence.tokens} tokens is not what was appended")
+        blocks, read = (x[:, :whole].double().unflatten(1, (-1, BLOCK)) for x in (want, got))
+        delta = blocks - blocks.mean(2, keepdim=True) if name == "K" and cache.numerics.centred else blocks
+        factor = torch.ones((), dtype=torch.float64) if power is None else power.reshape(len(power), 1, 1, -1)
+        scaled = (delta * factor).abs()
+        # Two roundings to formats of at least 1.5 and 3 bits under one scale.
+        allowed = scaled.amax((2, 3), keepdim=True) / 8 + SMALLEST + (scaled - LARGEST).clamp(min=0)
+        allowed = allowed / factor + blocks.abs() * 2**-7
+        if ((read - blocks).abs() > allowed).any():
+            worst = ((read - blocks).abs() / allowed).max()
+            raise Finding(
+                f"{name} of {sequence.tokens} tokens is read {worst:.3g} times worse than its formats explain"
+            )
+
+
+def check_pools(members: Iterable[Member], leaky: bool) -> None:
+    """Every page of a pool is used or free.
+
+    Args:
+        members: all caches.
+        leaky: whether pages may be lost, as after an interrupt; none may ever be both.
+    """
+    pools: dict[int, list[PagedThriftCache]] = {}
+    for member in members:
+        pools.setdefault(member.cache.pool.base.data_ptr(), []).append(member.cache)
+    for caches in pools.values():
+        tables = torch.cat([cache.table.table.flatten() for cache in caches])
+        used = len(tables[tables >= 0].unique())
+        free, total = caches[0].table.free_pages, len(caches[0].pool.base)
+        if used + free > total or (used + free < total and not leaky):
+            raise Finding(f"of {total} pages {used} are used and {free} are free")
+
+
+def check_books(member: Member) -> None:
+    """Lengths on host and device, and an own page for every complete block."""
+    cache, want = member.cache, [x.tokens for x in member.rows]
+    told = [cache.tokens(row) for row in range(cache.batch)]
+    if told != want or cache.lengths.tolist() != want:
+        raise Finding(f"the cache should hold {want} tokens, says {told} and has {cache.lengths.tolist()}")
+    for row, (entries, tokens) in enumerate(zip(cache.table.table.tolist(), want, strict=True)):
+        held = [page for page in entries if page >= 0]
+        if len(held) < tokens // BLOCK or entries[: len(held)] != held or len(set(held)) != len(held):
+            raise Finding(f"sequence {row} of {tokens} tokens has the pages {entries}")
+
+
+def check_attention(x: Sequence, q: Tensor, out: Tensor, lse: Tensor, options: dict[str, Any]) -> None:
+    """Attention over one sequence is that of a fresh cache, and where every block is promoted that of float64.
+
+    Args:
+        x: the sequence.
+        q: ``[Hq, Tq, D]``.
+        out: what the cache has made of it, likewise.
+        lse: ``[Hq, Tq]``.
+        options: ``scale``, ``window`` and ``softcap``.
+    """
+    setting = x.setting
+    if not x.tokens:
+        if out.any() or not (lse == -torch.inf).all():
+            raise Finding("attention over no token is not 0 and -inf")
+        return
+    twin = x.twin()
+    want, want_lse = twin.attend(q[None].clone(), return_lse=True, **options)
+    plain = twin.backend == "reference"
+    eps = torch.finfo(setting.torch_dtype).eps
+    for name, got, due in (("output", out, want[0]), ("LSE", lse, want_lse[0])):
+        close = torch.equal(got.nan_to_num(7.0), due.nan_to_num(7.0)) if plain else _near(got, due, 4 * eps)
+        if not close:
+            error = (got - due).abs().max()
+            raise Finding(f"the {name} of {x.tokens} tokens is not that of a fresh cache: {error:.3g} away")
+    if not setting.every_block or not x.finite:
+        return
+    k, v = (x.k, x.v) if setting.config.promoted_storage == "16bit" else twin.read(0)
+    exact, exact_lse, size = dense(q, k, v, options)
+    # Products and sums of float32, P in the dtype of the cache where kernels run, and the rounding of the output; what
+    # `read` tells of residuals is rounded, too.
+    unit = torch.finfo(torch.float32).eps
+    rounded = 0 if setting.config.promoted_storage == "16bit" else eps
+    logits = ((setting.head_dim + 4) * unit + rounded) * size + (0 if plain else 4 * eps)
+    if options.get("softcap"):
+        logits = logits + 8 * unit * options["softcap"]
+    largest = v.double().abs().amax((-2, -1)).repeat_interleave(setting.group)[:, None]
+    weights = 2 * logits + x.tokens * unit
+    allowed = (
+        (weights[..., None] + rounded) * largest[..., None] + eps * exact.abs() + torch.finfo(setting.torch_dtype).tiny
+    )
+    if ((out.double() - exact).abs() > allowed).any():
+        worst = ((out.double() - exact).abs() / allowed).max()
+        raise Finding(
+            f"attention over {x.tokens} tokens is {worst:.3g} times further from float64 than rounding explains"
+        )
+    seen = exact_lse.isfinite()
+    if not torch.equal(seen, lse.isfinite()):
+        raise Finding("the LSE is not finite where float64 is, or the other way round")
+    far = (lse.double() - exact_lse).abs() > logits + (4 + x.tokens) * unit * (1 + exact_lse.abs())
+    if far[seen].any():
+        raise Finding(f"the LSE of {x.tokens} tokens is off: {lse.tolist()} in place of {exact_lse.tolist()}")
+
+
+def _near(got: Tensor, want: Tensor, share: float) -> bool:
+    """Whether two outputs of kernels agree but for the order of their sums."""
+    finite = want.isfinite()
+    if not torch.equal(finite, got.isfinite()):
+        return False
+    got, want = (x.double().where(finite, 0) for x in (got, want))
+    return bool((got - want).norm() <= share * want.norm() + 1e-6)

@@ -1,0 +1,396 @@
+"""Caches over one pool, what they should hold, the operations on both, and the laws that are checked after each."""
+
+from __future__ import annotations
+
+import sys
+import threading
+from collections import Counter
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+from thrift_attn.cache import PagedThriftCache, state
+from thrift_attn.config import BLOCK
+from thrift_lab.fuzz import laws
+from thrift_lab.fuzz.interrupts import Interrupter
+from thrift_lab.fuzz.laws import Finding, Member
+from thrift_lab.fuzz.refusals import REFUSALS
+from thrift_lab.fuzz.settings import Setting
+from thrift_lab.fuzz.shadow import Sequence, picture, same
+
+MEMBERS = 3
+"""Most caches at a time."""
+
+FIRST_LINES = 200
+"""Lines that a change is thought to have before it has been counted."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """One change of a cache and what is expected of it.
+
+    Args:
+        name: of the operation.
+        member: whose cache is changed.
+        change: what to call; may return a cache.
+        after: what the cache holds then.
+        touched: sequences that may change.
+        refused: the error that is expected, in which case nothing changes.
+        made: what becomes of the cache that ``change`` returns: None, ``"another"`` or ``"instead"``.
+    """
+
+    name: str
+    member: Member
+    change: Callable[[], Any]
+    after: tuple[Sequence, ...]
+    touched: frozenset[int] = frozenset()
+    refused: type[Exception] | tuple[type[Exception], ...] | None = None
+    made: str | None = None
+
+
+class Machine:
+    """The machine that a fuzz drives: every operation takes plain numbers, which are taken modulo what there is.
+
+    Args:
+        setting: sizes and options.
+
+    Attributes:
+        done: how often each operation was done.
+        interrupts: how many KeyboardInterrupts were raised inside the library.
+        log: the operations so far.
+    """
+
+    def __init__(self, setting: Setting):
+        self.setting = setting
+        empty = (Sequence.empty(setting),) * setting.batch
+        self.members = [Member(setting.make(setting.batch), empty)]
+        self.members[0].look()
+        self.done: Counter[str] = Counter()
+        self.interrupts = 0
+        self.log: list[tuple[str, dict[str, Any]]] = []
+        self._leaky = False  # whether an interrupt may have lost pages
+        self._lines: dict[str, int] = {}
+        self._interrupter = Interrupter()
+
+    def apply(self, name: str, /, **arguments: Any) -> None:
+        """Do one operation by name and check all laws.
+
+        Raises:
+            Finding: a law does not hold.
+        """
+        self.log.append((name, arguments))
+        self.done[name] += 1
+        try:
+            getattr(self, name)(**arguments)
+        except Exception as error:
+            what = error if isinstance(error, Finding) else f"{name} ends with {type(error).__name__}: {error}"
+            raise Finding(f"{what}\nsetting: {self.setting.to_dict()}\noperations: {self.log[-12:]}") from error
+
+    # -- operations ----------------------------------------------------------------------------------------------------
+
+    def append(self, which: int, lengths: list[int], seed: int, kind: str) -> None:
+        """Append so many tokens to each sequence."""
+        self._perform(self._append(which, lengths, seed, kind))
+
+    def free(self, which: int, row: int) -> None:
+        """Empty a sequence."""
+        self._perform(self._free(which, row))
+
+    def fork(self, which: int, source: int, target: int) -> None:
+        """Make a sequence a copy of another one."""
+        self._perform(self._fork(which, source, target))
+
+    def truncate(self, which: int, row: int, back: int) -> None:
+        """Take tokens of a sequence back."""
+        self._perform(self._truncate(which, row, back))
+
+    def select(self, which: int, rows: list[int]) -> None:
+        """Exchange, repeat or drop sequences."""
+        self._perform(self._select(which, rows))
+
+    def reserve(self, which: int, tokens: int) -> None:
+        """Give pages to all sequences."""
+        self._perform(self._reserve(which, tokens))
+
+    def branch(self, which: int) -> None:
+        """Make another cache over the same pages."""
+        if len(self.members) < MEMBERS:
+            self._perform(self._branch(which))
+
+    def drop(self, which: int) -> None:
+        """Forget a cache; the pages that no other has go back."""
+        if len(self.members) > 1:
+            self.members.remove(self._member(which))
+        self._check_all()
+
+    def reload(self, which: int, more_pages: int) -> None:
+        """Write a cache out as the bytes of a file, and read it into a new one with another pool."""
+        self._perform(self._reload(which, more_pages))
+
+    def refuse(self, which: int, kind: int, row: int) -> None:
+        """Call a cache wrongly."""
+        member = self._member(which)
+        name = list(REFUSALS)[kind % len(REFUSALS)]
+        try:
+            REFUSALS[name](member.cache, self.setting, row % len(member.rows))
+        except (ValueError, TypeError, NotImplementedError):
+            pass
+        except Exception as error:
+            raise Finding(f"{name} ends with {type(error).__name__}: {error}") from error
+        else:
+            raise Finding(f"{name} is not refused")
+        if not member.cache.is_intact:
+            raise Finding(f"{name} has broken the cache")
+        self._check_all()
+
+    def attend(self, which: int, count: int, seed: int, options: dict[str, Any]) -> None:
+        """Attend with so many new tokens and compare with a fresh cache and with float64."""
+        member = self._member(which)
+        q = self.setting.queries(len(member.rows), count, seed)
+        out, lse = member.cache.attend(q, return_lse=True, **options)
+        for row, sequence in enumerate(member.rows):
+            laws.check_content(member, row)
+            laws.check_attention(sequence, q[row], out[row], lse[row], options)
+        self._check_all()
+
+    def together(self, first: tuple[str, dict[str, Any]], second: tuple[str, dict[str, Any]], reads: int) -> None:
+        """Two threads: changes of two caches over one pool, or a change beside attention over the same cache."""
+        plans = [getattr(self, f"_{name}")(**arguments) for name, arguments in (first, second)]
+        if plans[0].member is plans[1].member or any(plan.refused or plan.made for plan in plans):
+            plans = plans[:1]
+        if plans[0].made or (len(plans) > 1 and self._missing(plans) > plans[0].member.cache.table.free_pages):
+            return
+        member, faults = plans[0].member, []
+        q = self.setting.queries(len(member.rows), 1, reads)
+
+        def guarded(call: Callable[[], Any]) -> None:
+            try:
+                call()
+            except BaseException as error:
+                faults.append(error)
+
+        def look() -> None:
+            for _ in range(1 + reads % 3):
+                if len(member.rows) == member.cache.batch:
+                    member.cache.attend(q)
+                member.cache.read(0)
+
+        def change() -> None:
+            try:
+                plans[0].change()
+            except Exception as error:
+                if not (plans[0].refused and isinstance(error, plans[0].refused)):
+                    raise
+
+        calls = [change, plans[1].change if len(plans) > 1 else look]
+        if len(plans) == 1 and plans[0].name == "select":
+            calls = calls[:1]  # the batch would change under the queries
+        switch = sys.getswitchinterval()
+        sys.setswitchinterval(1e-5)
+        threads = [threading.Thread(target=guarded, args=(call,), daemon=True) for call in calls]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(laws.PATIENCE)
+        sys.setswitchinterval(switch)
+        if any(thread.is_alive() for thread in threads):
+            raise Finding("two threads wait for each other")
+        if faults:
+            raise Finding(f"in threads: {type(faults[0]).__name__}: {faults[0]}") from faults[0]
+        for plan in plans:
+            self._accept(plan, None)
+        self._check_all()
+
+    def interrupted(self, name: str, arguments: dict[str, Any], at: float) -> None:
+        """Interrupt a change at a share of its lines."""
+        plan: Plan = getattr(self, f"_{name}")(**arguments)
+        if plan.made != "another" or len(self.members) < MEMBERS:
+            self.interrupt(plan, 1 + int(at * self._lines.get(name, FIRST_LINES)))
+
+    # -- plans ---------------------------------------------------------------------------------------------------------
+
+    def _member(self, which: int) -> Member:
+        return self.members[which % len(self.members)]
+
+    def _append(self, which: int, lengths: list[int], seed: int, kind: str) -> Plan:
+        member = self._member(which)
+        new = [lengths[row % len(lengths)] for row in range(len(member.rows))]
+        k, v = self.setting.tokens(len(new), max(new), seed, kind)
+        given = None if len(set(new)) == 1 and seed % 2 else new
+        after = tuple(
+            x.grown(k[row, :, :n], v[row, :, :n]) for row, (x, n) in enumerate(zip(member.rows, new, strict=True))
+        )
+        return Plan(
+            "append",
+            member,
+            lambda: member.cache.append(k, v, lengths=given),
+            after,
+            frozenset(row for row, n in enumerate(new) if n),
+            self._no_room(member, [x.tokens for x in after]),
+        )
+
+    def _no_room(self, member: Member, wanted: list[int]) -> type[Exception] | None:
+        """The error that is due when sequences ask for so many tokens."""
+        limit = self.setting.max_tokens
+        if any(n // BLOCK > self.setting.max_pages or (limit is not None and n > limit) for n in wanted):
+            return ValueError
+        return RuntimeError if self._lacking(member, wanted) > member.cache.table.free_pages else None
+
+    def _lacking(self, member: Member, wanted: list[int]) -> int:
+        held = (member.cache.table.table >= 0).sum(1).tolist()
+        return sum(max(0, n // BLOCK - own) for n, own in zip(wanted, held, strict=True))
+
+    def _missing(self, plans: Iterable[Plan]) -> int:
+        """Pages that plans for one pool ask for."""
+        return sum(
+            self._lacking(plan.member, [x.tokens for x in plan.after]) for plan in plans if plan.name != "select"
+        )
+
+    def _free(self, which: int, row: int) -> Plan:
+        member = self._member(which)
+        row %= len(member.rows)
+        after = self._with(member, row, Sequence.empty(self.setting))
+        return Plan("free", member, lambda: member.cache.free(row), after, frozenset([row]))
+
+    def _with(self, member: Member, row: int, sequence: Sequence) -> tuple[Sequence, ...]:
+        return (*member.rows[:row], sequence, *member.rows[row + 1 :])
+
+    def _fork(self, which: int, source: int, target: int) -> Plan:
+        member = self._member(which)
+        source, target = source % len(member.rows), target % len(member.rows)
+        after = self._with(member, target, member.rows[source])
+        refused = ValueError if source == target else None
+        return Plan("fork", member, lambda: member.cache.fork(source, target), after, frozenset([target]), refused)
+
+    def _truncate(self, which: int, row: int, back: int) -> Plan:
+        member = self._member(which)
+        row %= len(member.rows)
+        keep = member.rows[row].tokens - back % (member.rows[row].tokens + 1)
+        after = self._with(member, row, member.rows[row].cut(keep))
+        return Plan("truncate", member, lambda: member.cache.truncate(row, keep), after, frozenset([row]))
+
+    def _select(self, which: int, rows: list[int]) -> Plan:
+        member = self._member(which)
+        rows = [row % len(member.rows) for row in rows]
+        after = tuple(member.rows[row] for row in rows)
+        touched = frozenset(range(len(member.rows)))
+        return Plan("select", member, lambda: member.cache.select(rows), after, touched)
+
+    def _reserve(self, which: int, tokens: int) -> Plan:
+        member = self._member(which)
+        refused = self._no_room(member, [x.tokens + tokens for x in member.rows])
+        return Plan("reserve", member, lambda: member.cache.reserve(tokens), member.rows, refused=refused)
+
+    def _branch(self, which: int) -> Plan:
+        member = self._member(which)
+        return Plan("branch", member, member.cache.branch, member.rows, made="another")
+
+    def _reload(self, which: int, more_pages: int) -> Plan:
+        member = self._member(which)
+        sharing = len({int(page) for row in range(len(member.rows)) for page in member.cache.table.pages(row)})
+        pages = max(self.setting.max_pages, sharing) + more_pages
+
+        def change() -> PagedThriftCache:
+            from safetensors.torch import load, save
+
+            content = save({name: x.contiguous() for name, x in state.dump(member.cache).items()})
+            made = self.setting.make(len(member.rows), pages)
+            state.restore(made, load(content))
+            return made
+
+        return Plan("reload", member, change, member.rows, frozenset(range(len(member.rows))), made="instead")
+
+    # -- carrying them out ---------------------------------------------------------------------------------------------
+
+    def _perform(self, plan: Plan) -> None:
+        try:
+            made = plan.change()
+        except Exception as error:
+            if not plan.refused or not isinstance(error, plan.refused):
+                raise Finding(f"{plan.name} ends with {type(error).__name__}: {error}") from error
+            if not plan.member.cache.is_intact:
+                raise Finding(f"{plan.name} was refused and has broken the cache: {error}") from error
+        else:
+            if plan.refused:
+                raise Finding(f"{plan.name} is not refused")
+            self._accept(plan, made)
+        self._check_all()
+
+    def _accept(self, plan: Plan, made: PagedThriftCache | None) -> None:
+        """Take note of a change that was made."""
+        if plan.refused:
+            return
+        member = plan.member
+        if plan.made == "another":
+            assert made is not None
+            self.members.append(Member(made, plan.after, list(member.pictures)))
+            return
+        if plan.made == "instead":
+            assert made is not None
+            member.cache = made
+        else:
+            quiet = [row for row in range(len(member.rows)) if row not in plan.touched]
+            laws.check_left_alone(member, quiet, plan.name)
+        member.rows = plan.after
+        member.look()
+
+    def interrupt(self, plan: Plan, at: int) -> bool:
+        """Interrupt a change before its line ``at``; the cache must be right or say that it is not.
+
+        Returns:
+            Whether the change has such a line. Without one it is done.
+        """
+        try:
+            made, lines = self._interrupter.run(plan.change, at)
+        except KeyboardInterrupt:
+            pass
+        except Exception as error:
+            if not plan.refused or not isinstance(error, plan.refused):
+                raise Finding(f"{plan.name} ends with {type(error).__name__}: {error}") from error
+            self._check_all()
+            return False
+        else:
+            self._lines[plan.name] = lines
+            self._accept(plan, made)
+            self._check_all()
+            return False
+        self.interrupts += 1
+        self._leaky = True
+        laws.check_lock(plan.member.cache)
+        self._after_interrupt(plan, at)
+        self._check_all()
+        return True
+
+    def _after_interrupt(self, plan: Plan, at: int) -> None:
+        member = plan.member
+        if not member.cache.is_intact:
+            laws.check_refuses(member.cache, self.setting, plan.name)
+            self._start_again(member)
+            return
+        for rows in (member.rows, member.rows if plan.made else plan.after):
+            if len(rows) == member.cache.batch and all(
+                same(picture(member.cache, row), picture(x.twin(), 0)) for row, x in enumerate(rows)
+            ):
+                member.rows = rows
+                member.look()
+                return
+        raise Finding(f"{plan.name} interrupted at line {at}: the cache holds neither what it held nor what it should")
+
+    def _start_again(self, member: Member) -> None:
+        """Put all tokens into a new cache, with a pool of its own."""
+        whole = sum(x.tokens // BLOCK for x in member.rows)
+        cache = self.setting.make(len(member.rows), max(self.setting.num_pages, whole))
+        for row, x in enumerate(member.rows):
+            k, v = (part[None].expand(len(member.rows), -1, -1, -1) for part in (x.k, x.v))
+            cache.append(k, v, lengths=[x.tokens if at == row else 0 for at in range(len(member.rows))])
+        member.cache = cache
+        member.rows = tuple(Sequence.empty(self.setting).grown(x.k, x.v) for x in member.rows)
+        member.look()
+
+    def _check_all(self) -> None:
+        """Books, pages, and everything that the last operation should have left alone."""
+        name = self.log[-1][0] if self.log else "nothing"
+        for member in self.members:
+            laws.check_books(member)
+            laws.check_left_alone(member, range(len(member.rows)), name)
+        laws.check_pools(self.members, self._leaky)

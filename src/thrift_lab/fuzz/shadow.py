@@ -1,0 +1,139 @@
+"""What a sequence of a cache should hold, as plain tensors, and what follows: a fresh cache, and attention in float64."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from thrift_attn.cache import PagedThriftCache
+from thrift_attn.config import BLOCK
+from thrift_lab.fuzz.settings import Setting
+
+
+@dataclass(frozen=True, eq=False)
+class Sequence:
+    """All tokens of one sequence; a change makes another one.
+
+    Args:
+        setting: of the episode.
+        k: ``[Hkv, T, D]``.
+        v: likewise.
+        kept: the block that each of the two 16-bit slots still holds, or -1: to it a sequence is cut without loss.
+    """
+
+    setting: Setting
+    k: Tensor
+    v: Tensor
+    kept: tuple[int, int] = (-1, -1)
+    _twin: list[PagedThriftCache] = field(default_factory=list, init=False, repr=False)
+
+    @classmethod
+    def empty(cls, setting: Setting) -> Sequence:
+        """A sequence without tokens."""
+        none = setting.tokens(1, 0, 0, "plain")[0][0]
+        return cls(setting, none, none)
+
+    @property
+    def tokens(self) -> int:
+        """T."""
+        return self.k.shape[1]
+
+    @property
+    def finite(self) -> bool:
+        """Whether there is no NaN and no infinity among K and V."""
+        return bool(self.k.isfinite().all() and self.v.isfinite().all())
+
+    def grown(self, k: Tensor, v: Tensor) -> Sequence:
+        """The sequence with new tokens ``[Hkv, n, D]`` at its end."""
+        if not k.shape[1]:
+            return self
+        kept = list(self.kept)
+        for block in range(self.tokens // BLOCK, (self.tokens + k.shape[1] - 1) // BLOCK + 1):
+            kept[block % 2] = block
+        return Sequence(self.setting, torch.cat([self.k, k], 1), torch.cat([self.v, v], 1), (kept[0], kept[1]))
+
+    def cut(self, tokens: int) -> Sequence:
+        """The first tokens of the sequence.
+
+        Where the block of the new end is in no slot any more, what is left of it is what its page decodes to.
+        """
+        block = tokens // BLOCK
+        k, v, kept = self.k[:, :tokens], self.v[:, :tokens], list(self.kept)
+        if tokens % BLOCK and kept[block % 2] != block:
+            read = self.twin().read(0)
+            start = block * BLOCK
+            k, v = (torch.cat([x[:, :start], y[:, start:tokens]], 1) for x, y in zip((k, v), read, strict=True))
+            kept[block % 2] = block
+        kept = [held if held * BLOCK < tokens else -1 for held in kept]
+        if tokens == self.tokens and torch.equal(k, self.k) and torch.equal(v, self.v):
+            return replace(self, kept=(kept[0], kept[1]))
+        return Sequence(self.setting, k, v, (kept[0], kept[1]))
+
+    def twin(self) -> PagedThriftCache:
+        """A fresh cache of one sequence that has got all tokens at once."""
+        if not self._twin:
+            made = self.setting.make(1, max(1, self.tokens // BLOCK), limited=False)
+            if self.tokens:
+                made.append(self.k[None], self.v[None])
+            self._twin.append(made)
+        return self._twin[0]
+
+
+def picture(cache: PagedThriftCache, row: int) -> list[Tensor]:
+    """Every bit that a cache holds of one sequence and that attention may look at, whatever its pages are numbered."""
+    tokens, pages = cache.tokens(row), cache.table.pages(row)
+    found = [torch.tensor([tokens]), *(plane[pages] for plane in cache.pool)]
+    if tokens % BLOCK:
+        found.append(cache.tail[:, row, tokens // BLOCK % 2, :, : tokens % BLOCK].clone())
+    of_row = cache.per_sequence
+    if tokens >= BLOCK and cache.numerics.exact_sink:
+        found += [of_row.block0_mean[row].clone(), of_row.sink_value[row].clone()]
+    if tokens >= BLOCK:
+        found += [x[row].clone() for x in (of_row.k_channel_scale, of_row.v_head_scale) if x is not None]
+    return found
+
+
+def same(one: list[Tensor], other: list[Tensor]) -> bool:
+    """Whether two pictures are equal bit for bit; NaNs are equal."""
+    return len(one) == len(other) and all(map(_same, one, other))
+
+
+def _same(x: Tensor, y: Tensor) -> bool:
+    if x.shape != y.shape or x.dtype != y.dtype:
+        return False
+    if x.is_floating_point():
+        return bool(((x == y) | (x.isnan() & y.isnan())).all())
+    return torch.equal(x, y)
+
+
+def dense(q: Tensor, k: Tensor, v: Tensor, options: dict[str, Any]) -> tuple[Tensor, Tensor, Tensor]:
+    """Attention of the newest tokens over all, in float64.
+
+    Args:
+        q: ``[Hq, Tq, D]``.
+        k: ``[Hkv, T, D]``.
+        v: likewise.
+        options: ``scale``, ``window``, ``softcap``, each of which may be missing or None.
+
+    Returns:
+        Output ``[Hq, Tq, D]``, LSE ``[Hq, Tq]``, and for each query the largest sum of absolute products of a logit, which
+        bounds its rounding.
+    """
+    q, k, v = (x.double() for x in (q, k, v))
+    k, v = (x.repeat_interleave(len(q) // len(k), 0) for x in (k, v))
+    scale, window, softcap = (options.get(name) for name in ("scale", "window", "softcap"))
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    at = torch.arange(k.shape[1] - q.shape[1], k.shape[1], device=q.device)[:, None]
+    key = torch.arange(k.shape[1], device=q.device)
+    hidden = key > at
+    if window is not None:
+        hidden |= key <= at - window
+    logits = q @ k.mT * scale
+    size = (q.abs() @ k.abs().mT * scale).masked_fill(hidden, 0).amax(-1)
+    if softcap is not None:
+        logits = softcap * (logits / softcap).tanh()
+    logits = logits.masked_fill(hidden, -torch.inf)
+    return logits.softmax(-1).nan_to_num(0.0) @ v, logits.logsumexp(-1), size

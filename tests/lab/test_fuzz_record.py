@@ -1,0 +1,43 @@
+"""``thrift bench fuzz``: its record and its exit code."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from support.planted_bugs import PLANTED
+from thrift_lab.bench.bench_cli import app
+from thrift_lab.fuzz.campaign import Campaign, FuzzRecord
+
+
+def test_a_campaign_is_a_record(tmp_path: Path) -> None:
+    path = tmp_path / "fuzz.json"
+    done = CliRunner().invoke(
+        app, ["fuzz", "--operations", "150", "--interrupts", "10", "--seed", "3", "-o", str(path)]
+    )
+    assert done.exit_code == 0, done.output
+    assert "0 findings" in done.output
+    record = FuzzRecord.load(path)
+    assert (record.operations, record.seed, record.findings) == (record.episodes * 150, 3, [])
+    assert record.interrupts >= 10
+    assert sum(record.counts.values()) == record.operations
+    assert record.sources
+    assert record.context["versions"]["torch"]
+
+
+def test_a_finding_is_told_and_can_be_played_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    PLANTED["freed_page_is_still_in_a_table"](monkeypatch)
+    path = tmp_path / "fuzz.json"
+    done = CliRunner().invoke(app, ["fuzz", "--operations", "100", "-o", str(path)])
+    assert done.exit_code == 1
+    found = FuzzRecord.load(path).findings[0]
+    assert f"episode {found.episode}: {found.what.splitlines()[0]}" in done.output.replace("\n", " ")
+    assert Campaign(operations=1).play(found.episode, found.share)[1] == found
+
+
+def test_no_episode_begins_after_the_time(tmp_path: Path) -> None:
+    assert Campaign(operations=10, minutes=0.0).run().episodes == 0
+    with pytest.raises(ValueError, match="at least 1 operation and 0 interrupts, got 0, 0"):
+        Campaign(operations=0)

@@ -1,0 +1,144 @@
+"""Bugs as they happen in caches, to be planted one at a time: what looks for bugs must find each."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+import torch
+
+from thrift_attn.cache import paged, state
+from thrift_attn.cache.page_table import PageTable
+from thrift_attn.cache.paged import PagedThriftCache
+from thrift_attn.config import BLOCK
+
+
+def truncate_forgets_nothing(patch: pytest.MonkeyPatch) -> None:
+    """The 16-bit slots of blocks that were taken back count as those of the blocks that come after."""
+    truncate = PagedThriftCache.truncate
+
+    def planted(self: Any, row: int, tokens: int) -> None:
+        before = list(self._slots[row])
+        truncate(self, row, tokens)
+        self._slots[row] = [now if now >= 0 else old for now, old in zip(self._slots[row], before, strict=True)]
+
+    patch.setattr(PagedThriftCache, "truncate", planted)
+
+
+def fork_leaves_the_tail(patch: pytest.MonkeyPatch) -> None:
+    """The incomplete block of the target stays what it was."""
+    fork = PagedThriftCache.fork
+
+    def planted(self: Any, source: int, target: int) -> None:
+        before = self.tail[:, target].clone()
+        fork(self, source, target)
+        self.tail[:, target] = before
+
+    patch.setattr(PagedThriftCache, "fork", planted)
+
+
+def freed_page_is_still_in_a_table(patch: pytest.MonkeyPatch) -> None:
+    """A page goes back to the pool although another sequence shares it."""
+
+    def planted(self: Any, row: int, blocks: int) -> None:
+        given = self._owned[row][blocks:]
+        del self._owned[row][blocks:]
+        self._free.extend(page for page in given if page not in self._free)
+
+    patch.setattr(PageTable, "_give_back", planted)
+
+
+def one_block_too_many_is_shared(patch: pytest.MonkeyPatch) -> None:
+    """A branch takes the page that is reserved for the incomplete block, too: the length is rounded up."""
+    branch = PageTable.branch
+
+    def planted(self: Any) -> PageTable:
+        tokens = self._tokens
+        try:
+            self._tokens = [-(-n // BLOCK) * BLOCK for n in tokens]
+            other = branch(self)
+        finally:
+            self._tokens = tokens
+        other._tokens = list(tokens)
+        return other
+
+    patch.setattr(PageTable, "branch", planted)
+
+
+def residual_of_another_page(patch: pytest.MonkeyPatch) -> None:
+    """Of several blocks packed at once, each gets the high-precision plane of its neighbour."""
+    write = paged.write_blocks
+
+    def planted(pool: Any, pages: torch.Tensor, *arguments: Any, **options: Any) -> None:
+        write(pool, pages, *arguments, **options)
+        pool.high[pages] = pool.high[pages.roll(1)]
+
+    patch.setattr(paged, "write_blocks", planted)
+
+
+def stale_block_mean(patch: pytest.MonkeyPatch) -> None:
+    """A page that is used again keeps the mean of the block that it held before."""
+    write = paged.write_blocks
+
+    def planted(pool: Any, pages: torch.Tensor, *arguments: Any, **options: Any) -> None:
+        before = pool.centres[pages].clone()
+        write(pool, pages, *arguments, **options)
+        used = before.any(-1, keepdim=True)
+        pool.centres[pages] = torch.where(used, before, pool.centres[pages])
+
+    patch.setattr(paged, "write_blocks", planted)
+
+
+def select_leaves_the_first_value(patch: pytest.MonkeyPatch) -> None:
+    """Rows are exchanged, but for the V of their first tokens."""
+    select = PagedThriftCache.select
+
+    def planted(self: Any, rows: list[int]) -> None:
+        before = self.per_sequence.sink_value.clone()
+        select(self, rows)
+        if len(rows) == len(before):
+            self.per_sequence.sink_value.copy_(before)
+
+    patch.setattr(PagedThriftCache, "select", planted)
+
+
+def file_without_slots(patch: pytest.MonkeyPatch) -> None:
+    """A cache that is read from a file takes its newest complete block for one that is not kept in 16 bits."""
+    restore = state.restore
+
+    def planted(cache: PagedThriftCache, saved: dict[str, torch.Tensor]) -> None:
+        restore(cache, saved)
+        for row in range(cache.batch):
+            whole = cache.tokens(row) // BLOCK
+            cache._slots[row] = [held if held == whole else -1 for held in cache._slots[row]]
+
+    patch.setattr(state, "restore", planted)
+
+
+def interrupted_change_is_not_marked(patch: pytest.MonkeyPatch) -> None:
+    """A cache that was interrupted halfway goes on as if nothing had been."""
+
+    @contextmanager
+    def planted(self: Any) -> Iterator[None]:
+        with self._lock:
+            yield
+
+    patch.setattr(PagedThriftCache, "_changing", planted)
+
+
+PLANTED: dict[str, Callable[[pytest.MonkeyPatch], None]] = {
+    plant.__name__: plant
+    for plant in (
+        truncate_forgets_nothing,
+        fork_leaves_the_tail,
+        freed_page_is_still_in_a_table,
+        one_block_too_many_is_shared,
+        residual_of_another_page,
+        stale_block_mean,
+        select_leaves_the_first_value,
+        file_without_slots,
+        interrupted_change_is_not_marked,
+    )
+}
