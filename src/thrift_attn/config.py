@@ -278,7 +278,7 @@ class ThriftConfig:
             worth it.
         force_last: this many blocks come next, those nearest to the query's own, that one included; under a causal mask these
             are the last visible ones.
-        exact_below: sequences of fewer keys than this, or with fewer than a quarter as many queries, are attended exactly, with
+        exact_below: sequences of fewer keys than this, or with fewer than a twelfth as many queries, are attended exactly, with
             every block promoted or by a kernel for 16-bit attention, since quantising them would not pay. None: what has
             been measured for ``base_format="auto"`` and the GPU at hand (`thrift_attn.crossovers`), and 0 for a format that
             is named. 0 is never: quality is measured so. Of `thrift_attn.attention` alone, not of caches.

@@ -20,6 +20,9 @@ from thrift_attn.config import BLOCK, DECODE_ROWS
 from thrift_attn.crossovers import Server
 from thrift_attn.stats import Stats
 
+FEW = 256
+"""Queries up to which PyTorch's own attention of a chunk was measured to be faster than thrift (65,536 keys, H100)."""
+
 FA3_HEAD_DIMS = (64, 96, 128, 256)
 """Head dims that FlashAttention-3 has kernels for."""
 
@@ -55,9 +58,10 @@ class Call:
     def is_prompt_for(self, by: Server) -> bool:
         """Whether what has been measured, whole causal prompts, speaks for the call.
 
-        PyTorch hands chunks of a prompt to FlashAttention-2, which is slower than what it has for whole ones.
+        PyTorch hands chunks of a prompt to FlashAttention-2, which is slower than what it has for whole ones, and faster than
+        thrift for chunks of a few tokens only (`FEW`).
         """
-        return self.causal and (by != "SDPA" or self.queries == self.keys or self.queries <= DECODE_ROWS)
+        return self.causal and (by != "SDPA" or self.queries == self.keys or self.queries <= FEW)
 
 
 def exact_server(call: Call) -> Server:

@@ -12,6 +12,7 @@ import pytest
 
 from thrift_lab import provenance
 from thrift_lab.bench.bench_records import BenchRecord
+from thrift_lab.bench.crossover import CrossoverRecord
 from thrift_lab.bench.e2e_records import ModelRecord
 from thrift_lab.eval.decode_quality import DecodeRecord
 from thrift_lab.eval.methods import Method
@@ -21,9 +22,9 @@ from thrift_lab.provenance import write_files, write_json
 from thrift_lab.records import Record, read_json
 
 RESULTS = Path(__file__).parents[2] / "benchmarks" / "results"
-CLASSES: tuple[type[Record], ...] = (BenchRecord, ModelRecord, DecodeRecord, NLLRecord)
+CLASSES: tuple[type[Record], ...] = (BenchRecord, CrossoverRecord, ModelRecord, DecodeRecord, NLLRecord)
 BY_KIND = {kind: made for made in CLASSES for kind in made.KINDS}
-OTHER_KINDS = ("compile", "crossover", "exploration", "gpu-tests", "kvpress-snapkv", None)
+OTHER_KINDS = ("compile", "exploration", "gpu-tests", "kvpress-snapkv", None)
 """Kinds of records that another tool reads, and files of runs and of explorations that have none."""
 
 COMMITTED = sorted(RESULTS.rglob("*.json"))

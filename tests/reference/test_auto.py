@@ -50,7 +50,7 @@ def gpu(monkeypatch: pytest.MonkeyPatch):
         ((8, 0), "exact", "decoded", "nvfp4", EVERYWHERE),
         ((8, 6), "exact", "decoded", "nvfp4", EVERYWHERE),
         ((8, 9), "triton", "native", "fp8", 0),
-        ((9, 0), "triton", "native", "fp8", 16384),
+        ((9, 0), "triton", "native", "fp8", 21504),
         ((10, 0), "triton", "native", "nvfp4", 0),
         ((10, 3), "triton", "native", "nvfp4", 0),
         ((12, 0), "triton", "native", "nvfp4", 0),
@@ -171,11 +171,12 @@ def test_what_has_not_been_measured_is_not_dispatched(gpu):
         ({"packed": True}, True, "triton"),
         ({"keys": 900}, True, "triton"),  # queries before position 0
         ({"keys": 4000}, True, "exact"),
-        ({"keys": 4000}, False, "triton"),  # PyTorch's kernel for chunks is another one
+        ({"keys": 4000}, False, "triton"),  # PyTorch's kernel for longer chunks is another one
         ({"queries": 16, "keys": 100_000}, True, "exact"),
-        ({"queries": 16, "keys": 100_000}, False, "exact"),
-        ({"queries": 4095, "keys": 100_000}, True, "exact"),
-        ({"queries": 4096, "keys": 100_000}, True, "triton"),
+        ({"queries": 256, "keys": 100_000}, False, "exact"),
+        ({"queries": 257, "keys": 100_000}, False, "triton"),
+        ({"queries": 1791, "keys": 100_000}, True, "exact"),
+        ({"queries": 1792, "keys": 100_000}, True, "triton"),
     ],
 )
 def test_only_what_is_served_with_the_same_semantics_is_dispatched(gpu, facts, fa3, by):
@@ -193,10 +194,10 @@ def test_a_build_without_a_feature_is_not_asked_for_it(gpu):
 def test_the_rule():
     assert is_exact(100, 99)
     assert not is_exact(100, 100)
-    assert is_exact(100, 10_000, 24)
-    assert not is_exact(100, 10_000, 25)
+    assert is_exact(100, 10_000, 8)
+    assert not is_exact(100, 10_000, 9)
     assert not is_exact(0, 1, 1)
-    found = is_exact(100, torch.tensor([99, 100, 100]), torch.tensor([99, 24, 25]))
+    found = is_exact(100, torch.tensor([99, 100, 100]), torch.tensor([99, 8, 9]))
     assert found.tolist() == [True, True, False]
 
 
@@ -213,7 +214,7 @@ LOW = ThriftConfig(budget=fraction(0), exact_below=400)
 """Nothing promoted from 400 keys on, everything exact below."""
 
 
-@pytest.mark.parametrize(("queries", "keys"), [(1, 1), (1, 399), (399, 399), (70, 399), (50, 2000)])
+@pytest.mark.parametrize(("queries", "keys"), [(1, 1), (1, 399), (399, 399), (70, 399), (33, 2000)])
 @pytest.mark.parametrize("causal", [True, False])
 def test_exact_is_exact_and_labelled(queries, keys, causal):
     q, k, v = qkv(queries, keys)
