@@ -155,7 +155,11 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m thrift_lab.gpu_tests", description=__doc__)
     parser.add_argument("-o", "--out", type=Path, default=Path("benchmarks/results/gpu-tests.json"))
     parser.add_argument("--workers", type=int, default=8, help="processes of pytest that share the GPU")
-    parser.add_argument("--skip-sanitizer", action="store_true", help="leave memcheck and racecheck out")
+    parser.add_argument(
+        "--only",
+        action="append",
+        help="run the steps whose names begin so; the others stay as a record of the same sources has them",
+    )
     options = parser.parse_args(arguments)
     import torch
 
@@ -171,18 +175,33 @@ def main(arguments: list[str] | None = None) -> int:
         ),
         sources=digest_of_kernels(package),
     )
+    if options.only and options.out.exists():
+        earlier = GPUTestRecord.load(options.out)
+        record.steps = earlier.steps if earlier.sources == record.sources else []
     workers = ["-n", str(options.workers), "-q"]
     steps: list[tuple[str, list[str], list[str] | None, float]] = [
-        ("kernel tests", ["tests/prefill", "tests/decode", *workers], None, 260),
+        ("kernel tests", ["tests/prefill", "tests/decode", "tests/cache", *workers], None, 300),
         ("laws on random shapes", ["tests/laws", *workers], None, 300),
         ("graphs of models", ["tests/transformers/test_generate.py", "-q"], None, 200),
     ]
-    if not options.skip_sanitizer:
-        few = ["-q", "-n", "0", *(f"tests/laws/test_laws.py::{name}[{n}]" for name in LAWS for n in range(2))]
-        memcheck = ["compute-sanitizer", "--tool", "memcheck", "--error-exitcode", "9", "--target-processes", "all"]
-        steps.append(("memcheck over a few laws", few, memcheck, 200))
-        race = ["tests/prefill/test_sm90_fp8.py", "-q", "-n", "0", "-k", "test_promotion and config0"]
-        steps.append(("racecheck of the FP8 kernel of sm_90", race, ["compute-sanitizer", "--tool", "racecheck"], 200))
+    if torch.cuda.device_count() > 1:
+        more = [
+            "tests/prefill",
+            "tests/decode",
+            "tests/cache",
+            "tests/transformers",
+            "-q",
+            "-k",
+            "not_the_current or two_gpus",
+        ]
+        steps.append(("two GPUs", more, None, 200))
+    few = ["-q", "-n", "0", *(f"tests/laws/test_laws.py::{name}[{n}]" for name in LAWS for n in range(2))]
+    memcheck = ["compute-sanitizer", "--tool", "memcheck", "--error-exitcode", "9", "--target-processes", "all"]
+    steps.append(("memcheck over a few laws", few, memcheck, 200))
+    race = ["tests/prefill/test_sm90_fp8.py", "-q", "-n", "0", "-k", "test_promotion and config0"]
+    steps.append(("racecheck of the FP8 kernel of sm_90", race, ["compute-sanitizer", "--tool", "racecheck"], 300))
+    steps = [step for step in steps if not options.only or step[0].startswith(tuple(options.only))]
+    record.steps = [step for step in record.steps if step.name not in {name for name, *_ in steps}]
     for name, tests, prefix, seconds in steps:
         step, output = run_pytest(name, tests, prefix, seconds)
         if prefix and "memcheck" in prefix:
