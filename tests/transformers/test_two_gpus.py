@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -46,7 +47,7 @@ def test_two_gpus_replay_the_same_steps() -> None:
         assert torch.equal(*both)
         seen.append(both[0])
     assert all(step.captured for _, step in steps)
-    assert not any(torch.equal(a, b) for a, b in zip(seen, seen[1:], strict=False))
+    assert not any(torch.equal(a, b) for a, b in pairwise(seen))
 
 
 @torch.no_grad()
