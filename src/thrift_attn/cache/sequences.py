@@ -111,7 +111,7 @@ class CacheSequences:
         Raises:
             RuntimeError: an earlier replay completed a block for which no page was reserved; what it brought is lost.
         """
-        if not 0 <= tokens <= BLOCK:
+        if not 0 <= whole_number("tokens", tokens) <= BLOCK:
             raise ValueError(f"a step appends 0 to {BLOCK} tokens, got {tokens}")
         self._check_finished()
         self._check_overrun()

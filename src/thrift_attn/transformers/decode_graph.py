@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import inspect
 import warnings
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -117,10 +118,8 @@ class DecodeGraph:
             if self._graph is None or self._moved():
                 self._graph = None  # its memory is free before another is captured
                 self._graph = self._captured()
-            with torch.cuda.device(self.device):
+            with torch.cuda.device(self.device), nullcontext() if ours is None else ours.replaying(1):
                 self._graph.replay()
-            if ours is not None:
-                ours.advance(1)
         self._steps += 1
         self._at = [position + 1 for position in self._at]
         assert self._logits is not None  # one of the branches has set it

@@ -7,7 +7,8 @@ them, so an interrupted forward cannot be taken back; `StateSteps` notices it.
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -143,16 +144,26 @@ def held_tensors(layer: Any) -> Iterable[torch.Tensor]:
 class StateSteps:
     """What a forward has done so far in a cache with states of linear attention, so that an interrupted one is noticed.
 
-    Models change states in place after they have asked for them, so asking counts, too.
+    Models change states in place after they have asked for them, so asking counts, too. An interrupt between asking and such
+    a change in the last layer is not noticed; one in a change by the cache itself is.
     """
 
     def __init__(self) -> None:
         self._done: dict[int, set[str]] = {}
+        self._unfinished = False  # whether a change of a state was begun and not ended
         self._slots: int | None = None  # of the cache when the forward is through
 
     def note(self, layer: int, step: str) -> None:
         """Note what a layer has done with its states."""
         self._done.setdefault(layer, set()).add(step)
+
+    @contextmanager
+    def change(self, layer: int, step: str) -> Iterator[None]:
+        """Change a state of a layer inside, and note it."""
+        self._unfinished = True
+        self.note(layer, step)
+        yield
+        self._unfinished = False
 
     def begin(self, layers: list[Any], held: int, new: int) -> None:
         """Begin a forward; calling it again before the first layer changes nothing.
@@ -169,7 +180,8 @@ class StateSteps:
         if not with_states:
             return
         done = {frozenset(self._done.get(at, ())) for at in with_states}
-        if self._slots is not None and self._done and (held != self._slots or len(done) > 1):
+        half = self._slots is not None and self._done and (held != self._slots or len(done) > 1)
+        if half or self._unfinished:
             raise RuntimeError(
                 "an interrupted forward left states of linear attention that cannot be taken back: call reset() and start "
                 "again"
@@ -180,11 +192,11 @@ class StateSteps:
     def clear(self) -> None:
         """Forget the last forward."""
         self._done.clear()
-        self._slots = None
+        self._slots, self._unfinished = None, False
 
     def copy(self) -> StateSteps:
         """The same for another cache."""
         other = StateSteps()
         other._done = {layer: set(steps) for layer, steps in self._done.items()}
-        other._slots = self._slots
+        other._slots, other._unfinished = self._slots, self._unfinished
         return other

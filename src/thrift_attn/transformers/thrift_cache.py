@@ -19,14 +19,16 @@ What is computed:
 - more new tokens on a cache that holds some: the pages are widened, layer by layer, for `thrift_attn.attention`.
 
 An interrupted forward leaves tokens in the first layers that the others lack. `get_seq_length` counts those that all layers
-hold, and the next forward takes the others back.
+hold, and the next forward takes the others back. What is interrupted inside of a change of the books makes a cache that is not
+intact and refuses everything but `ThriftCache.reset`.
 """
 
 from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +41,7 @@ from thrift_attn.config import ThriftConfig
 from thrift_attn.crossovers import EVERYWHERE
 from thrift_attn.dispatch import cache_config, prefill_config
 from thrift_attn.exact import Call
+from thrift_attn.transformers.changes import Changes
 from thrift_attn.transformers.files import identity_of, load, save
 from thrift_attn.transformers.padding import MaskReader
 from thrift_attn.transformers.state_layers import (
@@ -109,6 +112,7 @@ class ThriftCache(Cache):
         layers = make_layers(config, self.options, MaskReader())
         _check_head_dims(text, [at for at, layer in enumerate(layers) if isinstance(layer, ThriftLayer)])
         super().__init__(layers=layers)
+        self._changes = Changes()
         self._steps = StateSteps()
         self._last_layer = -1  # the layer that has got tokens last
         self._forward_begins = False  # whether a mask has been asked for since
@@ -151,6 +155,7 @@ class ThriftCache(Cache):
             RuntimeError: some layers hold tokens, others have never got any, and it is not known why.
             NotImplementedError: gradients.
         """
+        self._changes.check()
         if layer_idx >= len(self.layers):
             raise ValueError(
                 f"the model runs layer {layer_idx}, the cache was made for {len(self.layers)} layers: make it from the "
@@ -173,16 +178,17 @@ class ThriftCache(Cache):
 
     def update_conv_state(self, conv_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> Tensor:
         """Hand a new state of a convolution to a layer."""
-        self._steps.note(layer_idx, "new conv")
-        return super().update_conv_state(conv_states, layer_idx, *args, **kwargs)
+        with self._steps.change(layer_idx, "new conv"):
+            return super().update_conv_state(conv_states, layer_idx, *args, **kwargs)
 
     def update_recurrent_state(self, recurrent_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> Tensor:
         """Hand a new state of linear attention to a layer."""
-        self._steps.note(layer_idx, "new recurrent")
-        return super().update_recurrent_state(recurrent_states, layer_idx, *args, **kwargs)
+        with self._steps.change(layer_idx, "new recurrent"):
+            return super().update_recurrent_state(recurrent_states, layer_idx, *args, **kwargs)
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """Slots (tokens and padding) that all layers hold, those apart that the model does not run."""
+        self._changes.check()
         return min(layer.get_seq_length() for layer in self._running())
 
     def _running(self) -> list[Any]:
@@ -272,7 +278,8 @@ class ThriftCache(Cache):
 
     def reorder_cache(self, beam_idx: Any) -> None:
         """Row i becomes what row ``beam_idx[i]`` was; complete blocks are shared."""
-        super().reorder_cache(beam_idx.cpu())
+        with self._changes.change():
+            super().reorder_cache(beam_idx.cpu())
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Every row ``repeats`` times."""
@@ -290,12 +297,14 @@ class ThriftCache(Cache):
 
     def reset(self) -> None:
         """Empty all layers; pages stay allocated for the next sequences."""
+        self._changes.unfinished = True  # until all of it is done
         super().reset()
         for layer in self.layers:
             if has_states(layer):
                 forget_states(layer)
         self._steps.clear()
         self._last_layer, self._forward_begins = -1, False
+        self._changes.unfinished = False
 
     # -- growing, sharing, saving --------------------------------------------------------------------------------------
 
@@ -306,22 +315,42 @@ class ThriftCache(Cache):
             ValueError: more tokens than a sequence may have.
             RuntimeError: the pages are exhausted.
         """
+        self._changes.check()
         for layer in self._filled():
             layer.paged.reserve(tokens)
 
     def check_room(self, tokens: int) -> None:
         """Raise ValueError if a sequence would be longer than ``max_tokens`` with so many more tokens."""
+        self._changes.check()
         for layer in self._filled():
             layer.check_room([tokens] * layer.batch_size)
 
     def advance(self, tokens: int) -> None:
         """Note that a replayed graph has appended ``tokens`` tokens to every sequence."""
-        for layer in self._filled():
-            layer.paged.advance(tokens)
-            layer.slots += tokens
+        with self.replaying(tokens):
+            pass
+
+    @contextmanager
+    def replaying(self, tokens: int) -> Iterator[None]:
+        """Replay a graph inside that appends ``tokens`` tokens to every sequence, and note them.
+
+        Where it is interrupted, the device may hold tokens that the host does not count: the cache refuses to go on.
+        """
+        with self._changes.change():
+            yield
+            for layer in self._filled():
+                layer.paged.advance(tokens)
+                layer.slots += tokens
+
+    @property
+    def is_intact(self) -> bool:
+        """Whether no change was interrupted halfway; a cache that is not intact refuses everything but `reset`."""
+        layers = [layer.is_intact for layer in self.paged_layers]
+        return not self._changes.unfinished and all(layers)
 
     def tokens(self, row: int) -> int:
         """Tokens of a sequence, without padding."""
+        self._changes.check()
         return min((layer.tokens(row) for layer in self._running() if isinstance(layer, ThriftLayer)), default=0)
 
     def fork(self) -> ThriftCache:
@@ -330,7 +359,9 @@ class ThriftCache(Cache):
         A prompt that several generations begin with is computed and stored once. The pages of a fork go back to the pool
         when it is dropped or `reset`.
         """
+        self._changes.check()
         other = copy.copy(self)
+        other._changes = Changes()
         reader = MaskReader()
         other.layers = [
             layer.fork(reader)

@@ -14,6 +14,7 @@ from thrift_attn.config import BLOCK, DECODE_ROWS, ThriftConfig
 from thrift_attn.dispatch import Served
 from thrift_attn.reference.budget import asked_share, promoted_in_decode
 from thrift_attn.stats import Stats
+from thrift_attn.transformers.changes import Changes
 from thrift_attn.transformers.dense import as_given, attend_counted, autocast_dtype, check_no_gradients, with_sinks
 from thrift_attn.transformers.layer_state import LayerState
 from thrift_attn.transformers.lazy_kv import PendingKV
@@ -59,6 +60,8 @@ class ThriftLayer(CacheLayerMixin):
         self.paddings: list[Padding] = []
         self.state: LayerState | None = None
         """That of the attention module which has looked at the tokens."""
+        self.changes = Changes()
+        """Of pages, slots and padding, which belong together."""
         self._pending: PendingKV | None = None
         self._paged: PagedThriftCache | None = None
 
@@ -71,6 +74,7 @@ class ThriftLayer(CacheLayerMixin):
     def _pages(self) -> PagedThriftCache:
         if self._paged is None:
             raise RuntimeError("the cache is empty: its pages are made when the first tokens arrive")
+        self.changes.check()
         return self._paged
 
     # -- new tokens ----------------------------------------------------------------------------------------------------
@@ -86,7 +90,7 @@ class ThriftLayer(CacheLayerMixin):
         max_pages = -(-sizes.max_tokens // BLOCK)
         pages = batch * max_pages if sizes.pool_tokens is None else -(-sizes.pool_tokens // BLOCK)
         with torch.inference_mode(False):  # its tensors are written to in any mode
-            self._paged = PagedThriftCache(
+            paged = PagedThriftCache(
                 batch=batch,
                 kv_heads=heads,
                 head_dim=dim,
@@ -98,7 +102,7 @@ class ThriftLayer(CacheLayerMixin):
                 device=key_states.device,
             )
         self.dtype, self.device, self.batch_size = key_states.dtype, key_states.device, batch
-        self.is_initialized = True
+        self.is_initialized, self._paged = True, paged
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Take new K and V ``[B, Hkv, T, D]``; they are written when attention, or another operation, looks at them.
@@ -129,6 +133,11 @@ class ThriftLayer(CacheLayerMixin):
         return self._pending.handles()
 
     @property
+    def is_intact(self) -> bool:
+        """Whether no change was interrupted halfway."""
+        return not self.changes.unfinished and (self._paged is None or self._paged.is_intact)
+
+    @property
     def is_pending(self) -> bool:
         """Whether there are new tokens that no attention has looked at."""
         return self._pending is not None
@@ -155,17 +164,19 @@ class ThriftLayer(CacheLayerMixin):
         if pending.written:
             return
         paged, k, v = self._pages(), pending.k, pending.v
-        self.check_room([pending.count] * paged.batch if padding is None else padding.counts)
-        if padding is None:
-            paged.append(k, v)
-        else:
-            index = padding.left()
-            paged.append(gather(k, index), gather(v, index), lengths=padding.counts)
+        new = [pending.count] * paged.batch if padding is None else padding.counts
+        self.check_room(new)
         if not _capturing(k):
-            self.slots += pending.count
-            if padding is not None:
-                self.paddings.append(padding)
-        pending.written, self._pending = True, None
+            paged.reserve(new)  # nothing is half done without room
+        if padding is not None:
+            k, v = (gather(x, padding.left()) for x in (k, v))
+        with self.changes.change():
+            paged.append(k, v, lengths=None if padding is None else new)
+            if not _capturing(k):
+                self.slots += pending.count
+                if padding is not None:
+                    self.paddings.append(padding)
+            pending.written, self._pending = True, None
 
     def _check_order(self, pending: PendingKV) -> None:
         """Raise RuntimeError if the layer holds other tokens by now than when the new ones came."""
@@ -341,6 +352,7 @@ class ThriftLayer(CacheLayerMixin):
 
     def reset(self) -> None:
         """Give all pages back; they stay allocated for the next sequences."""
+        self.changes.unfinished = True  # until all of it is done
         self._pending = None
         if self._paged is not None and not self._paged.is_intact:
             self.discard()
@@ -348,6 +360,7 @@ class ThriftLayer(CacheLayerMixin):
             for row in range(self._paged.batch):
                 self._paged.free(row)
         self.slots, self.paddings = 0, []
+        self.changes.unfinished = False
 
     def discard(self) -> None:
         """Drop the pages; they are made anew, for their shape and dtype, when the next tokens arrive."""
@@ -367,27 +380,30 @@ class ThriftLayer(CacheLayerMixin):
         self.settle()
         found = self.slot_map()
         left = [slots] * self._paged.batch if found is None else found[:, :slots].sum(1).tolist()
-        for row, tokens in enumerate(left):
-            self._paged.truncate(row, tokens)
-        kept = [padding for padding in self.paddings if padding.start < slots]
-        self.paddings = []
-        for padding in kept:
-            is_token = padding.is_token[:, : slots - padding.start]
-            self.paddings.append(Padding(padding.start, is_token, is_token.sum(1).tolist()))
-        self.slots = slots
+        with self.changes.change():
+            for row, tokens in enumerate(left):
+                self._paged.truncate(row, tokens)
+            kept = [padding for padding in self.paddings if padding.start < slots]
+            self.paddings = []
+            for padding in kept:
+                is_token = padding.is_token[:, : slots - padding.start]
+                self.paddings.append(Padding(padding.start, is_token, is_token.sum(1).tolist()))
+            self.slots = slots
 
     def select(self, rows: list[int]) -> None:
         """Make row i what row ``rows[i]`` was; equal rows share their complete blocks."""
         if self._paged is None:
             return
-        with torch.inference_mode(False):
-            self.paged.select(rows)
-        index = torch.tensor(rows, device=self.device)
-        self.paddings = [
-            Padding(padding.start, padding.is_token[index], [padding.counts[row] for row in rows])
-            for padding in self.paddings
-        ]
-        self.batch_size = len(rows)
+        paged = self.paged
+        with self.changes.change():
+            with torch.inference_mode(False):
+                paged.select(rows)
+            index = torch.tensor(rows, device=self.device)
+            self.paddings = [
+                Padding(padding.start, padding.is_token[index], [padding.counts[row] for row in rows])
+                for padding in self.paddings
+            ]
+            self.batch_size = len(rows)
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Rows in another order, some perhaps several times."""
@@ -408,12 +424,13 @@ class ThriftLayer(CacheLayerMixin):
 
     def fork(self, reader: MaskReader) -> ThriftLayer:
         """The same tokens over the same pages, for another cache."""
+        self.changes.check()
         self.settle()
         other: ThriftLayer = type(self)(self.options, reader)
         mine = {name: value for name, value in vars(self).items() if name not in ("options", "reader", "_paged")}
         for name, value in mine.items():
             setattr(other, name, value)
-        other.paddings = list(self.paddings)
+        other.paddings, other.changes = list(self.paddings), Changes()
         other._paged = None if self._paged is None else self._paged.branch()
         return other
 

@@ -90,6 +90,7 @@ REFUSALS: dict[str, Refusal] = {
     "reserve of half a token": lambda cache, setting, row: cache.reserve(0.5),  # pyright: ignore[reportArgumentType]
     "reserve for other rows": lambda cache, setting, row: cache.reserve([1] * (cache.batch + 1)),
     "advance by fewer than none": lambda cache, setting, row: cache.advance(-1),
+    "advance by half a token": lambda cache, setting, row: cache.advance(0.5),  # pyright: ignore[reportArgumentType]
     "advance by more than a block": lambda cache, setting, row: cache.advance(65),
     "a file of more tokens": _damaged("tokens", lambda x: x + 64),
     "a file of fewer than no tokens": _damaged("tokens", lambda x: x - 10**6),
