@@ -180,7 +180,7 @@ def main(arguments: list[str] | None = None) -> int:
         record.steps = earlier.steps if earlier.sources == record.sources else []
     workers = ["-n", str(options.workers), "-q"]
     steps: list[tuple[str, list[str], list[str] | None, float]] = [
-        ("kernel tests", ["tests/prefill", "tests/decode", "tests/cache", *workers], None, 300),
+        ("kernel tests", ["tests/prefill", "tests/decode", *workers], None, 300),
         ("laws on random shapes", ["tests/laws", *workers], None, 300),
         ("graphs of models", ["tests/transformers/test_generate.py", "-q"], None, 200),
     ]
