@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import itertools
+import multiprocessing
 import random
 import time
-from collections import Counter
-from dataclasses import dataclass
+from collections import Counter, deque
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import ClassVar, NamedTuple
 
 import torch
 from pydantic import BaseModel, Field
@@ -35,14 +39,12 @@ class Found(BaseModel):
     """A law that did not hold.
 
     Args:
-        episode: its number; with the seed of the record it decides everything.
-        share: of its operations, those that were to be interrupted; it decides, too.
+        episode: its number; with the seed and the settings of the record it decides everything.
         operation: the number of the operation in its episode.
         what: the law, the setting and the last operations.
     """
 
     episode: int
-    share: float
     operation: int
     what: str
 
@@ -63,6 +65,20 @@ class FuzzRecord(Record):
     seconds: float = 0.0
 
 
+class Episode(NamedTuple):
+    """What was done in an episode.
+
+    Args:
+        done: how often each operation was done.
+        interrupts: how many KeyboardInterrupts were raised inside the library.
+        found: the law that did not hold, if there is one.
+    """
+
+    done: Counter[str]
+    interrupts: int
+    found: Found | None
+
+
 @dataclass(frozen=True)
 class Campaign:
     """How long a fuzz takes.
@@ -71,7 +87,7 @@ class Campaign:
         operations: to be done.
         interrupts: KeyboardInterrupts to be raised inside the library, on top of all else.
         seed: of everything that is drawn.
-        minutes: no episode begins after them; None for no limit.
+        minutes: the first episode that ends after them is the last; None for no limit.
         device: where the caches live.
     """
 
@@ -87,59 +103,62 @@ class Campaign:
                 f"expected at least 1 operation and 0 interrupts, got {self.operations}, {self.interrupts}"
             )
 
-    def play(self, number: int, share: float = 0.0) -> tuple[Machine, Found | None]:
-        """Play an episode.
+    @property
+    def share(self) -> float:
+        """The share of operations that are to be interrupted; about half of them have the line where they are."""
+        return min(0.5, 2.5 * self.interrupts / self.operations)
 
-        Args:
-            number: of the episode.
-            share: of its operations, those that are interrupted.
-
-        Returns:
-            The machine, and the law that did not hold, if there is one.
-        """
+    def play(self, number: int) -> Episode:
+        """Play an episode."""
         rng = random.Random(f"{self.seed}-{number}")
-        machine = Machine(Setting.draw(rng, self.device))
+        machine, found = Machine(Setting.draw(rng, self.device)), None
         try:
             for _ in range(EPISODE):
-                name, arguments = draw_interrupted(rng) if rng.random() < share else draw_operation(rng)
+                name, arguments = draw_interrupted(rng) if rng.random() < self.share else draw_operation(rng)
                 machine.apply(name, **arguments)
         except Finding as error:
-            return machine, Found(episode=number, share=share, operation=len(machine.log), what=str(error))
-        return machine, None
+            found = Found(episode=number, operation=len(machine.log), what=str(error))
+        return Episode(machine.done, machine.interrupts, found)
 
-    def run(self, progress: Progress = unseen, *, most_findings: int = MOST_FINDINGS) -> FuzzRecord:
+    def run(self, progress: Progress = unseen, *, workers: int = 1, most_findings: int = MOST_FINDINGS) -> FuzzRecord:
         """Play episodes until enough is done.
 
         Args:
             progress: called after each of them.
+            workers: processes that play them.
             most_findings: after so many it ends.
         """
         began, counts, record = time.monotonic(), Counter[str](), FuzzRecord(seed=self.seed)
         limit = None if self.minutes is None else began + 60 * self.minutes
-        while record.operations < self.operations or record.interrupts < self.interrupts:
-            if (limit is not None and time.monotonic() > limit) or len(record.findings) >= most_findings:
-                break
-            machine, found = self.play(record.episodes, self._share(record))
-            record.findings += [] if found is None else [found]
+        for episode in self._episodes(workers):
+            record.findings += [] if episode.found is None else [episode.found]
             record.episodes += 1
-            record.operations += len(machine.log)
-            record.interrupts += machine.interrupts
-            counts += machine.done
+            record.operations += sum(episode.done.values())
+            record.interrupts += episode.interrupts
+            counts += episode.done
             told = (
                 f"{record.operations:,} operations, {record.interrupts:,} interrupts, {len(record.findings)} findings"
             )
             progress(told, min(record.operations, self.operations), self.operations)
+            done = record.operations >= self.operations and record.interrupts >= self.interrupts
+            if done or len(record.findings) >= most_findings or (limit is not None and time.monotonic() > limit):
+                break
         record.counts = dict(counts.most_common())
         record.seconds = round(time.monotonic() - began, 1)
         record.sources = digest_of_sources(Path(thrift_attn.__file__).parent, ROOMS)
-        record.context = make_context(("torch", "triton", "hypothesis"), settings=self._told())
+        record.context = make_context(("torch", "triton"), settings={**asdict(self), "workers": workers})
         return record
 
-    def _share(self, record: FuzzRecord) -> float:
-        """The share of operations of the next episode that are interrupted; most of them have the line where they are."""
-        left = max(EPISODE, self.operations - record.operations)
-        return min(0.5, 1.5 * max(0, self.interrupts - record.interrupts) / left)
-
-    def _told(self) -> dict[str, Any]:
-        return {"operations": self.operations, "interrupts": self.interrupts, "device": self.device,
-                "threads": torch.get_num_threads()}  # fmt: skip
+    def _episodes(self, workers: int) -> Iterator[Episode]:
+        """Play episodes without end, in order."""
+        if workers == 1:
+            yield from map(self.play, itertools.count())
+            return
+        with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), torch.set_num_threads, (1,)) as pool:
+            waiting = deque(pool.submit(self.play, number) for number in range(2 * workers))
+            try:
+                for number in itertools.count(2 * workers):
+                    yield waiting.popleft().result()
+                    waiting.append(pool.submit(self.play, number))
+            finally:
+                pool.shutdown(cancel_futures=True)

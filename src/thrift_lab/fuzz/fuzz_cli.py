@@ -15,7 +15,8 @@ def fuzz(
     operations: Annotated[int, typer.Option(min=1, help="Operations on caches.")] = 2000,
     interrupts: Annotated[int, typer.Option(min=0, help="Interrupts inside of changes.")] = 100,
     seed: Annotated[int, typer.Option(help="Of everything that is drawn.")] = 0,
-    minutes: Annotated[float | None, typer.Option(help="Begin no new episode after this.")] = None,
+    minutes: Annotated[float | None, typer.Option(help="End after this.")] = None,
+    workers: Annotated[int, typer.Option(min=1, help="Processes.")] = 1,
     device: Annotated[str, typer.Option(help="cpu: plain PyTorch; cuda: kernels.")] = "cpu",
     out: Annotated[Path, typer.Option("--out", "-o", help="File for the record.")] = Path("bench/fuzz.json"),
 ) -> None:
@@ -33,7 +34,7 @@ def fuzz(
         torch.set_num_threads(1)
         try:
             with shown(console) as (_, progress):
-                record = campaign.run(progress)
+                record = campaign.run(progress, workers=workers)
         finally:
             torch.set_num_threads(threads)
         record.save(out)
