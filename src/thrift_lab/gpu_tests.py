@@ -40,6 +40,8 @@ class Step(BaseModel):
         skipped: number of tests.
         seconds: that it took.
         problems: what went wrong, a line each.
+        mended: problems that were of a test and not of the sources it tests, and what has become of them. Entered by hand;
+            the next run has to do without.
     """
 
     name: str
@@ -48,6 +50,7 @@ class Step(BaseModel):
     skipped: int = 0
     seconds: float = 0.0
     problems: list[str] = Field(default_factory=list)
+    mended: dict[str, str] = Field(default_factory=dict)
 
 
 class GPUTestRecord(Record):

@@ -109,6 +109,8 @@ def test_the_host_hears_of_a_replay_without_a_page():
         cache.advance(2)
     ops.append(k[:, :, 66:], v[:, :, 66:], cache.tensors(), cache.numerics)
     cache.advance(64)
+    if DEVICE == "cuda":
+        torch.cuda.synchronize()  # the flag comes to the host beside the steps
     for call in (lambda: cache.advance(1), lambda: cache.reserve(1), lambda: cache.append(k[:, :, :1], v[:, :, :1])):
         with pytest.raises(RuntimeError, match="no page was reserved"):
             call()

@@ -38,8 +38,9 @@ signature.update({n: descriptor(half, 16, 1, 1, rows, dim) for n, rows in
                   dict(q_desc=128, k_desc=64, v_desc=64, out_desc=64).items()})
 signature.update({n: descriptor("fp8e4nv", 8, 1, 128, dim) for n in ("q8_desc", "k8_desc")})
 signature.update(v8_desc=descriptor("fp8e4nv", 8, 1, dim, 128), c_desc=descriptor(half, 16, 1, 32, dim))
-signature.update({n: "*fp32" for n in ("q_scale_ptr", "k_scale_ptr", "v_scale_ptr", "sink_ptr", "lse_ptr")})
-signature.update(out_ptr="*" + half, v_ptr="*" + half, chosen_ptr="*i32", counts_ptr="*i32", scale="fp32", cap="fp32")
+signature.update({n: "*fp32" for n in ("q_scale_ptr", "k_scale_ptr", "v_scale_ptr", "sink_logits_ptr", "lse_ptr")})
+signature.update(out_ptr="*" + half, v_ptr="*" + half, scale="fp32", cap="fp32")
+signature.update(block_indices_ptr="*i32", block_counts_ptr="*i32")
 signature.update({n: "constexpr" for n in options})
 kernel = triton.compile(
     GluonASTSource(fn, signature, constexprs=options), target=GPUTarget("cuda", 90, 32), options=dict(num_warps=4)
