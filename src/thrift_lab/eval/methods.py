@@ -24,7 +24,7 @@ _PARSERS: dict[str, Callable[[str], Any]] = {option.name: _parser(option) for op
 _PARSERS["keep"] = float
 _OPTIONS = tuple(option.name for option in fields(ThriftConfig) if option.name != "exact_below")
 """Quality is that of the numerics: nothing is attended exactly because it is faster."""
-_PROMOTION = ("budget", "score", "force_first", "force_last", "high")
+_PROMOTION = ("budget", "score", "force_first", "force_last", "promoted_storage")
 _SPARSE = ("budget", "force_first", "force_last")
 
 
