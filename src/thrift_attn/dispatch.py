@@ -12,7 +12,7 @@ from typing import Literal, NamedTuple
 import torch
 
 from thrift_attn.config import BaseFormat, Compute, ThriftConfig
-from thrift_attn.crossovers import CROSSOVERS, EVERYWHERE, is_exact, measured
+from thrift_attn.crossovers import CROSSOVERS, EVERYWHERE, QUERIES, is_exact, measured
 from thrift_attn.exact import Call, exact_server, why_not_exact
 from thrift_attn.numerics import PrefillNumerics, describe_ignored
 
@@ -233,7 +233,7 @@ def _why_exact(below: int, call: Call) -> str:
     """Why a call is attended exactly, for reports."""
     if below == EVERYWHERE:
         return f"exact by {exact_server(call)}: no kernels or units for it on this GPU"
-    few = f"fewer than {below:,} keys" if call.keys < below else f"fewer than {-(-below // 4):,} queries"
+    few = f"fewer than {below:,} keys" if call.keys < below else f"fewer than {-(-below // QUERIES):,} queries"
     return f"exact by {exact_server(call)}: {few}"
 
 
