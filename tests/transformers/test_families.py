@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from types import SimpleNamespace
 from typing import Any
 
@@ -12,6 +13,7 @@ from transformers.masking_utils import (
     and_masks,
     causal_mask_function,
     chunked_overlay,
+    eager_mask,
     or_masks,
     sliding_window_causal_mask_function,
     sliding_window_overlay,
@@ -141,9 +143,11 @@ def test_the_rule_for_windows(device: str, queries: int, keys: int, pays: bool) 
 
 @torch.no_grad()
 def test_a_window_mask_that_the_model_has_changed_goes_to_sdpa() -> None:
-    mask = masks.thrift_mask(
-        1, 90, mask_function=sliding_window_causal_mask_function(WINDOW), q_length=90, q_offset=0, dtype=torch.float32
-    )
+    where: dict[str, Any] = {"q_length": 90, "q_offset": 0}
+    if "cache_position" in inspect.signature(eager_mask).parameters:  # transformers before 5.4
+        where = {"cache_position": torch.arange(90)}
+    seen = sliding_window_causal_mask_function(WINDOW)
+    mask = masks.thrift_mask(1, kv_length=90, mask_function=seen, dtype=torch.float32, **where)
     assert masks.plain_mask(mask) == (None, WINDOW)
     assert mask is not None
     mask[..., 3] = torch.finfo(mask.dtype).min

@@ -100,6 +100,12 @@ def make_layers(config: Any, options: CacheOptions, reader: MaskReader) -> list[
         raise NotImplementedError(f"ThriftCache does not serve {name}, whose model takes no cache but its own")
     if kinds := set(getattr(text, "layer_types", None) or ()) - _KINDS:
         raise NotImplementedError(f"ThriftCache does not serve {name}, which has layers of {', '.join(sorted(kinds))}")
+    if _Linear is _Absent and (
+        set(getattr(text, "layers_block_type", ())) - {"attention"} or hasattr(text, "mamba_d_state")
+    ):
+        raise NotImplementedError(
+            f"ThriftCache does not serve {name} with this transformers, whose caches hold no states"
+        )
     layers: list[Any] = DynamicCache(config=config).layers
     for at, layer in enumerate(layers):
         if type(layer) is DynamicLayer:
