@@ -3,9 +3,10 @@ PYTHON ?= python3
 TORCH ?= torch==2.13.0
 VENV ?= .venv
 BIN := $(VENV)/bin
+OLDEST_PYTHON ?= python3.10
 TRITONS := 3.6.0 3.7.1
 
-.PHONY: demo test test-gpu lint install clean
+.PHONY: demo test test-gpu test-matrix lint install clean
 
 demo: $(VENV)/.eval
 	$(BIN)/thrift demo --mirror pypi
@@ -20,6 +21,10 @@ test: $(VENV)/.dev $(VENV)/.tritons lint
 # What only a GPU can tell: kernel tests, laws on random shapes, compute-sanitizer; writes benchmarks/results/gpu-tests.json.
 test-gpu: $(VENV)/.dev
 	$(BIN)/python -m thrift_lab.gpu_tests
+
+# Tests that need no GPU with the oldest versions that are served, in a Python 3.10 of their own, and with those installed here.
+test-matrix: $(VENV)/.dev $(VENV)/.oldest
+	PYTHONPATH=src $(BIN)/python -m thrift_lab.matrix_tests $(VENV)/oldest/bin/python $(BIN)/python
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .
@@ -44,6 +49,12 @@ $(VENV)/.tritons: Makefile | $(BIN)/python
 	for version in $(TRITONS); do \
 		$(BIN)/python -m pip install -q --no-deps --upgrade --target $(VENV)/triton-$$version triton==$$version || exit 1; \
 	done
+	@touch $@
+
+$(VENV)/.oldest: pyproject.toml Makefile | $(BIN)/python
+	$(OLDEST_PYTHON) -m venv $(VENV)/oldest
+	$(VENV)/oldest/bin/python -m pip install -q torch==2.10.0 transformers==5.0.0 hypothesis numpy pytest pytest-xdist \
+		accelerate jinja2 plotly pooch pydantic rich typer
 	@touch $@
 
 clean:

@@ -73,7 +73,11 @@ def digest_of_kernels(package: Path) -> str:
 
 
 def run_pytest(
-    name: str, arguments: list[str], prefix: list[str] | None = None, seconds: float = 600
+    name: str,
+    arguments: list[str],
+    prefix: list[str] | None = None,
+    seconds: float = 600,
+    python: str = sys.executable,
 ) -> tuple[Step, str]:
     """Run pytest in a process of its own and return what it counted, and its output.
 
@@ -82,13 +86,14 @@ def run_pytest(
         arguments: of pytest.
         prefix: a command that runs it, such as compute-sanitizer.
         seconds: after which it is stopped, which is a problem of the step.
+        python: that has pytest.
     """
     began = time.monotonic()
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder) / "report.xml"
         command = [
             *(prefix or []),
-            sys.executable,
+            python,
             "-m",
             "pytest",
             "-p",
