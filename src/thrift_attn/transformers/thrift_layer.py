@@ -235,8 +235,7 @@ class ThriftLayer(CacheLayerMixin):
         before = self._before(pending)
         totals = [old + n for old, n in zip(before, new, strict=True)]
         if not pending.written:
-            self.check_room(new)  # nothing is half done without room
-            paged.reserve(new)
+            self.check_room(new)
         if padding is None and count <= DECODE_ROWS and any(before):
             self._write(pending, None)
             sinks = options.pop("sinks")
@@ -244,6 +243,8 @@ class ThriftLayer(CacheLayerMixin):
                 out, lse = paged.attend(query, return_lse=True, **options)
                 out = out if sinks is None else with_sinks(out, lse, sinks)
             return out, self.decode_stats(query.shape[1], count), None
+        if not pending.written:
+            paged.reserve(new)  # nothing is computed without room
         options |= {"config": self.options.prompts, "backend": backend}
         k, v = pending.k, pending.v
         if padding is not None:
