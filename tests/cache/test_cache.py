@@ -25,8 +25,9 @@ def test_pages_decode_to_what_the_formats_define(high, low, centred):
     pages = torch.tensor([4, 0, 2])
     center, sink = ("block", "exact") if centred else ("none", "none")
     config = ThriftConfig.for_cache(base_format=low, promoted_storage=high, center=center, sink_token=sink)
-    write_blocks(pool, pages, k, v, numerics=DecodeNumerics.resolve(config))
-    read = read_blocks(pool, pages, plane=high, centred=centred)
+    numerics = DecodeNumerics.resolve(config)
+    write_blocks(pool, pages, k, v, numerics=numerics)
+    read = read_blocks(pool, pages, numerics=numerics)
     mean = block_means(k)
     delta = k - mean if centred else k
     assert torch.equal(read.centres, mean[..., 0, :])

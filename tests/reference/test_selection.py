@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 from thrift_attn import Budget, ThriftConfig, attention, attention_varlen, floored, fraction, paper, top_k
 from thrift_attn.cache import PagedThriftCache
 from thrift_attn.reference.budget import (
+    asked_in_decode,
     asked_share,
     blocks_in_decode,
     blocks_per_row,
@@ -160,6 +161,8 @@ def test_decode_counts_complete_blocks_alone(budget, tokens):
     want = int(blocks_per_row(budget, torch.tensor([full]), full)) if full else 0
     assert promoted_in_decode(budget, tokens) == want
     assert promoted_in_decode(fraction(0.05), 773) == 1  # 12 complete blocks
+    assert asked_in_decode(fraction(0.05), 773) == pytest.approx(0.6)
+    assert asked_in_decode(floored(0.05, blocks=8), 773) == 8
 
 
 @pytest.mark.parametrize(

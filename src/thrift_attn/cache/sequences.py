@@ -233,9 +233,7 @@ class CacheSequences:
     def _read(self, row: int, pages: Tensor, first: int) -> Blocks:
         """What pages of a sequence decode to, those of the blocks from ``first`` on."""
         sequence = self._sequence(row)
-        read = read_blocks(
-            self.pool, pages, plane=self.numerics.promoted_storage, centred=self.numerics.centred, sequence=sequence
-        )
+        read = read_blocks(self.pool, pages, numerics=self.numerics, sequence=sequence)
         if self.numerics.exact_sink and first == 0 and len(pages):
             read.high_v[0, :, 0] = sequence.sink_value
         return read

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -108,8 +109,19 @@ def promoted_in_decode(budget: Budget, tokens: int, *, new_tokens: int = 1, wind
         new_tokens: Tq.
         window: tokens that a query sees, or None.
     """
-    seen = len(blocks_in_decode(tokens, new_tokens=new_tokens, window=window))
-    return int(blocks_per_row(budget, torch.tensor([seen]), seen))
+    return _single_row(budget, len(blocks_in_decode(tokens, new_tokens=new_tokens, window=window)))[0]
+
+
+def asked_in_decode(budget: Budget, tokens: int, *, new_tokens: int = 1, window: int | None = None) -> float:
+    """How many blocks the budget asks for where `promoted_in_decode` gives whole ones."""
+    return _single_row(budget, len(blocks_in_decode(tokens, new_tokens=new_tokens, window=window)))[1]
+
+
+@lru_cache(maxsize=4096)
+def _single_row(budget: Budget, seen: int) -> tuple[int, float]:
+    """Blocks of the only row of a sequence that sees ``seen``: promoted, and asked for. Every layer asks in every step."""
+    visible = torch.tensor([seen])
+    return int(blocks_per_row(budget, visible, seen)), seen * asked_share(budget, visible, seen)
 
 
 def asked_share(budget: Budget, visible: Tensor, blocks: int) -> float:

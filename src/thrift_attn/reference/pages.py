@@ -84,6 +84,12 @@ class SequenceTensors(NamedTuple):
         ones = torch.ones(batch, kv_heads, head_dim, device=device)
         return cls(mean, sink, ones, torch.ones(batch, kv_heads, device=device))
 
+    def scales(self) -> tuple[Tensor, Tensor] | None:
+        """Return the scales of one sequence for its K ``[Hkv, 1, D]`` and V ``[Hkv, 1, 1]``, if there are any."""
+        if self.k_channel_scale is None or self.v_head_scale is None:
+            return None
+        return self.k_channel_scale[:, None], self.v_head_scale[:, None, None]
+
     def given(self) -> list[Tensor]:
         """Return those that are there."""
         return [x for x in self if x is not None]
@@ -133,22 +139,22 @@ def write_blocks(
             first token is exact it becomes the c_b of its block, and its V counts as zero.
     """
     centres, copy_v = block_means(k)[..., 0, :], v  # [n, Hkv, D]
-    k_scale, v_scale = torch.ones((), device=k.device), torch.ones((), device=k.device)
-    if sequence is not None:
-        of_k, of_v = sequence.k_channel_scale, sequence.v_head_scale
-        if of_k is not None and of_v is not None:
-            if first:
-                for x, taken in zip((of_k, of_v), scales_of_block(k[0], v[0], numerics.centred), strict=True):
-                    x.copy_(taken)
-            k_scale, v_scale = of_k[:, None], of_v[:, None, None]  # [Hkv, 1, D], [Hkv, 1, 1]
-        if first and numerics.exact_sink:
+    scales = None if sequence is None else sequence.scales()
+    if sequence is not None and first:
+        if scales is not None:
+            of_k, of_v = scales_of_block(k[0], v[0], numerics.centred)
+            scales[0].copy_(of_k[:, None])
+            scales[1].copy_(of_v[:, None, None])
+        if numerics.exact_sink:
             sequence.block0_mean.copy_(mean_of_others(k[0]))
             sequence.sink_value.copy_(v[0, :, 0])
             centres[0] = k[0, :, 0]
             copy_v = v.clone()
             copy_v[0, :, 0] = 0
     delta = k.float() - centres.float()[..., None, :] if numerics.centred else k.float()
-    delta, scaled_v = delta * k_scale, copy_v.float() * v_scale
+    scaled_v = copy_v.float()
+    if scales is not None:
+        delta, scaled_v = delta * scales[0], scaled_v * scales[1]
     pool.centres[pages] = centres
     pool.base[pages], low_k, low_v = _encode(delta, scaled_v, FORMATS[numerics.base_format], numerics.best_scales)
     if numerics.residual is None:
@@ -176,28 +182,26 @@ class Blocks(NamedTuple):
 
 
 def read_blocks(
-    pool: Pool, pages: Tensor, *, plane: str, centred: bool, sequence: SequenceTensors | None = None
+    pool: Pool, pages: Tensor, *, numerics: DecodeNumerics, sequence: SequenceTensors | None = None
 ) -> Blocks:
     """What pages decode to: the base, the base refined by the plane of high precision (c_b included), and c_b.
 
     Args:
         pool: the planes.
         pages: int64 ``[n]``.
-        plane: how high precision is stored: ``"nested"``, ``"nested8"`` or ``"16bit"``.
-        centred: whether pages hold K less c_b.
+        numerics: how blocks are stored.
         sequence: whose scales are divided out, without the dimension B; None where there are none.
     """
     head_dim = pool.centres.shape[-1]
     centres = pool.centres[pages].float()
-    k_scale, v_scale = torch.ones((), device=pages.device), torch.ones((), device=pages.device)
-    if sequence is not None and sequence.k_channel_scale is not None and sequence.v_head_scale is not None:
-        k_scale, v_scale = sequence.k_channel_scale[:, None], sequence.v_head_scale[:, None, None]
     low_k, low_v = _decode(pool.base[pages], head_dim, FORMATS["nvfp4"])
-    low_k, low_v = low_k / k_scale, low_v / v_scale
-    if plane == "16bit":
+    residual = None if numerics.residual is None else _decode(pool.high[pages], head_dim, RESIDUALS[numerics.residual])
+    if sequence is not None and (scales := sequence.scales()) is not None:
+        low_k, low_v = low_k / scales[0], low_v / scales[1]
+        residual = None if residual is None else (residual[0] / scales[0], residual[1] / scales[1])
+    if residual is None:
         high_k, high_v = (x.float() for x in unpack_copy(pool.high[pages], head_dim))
     else:
-        fine_k, fine_v = _decode(pool.high[pages], head_dim, RESIDUALS[plane])
-        mean = centres[..., None, :] if centred else 0
-        high_k, high_v = mean + (low_k + fine_k / k_scale), low_v + fine_v / v_scale
+        mean = centres[..., None, :] if numerics.centred else 0
+        high_k, high_v = mean + (low_k + residual[0]), low_v + residual[1]
     return Blocks(low_k, low_v, high_k, high_v, centres)

@@ -12,7 +12,7 @@ from transformers.cache_utils import CacheLayerMixin
 from thrift_attn.cache import PagedThriftCache
 from thrift_attn.config import BLOCK, DECODE_ROWS, ThriftConfig
 from thrift_attn.dispatch import Served
-from thrift_attn.reference.budget import asked_share, promoted_in_decode
+from thrift_attn.reference.budget import asked_in_decode, promoted_in_decode
 from thrift_attn.stats import Stats
 from thrift_attn.transformers.changes import Changes
 from thrift_attn.transformers.dense import as_given, attend_counted, autocast_dtype, check_no_gradients, with_sinks
@@ -234,8 +234,6 @@ class ThriftLayer(CacheLayerMixin):
         new = [count] * paged.batch if padding is None else padding.counts
         before = self._before(pending)
         totals = [old + n for old, n in zip(before, new, strict=True)]
-        if not pending.written:
-            self.check_room(new)
         if padding is None and count <= DECODE_ROWS and any(before):
             self._write(pending, None)
             sinks = options.pop("sinks")
@@ -243,8 +241,9 @@ class ThriftLayer(CacheLayerMixin):
                 out, lse = paged.attend(query, return_lse=True, **options)
                 out = out if sinks is None else with_sinks(out, lse, sinks)
             return out, self.decode_stats(query.shape[1], count), None
-        if not pending.written:
-            paged.reserve(new)  # nothing is computed without room
+        if not pending.written:  # nothing is computed without room
+            self.check_room(new)
+            paged.reserve(new)
         options |= {"config": self.options.prompts, "backend": backend}
         k, v = pending.k, pending.v
         if padding is not None:
@@ -316,10 +315,10 @@ class ThriftLayer(CacheLayerMixin):
         """
         budget, paged = self.options.decode.budget, self.paged
         totals = [paged.tokens(row) for row in range(paged.batch)]
-        blocks = [tokens // BLOCK for tokens in totals]
+        seen = sum(tokens // BLOCK for tokens in totals)
         promoted = sum(promoted_in_decode(budget, tokens, new_tokens=new_tokens) for tokens in totals)
-        asked = sum(n * asked_share(budget, torch.tensor([n]), n) for n in blocks)
-        return Stats(heads * sum(blocks), heads * promoted, heads * asked)
+        asked = sum(asked_in_decode(budget, tokens, new_tokens=new_tokens) for tokens in totals)
+        return Stats(heads * seen, heads * promoted, heads * asked)
 
     # -- what transformers asks ----------------------------------------------------------------------------------------
 
