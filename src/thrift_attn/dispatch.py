@@ -7,6 +7,7 @@ import importlib.util
 import os
 import sys
 import warnings
+from functools import lru_cache
 from typing import Literal, NamedTuple
 
 import torch
@@ -175,18 +176,24 @@ def prefill_config(config: ThriftConfig, call: Call, backend: str = "auto") -> T
         backend: as it was asked for: one that is named runs at every length.
     """
     if config.base_format != "auto":
-        return config if config.exact_below is not None else config.with_(exact_below=0)
+        return config if config.exact_below is not None else _named(config, config.base_format, 0)
     chosen, below = _auto_format(config, call), config.exact_below
     if below is None and chosen == "exact":
         below = EVERYWHERE
     elif below is None and backend == "auto" and call.device.type == "cuda" and _dispatched(config, call):
         below = measured(torch.cuda.get_device_capability(call.device), chosen, call.head_dim, exact_server(call))
-    return config.with_(base_format="nvfp4" if chosen == "exact" else chosen, exact_below=below or 0)
+    return _named(config, "nvfp4" if chosen == "exact" else chosen, below or 0)
+
+
+@lru_cache(maxsize=64)
+def _named(config: ThriftConfig, base_format: BaseFormat, exact_below: int | None) -> ThriftConfig:
+    """Return a configuration with these two, made and checked once: a call of attention makes none."""
+    return config.with_(base_format=base_format, exact_below=exact_below)
 
 
 def cache_config(config: ThriftConfig) -> ThriftConfig:
     """What a configuration means for a cache: pages hold nvfp4 on every device, and nothing is dispatched."""
-    return config.with_(base_format="nvfp4") if config.base_format == "auto" else config
+    return _named(config, "nvfp4", config.exact_below) if config.base_format == "auto" else config
 
 
 def _auto_format(config: ThriftConfig, call: Call) -> BaseFormat | Literal["exact"]:

@@ -81,6 +81,17 @@ def test_on_a_cpu_auto_is_nvfp4_with_its_arithmetic():
     assert torch.equal(attention(q, k, v), attention(q, k, v, config=named))
 
 
+@pytest.mark.parametrize("config", [None, ThriftConfig(budget=0.07), ThriftConfig(base_format="nvfp4", budget=0.07)])
+def test_a_second_call_makes_no_configuration(monkeypatch, config):
+    q, k, v = (torch.randn(1, 2, 40, 16) for _ in "qkv")
+    first = attention(q, k, v, config=config)
+    made: list[ThriftConfig] = []
+    checked = ThriftConfig.__post_init__
+    monkeypatch.setattr(ThriftConfig, "__post_init__", lambda self: (made.append(self), checked(self))[1])
+    assert torch.equal(attention(q, k, v, config=config), first)
+    assert made == []
+
+
 @pytest.mark.parametrize("facts", [{"dtype": torch.float32}, {"head_dim": 48}])
 def test_what_has_no_kernels_on_a_gpu_is_exact(gpu, facts):
     gpu((9, 0))
