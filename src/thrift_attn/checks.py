@@ -4,11 +4,16 @@ from __future__ import annotations
 
 import math
 import operator
+import warnings
+from collections.abc import Mapping
 from numbers import Real
+from typing import get_args
 
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
+
+from thrift_attn.config import Layout, check_choice
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -67,8 +72,73 @@ def check_qkv(q: Tensor, k: Tensor, v: Tensor) -> None:
     if q.shape[0] != k.shape[0] or q.shape[3] != k.shape[3]:
         raise ValueError(f"q and k must agree in batch and head dim, got {list(q.shape)} and {list(k.shape)}")
     if q.shape[1] % k.shape[1]:
-        raise ValueError(f"query heads must be a multiple of KV heads, got {q.shape[1]} and {k.shape[1]}")
+        hint = f". {_BTHD}" if q.shape[1] < k.shape[1] and q.shape[2] % k.shape[2] == 0 else ""
+        raise ValueError(f"query heads must be a multiple of KV heads, got {q.shape[1]} and {k.shape[1]}{hint}")
     check_no_gradients(q, k, v)
+
+
+_BTHD = "Tensors of flash-attention's order [B, T, H, D] need layout='BTHD'"
+_MOST_HEADS = 128
+"""Models have no more query heads than this."""
+
+
+def to_bhtd(layout: str, *tensors: Tensor) -> tuple[Tensor, ...]:
+    """Views of tensors as ``[B, H, T, D]``, whichever layout they have; what is no 4-dimensional tensor is left to `check_qkv`.
+
+    Raises:
+        ValueError: an unknown layout.
+    """
+    check_choice("layout", layout, Layout)
+    if layout == get_args(Layout)[0]:
+        return tensors
+    return tuple(x.transpose(1, 2) if isinstance(x, Tensor) and x.ndim == 4 else x for x in tensors)
+
+
+def warn_of_bthd(q: Tensor, k: Tensor, causal: bool) -> None:
+    """Warn where q ``[B, Hq, Tq, D]`` and k ``[B, Hkv, Tk, D]`` make sense as ``[B, T, H, D]`` only.
+
+    They do so with more heads than any model has, and more than tokens; and with more query heads than KV heads, which then
+    look like queries before the first key.
+    """
+    if not all(isinstance(x, Tensor) and x.ndim == 4 and 0 not in x.shape for x in (q, k)):
+        return  # check_qkv says so
+    if q.shape[1] != k.shape[1] or q.shape[2] % k.shape[2]:
+        return
+    if (q.shape[1] > max(_MOST_HEADS, q.shape[2])) or (causal and q.shape[2] > k.shape[2]):
+        warnings.warn(
+            f"q {list(q.shape)} and k {list(k.shape)} are taken as [B, H, T, D]: {q.shape[1]} heads, {q.shape[2]} queries and "
+            f"{k.shape[2]} keys. {_BTHD}",
+            UserWarning,
+            stacklevel=3,
+        )
+
+
+ELSEWHERE = {
+    "is_causal": "causal=, which is True by default",
+    "attn_mask": "causal=, window= or kv_lengths=, or thrift_attn.attention_varlen for packed sequences",
+    "enable_gqa": "nothing in its place: k and v may have fewer heads than q",
+    "dropout_p": "nothing in its place: attention is inference only",
+    "softmax_scale": "scale=",
+    "sm_scale": "scale=",
+    "window_size": "window=: window_size=(w - 1, 0) is window=w",
+    "logits_soft_cap": "softcap=",
+    "return_attn_probs": "return_lse=",
+    "return_softmax_lse": "return_lse=",
+    "tensor_layout": "layout=, 'BHTD' (HND) or 'BTHD' (NHD)",
+    "kv_layout": "layout=, 'BHTD' (HND) or 'BTHD' (NHD)",
+    "cu_seqlens_q": "thrift_attn.attention_varlen",
+    "block_table": "thrift_attn.cache.PagedThriftCache",
+    "budget": "config=ThriftConfig(budget=...)",
+    "base_format": "config=ThriftConfig(base_format=...)",
+}
+"""What others call an argument, and what to use here."""
+
+
+def refuse_options(function: str, options: Mapping[str, object]) -> None:
+    """Raise TypeError for keywords that a function does not take, naming what it has in place of those of other libraries."""
+    for name in options:
+        use = f"; use {ELSEWHERE[name]}" if name in ELSEWHERE else ""
+        raise TypeError(f"{function}() takes no {name}={use}")
 
 
 def check_kv_lengths(kv_lengths: Tensor | None, k: Tensor) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import warnings
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from decimal import Decimal
 from typing import Any, Literal, TypeVar, get_args
 
@@ -30,6 +30,9 @@ Score = str
 """Name of a row of `thrift_attn.reference.scores.SCORES`."""
 
 PromotedStorage = Literal["16bit", "nested", "nested8"]
+Layout = Literal["BHTD", "BTHD"]
+"""Order of the dimensions of q, k and v: batch, heads, tokens, head dim; or flash-attention's."""
+
 _Config = TypeVar("_Config")
 
 BudgetKind = Literal["fraction", "top_k", "paper", "floored"]
@@ -242,6 +245,16 @@ _CHOICES = {
 }
 
 
+class _BudgetOption:
+    """The field ``budget`` of `ThriftConfig`: set with what `Budget.of` takes, read as a `Budget`. Type checkers know both."""
+
+    def __get__(self, config: ThriftConfig | None, owner: type) -> Budget:
+        return floored(0.05, blocks=16) if config is None else config.__dict__["budget"]
+
+    def __set__(self, config: ThriftConfig, value: Budget | float | str) -> None:
+        config.__dict__["budget"] = Budget.of(value)
+
+
 @_accept_old_names
 @dataclass(frozen=True, kw_only=True)
 class ThriftConfig:
@@ -299,7 +312,7 @@ class ThriftConfig:
     smooth: Smooth = "channel"
     scales: Scales = "best"
     normalize: Normalize = "rounded"
-    budget: Budget = field(default_factory=lambda: floored(0.05, blocks=16))
+    budget: _BudgetOption = _BudgetOption()
     score: Score = "mean"
     force_first: int = 0
     force_last: int = 1
@@ -311,7 +324,6 @@ class ThriftConfig:
             check_choice(name, getattr(self, name), choices)
         if self.score not in _scores:
             raise ValueError(f"score must be one of {', '.join(map(repr, _scores))}, got {self.score!r}")
-        object.__setattr__(self, "budget", Budget.of(self.budget))
         for name in ("force_first", "force_last", "exact_below"):
             value = getattr(self, name)
             if name == "exact_below" and value is None:

@@ -6,14 +6,22 @@ import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypedDict, overload
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, NoReturn, TypedDict, overload
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from thrift_attn.checks import check_cu_seqlens, check_kv_lengths, check_logits, check_qkv
-from thrift_attn.config import ThriftConfig
+from thrift_attn.checks import (
+    check_cu_seqlens,
+    check_kv_lengths,
+    check_logits,
+    check_qkv,
+    refuse_options,
+    to_bhtd,
+    warn_of_bthd,
+)
+from thrift_attn.config import Layout, ThriftConfig
 from thrift_attn.dispatch import Served, serve
 from thrift_attn.exact import Call, attend_exact, exact_stats
 from thrift_attn.numerics import PrefillNumerics
@@ -32,6 +40,7 @@ if TYPE_CHECKING:
         window: int | None
         softcap: float | None
         kv_lengths: Tensor | None
+        layout: Layout
         backend: str
 
 
@@ -67,9 +76,11 @@ def attention(
     window: int | None = None,
     softcap: float | None = None,
     kv_lengths: Tensor | None = None,
+    layout: Layout = "BHTD",
     backend: str = "auto",
     return_lse: bool = False,
     return_stats: bool = False,
+    **elsewhere: NoReturn,
 ) -> Tensor | tuple[Any, ...]:
     """Attention with most query-key blocks in low precision and a budget of important ones in high precision.
 
@@ -95,6 +106,8 @@ def attention(
         softcap: logits become softcap * tanh(logits / softcap). None for no cap.
         kv_lengths: int ``[B]``: row b has keys ``k[b, :, :kv_lengths[b]]``; queries before its position 0 give 0 and
             LSE -inf. None when all rows have Tk keys.
+        layout: ``"BHTD"``; or ``"BTHD"``, flash-attention's order, for q, k, v and the output. Shapes are named in the former
+            here and in errors. A warning says so where shapes look like the other one.
         backend: ``"reference"``, plain PyTorch; ``"triton"``, the kernels; or ``"auto"``: exact 16-bit attention where that is
             faster (``exact_below`` of `ThriftConfig`), the kernels on a CUDA device for what they serve, else the reference.
             See `thrift_attn.support`.
@@ -102,21 +115,28 @@ def attention(
             float64 input).
         return_stats: also return `Stats`: pairs promoted, asked and visible, and softmax mass per path. Copies them to the
             host.
+        **elsewhere: none; names that other libraries have, such as ``is_causal``, are refused with the one that is here.
 
     Returns:
-        The output ``[B, Hq, Tq, D]`` in the dtype of ``q``, followed by the LSE and the statistics if asked for.
+        The output ``[B, Hq, Tq, D]`` in the dtype and layout of ``q``, followed by the LSE and the statistics if asked for.
 
     Raises:
         ValueError: shapes that do not fit, options out of range.
-        TypeError: wrong or mixed dtypes.
+        TypeError: wrong or mixed dtypes, unknown arguments.
         NotImplementedError: gradients, or a backend that cannot serve the call.
 
     Source: ThriftAttention, arXiv 2605.23081.
     """
+    refuse_options("attention", elsewhere)
+    q, k, v = to_bhtd(layout, q, k, v)
+    if layout == "BHTD" and kv_lengths is None:
+        warn_of_bthd(q, k, causal)
     found = attend(
         q, k, v, config=config, causal=causal, scale=scale, window=window, softcap=softcap, kv_lengths=kv_lengths,
         backend=backend, return_lse=return_lse, return_stats=return_stats,
     )  # fmt: skip
+    if layout == "BTHD":
+        found = found._replace(out=found.out.transpose(1, 2).contiguous())
     returned = (found.out, *(found.lse,) * return_lse, *(found.stats,) * return_stats)
     return returned if len(returned) > 1 else found.out
 
@@ -266,6 +286,7 @@ def attention_varlen(
     softcap: float | None = None,
     backend: str = "auto",
     return_lse: bool = False,
+    **elsewhere: NoReturn,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """`attention` over sequences packed end to end; nothing is copied to the host on the kernels' path.
 
@@ -288,6 +309,7 @@ def attention_varlen(
         softcap: see `attention`.
         backend: see `attention`.
         return_lse: also return the log-sum-exp ``[Hq, queries]``.
+        **elsewhere: none, see `attention`.
 
     Returns:
         The output, the shape and dtype of ``q``, followed by the LSE if asked for.
@@ -295,9 +317,10 @@ def attention_varlen(
     Raises:
         ValueError: shapes that do not fit, options out of range, starts that decrease or leave the tensor, or a sequence
             longer than said. Starts on a GPU are not looked at but clamped, since looking would wait for the device.
-        TypeError: wrong or mixed dtypes.
+        TypeError: wrong or mixed dtypes, unknown arguments.
         NotImplementedError: gradients, or a backend that cannot serve the call.
     """
+    refuse_options("attention_varlen", elsewhere)
     config = _checked(config)
     for name, x in (("q", q), ("k", k), ("v", v)):
         if not isinstance(x, Tensor):

@@ -1,11 +1,12 @@
 """Bad input gets one clear error before any work."""
 
 import math
+import warnings
 
 import pytest
 import torch
 
-from thrift_attn import Budget, ThriftConfig, attention, floored, fraction, top_k
+from thrift_attn import Budget, ThriftConfig, attention, attention_varlen, floored, fraction, top_k
 
 GOOD = {"q": (1, 4, 8, 64), "k": (1, 2, 8, 64), "v": (1, 2, 8, 64)}
 
@@ -170,3 +171,68 @@ def test_config_is_frozen_and_goes_to_json():
         config.base_format = "fp8"  # type: ignore[misc]
     plain = json.loads(json.dumps(config.to_dict()))
     assert ThriftConfig(**{**plain, "budget": Budget.parse(plain["budget"])}) == config
+
+
+# -- those who come from other libraries ------------------------------------------------------------------------------
+
+
+def made(*shape):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(sum(shape)))
+
+
+@pytest.mark.parametrize(("queries", "keys"), [(100, 100), (3, 200)])
+def test_layout_of_flash_attention(queries, keys):
+    q, k, v = made(2, queries, 4, 32), made(2, keys, 2, 32), made(2, keys, 2, 32)
+    out, lse = attention(q, k, v, layout="BTHD", return_lse=True)
+    want, want_lse = attention(*(x.transpose(1, 2) for x in (q, k, v)), return_lse=True)
+    assert torch.equal(out, want.transpose(1, 2))
+    assert torch.equal(lse, want_lse)
+    assert out.is_contiguous()
+
+
+def test_unknown_layout():
+    with pytest.raises(ValueError, match="layout must be one of 'BHTD', 'BTHD', got 'NHD'"):
+        call(layout="NHD")
+
+
+@pytest.mark.parametrize(
+    ("q", "k"),
+    [((1, 200, 4, 32), (1, 200, 4, 32)), ((1, 20, 4, 32), (1, 20, 2, 32))],  # many heads; more queries than keys
+)
+def test_shapes_that_look_like_flash_attention_get_a_warning(q, k):
+    tensors = made(*q), made(*k), made(*k)
+    with pytest.warns(UserWarning, match=r"are taken as \[B, H, T, D\].*need layout='BTHD'"):
+        attention(*tensors)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        attention(*tensors, layout="BTHD")
+        attention(*(x.transpose(1, 2) for x in tensors))
+
+
+def test_a_step_of_decode_in_the_other_layout_says_so():
+    with pytest.raises(ValueError, match=r"multiple of KV heads, got 1 and 200.*need layout='BTHD'"):
+        call({"q": (1, 1, 4, 64), "k": (1, 200, 2, 64), "v": (1, 200, 2, 64)})
+
+
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        ({"is_causal": True}, "takes no is_causal=; use causal=, which is True by default"),
+        ({"attn_mask": None}, "takes no attn_mask=; use causal="),
+        ({"softmax_scale": 0.1}, "takes no softmax_scale=; use scale="),
+        ({"budget": 0.05}, r"takes no budget=; use config=ThriftConfig\(budget=...\)"),
+        ({"colour": "red"}, "takes no colour=$"),
+    ],
+)
+def test_names_of_other_libraries(option, message):
+    with pytest.raises(TypeError, match=message):
+        call(**option)
+    with pytest.raises(TypeError, match=message):
+        attention_varlen(*made(3, 4, 2, 32), torch.tensor([0, 4]), torch.tensor([0, 4]), 4, 4, **option)
+
+
+@pytest.mark.parametrize("budget", [0.05, "5%", "0.05", fraction(0.05)])
+def test_a_budget_is_a_share_or_text(budget):
+    for make in (ThriftConfig, ThriftConfig.paper, ThriftConfig.for_cache, ThriftConfig().with_):
+        assert make(budget=budget).budget == fraction(0.05)
+    assert ThriftConfig.sparse("quest", budget=budget).budget == fraction(0.05)
