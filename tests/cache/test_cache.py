@@ -30,7 +30,7 @@ def test_pages_decode_to_what_the_formats_define(high, low, centred):
     read = read_blocks(pool, pages, numerics=numerics)
     mean = block_means(k)
     delta = k - mean if centred else k
-    assert torch.equal(read.centres, mean[..., 0, :])
+    assert torch.equal(read.k_block_mean, mean[..., 0, :])
     low_k, low_v = roundtrip(delta, FORMATS[low], best=True), roundtrip(v, FORMATS[low], -2, best=True)
     assert torch.equal(read.low_k, low_k)
     assert torch.equal(read.low_v, low_v)
@@ -121,10 +121,10 @@ def test_ragged_batches_equal_rows_alone():
     out, lse = cache.attend(q, return_lse=True)
     assert not out[0].any()
     assert (lse[0] == -math.inf).all()
-    for row in range(1, 4):
+    for seq in range(1, 4):
         alone = make()
-        alone.append(k[row : row + 1, :, : lengths[row]], v[row : row + 1, :, : lengths[row]])
-        torch.testing.assert_close(out[row : row + 1], alone.attend(q[row : row + 1]), rtol=1e-5, atol=1e-6)
+        alone.append(k[seq : seq + 1, :, : lengths[seq]], v[seq : seq + 1, :, : lengths[seq]])
+        torch.testing.assert_close(out[seq : seq + 1], alone.attend(q[seq : seq + 1]), rtol=1e-5, atol=1e-6)
 
 
 def test_a_freed_page_shows_nothing_of_its_past():
@@ -145,10 +145,10 @@ def test_exhaustion_is_told_before_anything_is_written():
     cache = make(batch=2, pages=3)
     k, v = tokens(130, batch=2)
     cache.append(k, v, lengths=[130, 10])
-    before = [state(cache, row) for row in range(2)]
+    before = [state(cache, seq) for seq in range(2)]
     with pytest.raises(RuntimeError, match="exhausted: 2 more pages are needed and 1 of 3 are free"):
         cache.append(k, v, lengths=[0, 130])
-    assert all(same(state(cache, row), before[row]) for row in range(2))
+    assert all(same(state(cache, seq), before[seq]) for seq in range(2))
     with pytest.raises(ValueError, match="more than its 1 pages of 64 tokens hold"):
         make(max_pages=1).append(*tokens(128))
     cache.free(0)
@@ -253,11 +253,11 @@ def test_what_the_cache_does_not_serve(options, error, message):
         (lambda cache, k: cache.append(k, k, lengths=[1.5]), TypeError, r"a length must be a whole number, got 1\.5"),
         (lambda cache, k: cache.append(k.tolist(), k), TypeError, "k must be a tensor, got list"),
         (lambda cache, k: cache.truncate(0, 0.5), TypeError, r"tokens must be a whole number, got 0\.5"),
-        (lambda cache, k: cache.free(0.5), TypeError, r"row must be a whole number, got 0\.5"),
-        (lambda cache, k: cache.select([0.5]), TypeError, r"row must be a whole number, got 0\.5"),
+        (lambda cache, k: cache.free(0.5), TypeError, r"seq must be a whole number, got 0\.5"),
+        (lambda cache, k: cache.select([0.5]), TypeError, r"seq must be a whole number, got 0\.5"),
         (lambda cache, k: cache.reserve(0.5), TypeError, r"tokens must be a whole number, got 0\.5"),
         (lambda cache, k: cache.reserve(-1), ValueError, "tokens must be at least 0"),
-        (lambda cache, k: cache.reserve([1, 1]), ValueError, "one number or one for each of 1 rows"),
+        (lambda cache, k: cache.reserve([1, 1]), ValueError, "one number or one for each of 1 sequences"),
     ],
 )
 def test_what_is_no_number_of_tokens_or_rows_is_refused_and_changes_nothing(call, error, message):
@@ -288,9 +288,9 @@ def test_bad_input_changes_nothing():
         (lambda: cache.attend(query(), window=0), ValueError, "window"),
         (lambda: cache.attend(query(), softcap=-1), ValueError, "softcap"),
         (lambda: cache.truncate(0, 71), ValueError, "cannot keep 71"),
-        (lambda: cache.truncate(1, 0), ValueError, "row must be from 0 to 0"),
+        (lambda: cache.truncate(1, 0), ValueError, "seq must be from 0 to 0"),
         (lambda: cache.fork(0, 0), ValueError, "must differ"),
-        (lambda: cache.free(-1), ValueError, "row must be"),
+        (lambda: cache.free(-1), ValueError, "seq must be"),
     ]
     for call, error, message in bad:
         with pytest.raises(error, match=message):
@@ -311,7 +311,7 @@ def test_blocks_without_a_page_are_below_zero():
 
     def without(held):
         table = held.table.table
-        return [(row >= 0).sum().item() for row in table], [len(owned) for owned in held.table._owned]
+        return [(pages >= 0).sum().item() for pages in table], [len(owned) for owned in held.table._owned]
 
     assert without(cache) == ([3, 3], [3, 3])
     assert without(cache.branch()) == ([2, 2], [2, 2])

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from thrift_attn import ThriftConfig, attention, top_k
 from thrift_attn.cache.paged import PagedThriftCache
-from thrift_attn.cache.state import dump, restore
+from thrift_attn.cache.state import load_state_dict, state_dict
 
 HEADS, DIM = 2, 32
 
@@ -34,12 +34,12 @@ def make(batch: int = 1, dtype: torch.dtype = torch.float16, **changes) -> Paged
     )
 
 
-def scales(cache: PagedThriftCache, row: int = 0) -> tuple[Tensor, Tensor]:
+def scales(cache: PagedThriftCache, seq: int = 0) -> tuple[Tensor, Tensor]:
     """Copies of the scales of one sequence."""
     k_scale, v_scale = cache.per_sequence.k_channel_scale, cache.per_sequence.v_head_scale
     assert k_scale is not None
     assert v_scale is not None
-    return k_scale[row].clone(), v_scale[row].clone()
+    return k_scale[seq].clone(), v_scale[seq].clone()
 
 
 def same(a, b) -> bool:
@@ -95,11 +95,11 @@ def test_a_sequence_takes_its_own_with_its_first_block() -> None:
     cache.append(k[:, :, 63:], v[:, :, 63:], lengths=[0, 87])
     assert same(scales(cache, 0), ones)
     cache.append(k[:, :, 63:], v[:, :, 63:], lengths=[87, 0])
-    for row, one in enumerate((small, large)):
+    for seq, one in enumerate((small, large)):
         alone = make()
         alone.append(*one)
-        assert same(scales(cache, row), scales(alone))
-        assert same(cache.read(row), alone.read(0))
+        assert same(scales(cache, seq), scales(alone))
+        assert same(cache.read(seq), alone.read(0))
     assert not same(scales(cache, 0), scales(cache, 1))
 
 
@@ -136,7 +136,7 @@ def test_beam_search_moves_them() -> None:
     cache, (k, v) = make(batch=2), tokens(100, batch=2)
     k[1], v[1] = 30 * k[1], 30 * v[1]
     cache.append(k, v)
-    old = [cache.read(row) for row in range(2)]
+    old = [cache.read(seq) for seq in range(2)]
     cache.select([1, 0])
     assert same(cache.read(0), old[1])
     other = cache.branch()
@@ -157,21 +157,21 @@ def test_taking_back_tokens_keeps_them_exact() -> None:
 def test_scales_are_saved_with_what_they_belong_to() -> None:
     cache, (k, v) = make(), tokens(150)
     cache.append(k, v)
-    saved = dump(cache)
+    saved = state_dict(cache)
     again, plain = make(), make(smooth="none")
     for target in (again, plain):
-        restore(target, saved)
+        load_state_dict(target, saved)
         assert same(target.read(0), cache.read(0))
     plain = make(smooth="none")
     plain.append(k, v)
     assert plain.per_sequence.k_channel_scale is None
     old = make()
-    restore(old, dump(plain))
+    load_state_dict(old, state_dict(plain))
     assert same(old.read(0), plain.read(0))
     for wrong in (0.0, 3.0, -2.0, float("nan"), 2.0**70):
-        broken = dump(cache) | {"v_head_scale": torch.full((1, HEADS), wrong)}
+        broken = state_dict(cache) | {"v_head_scale": torch.full((1, HEADS), wrong)}
         with pytest.raises(ValueError, match="v_head_scale must hold powers of two"):
-            restore(make(), broken)
+            load_state_dict(make(), broken)
 
 
 @pytest.mark.parametrize("size", [1e-7, 1.0, 2e3])

@@ -36,10 +36,10 @@ kinds = st.sampled_from(KINDS)
 appends = st.fixed_dictionaries(
     {"which": small, "lengths": st.lists(counts, min_size=1, max_size=3), "seed": seeds, "kind": kinds}
 )
-truncates = st.fixed_dictionaries({"which": small, "row": small, "back": st.integers(0, 600)})
+truncates = st.fixed_dictionaries({"which": small, "seq": small, "back": st.integers(0, 600)})
 forks = st.fixed_dictionaries({"which": small, "source": small, "target": small})
-frees = st.fixed_dictionaries({"which": small, "row": small})
-selects = st.fixed_dictionaries({"which": small, "rows": st.lists(small, min_size=1, max_size=4)})
+frees = st.fixed_dictionaries({"which": small, "seq": small})
+selects = st.fixed_dictionaries({"which": small, "seqs": st.lists(small, min_size=1, max_size=4)})
 reserves = st.fixed_dictionaries({"which": small, "tokens": counts})
 reloads = st.fixed_dictionaries({"which": small, "more_pages": st.integers(0, 8)})
 branches = st.fixed_dictionaries({"which": small})
@@ -99,9 +99,9 @@ class CacheMachine(RuleBasedStateMachine):
     def drop(self, which: int) -> None:
         self.machine.apply("drop", which=which)
 
-    @rule(which=small, kind=st.integers(0, len(REFUSALS) - 1), row=small)
-    def refuse(self, which: int, kind: int, row: int) -> None:
-        self.machine.apply("refuse", which=which, kind=kind, row=row)
+    @rule(which=small, kind=st.integers(0, len(REFUSALS) - 1), seq=small)
+    def refuse(self, which: int, kind: int, seq: int) -> None:
+        self.machine.apply("refuse", which=which, kind=kind, seq=seq)
 
     @rule(first=threaded, second=threaded, reads=seeds)
     def together(self, first: Any, second: Any, reads: int) -> None:
@@ -149,17 +149,17 @@ def test_a_planted_bug_is_found(name: str, monkeypatch: pytest.MonkeyPatch) -> N
 def test_a_wrong_call_is_refused_and_changes_nothing(name: str, lengths: list[int]) -> None:
     machine = Machine(PLAIN)
     machine.apply("append", which=0, lengths=lengths, seed=2, kind="plain")
-    machine.apply("refuse", which=0, kind=list(REFUSALS).index(name), row=1)
+    machine.apply("refuse", which=0, kind=list(REFUSALS).index(name), seq=1)
     machine.apply("attend", which=0, count=1, seed=1, options={})
 
 
 EVERY_LINE: dict[str, tuple[str, dict[str, Any]]] = {
     "append": ("append", {"lengths": [58, 0, 5], "seed": 4, "kind": "plain"}),
     "fork": ("fork", {"source": 0, "target": 1}),
-    "truncate": ("truncate", {"row": 0, "back": 10}),
-    "truncate into a page": ("truncate", {"row": 2, "back": 150}),
-    "free": ("free", {"row": 2}),
-    "select": ("select", {"rows": [2, 0, 0, 1]}),
+    "truncate": ("truncate", {"seq": 0, "back": 10}),
+    "truncate into a page": ("truncate", {"seq": 2, "back": 150}),
+    "free": ("free", {"seq": 2}),
+    "select": ("select", {"seqs": [2, 0, 0, 1]}),
     "reserve": ("reserve", {"tokens": 70}),
     "branch": ("branch", {}),
     "load": ("reload", {"more_pages": 2}),
@@ -173,12 +173,12 @@ def test_an_interrupt_at_any_line(name: str) -> None:
 
     first = Machine(PLAIN)
     first.apply("append", which=0, lengths=[70, 63, 200], seed=2, kind="plain")
-    saved = state.dump(first.members[0].cache)
+    saved = state.state_dict(first.members[0].cache)
 
     def ready() -> Machine:
         machine = Machine(PLAIN)
-        state.restore(machine.members[0].cache, saved)
-        machine.members[0].rows = first.members[0].rows
+        state.load_state_dict(machine.members[0].cache, saved)
+        machine.members[0].seqs = first.members[0].seqs
         machine.members[0].look()
         machine.apply("branch", which=0)
         return machine

@@ -29,7 +29,7 @@ def lines_of(change: Callable[[], object], at: int | None = None) -> int:
 
 def held(cache: PagedThriftCache) -> list[torch.Tensor]:
     """What a cache holds and says of itself."""
-    return [x for row in range(cache.batch) for x in cache.read(row)] + [cache.lengths.clone()]
+    return [x for seq in range(cache.batch) for x in cache.read(seq)] + [cache.lengths.clone()]
 
 
 def same(a: list[torch.Tensor], b: list[torch.Tensor]) -> bool:
@@ -84,26 +84,26 @@ def test_a_cache_that_is_not_intact_is_not_written_to_a_file_and_not_branched():
     with pytest.raises(KeyboardInterrupt):
         lines_of(lambda: cache.append(new, new), count // 2)
     assert not cache.is_intact
-    for use in (cache.branch, lambda: state.dump(cache)):
+    for use in (cache.branch, lambda: state.state_dict(cache)):
         with pytest.raises(RuntimeError, match="interrupted halfway"):
             use()
 
 
-def test_an_interrupted_restore_leaves_a_cache_that_is_empty_or_full_or_says_that_it_is_neither():
-    saved = state.dump(make()[0])
+def test_an_interrupted_load_leaves_a_cache_that_is_empty_or_full_or_says_that_it_is_neither():
+    saved = state.state_dict(make()[0])
 
     def empty() -> PagedThriftCache:
         return PagedThriftCache(batch=2, kv_heads=1, head_dim=16, num_pages=8, dtype=torch.float32, device="cpu")
 
     target = empty()
     before = held(target)
-    count = lines_of(lambda: state.restore(target, saved))
+    count = lines_of(lambda: state.load_state_dict(target, saved))
     after = held(target)
     refused = 0
     for line in range(1, count + 1):
         target = empty()
         with pytest.raises(KeyboardInterrupt):
-            lines_of(lambda: state.restore(target, saved), line)  # noqa: B023 (called at once)
+            lines_of(lambda: state.load_state_dict(target, saved), line)  # noqa: B023 (called at once)
         if target.is_intact:
             assert same(held(target), before) or same(held(target), after), line
         refused += not target.is_intact

@@ -21,7 +21,7 @@ def test_pages_written_by_kernels_and_by_pytorch_agree(high, scales):
     for cache in caches:
         cache.append(k, v)
     one, other = caches
-    assert (one.pool.centres[:1].float() - other.pool.centres[:1].float()).abs().max() <= 2**-7
+    assert (one.pool.k_block_mean[:1].float() - other.pool.k_block_mean[:1].float()).abs().max() <= 2**-7
     # Means are summed in another order: one that rounds the other way, or a near tie of two scales, moves single codes.
     different = (one.pool.base[:1] != other.pool.base[:1]).float().mean()
     assert different < 0.02
@@ -46,11 +46,11 @@ def test_the_first_token_lies_beside_the_pages(low, high, steps):
             start += n
         assert torch.equal(cache.per_sequence.sink_value, v[:, :, 0])
         pages = cache.table.table[:, 0].long()
-        assert torch.equal(cache.pool.centres[pages], k[:, :, 0])
-        for row in range(2):
-            keys, values = cache.read(row)
-            assert torch.equal(keys[:, 0], k[row, :, 0])
-            assert torch.equal(values[:, 0], v[row, :, 0])
+        assert torch.equal(cache.pool.k_block_mean[pages], k[:, :, 0])
+        for seq in range(2):
+            keys, values = cache.read(seq)
+            assert torch.equal(keys[:, 0], k[seq, :, 0])
+            assert torch.equal(values[:, 0], v[seq, :, 0])
     means = [cache.per_sequence.block0_mean for cache in (kernels, plain)]
     torch.testing.assert_close(*means, rtol=2e-3, atol=1e-5)
     torch.testing.assert_close(means[0].float(), k[:, :, 1:64].float().mean(2), rtol=2e-3, atol=1e-3)
@@ -109,7 +109,7 @@ def test_steps_on_the_device_equal_bulk_appends(steps):
         start += n
     plain.append(k, v)
     assert kernels.lengths.tolist() == plain.lengths.tolist() == [sum(steps)] * 2
-    assert [kernels.tokens(row) for row in range(2)] == [sum(steps)] * 2
+    assert [kernels.tokens(seq) for seq in range(2)] == [sum(steps)] * 2
     check(kernels, plain, query(batch=2, heads=2))
     for cache in (kernels, plain):
         cache.truncate(1, sum(steps) - 5)

@@ -47,7 +47,7 @@ def test_poisoned_pages_of_others_are_not_read():
     want = [x[1, :, :66].clone() for x in plain.widen()]
     for page in kernels.table.pages(0).tolist():
         kernels.pool.base[page] = kernels.pool.high[page] = -1
-        kernels.pool.centres[page] = torch.nan
+        kernels.pool.k_block_mean[page] = torch.nan
     kernels.tail[:, 0] = torch.nan
     for got, expected in zip(kernels.widen(), want, strict=True):
         assert torch.equal(got[1, :, :66], expected)

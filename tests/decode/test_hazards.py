@@ -171,10 +171,10 @@ def test_ragged_steps_are_one_launch(counts, monkeypatch):
         cache.append(k, v, lengths=counts)
     assert len(launched) == 1
     assert kernels.lengths.tolist() == plain.lengths.tolist()
-    assert kernels._slots == plain._slots
-    for row in range(3):
-        assert kernels.tokens(row) == plain.tokens(row)
-        for got, want in zip(kernels.read(row), plain.read(row), strict=True):
+    assert kernels._tail_blocks == plain._tail_blocks
+    for seq in range(3):
+        assert kernels.tokens(seq) == plain.tokens(seq)
+        for got, want in zip(kernels.read(seq), plain.read(seq), strict=True):
             assert (got.float() - want.float()).norm() <= 4e-3 * want.float().norm()
 
 

@@ -16,13 +16,14 @@ from thrift_attn.config import BLOCK
 
 
 def truncate_forgets_nothing(patch: pytest.MonkeyPatch) -> None:
-    """The 16-bit slots of blocks that were taken back count as those of the blocks that come after."""
+    """The tail blocks of blocks that were taken back count as those of the blocks that come after."""
     truncate = PagedThriftCache.truncate
 
-    def planted(self: Any, row: int, tokens: int) -> None:
-        before = list(self._slots[row])
-        truncate(self, row, tokens)
-        self._slots[row] = [now if now >= 0 else old for now, old in zip(self._slots[row], before, strict=True)]
+    def planted(self: Any, seq: int, tokens: int) -> None:
+        before = list(self._tail_blocks[seq])
+        truncate(self, seq, tokens)
+        after = zip(self._tail_blocks[seq], before, strict=True)
+        self._tail_blocks[seq] = [now if now >= 0 else old for now, old in after]
 
     patch.setattr(PagedThriftCache, "truncate", planted)
 
@@ -42,9 +43,9 @@ def fork_leaves_the_tail(patch: pytest.MonkeyPatch) -> None:
 def freed_page_is_still_in_a_table(patch: pytest.MonkeyPatch) -> None:
     """A page goes back to the pool although another sequence shares it."""
 
-    def planted(self: Any, row: int, blocks: int) -> None:
-        given = self._owned[row][blocks:]
-        del self._owned[row][blocks:]
+    def planted(self: Any, seq: int, blocks: int) -> None:
+        given = self._owned[seq][blocks:]
+        del self._owned[seq][blocks:]
         self._free.extend(page for page in given if page not in self._free)
 
     patch.setattr(PageTable, "_give_back", planted)
@@ -83,10 +84,10 @@ def stale_block_mean(patch: pytest.MonkeyPatch) -> None:
     write = paged.write_blocks
 
     def planted(pool: Any, pages: torch.Tensor, *arguments: Any, **options: Any) -> None:
-        before = pool.centres[pages].clone()
+        before = pool.k_block_mean[pages].clone()
         write(pool, pages, *arguments, **options)
         used = before.any(-1, keepdim=True)
-        pool.centres[pages] = torch.where(used, before, pool.centres[pages])
+        pool.k_block_mean[pages] = torch.where(used, before, pool.k_block_mean[pages])
 
     patch.setattr(paged, "write_blocks", planted)
 
@@ -95,26 +96,26 @@ def select_leaves_the_first_value(patch: pytest.MonkeyPatch) -> None:
     """Rows are exchanged, but for the V of their first tokens."""
     select = PagedThriftCache.select
 
-    def planted(self: Any, rows: list[int]) -> None:
+    def planted(self: Any, seqs: list[int]) -> None:
         before = self.per_sequence.sink_value.clone()
-        select(self, rows)
-        if len(rows) == len(before):
+        select(self, seqs)
+        if len(seqs) == len(before):
             self.per_sequence.sink_value.copy_(before)
 
     patch.setattr(PagedThriftCache, "select", planted)
 
 
-def file_without_slots(patch: pytest.MonkeyPatch) -> None:
+def file_without_tail_blocks(patch: pytest.MonkeyPatch) -> None:
     """A cache that is read from a file takes its newest complete block for one that is not kept in 16 bits."""
-    restore = state.restore
+    load_state_dict = state.load_state_dict
 
     def planted(cache: PagedThriftCache, saved: dict[str, torch.Tensor]) -> None:
-        restore(cache, saved)
-        for row in range(cache.batch):
-            whole = cache.tokens(row) // BLOCK
-            cache._slots[row] = [held if held == whole else -1 for held in cache._slots[row]]
+        load_state_dict(cache, saved)
+        for seq in range(cache.batch):
+            whole = cache.tokens(seq) // BLOCK
+            cache._tail_blocks[seq] = [held if held == whole else -1 for held in cache._tail_blocks[seq]]
 
-    patch.setattr(state, "restore", planted)
+    patch.setattr(state, "load_state_dict", planted)
 
 
 def interrupted_change_is_not_marked(patch: pytest.MonkeyPatch) -> None:
@@ -138,7 +139,7 @@ PLANTED: dict[str, Callable[[pytest.MonkeyPatch], None]] = {
         residual_of_another_page,
         stale_block_mean,
         select_leaves_the_first_value,
-        file_without_slots,
+        file_without_tail_blocks,
         interrupted_change_is_not_marked,
     )
 }

@@ -150,7 +150,7 @@ def test_wrong_arguments_leave_the_cache_intact() -> None:
         lambda: cache.advance(65),
         lambda: cache.paged_layers[0].select([2]),
     ):
-        with pytest.raises(ValueError, match=r"row must be|a step appends"):
+        with pytest.raises(ValueError, match=r"seq must be|a step appends"):
             call()
         assert cache.is_intact
     assert s.step(cache, [0, 1]).isfinite().all()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import gc
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -128,7 +129,7 @@ def test_rows_do_not_depend_on_their_neighbours() -> None:
     assert pages
     for layer in together.paged_layers:  # what belongs to row 0 becomes NaN
         layer.paged.pool.base[pages] = layer.paged.pool.high[pages] = -1
-        layer.paged.pool.centres[pages] = torch.nan
+        layer.paged.pool.k_block_mean[pages] = torch.nan
         layer.paged.tail[:, 0] = torch.nan
     new = tokens(3, 1, seed=8)
     more = torch.cat([mask, torch.ones(3, 1, dtype=torch.long)], 1)
@@ -411,11 +412,50 @@ def test_a_file_of_another_model_or_a_damaged_one_is_refused(tmp_path: Any) -> N
     assert list(tmp_path.iterdir()) == [path]
 
 
+def rewrite(path: Any, change: Callable[[dict[str, Any], dict[str, torch.Tensor]], object]) -> None:
+    """Write a file anew after a change of its description and its tensors, with a digest that fits."""
+    import json
+
+    from safetensors import safe_open
+    from safetensors.torch import save_file
+
+    from thrift_attn.transformers import files
+
+    with safe_open(str(path), "pt") as file:
+        about = json.loads(file.metadata()["thrift_cache"])
+        x = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    change(about, x)
+    about["digest"] = files._digest(about, x)
+    save_file(x, str(path), metadata={"thrift_cache": json.dumps(about)})
+
+
+@torch.no_grad()
+def test_files_of_format_5_are_read_and_others_are_refused_by_their_number(tmp_path: Any) -> None:
+    _, model = enabled("llama")
+    cache, path, ids = cache_for(model), tmp_path / "prefix.safetensors", tokens(1, 150)
+    model(ids, past_key_values=cache)
+    cache.save(path)
+
+    def as_before(about: dict[str, Any], x: dict[str, torch.Tensor]) -> None:
+        about["format"] = 5
+        for name in list(x):  # the names in use then
+            old = name.replace("tail_blocks", "slots").replace("k_block_mean", "centres")
+            x[old] = x.pop(name)
+
+    rewrite(path, as_before)
+    fresh = cache_for(model)
+    fresh.load(path)
+    assert torch.equal(*(model(ids[:, :1], past_key_values=filled).logits for filled in (cache, fresh)))
+    rewrite(path, lambda about, x: about.update(format=4))
+    with pytest.raises(ValueError, match="must have format 5 or 6, got 4"):
+        cache_for(model).load(path)
+
+
 FORGERIES: dict[str, Any] = {
     "a length": lambda about, x: x["1.tokens"].fill_(64),
     "a negative length": lambda about, x: x["0.tokens"].fill_(-5),
     "a huge length": lambda about, x: x["0.tokens"].fill_(10**6),
-    "tail blocks": lambda about, x: x["0.slots"].copy_(torch.tensor([[7, 9]])),
+    "tail blocks": lambda about, x: x["0.tail_blocks"].copy_(torch.tensor([[7, 9]])),
     "pages": lambda about, x: x["0.blocks"].fill_(99),
     "slots": lambda about, x: about["layers"][0].update(slots=3),
     "layers": lambda about, x: about.pop("layers"),
@@ -430,23 +470,11 @@ FORGERIES: dict[str, Any] = {
 @pytest.mark.parametrize("forgery", FORGERIES)
 @torch.no_grad()
 def test_a_forged_file_is_refused_and_leaves_the_cache_usable(forgery: str, tmp_path: Any) -> None:
-    import json
-
-    from safetensors import safe_open
-    from safetensors.torch import save_file
-
-    from thrift_attn.transformers import files
-
     _, model = enabled("llama")
     cache, path, ids = cache_for(model), tmp_path / "prefix.safetensors", tokens(1, 150)
     want = model(ids, past_key_values=cache).logits
     cache.save(path)
-    with safe_open(str(path), "pt") as file:
-        about = json.loads(file.metadata()["thrift_cache"])
-        x = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    FORGERIES[forgery](about, x)
-    about["digest"] = files._digest(about, x)
-    save_file(x, str(path), metadata={"thrift_cache": json.dumps(about)})
+    rewrite(path, FORGERIES[forgery])
     fresh = cache_for(model)
     with pytest.raises(ValueError, match=r"(damaged|expected|needs|cannot|must|may have|at least|pages|dtype)"):
         fresh.load(path)

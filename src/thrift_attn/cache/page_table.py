@@ -57,23 +57,23 @@ class PageTable:
         if stream is not None:
             self._users[stream.cuda_stream] = stream
 
-    def tokens(self, row: int) -> int:
+    def tokens(self, seq: int) -> int:
         """Length of a sequence, known without asking the device."""
-        return self._tokens[row]
+        return self._tokens[seq]
 
-    def pages(self, row: int) -> Tensor:
+    def pages(self, seq: int) -> Tensor:
         """Pages of the complete blocks of a sequence, int64 on the device."""
-        return self.table[row, : self._tokens[row] // BLOCK].long()
+        return self.table[seq, : self._tokens[seq] // BLOCK].long()
 
     def check_lengths(self, wanted: list[int]) -> None:
         """Raise ValueError for a length that a sequence may not have."""
         limit = self.table.shape[1]
-        for row, length in enumerate(wanted):
+        for seq, length in enumerate(wanted):
             if self._max_tokens is not None and length > self._max_tokens:
-                raise ValueError(f"sequence {row} would have {length} tokens, and may have {self._max_tokens}")
+                raise ValueError(f"sequence {seq} would have {length} tokens, and may have {self._max_tokens}")
             if length // BLOCK > limit:
                 raise ValueError(
-                    f"sequence {row} would have {length} tokens, more than its {limit} pages of {BLOCK} tokens hold"
+                    f"sequence {seq} would have {length} tokens, more than its {limit} pages of {BLOCK} tokens hold"
                 )
 
     def check_room(self, wanted: list[int]) -> None:
@@ -105,17 +105,17 @@ class PageTable:
         self._order.take(current_stream(self.table.device))
         # One copy to the device, and the books only when it has been made.
         given = torch.tensor(self._free[-sum(missing) :][::-1], dtype=torch.int32)
-        rows = torch.tensor(missing).nonzero().flatten().repeat_interleave(torch.tensor([n for n in missing if n]))
+        seqs = torch.tensor(missing).nonzero().flatten().repeat_interleave(torch.tensor([n for n in missing if n]))
         places = torch.cat(
             [torch.arange(len(held), len(held) + n) for held, n in zip(self._owned, missing, strict=True)]
         )
-        at = torch.stack([rows, places, given]).to(self.table.device)
+        at = torch.stack([seqs, places, given]).to(self.table.device)
         self.table[at[0], at[1]] = at[2].int()
-        for row, count in enumerate(missing):
+        for seq, count in enumerate(missing):
             for _ in range(count):
                 page = self._free.pop()
                 self._references[page] = 1
-                self._owned[row].append(page)
+                self._owned[seq].append(page)
 
     def missing(self, wanted: list[int]) -> int:
         """Pages that `reserve` would have to give."""
@@ -124,27 +124,27 @@ class PageTable:
     def _missing(self, wanted: list[int]) -> list[int]:
         return [max(0, length // BLOCK - len(owned)) for length, owned in zip(wanted, self._owned, strict=True)]
 
-    def set_tokens(self, row: int, tokens: int) -> None:
+    def set_tokens(self, seq: int, tokens: int) -> None:
         """Set the length of a sequence, here and on the device."""
-        self._tokens[row] = tokens
-        self.lengths[row] = tokens
+        self._tokens[seq] = tokens
+        self.lengths[seq] = tokens
 
-    def note_tokens(self, row: int, tokens: int) -> None:
+    def note_tokens(self, seq: int, tokens: int) -> None:
         """Record a length that the device already knows."""
-        self._tokens[row] = tokens
+        self._tokens[seq] = tokens
 
-    def release(self, row: int, blocks: int) -> None:
+    def release(self, seq: int, blocks: int) -> None:
         """Give back the pages of a sequence from block ``blocks`` on."""
-        if len(self._owned[row]) > blocks:
-            self.table[row, blocks : len(self._owned[row])] = -1
-        self._give_back(row, blocks)
+        if len(self._owned[seq]) > blocks:
+            self.table[seq, blocks : len(self._owned[seq])] = -1
+        self._give_back(seq, blocks)
 
-    def _give_back(self, row: int, blocks: int) -> None:
-        given = self._owned[row][blocks:]
+    def _give_back(self, seq: int, blocks: int) -> None:
+        given = self._owned[seq][blocks:]
         if given:
             self.note_use()
             self._order.give_back(self._users.values())
-        del self._owned[row][blocks:]
+        del self._owned[seq][blocks:]
         for page in given:
             self._references[page] -= 1
             if not self._references[page]:
@@ -160,25 +160,25 @@ class PageTable:
         self.table[target, :blocks] = self.table[source, :blocks]
         self.set_tokens(target, self._tokens[source])
 
-    def select(self, rows: list[int]) -> None:
-        """Make row i what row ``rows[i]`` was: copies share the complete blocks, rows left out give their pages back.
+    def select(self, seqs: list[int]) -> None:
+        """Make sequence i what ``seqs[i]`` was: copies share the complete blocks, those left out give their pages back.
 
-        The tensors on the device stay where they are if the number of rows does.
+        The tensors on the device stay where they are if the number of sequences does.
         """
         owned = [
-            list(self._owned[row]) if row not in rows[:at] else self._owned[row][: self._tokens[row] // BLOCK]
-            for at, row in enumerate(rows)
+            list(self._owned[seq]) if seq not in seqs[:at] else self._owned[seq][: self._tokens[seq] // BLOCK]
+            for at, seq in enumerate(seqs)
         ]
         self._hold(owned)
         self.free_all()
         self._owned = owned
-        self._tokens = [self._tokens[row] for row in rows]
-        index = torch.tensor(rows, device=self.table.device)
+        self._tokens = [self._tokens[seq] for seq in seqs]
+        index = torch.tensor(seqs, device=self.table.device)
         table, lengths = self.table[index], self.lengths[index]
-        for at, row in enumerate(rows):
-            if row in rows[:at]:  # pages that are reserved stay with the first copy
+        for at, seq in enumerate(seqs):
+            if seq in seqs[:at]:  # pages that are reserved stay with the first copy
                 table[at, len(owned[at]) :] = -1
-        if len(rows) == self.table.shape[0]:
+        if len(seqs) == self.table.shape[0]:
             self.table.copy_(table)
             self.lengths.copy_(lengths)
         else:
@@ -188,9 +188,9 @@ class PageTable:
         """Another table over the same pages, whose sequences start with the complete blocks of these."""
         owned = [held[: tokens // BLOCK] for held, tokens in zip(self._owned, self._tokens, strict=True)]
         table = self.table.clone()
-        for row, held in enumerate(owned):
-            if len(held) < len(self._owned[row]):
-                table[row, len(held) :] = -1
+        for seq, held in enumerate(owned):
+            if len(held) < len(self._owned[seq]):
+                table[seq, len(held) :] = -1
         mine = vars(self) | {
             "table": table,
             "lengths": self.lengths.clone(),
@@ -226,19 +226,19 @@ class PageTable:
         self._order.take(current_stream(self.table.device))
         given = self._free[len(self._free) - count :][::-1]
         owned = [[given[number] for number in held] for held in blocks]
-        rows = torch.tensor([[*held, *[-1] * (longest - len(held))] for held in owned], dtype=torch.int32)
-        self.table[:, :longest] = rows.view(len(blocks), longest)  # the books only when this has been copied
+        table = torch.tensor([[*held, *[-1] * (longest - len(held))] for held in owned], dtype=torch.int32)
+        self.table[:, :longest] = table.view(len(blocks), longest)  # the books only when this has been copied
         del self._free[len(self._free) - count :]
         self._owned = owned
         self._hold(self._owned)
-        for row, length in enumerate(tokens):
-            self.set_tokens(row, length)
+        for seq, length in enumerate(tokens):
+            self.set_tokens(seq, length)
         return given
 
     def free_all(self) -> None:
         """Give back the pages of all sequences; lengths, and what the device knows, stay."""
-        for row in range(len(self._owned)):
-            self._give_back(row, 0)
+        for seq in range(len(self._owned)):
+            self._give_back(seq, 0)
 
     def _hold(self, owned: list[list[int]]) -> None:
         for held in owned:

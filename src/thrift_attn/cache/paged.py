@@ -2,9 +2,9 @@
 
 A page is one KV block of 64 tokens. The newest, incomplete block of a sequence stays in 16 bits and is always attended in high
 precision; when its 64th token arrives the block is centred, packed and summarised. The 16-bit data of the block before it
-stays as well (two slots, block b in slot b mod 2), so that taking back up to 64 tokens is lossless. Where the first token of a
-sequence is exact (``sink_token="exact"``), its key is the centre of its block, and its value lies beside the pages,
-which hold 0.
+stays as well (two tail blocks, block b in tail block b mod 2), so that taking back up to 64 tokens is lossless. Where the
+first token of a sequence is exact (``sink_token="exact"``), its key is the centre of its block, and its value lies beside the
+pages, which hold 0.
 With ``smooth`` the 4-bit planes hold K and V times powers of two, which a sequence takes from its first block when that is
 packed (`thrift_attn.reference.channel_scales.scales_of_block`) and which nobody outside sees. All that is kept in 16 bits is K
 and V as they came.
@@ -104,12 +104,12 @@ class PagedThriftCache(CacheSequences):
         self._lock = threading.RLock()  # of the pool: caches that `branch` makes share it
         self._unfinished = False
         self.pool = Pool.empty(num_pages, kv_heads, head_dim, config.promoted_storage, dtype, device)
-        # K and V of the two newest blocks, block b in slot b mod 2.
+        # K and V of the two newest blocks, block b in tail block b mod 2.
         self.tail = torch.zeros(2, batch, 2, kv_heads, BLOCK, head_dim, dtype=dtype, device=device)
         self.per_sequence = SequenceTensors.empty(
             batch, kv_heads, head_dim, scaled=self.numerics.channel_scales, dtype=dtype, device=device
         )
-        self._slots = [[-1, -1] for _ in range(batch)]  # the block whose 16-bit data each slot holds
+        self._tail_blocks = [[-1, -1] for _ in range(batch)]  # by sequence: the block that each tail block holds
         self.budget = decode_budget(config.budget, sizes["max_pages"]).to(device)  # by the number of complete blocks
         self.overrun = torch.zeros(
             1, dtype=torch.int32, device=device
@@ -117,7 +117,7 @@ class PagedThriftCache(CacheSequences):
         self._overrun_seen = torch.zeros(1, dtype=torch.int32, pin_memory=device.type == "cuda")
 
     def bytes_per_token(self) -> float:
-        """Bytes of the pool per token it can hold, over all KV heads, K and V, planes, scales and block centres."""
+        """Bytes of the pool per token it can hold, over all KV heads, K and V, planes, scales and block means."""
         return self.pool.page_bytes / BLOCK
 
     def nbytes(self) -> int:
@@ -140,7 +140,7 @@ class PagedThriftCache(CacheSequences):
         Args:
             k: ``[B, Hkv, T, D]`` in the dtype and on the device of the cache.
             v: the shape of ``k``.
-            lengths: row b appends its first ``lengths[b]`` tokens, 0 to T; all T by default.
+            lengths: sequence b appends its first ``lengths[b]`` tokens, 0 to T; all T by default.
 
         Raises:
             ValueError: shapes or lengths that do not fit, more tokens than a sequence may have.
@@ -160,7 +160,7 @@ class PagedThriftCache(CacheSequences):
         with self._lock:
             self._check_finished()
             self._check_overrun()
-            wanted = [self.table.tokens(row) + n for row, n in enumerate(new)]
+            wanted = [self.table.tokens(seq) + n for seq, n in enumerate(new)]
             if self._capturing():
                 self._append_captured(k, v, wanted, lengths)
                 return
@@ -172,12 +172,12 @@ class PagedThriftCache(CacheSequences):
                     self._append_step(k, v, counts)
                     self._note(new)
                     return
-                for row, n in enumerate(new):
+                for seq, n in enumerate(new):
                     if n:
-                        self._append_row(row, k[row, :, :n], v[row, :, :n])
-                for row, tokens in enumerate(wanted):  # all sequences have grown, or none
-                    if new[row]:
-                        self.table.set_tokens(row, tokens)
+                        self._append_seq(seq, k[seq, :, :n], v[seq, :, :n])
+                for seq, tokens in enumerate(wanted):  # all sequences have grown, or none
+                    if new[seq]:
+                        self.table.set_tokens(seq, tokens)
 
     def _append_captured(self, k: Tensor, v: Tensor, wanted: list[int], lengths: list[int] | None) -> None:
         """Record a step in the graph that is being captured: only what needs nothing of the host."""
@@ -198,52 +198,52 @@ class PagedThriftCache(CacheSequences):
 
         ops.append(k, v, self.tensors(), self.numerics, counts=counts)
 
-    def _append_row(self, row: int, k: Tensor, v: Tensor) -> None:
+    def _append_seq(self, seq: int, k: Tensor, v: Tensor) -> None:
         """Append ``[Hkv, T, D]`` to one sequence: top up the incomplete block, pack whole blocks, keep the rest.
 
         Its length is for the caller to set, when all sequences are written.
         """
-        start = self.table.tokens(row)
+        start = self.table.tokens(seq)
         stop = start + k.shape[1]
         first, complete = start // BLOCK, stop // BLOCK
         kv = torch.stack([k, v])  # [2, Hkv, T, D]
         if start % BLOCK and complete > first:  # the incomplete block fills up
             head = BLOCK - start % BLOCK
-            slot = self.tail[:, row, first % 2]
-            slot[:, :, start % BLOCK :] = kv[:, :, :head]
-            self._pack(row, first, slot[:, None])
-            self._slots[row][first % 2] = first
+            tail_block = self.tail[:, seq, first % 2]
+            tail_block[:, :, start % BLOCK :] = kv[:, :, :head]
+            self._pack(seq, first, tail_block[:, None])
+            self._tail_blocks[seq][first % 2] = first
             kv, first = kv[:, :, head:], first + 1
         whole = max(0, complete - first)
         if whole:
             blocks = kv[:, :, : whole * BLOCK].unflatten(2, (whole, BLOCK)).transpose(1, 2)  # [2, n, Hkv, 64, D]
-            self._pack(row, first, blocks)
+            self._pack(seq, first, blocks)
             for block in range(max(first, complete - 2), complete):
-                self.tail[:, row, block % 2] = blocks[:, block - first]
-                self._slots[row][block % 2] = block
+                self.tail[:, seq, block % 2] = blocks[:, block - first]
+                self._tail_blocks[seq][block % 2] = block
             kv, first = kv[:, :, whole * BLOCK :], complete
         if kv.shape[2]:
             at = stop % BLOCK - kv.shape[2]
-            self.tail[:, row, complete % 2, :, at : stop % BLOCK] = kv
-            self._slots[row][complete % 2] = complete
+            self.tail[:, seq, complete % 2, :, at : stop % BLOCK] = kv
+            self._tail_blocks[seq][complete % 2] = complete
 
-    def _pack(self, row: int, first: int, blocks: Tensor) -> None:
+    def _pack(self, seq: int, first: int, blocks: Tensor) -> None:
         """Pack ``[2, n, Hkv, 64, D]`` (K and V) into the pages of the blocks from ``first`` on."""
         if first == 0 and blocks.shape[1] > 1:  # others are packed by the scales that the first block brings
-            self._pack(row, 0, blocks[:, :1])
+            self._pack(seq, 0, blocks[:, :1])
             first, blocks = 1, blocks[:, 1:]
-        pages = self.table.table[row, first : first + blocks.shape[1]]
+        pages = self.table.table[seq, first : first + blocks.shape[1]]
         if self.backend == "triton":
             from thrift_attn.decode.pack import pack_blocks
 
-            seqs, numbers = (torch.full_like(pages, n) for n in (row, first))
+            seqs, numbers = (torch.full_like(pages, n) for n in (seq, first))
             pack_blocks(
                 blocks[0], blocks[1], pages, cache=self.tensors(), numerics=self.numerics, seqs=seqs, numbers=numbers
             )
         else:
             write_blocks(
                 self.pool, pages.long(), blocks[0], blocks[1],
-                numerics=self.numerics, sequence=self._sequence(row), first=first == 0,
+                numerics=self.numerics, sequence=self._sequence(seq), first=first == 0,
             )  # fmt: skip
 
     # -- reading -------------------------------------------------------------------------------------------------------
@@ -259,7 +259,7 @@ class PagedThriftCache(CacheSequences):
         """
         with self._reading():
             self._check_finished()
-            longest = max(self.table.tokens(row) for row in range(self.batch))
+            longest = max(self.table.tokens(seq) for seq in range(self.batch))
             shape = (2, self.batch, self.kv_heads, longest + room, self.head_dim)
             out = torch.zeros(shape, dtype=self.dtype, device=self.device)
             if self.backend == "triton":
@@ -267,18 +267,18 @@ class PagedThriftCache(CacheSequences):
 
                 gather_pages(out[0], out[1], cache=self.tensors(), numerics=self.numerics, tokens=longest)
             else:
-                for row in range(self.batch):
-                    for which, x in enumerate(self.read(row)):
-                        out[which, row, :, : x.shape[1]] = x
+                for seq in range(self.batch):
+                    for which, x in enumerate(self.read(seq)):
+                        out[which, seq, :, : x.shape[1]] = x
             return out[0], out[1]
 
-    def read(self, row: int) -> tuple[Tensor, Tensor]:
+    def read(self, seq: int) -> tuple[Tensor, Tensor]:
         """K and V of one sequence in high precision, ``[Hkv, T, D]`` in the dtype of the cache."""
         with self._reading():
             self._check_finished()
-            self._check_row(row)
-            planes = self._planes(row)
-            tokens = self.table.tokens(row)
+            self._check_seq(seq)
+            planes = self._planes(seq)
+            tokens = self.table.tokens(seq)
             k, v = planes.high_k[:, :tokens], planes.high_v[:, :tokens]
             return k.to(self.dtype), v.to(self.dtype)
 
@@ -344,7 +344,7 @@ class PagedThriftCache(CacheSequences):
         self.table.note_use()
         return CacheTensors(
             base=self.pool.base,
-            k_block_mean=self.pool.centres,
+            k_block_mean=self.pool.k_block_mean,
             high=self.pool.high,
             tail=self.tail,
             page_table=self.table.table,
@@ -359,29 +359,29 @@ class PagedThriftCache(CacheSequences):
     ) -> tuple[Tensor, Tensor]:
         out = torch.zeros_like(q)
         lse = torch.full(q.shape[:3], -math.inf, dtype=torch.float32, device=q.device)
-        for row in range(self.batch):
-            tokens = self.table.tokens(row)
+        for seq in range(self.batch):
+            tokens = self.table.tokens(seq)
             if tokens:
                 mask = reference.Mask(q.shape[2], tokens, True, window)
-                result = reference.attend_planes(q[row], self._planes(row), self.numerics, mask, scale, softcap)
-                out[row], lse[row] = result[0].to(q.dtype), result[1]
+                result = reference.attend_planes(q[seq], self._planes(seq), self.numerics, mask, scale, softcap)
+                out[seq], lse[seq] = result[0].to(q.dtype), result[1]
         return out, lse
 
-    def _planes(self, row: int) -> reference.Planes:
+    def _planes(self, seq: int) -> reference.Planes:
         """One sequence as the reference sees it: pages, then the incomplete block, exact on both paths."""
-        tokens = self.table.tokens(row)
-        read = self._read(row, self.table.pages(row), 0)
+        tokens = self.table.tokens(seq)
+        read = self._read(seq, self.table.pages(seq), 0)
         low_k, low_v, high_k, high_v = (x.transpose(0, 1).flatten(1, 2) for x in read[:4])  # [Hkv, T, D]
-        centres = read.centres.transpose(0, 1)  # [Hkv, N, D]
+        k_block_mean = read.k_block_mean.transpose(0, 1)  # [Hkv, N, D]
         if tokens % BLOCK:
-            kept = self.tail[:, row, tokens // BLOCK % 2].float().clone()  # [2, Hkv, 64, D]
+            kept = self.tail[:, seq, tokens // BLOCK % 2].float().clone()  # [2, Hkv, 64, D]
             kept[:, :, tokens % BLOCK :] = 0
             low_k, high_k = (torch.cat([x, kept[0]], 1) for x in (low_k, high_k))
             low_v, high_v = (torch.cat([x, kept[1]], 1) for x in (low_v, high_v))
-            centres = torch.cat([centres, torch.zeros_like(kept[0, :, :1])], 1)
-        block0_mean = self.per_sequence.block0_mean[row].float()
+            k_block_mean = torch.cat([k_block_mean, torch.zeros_like(kept[0, :, :1])], 1)
+        block0_mean = self.per_sequence.block0_mean[seq].float()
         others = block0_mean if self.numerics.exact_sink and tokens >= BLOCK else None
-        return reference.Planes(low_k, low_v, high_k, high_v, centres, block0_mean=others, exact_tail=True)
+        return reference.Planes(low_k, low_v, high_k, high_v, k_block_mean, block0_mean=others, exact_tail=True)
 
     # -- checks --------------------------------------------------------------------------------------------------------
 

@@ -38,7 +38,7 @@ class CacheSequences:
     overrun: Tensor
     _lock: threading.RLock  # pyright: ignore[reportInvalidTypeForm]
     _unfinished: bool
-    _slots: list[list[int]]
+    _tail_blocks: list[list[int]]
     _overrun_seen: Tensor
 
     @property
@@ -51,10 +51,10 @@ class CacheSequences:
         """Tokens of each sequence, int32 ``[B]`` on the device."""
         return self.table.lengths
 
-    def tokens(self, row: int) -> int:
+    def tokens(self, seq: int) -> int:
         """Tokens of one sequence, known without asking the device."""
-        self._check_row(row)
-        return self.table.tokens(row)
+        self._check_seq(seq)
+        return self.table.tokens(seq)
 
     @contextmanager
     def _changing(self) -> Iterator[None]:
@@ -98,9 +98,9 @@ class CacheSequences:
             new = [whole_number("tokens", n) for n in (tokens if isinstance(tokens, list) else [tokens] * self.batch)]
             if len(new) != self.batch or min(new) < 0:
                 raise ValueError(
-                    f"tokens must be at least 0, one number or one for each of {self.batch} rows, got {tokens}"
+                    f"tokens must be at least 0, one number or one for each of {self.batch} sequences, got {tokens}"
                 )
-            wanted = [self.table.tokens(row) + n for row, n in enumerate(new)]
+            wanted = [self.table.tokens(seq) + n for seq, n in enumerate(new)]
             self.table.check_room(wanted)
             with self._changing():
                 self.table.reserve(wanted)
@@ -115,10 +115,10 @@ class CacheSequences:
             raise ValueError(f"a step appends 0 to {BLOCK} tokens, got {tokens}")
         self._check_finished()
         self._check_overrun()
-        old = [self.table.tokens(row) // BLOCK for row in range(self.batch)]
+        old = [self.table.tokens(seq) // BLOCK for seq in range(self.batch)]
         with self._changing():
             self._note([tokens] * self.batch)
-        if old != [self.table.tokens(row) // BLOCK for row in range(self.batch)]:
+        if old != [self.table.tokens(seq) // BLOCK for seq in range(self.batch)]:
             self._overrun_seen.copy_(self.overrun, non_blocking=True)  # for the next call, which need not wait
 
     def _check_overrun(self) -> None:
@@ -130,31 +130,31 @@ class CacheSequences:
 
     def _note(self, new: list[int]) -> None:
         """Note that the device has appended so many tokens, at most 64, to each sequence."""
-        for row, count in enumerate(new):
-            old = self.table.tokens(row)
-            self.table.note_tokens(row, old + count)
+        for seq, count in enumerate(new):
+            old = self.table.tokens(seq)
+            self.table.note_tokens(seq, old + count)
             for block in range(old // BLOCK, (old + count - 1) // BLOCK + 1):
-                self._slots[row][block % 2] = block
+                self._tail_blocks[seq][block % 2] = block
 
-    def free(self, row: int) -> None:
+    def free(self, seq: int) -> None:
         """Empty one sequence and give its pages back."""
-        self._check_row(row)
+        self._check_seq(seq)
         with self._changing():
-            self._empty(row)
+            self._empty(seq)
 
-    def _empty(self, row: int) -> None:
-        self.table.release(row, 0)
-        self.table.set_tokens(row, 0)
-        self._slots[row] = [-1, -1]
+    def _empty(self, seq: int) -> None:
+        self.table.release(seq, 0)
+        self.table.set_tokens(seq, 0)
+        self._tail_blocks[seq] = [-1, -1]
 
     def fork(self, source: int, target: int) -> None:
         """Make one sequence a copy of another: complete blocks are shared, the newest ones copied. What it held is freed.
 
         Raises:
-            ValueError: rows out of range or the same.
+            ValueError: sequences out of range or the same.
         """
-        self._check_row(source)
-        self._check_row(target)
+        self._check_seq(source)
+        self._check_seq(target)
         if source == target:
             raise ValueError(f"source and target must differ, got {source} twice")
         with self._changing():
@@ -163,58 +163,58 @@ class CacheSequences:
             self.tail[:, target] = self.tail[:, source]
             for x in self.per_sequence.given():
                 x[target] = x[source]
-            self._slots[target] = list(self._slots[source])
+            self._tail_blocks[target] = list(self._tail_blocks[source])
 
-    def truncate(self, row: int, tokens: int) -> None:
+    def truncate(self, seq: int, tokens: int) -> None:
         """Keep the first ``tokens`` tokens of one sequence (speculative rollback).
 
         Lossless while the new end lies in one of the two newest blocks; further back the incomplete block is read from its
         page, in high precision.
 
         Raises:
-            ValueError: a row out of range, or more tokens than there are.
+            ValueError: a sequence out of range, or more tokens than there are.
         """
-        self._check_row(row)
-        if not 0 <= whole_number("tokens", tokens) <= self.table.tokens(row):
-            raise ValueError(f"sequence {row} has {self.table.tokens(row)} tokens: it cannot keep {tokens}")
+        self._check_seq(seq)
+        if not 0 <= whole_number("tokens", tokens) <= self.table.tokens(seq):
+            raise ValueError(f"sequence {seq} has {self.table.tokens(seq)} tokens: it cannot keep {tokens}")
         block = tokens // BLOCK
         with self._changing():
-            if tokens % BLOCK and self._slots[row][block % 2] != block:
-                read = self._read(row, self.table.table[row, block : block + 1].long(), block)
-                self.tail[0, row, block % 2] = read.high_k[0].to(self.dtype)
-                self.tail[1, row, block % 2] = read.high_v[0].to(self.dtype)
-                self._slots[row][block % 2] = block
+            if tokens % BLOCK and self._tail_blocks[seq][block % 2] != block:
+                read = self._read(seq, self.table.table[seq, block : block + 1].long(), block)
+                self.tail[0, seq, block % 2] = read.high_k[0].to(self.dtype)
+                self.tail[1, seq, block % 2] = read.high_v[0].to(self.dtype)
+                self._tail_blocks[seq][block % 2] = block
             # Nothing stays of a block that begins at the new end: whole blocks that follow may not pass through the tail.
-            self._slots[row] = [held if held * BLOCK < tokens else -1 for held in self._slots[row]]
-            self.table.release(row, block)
-            self.table.set_tokens(row, tokens)
+            self._tail_blocks[seq] = [held if held * BLOCK < tokens else -1 for held in self._tail_blocks[seq]]
+            self.table.release(seq, block)
+            self.table.set_tokens(seq, tokens)
 
-    def select(self, rows: list[int]) -> None:
-        """Make sequence i what sequence ``rows[i]`` was (beam search, repeating or dropping sequences of a batch).
+    def select(self, seqs: list[int]) -> None:
+        """Make sequence i what sequence ``seqs[i]`` was (beam search, repeating or dropping sequences of a batch).
 
-        Copies share their complete blocks. The batch becomes ``len(rows)``; while it stays the same, so do the tensors on
+        Copies share their complete blocks. The batch becomes ``len(seqs)``; while it stays the same, so do the tensors on
         the device, and a captured graph remains valid.
 
         Raises:
-            ValueError: no rows, or a row out of range.
+            ValueError: no sequences, or one out of range.
         """
-        for row in rows:
-            self._check_row(row)
-        if not rows:
-            raise ValueError("a cache holds at least one sequence, got no rows")
+        for seq in seqs:
+            self._check_seq(seq)
+        if not seqs:
+            raise ValueError("a cache holds at least one sequence, got none")
         if self.backend == "triton":
-            check_sizes(len(rows), self.kv_heads, self.table.table.shape[1])
+            check_sizes(len(seqs), self.kv_heads, self.table.table.shape[1])
         with self._changing():
-            index = torch.tensor(rows, device=self.device)
+            index = torch.tensor(seqs, device=self.device)
             tail, per_sequence = self.tail[:, index], self.per_sequence.each(lambda x: x[index])
-            if len(rows) == self.batch:
+            if len(seqs) == self.batch:
                 self.tail.copy_(tail)
                 for x, new in zip(self.per_sequence.given(), per_sequence.given(), strict=True):
                     x.copy_(new)
             else:
                 self.tail, self.per_sequence = tail, per_sequence
-            self._slots = [list(self._slots[row]) for row in rows]
-            self.table.select(rows)
+            self._tail_blocks = [list(self._tail_blocks[seq]) for seq in seqs]
+            self.table.select(seqs)
 
     def branch(self) -> Self:
         """Another cache over the same pool that begins with what this one holds; complete blocks are shared.
@@ -227,21 +227,21 @@ class CacheSequences:
             other.table, other.tail, other.overrun = self.table.branch(), self.tail.clone(), self.overrun.clone()
             other._overrun_seen = self._overrun_seen.clone()
             other.per_sequence = self.per_sequence.each(torch.clone)
-            other._slots = [list(slots) for slots in self._slots]
+            other._tail_blocks = [list(held) for held in self._tail_blocks]
             return other
 
-    def _read(self, row: int, pages: Tensor, first: int) -> Blocks:
+    def _read(self, seq: int, pages: Tensor, first: int) -> Blocks:
         """What pages of a sequence decode to, those of the blocks from ``first`` on."""
-        sequence = self._sequence(row)
+        sequence = self._sequence(seq)
         read = read_blocks(self.pool, pages, numerics=self.numerics, sequence=sequence)
         if self.numerics.exact_sink and first == 0 and len(pages):
             read.high_v[0, :, 0] = sequence.sink_value
         return read
 
-    def _sequence(self, row: int) -> SequenceTensors:
+    def _sequence(self, seq: int) -> SequenceTensors:
         """Return views of what belongs to one sequence, without the dimension B."""
-        return self.per_sequence.each(lambda x: x[row])
+        return self.per_sequence.each(lambda x: x[seq])
 
-    def _check_row(self, row: int) -> None:
-        if not 0 <= whole_number("row", row) < self.batch:
-            raise ValueError(f"row must be from 0 to {self.batch - 1}, got {row}")
+    def _check_seq(self, seq: int) -> None:
+        if not 0 <= whole_number("seq", seq) < self.batch:
+            raise ValueError(f"seq must be from 0 to {self.batch - 1}, got {seq}")

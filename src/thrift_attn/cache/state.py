@@ -11,31 +11,30 @@ from thrift_attn.reference.channel_scales import LARGEST, is_power_of_two
 from thrift_attn.reference.pages import SequenceTensors
 
 
-def dump(cache: PagedThriftCache) -> dict[str, Tensor]:
-    """Everything that is needed to restore the sequences of a cache; a page that sequences share is there once.
+def state_dict(cache: PagedThriftCache) -> dict[str, Tensor]:
+    """Return all that `load_state_dict` needs to fill another cache; a page that sequences share is there once.
 
     Returns:
-        ``base``, ``centres``, ``high``: the planes ``[n, Hkv, ...]`` of the pages in use; ``blocks``: int64 ``[B, most]``,
-        which of them holds each complete block of each sequence, -1 behind the last; ``tokens``: int64 ``[B]``;
-        ``tail``: the 16-bit slots; ``slots``: int64 ``[B, 2]``, the block that each slot holds; and what belongs to each
-        sequence, by the names of `thrift_attn.reference.pages.SequenceTensors`.
+        ``base``, ``k_block_mean``, ``high``: the planes ``[n, Hkv, ...]`` of the pages in use; ``blocks``: int64
+        ``[B, max_blocks]``, which of them holds each complete block of each sequence, -1 behind the last; ``tokens``: int64
+        ``[B]``; ``tail``: the two tail blocks; ``tail_blocks``: int64 ``[B, 2]``, the number of the block that each of them
+        holds; and what belongs to each sequence, by the names of `thrift_attn.reference.pages.SequenceTensors`.
     """
     with cache._reading():
         cache._check_finished()
-        tokens = [cache.tokens(row) for row in range(cache.batch)]
-        pages, numbers = torch.cat([cache.table.pages(row) for row in range(cache.batch)]).unique(return_inverse=True)
+        tokens = [cache.tokens(seq) for seq in range(cache.batch)]
+        pages, numbers = torch.cat([cache.table.pages(seq) for seq in range(cache.batch)]).unique(return_inverse=True)
         blocks = torch.full((cache.batch, max(tokens) // BLOCK), -1, dtype=torch.int64)
-        for row, found in enumerate(numbers.cpu().split([count // BLOCK for count in tokens])):
-            blocks[row, : len(found)] = found
+        for seq, found in enumerate(numbers.cpu().split([count // BLOCK for count in tokens])):
+            blocks[seq, : len(found)] = found
         planes = {name: plane[pages] for name, plane in zip(cache.pool._fields, cache.pool, strict=True)}
-        slots = torch.tensor(cache._slots)
         found = {**planes, "blocks": blocks, "tokens": torch.tensor(tokens), "tail": cache.tail}
-        found["slots"] = slots
+        found["tail_blocks"] = torch.tensor(cache._tail_blocks)
         return found | {name: x for name, x in cache.per_sequence._asdict().items() if x is not None}
 
 
-def restore(cache: PagedThriftCache, saved: dict[str, Tensor]) -> None:
-    """Fill an empty cache with what `dump` gave.
+def load_state_dict(cache: PagedThriftCache, saved: dict[str, Tensor]) -> None:
+    """Fill an empty cache with what `state_dict` gave.
 
     Raises:
         ValueError: a cache that is not empty, or of another batch, shape or plane of high precision; contents that do not fit
@@ -44,17 +43,17 @@ def restore(cache: PagedThriftCache, saved: dict[str, Tensor]) -> None:
     """
     with cache._lock:
         cache._check_finished()
-        _check_saved(cache, saved)
+        _check_state_dict(cache, saved)
         with cache._changing():
-            _fill(cache, saved)
+            _load(cache, saved)
 
 
-def _fill(cache: PagedThriftCache, saved: dict[str, Tensor]) -> None:
+def _load(cache: PagedThriftCache, saved: dict[str, Tensor]) -> None:
     """Write what was saved, and checked, into an empty cache."""
-    for row in range(cache.batch):
-        cache._empty(row)  # pages reserved but not written
+    for seq in range(cache.batch):
+        cache._empty(seq)  # pages reserved but not written
     tokens = saved["tokens"].tolist()
-    held = [[number for number in row if number >= 0] for row in saved["blocks"].tolist()]
+    held = [[number for number in numbers if number >= 0] for numbers in saved["blocks"].tolist()]
     given = torch.tensor(cache.table.assign(held, tokens), dtype=torch.int64, device=cache.device)
     for name, plane in zip(cache.pool._fields, cache.pool, strict=True):
         plane[given] = saved[name].to(cache.device)
@@ -66,16 +65,16 @@ def _fill(cache: PagedThriftCache, saved: dict[str, Tensor]) -> None:
     for name, x in cache.per_sequence._asdict().items():
         if x is not None:
             x.copy_(saved[name]) if name in saved else x.fill_(1)  # scales of pages that were written without
-    cache._slots = saved["slots"].tolist()
+    cache._tail_blocks = saved["tail_blocks"].tolist()
 
 
-def _check_saved(cache: PagedThriftCache, saved: dict[str, Tensor]) -> None:
+def _check_state_dict(cache: PagedThriftCache, saved: dict[str, Tensor]) -> None:
     """Raise ValueError unless what was saved fits an empty cache and itself."""
     if "tokens" in saved and saved["tokens"].numel() != cache.batch:
         raise ValueError(f"the saved batch has {saved['tokens'].numel()} sequences, the cache {cache.batch}")
-    if any(cache.tokens(row) for row in range(cache.batch)):
-        raise ValueError("a cache must be empty to be restored; free its sequences first")
-    names = {*cache.pool._fields, "blocks", "tokens", "tail", "slots", "block0_mean", "sink_value"}
+    if any(cache.tokens(seq) for seq in range(cache.batch)):
+        raise ValueError("a cache must be empty to be filled; free its sequences first")
+    names = {*cache.pool._fields, "blocks", "tokens", "tail", "tail_blocks", "block0_mean", "sink_value"}
     if "k_channel_scale" in saved:
         names |= {"k_channel_scale", "v_head_scale"}
     if saved.keys() != names:
@@ -94,7 +93,7 @@ def _check_saved(cache: PagedThriftCache, saved: dict[str, Tensor]) -> None:
         "tokens": ((batch,), torch.int64),
         "blocks": ((batch, max(tokens) // BLOCK), torch.int64),
         "tail": (tuple(cache.tail.shape), cache.dtype),
-        "slots": ((batch, 2), torch.int64),
+        "tail_blocks": ((batch, 2), torch.int64),
         "block0_mean": ((batch, heads, dim), cache.dtype),
         "sink_value": ((batch, heads, dim), cache.dtype),
         "k_channel_scale": ((batch, heads, dim), torch.float32),
@@ -108,12 +107,12 @@ def _check_saved(cache: PagedThriftCache, saved: dict[str, Tensor]) -> None:
     for name in ("k_channel_scale", "v_head_scale"):
         if name in names and not is_power_of_two(saved[name]).all():
             raise ValueError(f"{name} must hold powers of two from 2^-{LARGEST:g} to 2^{LARGEST:g}")
-    for row, (count, held, slots) in enumerate(
-        zip(tokens, saved["blocks"].tolist(), saved["slots"].tolist(), strict=True)
+    for seq, (count, held, tail_blocks) in enumerate(
+        zip(tokens, saved["blocks"].tolist(), saved["tail_blocks"].tolist(), strict=True)
     ):
         whole = count // BLOCK
         if not all(0 <= n < pages for n in held[:whole]) or any(n != -1 for n in held[whole:]):
-            raise ValueError(f"sequence {row} of {count} tokens needs {whole} of {pages} pages, got blocks {held}")
-        fits = all(b == -1 or (b % 2 == at and 0 <= b * BLOCK < count) for at, b in enumerate(slots))
-        if not fits or (count % BLOCK and slots[whole % 2] != whole):
-            raise ValueError(f"sequence {row} of {count} tokens cannot have the blocks {slots} in 16 bits")
+            raise ValueError(f"sequence {seq} of {count} tokens needs {whole} of {pages} pages, got blocks {held}")
+        fits = all(b == -1 or (b % 2 == at and 0 <= b * BLOCK < count) for at, b in enumerate(tail_blocks))
+        if not fits or (count % BLOCK and tail_blocks[whole % 2] != whole):
+            raise ValueError(f"sequence {seq} of {count} tokens cannot have the blocks {tail_blocks} in 16 bits")

@@ -29,15 +29,15 @@ class Pool(NamedTuple):
     """The planes of all pages.
 
     Args:
-        base: int32 ``[pages, Hkv, words]``, codes and scales of K (minus c_b if ``centres`` is there) and V.
-        centres: c_b ``[pages, Hkv, D]`` in the activation dtype; where the first token of a sequence is exact, its key is that
-            of its block, and its V is 0 in all planes.
+        base: int32 ``[pages, Hkv, words]``, codes and scales of K (minus c_b if ``k_block_mean`` is there) and V.
+        k_block_mean: c_b ``[pages, Hkv, D]`` in the activation dtype; where the first token of a sequence is exact, its key is
+            that of its block, and its V is 0 in all planes.
         high: int32 residual words ``[pages, Hkv, words]``, or for the ``16bit`` copy ``[pages, Hkv, 128 * D]`` in the
             activation dtype.
     """
 
     base: Tensor
-    centres: Tensor
+    k_block_mean: Tensor
     high: Tensor
 
     @classmethod
@@ -46,11 +46,13 @@ class Pool(NamedTuple):
     ) -> Pool:
         """Planes for ``pages`` pages. The content is zero, so that a word no one wrote is never read as a number."""
         base = torch.zeros(pages, kv_heads, plane_size(head_dim, 4).words, dtype=torch.int32, device=device)
-        centres = torch.zeros(pages, kv_heads, head_dim, dtype=dtype, device=device)
+        k_block_mean = torch.zeros(pages, kv_heads, head_dim, dtype=dtype, device=device)
         if high == "16bit":
-            return cls(base, centres, torch.zeros(pages, kv_heads, 2 * BLOCK * head_dim, dtype=dtype, device=device))
+            return cls(
+                base, k_block_mean, torch.zeros(pages, kv_heads, 2 * BLOCK * head_dim, dtype=dtype, device=device)
+            )
         words = plane_size(head_dim, RESIDUALS[high].element_bits).words
-        return cls(base, centres, torch.zeros(pages, kv_heads, words, dtype=torch.int32, device=device))
+        return cls(base, k_block_mean, torch.zeros(pages, kv_heads, words, dtype=torch.int32, device=device))
 
     @property
     def page_bytes(self) -> int:
@@ -138,7 +140,7 @@ def write_blocks(
         first: whether the first of the blocks is the first of its sequence. Scales are then taken from it, and where the
             first token is exact it becomes the c_b of its block, and its V counts as zero.
     """
-    centres, copy_v = block_means(k)[..., 0, :], v  # [n, Hkv, D]
+    k_block_mean, copy_v = block_means(k)[..., 0, :], v  # [n, Hkv, D]
     scales = None if sequence is None else sequence.scales()
     if sequence is not None and first:
         if scales is not None:
@@ -148,14 +150,14 @@ def write_blocks(
         if numerics.exact_sink:
             sequence.block0_mean.copy_(mean_of_others(k[0]))
             sequence.sink_value.copy_(v[0, :, 0])
-            centres[0] = k[0, :, 0]
+            k_block_mean[0] = k[0, :, 0]
             copy_v = v.clone()
             copy_v[0, :, 0] = 0
-    delta = k.float() - centres.float()[..., None, :] if numerics.centred else k.float()
+    delta = k.float() - k_block_mean.float()[..., None, :] if numerics.centred else k.float()
     scaled_v = copy_v.float()
     if scales is not None:
         delta, scaled_v = delta * scales[0], scaled_v * scales[1]
-    pool.centres[pages] = centres
+    pool.k_block_mean[pages] = k_block_mean
     pool.base[pages], low_k, low_v = _encode(delta, scaled_v, FORMATS[numerics.base_format], numerics.best_scales)
     if numerics.residual is None:
         pool.high[pages] = pack_copy(k, copy_v)
@@ -178,7 +180,7 @@ class Blocks(NamedTuple):
     low_v: Tensor
     high_k: Tensor
     high_v: Tensor
-    centres: Tensor  # [n, Hkv, D]
+    k_block_mean: Tensor  # [n, Hkv, D]
 
 
 def read_blocks(
@@ -192,8 +194,8 @@ def read_blocks(
         numerics: how blocks are stored.
         sequence: whose scales are divided out, without the dimension B; None where there are none.
     """
-    head_dim = pool.centres.shape[-1]
-    centres = pool.centres[pages].float()
+    head_dim = pool.k_block_mean.shape[-1]
+    k_block_mean = pool.k_block_mean[pages].float()
     low_k, low_v = _decode(pool.base[pages], head_dim, FORMATS["nvfp4"])
     residual = None if numerics.residual is None else _decode(pool.high[pages], head_dim, RESIDUALS[numerics.residual])
     if sequence is not None and (scales := sequence.scales()) is not None:
@@ -202,6 +204,6 @@ def read_blocks(
     if residual is None:
         high_k, high_v = (x.float() for x in unpack_copy(pool.high[pages], head_dim))
     else:
-        mean = centres[..., None, :] if numerics.centred else 0
+        mean = k_block_mean[..., None, :] if numerics.centred else 0
         high_k, high_v = mean + (low_k + residual[0]), low_v + residual[1]
-    return Blocks(low_k, low_v, high_k, high_v, centres)
+    return Blocks(low_k, low_v, high_k, high_v, k_block_mean)

@@ -25,7 +25,7 @@ class DecodeGraph:
     """One decode step of a model as a CUDA graph.
 
     The first ``warmup`` steps are launched one by one, for what a first call compiles and allocates must stay out of the
-    capture; they are steps like all others. The cache may be cropped or its rows reordered between steps, as long as the
+    capture; they are steps like all others. The cache may be cropped or its sequences reordered between steps, as long as the
     batch stays the same; where it has got other tensors since (after `reset` with another batch, `load`), the step is captured
     again.
 
@@ -128,7 +128,7 @@ class DecodeGraph:
     def _known(self) -> list[int]:
         assert self._ours is not None
         first: ThriftLayer = self._ours.layers[0]
-        return [first.tokens(row) for row in range(first.paged.batch)]
+        return [first.tokens(seq) for seq in range(first.paged.batch)]
 
     def _step(self) -> Tensor:
         out = self.model(input_ids=self.ids, position_ids=self.positions, **self._options)

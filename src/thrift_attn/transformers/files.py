@@ -16,8 +16,11 @@ from thrift_attn.config import ThriftConfig, current_names
 from thrift_attn.transformers.padding import Padding
 from thrift_attn.transformers.thrift_layer import ThriftLayer
 
-FORMAT = 5
-"""Version of the files."""
+FORMAT = 6
+"""Version of the files that are written."""
+
+NAMES_BEFORE = {5: {"slots": "tail_blocks", "centres": "k_block_mean"}}
+"""Other versions that are read, and today's names for theirs of tensors."""
 
 
 class Filled(Protocol):
@@ -91,7 +94,7 @@ def save(cache: Filled, path: str | Path) -> None:
     described: list[dict[str, Any]] = []
     for at, layer in enumerate(cache.layers):
         if isinstance(layer, ThriftLayer):
-            found = state.dump(layer.paged)
+            found = state.state_dict(layer.paged)
             found |= {f"padding{i}": padding.is_token.clone() for i, padding in enumerate(layer.paddings)}
             described.append({"slots": layer.slots, "paddings": [padding.start for padding in layer.paddings]})
         else:
@@ -132,18 +135,19 @@ def load(cache: Filled, path: str | Path, device: torch.device | str) -> None:
     try:
         with safe_open(str(path), "pt", device=str(device)) as file:
             about = json.loads((file.metadata() or {}).get("thrift_cache", "{}"))
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
+            tensors: dict[str, Tensor] = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
     except SafetensorError as error:
         raise ValueError(f"{path} is damaged or in another format: {error}") from error
-    if about.get("format") == FORMAT and _digest(about, tensors) != about.get("digest"):
+    if about.get("format") in (FORMAT, *NAMES_BEFORE) and _digest(about, tensors) != about.get("digest"):
         raise ValueError(f"{path} is damaged: its contents are not those that were saved")
     _check(cache, path, about)
+    renamed = NAMES_BEFORE.get(about["format"], {})
     bare = [layer for layer in cache.layers if isinstance(layer, ThriftLayer) and not layer.is_initialized]
     try:
         for at, (layer, described) in enumerate(zip(cache.layers, about["layers"], strict=True)):
             start = f"{at}."
             found = {name.removeprefix(start): x for name, x in tensors.items() if name.startswith(start)}
-            _restore(layer, described, found)
+            _load_layer(layer, described, {renamed.get(name, name): x for name, x in found.items()})
         _check_layers(path, cache)
     except BaseException as error:
         cache.reset()
@@ -156,8 +160,10 @@ def load(cache: Filled, path: str | Path, device: torch.device | str) -> None:
 
 def _check(cache: Filled, path: str | Path, about: dict[str, Any]) -> None:
     """Raise ValueError unless a file's description fits a cache."""
-    if about.get("format") != FORMAT:
-        raise ValueError(f"{path} is not a file that ThriftCache.save wrote, format {FORMAT}")
+    if "format" not in about:
+        raise ValueError(f"{path} is not a file that ThriftCache.save wrote")
+    if about["format"] not in (readable := (*NAMES_BEFORE, FORMAT)):
+        raise ValueError(f"{path} must have format {' or '.join(map(str, readable))}, got {about['format']!r}")
     model = about.get("model")
     if model != cache.identity:
         told = model if isinstance(model, dict) else {}
@@ -183,8 +189,8 @@ def _check_layers(path: str | Path, cache: Filled) -> None:
     lengths = set()
     for layer in cache.layers:
         if isinstance(layer, ThriftLayer):
-            tokens = [layer.paged.tokens(row) for row in range(layer.paged.batch)]
-            hidden = [sum(p.is_token.shape[1] - p.counts[row] for p in layer.paddings) for row in range(len(tokens))]
+            tokens = [layer.paged.tokens(seq) for seq in range(layer.paged.batch)]
+            hidden = [sum(p.is_token.shape[1] - p.counts[seq] for p in layer.paddings) for seq in range(len(tokens))]
             lengths.add((layer.slots, *tokens))
             if any(count + less != layer.slots for count, less in zip(tokens, hidden, strict=True)):
                 raise ValueError(f"{path} is damaged: {tokens} tokens do not fill {layer.slots} slots")
@@ -192,7 +198,7 @@ def _check_layers(path: str | Path, cache: Filled) -> None:
         raise ValueError(f"{path} is damaged: its layers hold different numbers of tokens")
 
 
-def _restore(layer: Any, described: dict[str, Any], found: dict[str, Tensor]) -> None:
+def _load_layer(layer: Any, described: dict[str, Any], found: dict[str, Tensor]) -> None:
     """Fill one empty layer from the tensors of a file."""
     if not isinstance(layer, ThriftLayer):
         layer.lazy_initialization(found["keys"], found["values"])
@@ -203,7 +209,7 @@ def _restore(layer: Any, described: dict[str, Any], found: dict[str, Tensor]) ->
     if not layer.is_initialized or layer.paged.batch != batch:
         shaped = found["tail"].new_empty(batch, heads, 0, dim)
         layer.lazy_initialization(shaped, shaped)
-    state.restore(layer.paged, {name: x for name, x in found.items() if not name.startswith("padding")})
+    state.load_state_dict(layer.paged, {name: x for name, x in found.items() if not name.startswith("padding")})
     layer.slots = described["slots"]
     for at, start in enumerate(described["paddings"]):
         is_token = found[f"padding{at}"]

@@ -58,10 +58,10 @@ class ThriftStateLayer(_Linear, ThriftLayer):  # pyright: ignore[reportGeneralTy
         ThriftLayer.reset(self)
         forget_states(self)
 
-    def select(self, rows: list[int]) -> None:
-        """Make row i what row ``rows[i]`` was, in pages and states."""
-        ThriftLayer.select(self, rows)
-        _Linear.reorder_cache(self, torch.tensor(rows))
+    def select(self, seqs: list[int]) -> None:
+        """Make sequence i what sequence ``seqs[i]`` was, in pages and states."""
+        ThriftLayer.select(self, seqs)
+        _Linear.reorder_cache(self, torch.tensor(seqs))
 
     reorder_cache = ThriftLayer.reorder_cache
     crop = ThriftLayer.crop

@@ -6,7 +6,7 @@
     model.generate(**inputs, cache=ThriftCache(model.config, max_tokens=131072))  # past_key_values= before 5.24
 
 Full-attention layers are paged (`thrift_attn.cache.PagedThriftCache`), all others are those of transformers. Pages hold
-tokens, no padding: rows of unequal length cost what they hold.
+tokens, no padding: sequences of unequal length cost what they hold.
 
 How attention reaches the pages. ``update`` returns two tensors of the class `Cached`, which have the shape of K and V but no
 data. The attention that `enable` puts in takes the pages from them. Any other operation on them widens the pages to 16 bits
@@ -277,20 +277,20 @@ class ThriftCache(Cache):
             )
 
     def reorder_cache(self, beam_idx: Any) -> None:
-        """Row i becomes what row ``beam_idx[i]`` was; complete blocks are shared."""
+        """Sequence i becomes what sequence ``beam_idx[i]`` was; complete blocks are shared."""
         with self._changes.change():
             super().reorder_cache(beam_idx.cpu())
 
     def batch_repeat_interleave(self, repeats: int) -> None:
-        """Every row ``repeats`` times."""
-        self._select(lambda rows: rows.repeat_interleave(repeats))
+        """Take every sequence ``repeats`` times."""
+        self._select(lambda seqs: seqs.repeat_interleave(repeats))
 
     def batch_select_indices(self, indices: Any) -> None:
-        """Only these rows."""
-        self._select(lambda rows: rows[torch.as_tensor(indices).cpu()])
+        """Keep only these sequences."""
+        self._select(lambda seqs: seqs[torch.as_tensor(indices).cpu()])
 
     def _select(self, pick: Callable[[Tensor], Tensor]) -> None:
-        """Make every layer's rows those that ``pick`` takes of all rows."""
+        """Make every layer's sequences those that ``pick`` takes of all."""
         filled = self._filled()
         if filled:
             self.reorder_cache(pick(torch.arange(filled[0].batch_size)))
@@ -348,10 +348,10 @@ class ThriftCache(Cache):
         layers = [layer.is_intact for layer in self.paged_layers]
         return not self._changes.unfinished and all(layers)
 
-    def tokens(self, row: int) -> int:
+    def tokens(self, seq: int) -> int:
         """Tokens of a sequence, without padding."""
         self._changes.check()
-        return min((layer.tokens(row) for layer in self._running() if isinstance(layer, ThriftLayer)), default=0)
+        return min((layer.tokens(seq) for layer in self._running() if isinstance(layer, ThriftLayer)), default=0)
 
     def fork(self) -> ThriftCache:
         """Another cache that begins with what this one holds: complete blocks are shared, what follows is its own.

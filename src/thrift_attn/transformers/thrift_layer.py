@@ -150,9 +150,9 @@ class ThriftLayer(CacheLayerMixin):
     def check_room(self, new: list[int]) -> None:
         """Raise ValueError if a sequence would be longer than ``max_tokens`` with so many more tokens."""
         paged, limit = self._pages(), self.options.max_tokens
-        for row, n in enumerate(new):
-            if n and (total := paged.tokens(row) + n) > limit:
-                raise ValueError(f"sequence {row} would have {total} tokens, more than max_tokens={limit}")
+        for seq, n in enumerate(new):
+            if n and (total := paged.tokens(seq) + n) > limit:
+                raise ValueError(f"sequence {seq} would have {total} tokens, more than max_tokens={limit}")
 
     def drop(self, pending: PendingKV) -> None:
         """Forget new tokens of a call that failed, unless they are written."""
@@ -197,7 +197,7 @@ class ThriftLayer(CacheLayerMixin):
             tokens: bool ``[B, slots]``, True at tokens, or None if all new slots are tokens.
 
         Raises:
-            ValueError: the mask shows more tokens than the rows hold.
+            ValueError: the mask shows more tokens than the sequences hold.
         """
         if query.shape[2] != pending.count:
             return f"{query.shape[2]} queries for {pending.count} new tokens"
@@ -289,9 +289,9 @@ class ThriftLayer(CacheLayerMixin):
         return self.reader.read(tokens, pending.held, pending.count).padding
 
     def _before(self, pending: PendingKV) -> list[int]:
-        """Tokens of each row before the new ones."""
+        """Tokens of each sequence before the new ones."""
         paged = self._pages()
-        there = [paged.tokens(row) for row in range(paged.batch)]
+        there = [paged.tokens(seq) for seq in range(paged.batch)]
         if not pending.written:
             return there
         last = self.paddings[-1] if self.paddings else None
@@ -299,7 +299,7 @@ class ThriftLayer(CacheLayerMixin):
         return [total - n for total, n in zip(there, new, strict=True)]
 
     def _behind(self, k: Tensor, v: Tensor, before: list[int]) -> tuple[Tensor, Tensor]:
-        """New K and V behind the tokens that each row holds."""
+        """New K and V behind the tokens that each sequence holds."""
         count = k.shape[2]
         wide = self._pages().widen(room=count)
         at = torch.tensor(before, device=k.device)[:, None] + torch.arange(count, device=k.device)
@@ -314,7 +314,7 @@ class ThriftLayer(CacheLayerMixin):
             new_tokens: tokens of the step, which the layer holds by now.
         """
         budget, paged = self.options.decode.budget, self.paged
-        totals = [paged.tokens(row) for row in range(paged.batch)]
+        totals = [paged.tokens(seq) for seq in range(paged.batch)]
         seen = sum(tokens // BLOCK for tokens in totals)
         promoted = sum(promoted_in_decode(budget, tokens, new_tokens=new_tokens) for tokens in totals)
         asked = sum(asked_in_decode(budget, tokens, new_tokens=new_tokens) for tokens in totals)
@@ -322,9 +322,9 @@ class ThriftLayer(CacheLayerMixin):
 
     # -- what transformers asks ----------------------------------------------------------------------------------------
 
-    def tokens(self, row: int) -> int:
-        """Tokens of a row, without padding."""
-        return 0 if self._paged is None else self.paged.tokens(row)
+    def tokens(self, seq: int) -> int:
+        """Tokens of a sequence, without padding."""
+        return 0 if self._paged is None else self.paged.tokens(seq)
 
     def slot_map(self) -> Tensor | None:
         """bool ``[B, slots]``, True at tokens; None if there is no padding."""
@@ -345,7 +345,7 @@ class ThriftLayer(CacheLayerMixin):
         return self.get_seq_length() + new, 0
 
     def get_max_length(self) -> int:
-        """Most tokens of a row."""
+        """Most tokens of a sequence."""
         return self.options.max_tokens
 
     get_max_cache_shape = get_max_length  # its name in transformers 5.0
@@ -357,8 +357,8 @@ class ThriftLayer(CacheLayerMixin):
         if self._paged is not None and not self._paged.is_intact:
             self.discard()
         if self._paged is not None:
-            for row in range(self._paged.batch):
-                self._paged.free(row)
+            for seq in range(self._paged.batch):
+                self._paged.free(seq)
         self.slots, self.paddings = 0, []
         self.changes.unfinished = False
 
@@ -381,8 +381,8 @@ class ThriftLayer(CacheLayerMixin):
         found = self.slot_map()
         left = [slots] * self._paged.batch if found is None else found[:, :slots].sum(1).tolist()
         with self.changes.change():
-            for row, tokens in enumerate(left):
-                self._paged.truncate(row, tokens)
+            for seq, tokens in enumerate(left):
+                self._paged.truncate(seq, tokens)
             kept = [padding for padding in self.paddings if padding.start < slots]
             self.paddings = []
             for padding in kept:
@@ -390,33 +390,33 @@ class ThriftLayer(CacheLayerMixin):
                 self.paddings.append(Padding(padding.start, is_token, is_token.sum(1).tolist()))
             self.slots = slots
 
-    def select(self, rows: list[int]) -> None:
-        """Make row i what row ``rows[i]`` was; equal rows share their complete blocks."""
+    def select(self, seqs: list[int]) -> None:
+        """Make sequence i what sequence ``seqs[i]`` was; equal ones share their complete blocks."""
         if self._paged is None:
             return
         paged = self.paged
         with self.changes.change():
             with torch.inference_mode(False):
-                paged.select(rows)
-            index = torch.tensor(rows, device=self.device)
+                paged.select(seqs)
+            index = torch.tensor(seqs, device=self.device)
             self.paddings = [
-                Padding(padding.start, padding.is_token[index], [padding.counts[row] for row in rows])
+                Padding(padding.start, padding.is_token[index], [padding.counts[seq] for seq in seqs])
                 for padding in self.paddings
             ]
-            self.batch_size = len(rows)
+            self.batch_size = len(seqs)
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
-        """Rows in another order, some perhaps several times."""
+        """Put sequences in another order, some perhaps several times."""
         self.select(beam_idx.tolist())
 
     def batch_repeat_interleave(self, repeats: int) -> None:
-        """Every row ``repeats`` times."""
-        self.select([row for row in range(self.batch_size) for _ in range(repeats)])
+        """Take every sequence ``repeats`` times."""
+        self.select([seq for seq in range(self.batch_size) for _ in range(repeats)])
 
     def batch_select_indices(self, indices: Tensor) -> None:
-        """Only these rows."""
-        rows = torch.arange(self.batch_size)[torch.as_tensor(indices).cpu()]
-        self.select(rows.tolist())
+        """Keep only these sequences."""
+        seqs = torch.arange(self.batch_size)[torch.as_tensor(indices).cpu()]
+        self.select(seqs.tolist())
 
     def offload(self) -> None:
         """Refuse: pages stay where they are."""

@@ -50,7 +50,7 @@ def _count(rng: random.Random) -> int:
 
 def draw_arguments(rng: random.Random, name: str) -> dict[str, Any]:
     """Draw the arguments of an operation."""
-    which, row, seed = rng.choice((0, 0, 1, 2, 5)), rng.choice((0, 0, 1, 2, 11)), rng.randrange(2**31)
+    which, seq, seed = rng.choice((0, 0, 1, 2, 5)), rng.choice((0, 0, 1, 2, 11)), rng.randrange(2**31)
     if name == "append":
         count = _count(rng)
         lengths = [count] if rng.random() < 0.4 else [_count(rng) for _ in range(3)]
@@ -67,12 +67,12 @@ def draw_arguments(rng: random.Random, name: str) -> dict[str, Any]:
         return {"which": which, "count": rng.choice((1, 1, rng.randint(1, 16))), "seed": seed, "options": options}
     if name == "truncate":
         back = rng.choice((rng.randint(0, 16), rng.randint(0, 64), rng.randint(64, 130), rng.randint(0, 600)))
-        return {"which": which, "row": row, "back": back}
+        return {"which": which, "seq": seq, "back": back}
     if name == "fork":
-        return {"which": which, "source": row, "target": rng.randrange(12)}
+        return {"which": which, "source": seq, "target": rng.randrange(12)}
     if name == "select":
-        rows = [rng.randrange(12) for _ in range(rng.choice((1, 2, 2, 3, 3, 4)))]
-        return {"which": which, "rows": rows}
+        seqs = [rng.randrange(12) for _ in range(rng.choice((1, 2, 2, 3, 3, 4)))]
+        return {"which": which, "seqs": seqs}
     if name == "together":
         first, second = (rng.choice(("append", "append", "truncate", "free", "fork", "select")) for _ in range(2))
         drawn = [(one, draw_arguments(rng, one)) for one in (first, second)]
@@ -82,5 +82,5 @@ def draw_arguments(rng: random.Random, name: str) -> dict[str, Any]:
     if name == "reserve":
         return {"which": which, "tokens": _count(rng)}
     if name == "refuse":
-        return {"which": which, "kind": seed, "row": row}
-    return {"which": which} | ({"row": row} if name == "free" else {})
+        return {"which": which, "kind": seed, "seq": seq}
+    return {"which": which} | ({"seq": seq} if name == "free" else {})

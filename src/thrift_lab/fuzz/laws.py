@@ -29,17 +29,17 @@ class Member:
 
     Args:
         cache: the cache.
-        rows: its sequences.
+        seqs: its sequences.
         pictures: what it held of each of them when last looked at.
     """
 
     cache: PagedThriftCache
-    rows: tuple[Sequence, ...]
+    seqs: tuple[Sequence, ...]
     pictures: list[list[Tensor]] = field(default_factory=list)
 
     def look(self) -> None:
         """Take pictures of all sequences."""
-        self.pictures = [picture(self.cache, row) for row in range(len(self.rows))]
+        self.pictures = [picture(self.cache, seq) for seq in range(len(self.seqs))]
 
 
 def check_lock(cache: PagedThriftCache) -> None:
@@ -71,7 +71,7 @@ def check_refuses(cache: PagedThriftCache, setting: Setting, name: str) -> None:
         "free": lambda: cache.free(0),
         "select": lambda: cache.select([0]),
         "reserve": lambda: cache.reserve(1),
-        "dump": lambda: state.dump(cache),
+        "state_dict": lambda: state.state_dict(cache),
     }
     for what, call in calls.items():
         try:
@@ -82,32 +82,32 @@ def check_refuses(cache: PagedThriftCache, setting: Setting, name: str) -> None:
         raise Finding(f"{name} was interrupted, the cache says that it is broken, and {what} goes on")
 
 
-def check_left_alone(member: Member, rows: Iterable[int], name: str) -> None:
+def check_left_alone(member: Member, seqs: Iterable[int], name: str) -> None:
     """Sequences that an operation was not about are bit for bit what they were."""
-    for row in rows:
-        if not same(picture(member.cache, row), member.pictures[row]):
-            raise Finding(f"{name} has changed sequence {row}, which it should have left alone")
+    for seq in seqs:
+        if not same(picture(member.cache, seq), member.pictures[seq]):
+            raise Finding(f"{name} has changed sequence {seq}, which it should have left alone")
 
 
-def check_content(member: Member, row: int) -> None:
+def check_content(member: Member, seq: int) -> None:
     """A sequence must look as in a fresh cache that got its tokens at once."""
-    sequence = member.rows[row]
-    if not same(picture(member.cache, row), picture(sequence.twin(), 0)):
-        raise Finding(f"sequence {row} of {sequence.tokens} tokens is not what a fresh cache holds of them")
+    sequence = member.seqs[seq]
+    if not same(picture(member.cache, seq), picture(sequence.twin(), 0)):
+        raise Finding(f"sequence {seq} of {sequence.tokens} tokens is not what a fresh cache holds of them")
     if sequence.finite:
-        _check_precision(member, row)
+        _check_precision(member, seq)
 
 
 SMALLEST, LARGEST = 0.012, 2688.0
 """Absolute error where the scales of groups run out below, and the largest element that they reach; times powers of two."""
 
 
-def _check_precision(member: Member, row: int) -> None:
+def _check_precision(member: Member, seq: int) -> None:
     """What a cache reads is what was appended: the newest tokens and 16-bit copies exactly, the rest nearly."""
-    sequence, cache = member.rows[row], member.cache
-    of_row = cache.per_sequence
-    powers = [None if x is None else x[row].double() for x in (of_row.k_channel_scale, of_row.v_head_scale)]
-    for name, power, got, want in zip("KV", powers, cache.read(row), (sequence.k, sequence.v), strict=True):
+    sequence, cache = member.seqs[seq], member.cache
+    of_seq = cache.per_sequence
+    powers = [None if x is None else x[seq].double() for x in (of_seq.k_channel_scale, of_seq.v_head_scale)]
+    for name, power, got, want in zip("KV", powers, cache.read(seq), (sequence.k, sequence.v), strict=True):
         whole = 0 if cache.config.promoted_storage == "16bit" else sequence.tokens // BLOCK * BLOCK
         if not torch.equal(got[:, whole:], want[:, whole:]):
             raise Finding(f"{name} of the newest of {sequence.tokens} tokens is not what was appended")
@@ -145,14 +145,14 @@ def check_pools(members: Iterable[Member], leaky: bool) -> None:
 
 def check_books(member: Member) -> None:
     """Lengths on host and device, and an own page for every complete block."""
-    cache, want = member.cache, [x.tokens for x in member.rows]
-    told = [cache.tokens(row) for row in range(cache.batch)]
+    cache, want = member.cache, [x.tokens for x in member.seqs]
+    told = [cache.tokens(seq) for seq in range(cache.batch)]
     if told != want or cache.lengths.tolist() != want:
         raise Finding(f"the cache should hold {want} tokens, says {told} and has {cache.lengths.tolist()}")
-    for row, (entries, tokens) in enumerate(zip(cache.table.table.tolist(), want, strict=True)):
+    for seq, (entries, tokens) in enumerate(zip(cache.table.table.tolist(), want, strict=True)):
         held = [page for page in entries if page >= 0]
         if len(held) < tokens // BLOCK or entries[: len(held)] != held or len(set(held)) != len(held):
-            raise Finding(f"sequence {row} of {tokens} tokens has the pages {entries}")
+            raise Finding(f"sequence {seq} of {tokens} tokens has the pages {entries}")
 
 
 def check_attention(x: Sequence, q: Tensor, out: Tensor, lse: Tensor, options: dict[str, Any]) -> None:

@@ -92,21 +92,21 @@ class Machine:
         """Append so many tokens to each sequence."""
         self._perform(self._append(which, lengths, seed, kind))
 
-    def free(self, which: int, row: int) -> None:
+    def free(self, which: int, seq: int) -> None:
         """Empty a sequence."""
-        self._perform(self._free(which, row))
+        self._perform(self._free(which, seq))
 
     def fork(self, which: int, source: int, target: int) -> None:
         """Make a sequence a copy of another one."""
         self._perform(self._fork(which, source, target))
 
-    def truncate(self, which: int, row: int, back: int) -> None:
+    def truncate(self, which: int, seq: int, back: int) -> None:
         """Take tokens of a sequence back."""
-        self._perform(self._truncate(which, row, back))
+        self._perform(self._truncate(which, seq, back))
 
-    def select(self, which: int, rows: list[int]) -> None:
+    def select(self, which: int, seqs: list[int]) -> None:
         """Exchange, repeat or drop sequences."""
-        self._perform(self._select(which, rows))
+        self._perform(self._select(which, seqs))
 
     def reserve(self, which: int, tokens: int) -> None:
         """Give pages to all sequences."""
@@ -127,12 +127,12 @@ class Machine:
         """Write a cache out as the bytes of a file, and read it into a new one with another pool."""
         self._perform(self._reload(which, more_pages))
 
-    def refuse(self, which: int, kind: int, row: int) -> None:
+    def refuse(self, which: int, kind: int, seq: int) -> None:
         """Call a cache wrongly."""
         member = self._member(which)
         name = list(REFUSALS)[kind % len(REFUSALS)]
         try:
-            REFUSALS[name](member.cache, self.setting, row % len(member.rows))
+            REFUSALS[name](member.cache, self.setting, seq % len(member.seqs))
         except (ValueError, TypeError, NotImplementedError):
             pass
         except Exception as error:
@@ -146,11 +146,11 @@ class Machine:
     def attend(self, which: int, count: int, seed: int, options: dict[str, Any]) -> None:
         """Attend with so many new tokens and compare with a fresh cache and with float64."""
         member = self._member(which)
-        q = self.setting.queries(len(member.rows), count, seed)
+        q = self.setting.queries(len(member.seqs), count, seed)
         out, lse = member.cache.attend(q, return_lse=True, **options)
-        for row, sequence in enumerate(member.rows):
-            laws.check_content(member, row)
-            laws.check_attention(sequence, q[row], out[row], lse[row], options)
+        for seq, sequence in enumerate(member.seqs):
+            laws.check_content(member, seq)
+            laws.check_attention(sequence, q[seq], out[seq], lse[seq], options)
         self._check_all()
 
     def together(self, first: tuple[str, dict[str, Any]], second: tuple[str, dict[str, Any]], reads: int) -> None:
@@ -161,7 +161,7 @@ class Machine:
         if plans[0].made or (len(plans) > 1 and self._missing(plans) > plans[0].member.cache.table.free_pages):
             return
         member, faults = plans[0].member, []
-        q = self.setting.queries(len(member.rows), 1, reads)
+        q = self.setting.queries(len(member.seqs), 1, reads)
 
         def guarded(call: Callable[[], Any]) -> None:
             try:
@@ -171,7 +171,7 @@ class Machine:
 
         def look() -> None:
             for _ in range(1 + reads % 3):
-                if len(member.rows) == member.cache.batch:
+                if len(member.seqs) == member.cache.batch:
                     member.cache.attend(q)
                 member.cache.read(0)
 
@@ -214,18 +214,18 @@ class Machine:
 
     def _append(self, which: int, lengths: list[int], seed: int, kind: str) -> Plan:
         member = self._member(which)
-        new = [lengths[row % len(lengths)] for row in range(len(member.rows))]
+        new = [lengths[seq % len(lengths)] for seq in range(len(member.seqs))]
         k, v = self.setting.tokens(len(new), max(new), seed, kind)
         given = None if len(set(new)) == 1 and seed % 2 else new
         after = tuple(
-            x.grown(k[row, :, :n], v[row, :, :n]) for row, (x, n) in enumerate(zip(member.rows, new, strict=True))
+            x.grown(k[seq, :, :n], v[seq, :, :n]) for seq, (x, n) in enumerate(zip(member.seqs, new, strict=True))
         )
         return Plan(
             "append",
             member,
             lambda: member.cache.append(k, v, lengths=given),
             after,
-            frozenset(row for row, n in enumerate(new) if n),
+            frozenset(seq for seq, n in enumerate(new) if n),
             self._no_room(member, [x.tokens for x in after]),
         )
 
@@ -246,59 +246,59 @@ class Machine:
             self._lacking(plan.member, [x.tokens for x in plan.after]) for plan in plans if plan.name != "select"
         )
 
-    def _free(self, which: int, row: int) -> Plan:
+    def _free(self, which: int, seq: int) -> Plan:
         member = self._member(which)
-        row %= len(member.rows)
-        after = self._with(member, row, Sequence.empty(self.setting))
-        return Plan("free", member, lambda: member.cache.free(row), after, frozenset([row]))
+        seq %= len(member.seqs)
+        after = self._with(member, seq, Sequence.empty(self.setting))
+        return Plan("free", member, lambda: member.cache.free(seq), after, frozenset([seq]))
 
-    def _with(self, member: Member, row: int, sequence: Sequence) -> tuple[Sequence, ...]:
-        return (*member.rows[:row], sequence, *member.rows[row + 1 :])
+    def _with(self, member: Member, seq: int, sequence: Sequence) -> tuple[Sequence, ...]:
+        return (*member.seqs[:seq], sequence, *member.seqs[seq + 1 :])
 
     def _fork(self, which: int, source: int, target: int) -> Plan:
         member = self._member(which)
-        source, target = source % len(member.rows), target % len(member.rows)
-        after = self._with(member, target, member.rows[source])
+        source, target = source % len(member.seqs), target % len(member.seqs)
+        after = self._with(member, target, member.seqs[source])
         refused = ValueError if source == target else None
         return Plan("fork", member, lambda: member.cache.fork(source, target), after, frozenset([target]), refused)
 
-    def _truncate(self, which: int, row: int, back: int) -> Plan:
+    def _truncate(self, which: int, seq: int, back: int) -> Plan:
         member = self._member(which)
-        row %= len(member.rows)
-        keep = member.rows[row].tokens - back % (member.rows[row].tokens + 1)
-        after = self._with(member, row, member.rows[row].cut(keep))
-        return Plan("truncate", member, lambda: member.cache.truncate(row, keep), after, frozenset([row]))
+        seq %= len(member.seqs)
+        keep = member.seqs[seq].tokens - back % (member.seqs[seq].tokens + 1)
+        after = self._with(member, seq, member.seqs[seq].cut(keep))
+        return Plan("truncate", member, lambda: member.cache.truncate(seq, keep), after, frozenset([seq]))
 
-    def _select(self, which: int, rows: list[int]) -> Plan:
+    def _select(self, which: int, seqs: list[int]) -> Plan:
         member = self._member(which)
-        rows = [row % len(member.rows) for row in rows]
-        after = tuple(member.rows[row] for row in rows)
-        touched = frozenset(range(len(member.rows)))
-        return Plan("select", member, lambda: member.cache.select(rows), after, touched)
+        seqs = [seq % len(member.seqs) for seq in seqs]
+        after = tuple(member.seqs[seq] for seq in seqs)
+        touched = frozenset(range(len(member.seqs)))
+        return Plan("select", member, lambda: member.cache.select(seqs), after, touched)
 
     def _reserve(self, which: int, tokens: int) -> Plan:
         member = self._member(which)
-        refused = self._no_room(member, [x.tokens + tokens for x in member.rows])
-        return Plan("reserve", member, lambda: member.cache.reserve(tokens), member.rows, refused=refused)
+        refused = self._no_room(member, [x.tokens + tokens for x in member.seqs])
+        return Plan("reserve", member, lambda: member.cache.reserve(tokens), member.seqs, refused=refused)
 
     def _branch(self, which: int) -> Plan:
         member = self._member(which)
-        return Plan("branch", member, member.cache.branch, member.rows, made="another")
+        return Plan("branch", member, member.cache.branch, member.seqs, made="another")
 
     def _reload(self, which: int, more_pages: int) -> Plan:
         member = self._member(which)
-        sharing = len({int(page) for row in range(len(member.rows)) for page in member.cache.table.pages(row)})
+        sharing = len({int(page) for seq in range(len(member.seqs)) for page in member.cache.table.pages(seq)})
         pages = max(self.setting.max_pages, sharing) + more_pages
 
         def change() -> PagedThriftCache:
             from safetensors.torch import load, save
 
-            content = save({name: x.contiguous() for name, x in state.dump(member.cache).items()})
-            made = self.setting.make(len(member.rows), pages)
-            state.restore(made, load(content))
+            content = save({name: x.contiguous() for name, x in state.state_dict(member.cache).items()})
+            made = self.setting.make(len(member.seqs), pages)
+            state.load_state_dict(made, load(content))
             return made
 
-        return Plan("reload", member, change, member.rows, frozenset(range(len(member.rows))), made="instead")
+        return Plan("reload", member, change, member.seqs, frozenset(range(len(member.seqs))), made="instead")
 
     # -- carrying them out ---------------------------------------------------------------------------------------------
 
@@ -329,9 +329,9 @@ class Machine:
             assert made is not None
             member.cache = made
         else:
-            quiet = [row for row in range(len(member.rows)) if row not in plan.touched]
+            quiet = [seq for seq in range(len(member.seqs)) if seq not in plan.touched]
             laws.check_left_alone(member, quiet, plan.name)
-        member.rows = plan.after
+        member.seqs = plan.after
         member.look()
 
     def interrupt(self, plan: Plan, at: int) -> bool:
@@ -367,24 +367,24 @@ class Machine:
             laws.check_refuses(member.cache, self.setting, plan.name)
             self._start_again(member)
             return
-        for rows in (member.rows, member.rows if plan.made else plan.after):
-            if len(rows) == member.cache.batch and all(
-                same(picture(member.cache, row), picture(x.twin(), 0)) for row, x in enumerate(rows)
+        for seqs in (member.seqs, member.seqs if plan.made else plan.after):
+            if len(seqs) == member.cache.batch and all(
+                same(picture(member.cache, seq), picture(x.twin(), 0)) for seq, x in enumerate(seqs)
             ):
-                member.rows = rows
+                member.seqs = seqs
                 member.look()
                 return
         raise Finding(f"{plan.name} interrupted at line {at}: the cache holds neither what it held nor what it should")
 
     def _start_again(self, member: Member) -> None:
         """Put all tokens into a new cache, with a pool of its own."""
-        whole = sum(x.tokens // BLOCK for x in member.rows)
-        cache = self.setting.make(len(member.rows), max(self.setting.num_pages, whole))
-        for row, x in enumerate(member.rows):
-            k, v = (part[None].expand(len(member.rows), -1, -1, -1) for part in (x.k, x.v))
-            cache.append(k, v, lengths=[x.tokens if at == row else 0 for at in range(len(member.rows))])
+        whole = sum(x.tokens // BLOCK for x in member.seqs)
+        cache = self.setting.make(len(member.seqs), max(self.setting.num_pages, whole))
+        for seq, x in enumerate(member.seqs):
+            k, v = (part[None].expand(len(member.seqs), -1, -1, -1) for part in (x.k, x.v))
+            cache.append(k, v, lengths=[x.tokens if at == seq else 0 for at in range(len(member.seqs))])
         member.cache = cache
-        member.rows = tuple(Sequence.empty(self.setting).grown(x.k, x.v) for x in member.rows)
+        member.seqs = tuple(Sequence.empty(self.setting).grown(x.k, x.v) for x in member.seqs)
         member.look()
 
     def _check_all(self) -> None:
@@ -392,5 +392,5 @@ class Machine:
         name = self.log[-1][0] if self.log else "nothing"
         for member in self.members:
             laws.check_books(member)
-            laws.check_left_alone(member, range(len(member.rows)), name)
+            laws.check_left_alone(member, range(len(member.seqs)), name)
         laws.check_pools(self.members, self._leaky)

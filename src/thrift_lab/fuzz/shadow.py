@@ -21,7 +21,7 @@ class Sequence:
         setting: of the episode.
         k: ``[Hkv, T, D]``.
         v: likewise.
-        kept: the block that each of the two 16-bit slots still holds, or -1: to it a sequence is cut without loss.
+        kept: the block that each of the two tail blocks still holds, or -1: to it a sequence is cut without loss.
     """
 
     setting: Setting
@@ -58,7 +58,7 @@ class Sequence:
     def cut(self, tokens: int) -> Sequence:
         """The first tokens of the sequence.
 
-        Where the block of the new end is in no slot any more, what is left of it is what its page decodes to.
+        Where the block of the new end is in no tail block any more, what is left of it is what its page decodes to.
         """
         block = tokens // BLOCK
         k, v, kept = self.k[:, :tokens], self.v[:, :tokens], list(self.kept)
@@ -82,17 +82,17 @@ class Sequence:
         return self._twin[0]
 
 
-def picture(cache: PagedThriftCache, row: int) -> list[Tensor]:
+def picture(cache: PagedThriftCache, seq: int) -> list[Tensor]:
     """Every bit that a cache holds of one sequence and that attention may look at, whatever its pages are numbered."""
-    tokens, pages = cache.tokens(row), cache.table.pages(row)
+    tokens, pages = cache.tokens(seq), cache.table.pages(seq)
     found = [torch.tensor([tokens]), *(plane[pages] for plane in cache.pool)]
     if tokens % BLOCK:
-        found.append(cache.tail[:, row, tokens // BLOCK % 2, :, : tokens % BLOCK].clone())
-    of_row = cache.per_sequence
+        found.append(cache.tail[:, seq, tokens // BLOCK % 2, :, : tokens % BLOCK].clone())
+    of_seq = cache.per_sequence
     if tokens >= BLOCK and cache.numerics.exact_sink:
-        found += [of_row.block0_mean[row].clone(), of_row.sink_value[row].clone()]
+        found += [of_seq.block0_mean[seq].clone(), of_seq.sink_value[seq].clone()]
     if tokens >= BLOCK:
-        found += [x[row].clone() for x in (of_row.k_channel_scale, of_row.v_head_scale) if x is not None]
+        found += [x[seq].clone() for x in (of_seq.k_channel_scale, of_seq.v_head_scale) if x is not None]
     return found
 
 

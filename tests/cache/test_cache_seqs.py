@@ -10,8 +10,8 @@ from thrift_attn.cache import state
 from thrift_attn.config import ThriftConfig
 
 
-def same(one, row, other, at):
-    return all(torch.equal(a, b) for a, b in zip(one.read(row), other.read(at), strict=True))
+def same(one, seq, other, at):
+    return all(torch.equal(a, b) for a, b in zip(one.read(seq), other.read(at), strict=True))
 
 
 def filled(lengths, **options):
@@ -20,17 +20,17 @@ def filled(lengths, **options):
     return cache
 
 
-@pytest.mark.parametrize("rows", [[1, 0, 1], [2, 2, 2], [0, 1, 2], [2], [0, 0, 1, 1, 2, 2]])
-def test_select_makes_each_row_what_the_chosen_one_was(rows):
+@pytest.mark.parametrize("seqs", [[1, 0, 1], [2, 2, 2], [0, 1, 2], [2], [0, 0, 1, 1, 2, 2]])
+def test_select_makes_each_row_what_the_chosen_one_was(seqs):
     cache, before = filled([130, 63, 64]), filled([130, 63, 64])
     table = cache.table.table
-    cache.select(rows)
-    assert cache.batch == len(rows)
-    assert [cache.tokens(row) for row in range(len(rows))] == [before.tokens(row) for row in rows]
-    assert cache.lengths.tolist() == [before.tokens(row) for row in rows]
-    assert all(same(cache, row, before, source) for row, source in enumerate(rows))
-    assert (cache.table.table is table) == (len(rows) == 3)  # a graph holds on to the tensors
-    assert cache.table.free_pages == 32 - len({(row, b) for row in rows for b in range(before.tokens(row) // 64)})
+    cache.select(seqs)
+    assert cache.batch == len(seqs)
+    assert [cache.tokens(seq) for seq in range(len(seqs))] == [before.tokens(seq) for seq in seqs]
+    assert cache.lengths.tolist() == [before.tokens(seq) for seq in seqs]
+    assert all(same(cache, seq, before, source) for seq, source in enumerate(seqs))
+    assert (cache.table.table is table) == (len(seqs) == 3)  # a graph holds on to the tensors
+    assert cache.table.free_pages == 32 - len({(seq, b) for seq in seqs for b in range(before.tokens(seq) // 64)})
 
 
 def test_copies_grow_apart():
@@ -41,8 +41,8 @@ def test_copies_grow_apart():
     want = filled([100])
     want.append(k[1:], v[1:])
     assert same(cache, 1, want, 0)
-    for row in range(2):
-        cache.free(row)
+    for seq in range(2):
+        cache.free(seq)
     assert cache.table.free_pages == 32
 
 
@@ -51,7 +51,7 @@ def test_a_reserved_page_is_not_shared():
     cache.reserve(100)
     cache.select([0, 0])
     cache.append(*tokens(100, batch=2, seed=1))
-    pages = [cache.table.pages(row).tolist() for row in range(2)]
+    pages = [cache.table.pages(seq).tolist() for seq in range(2)]
     assert pages[0][0] == pages[1][0]
     assert not set(pages[0][1:]) & set(pages[1][1:])
 
@@ -60,7 +60,7 @@ def test_select_checks_its_rows():
     cache = filled([10])
     with pytest.raises(ValueError, match="at least one"):
         cache.select([])
-    with pytest.raises(ValueError, match="row must be"):
+    with pytest.raises(ValueError, match="seq must be"):
         cache.select([1])
 
 
@@ -72,8 +72,8 @@ def test_branches_share_pages_and_give_their_own_back():
     k, v = tokens(70, batch=2, seed=1)
     branch.append(k, v)
     want.append(k, v)
-    assert all(same(branch, row, want, row) for row in range(2))
-    assert [cache.tokens(row) for row in range(2)] == [130, 64]
+    assert all(same(branch, seq, want, seq) for seq in range(2))
+    assert [cache.tokens(seq) for seq in range(2)] == [130, 64]
     assert cache.table.free_pages == branch.table.free_pages < free
     del branch
     gc.collect()
@@ -95,40 +95,40 @@ def test_pages_outlive_the_cache_they_came_from():
 def test_state_goes_out_and_comes_back_with_its_sharing():
     cache = filled([130, 63, 64])
     cache.select([0, 0, 1, 2])
-    saved = state.dump(cache)
+    saved = state.state_dict(cache)
     other = make(batch=4)
-    state.restore(other, saved)
+    state.load_state_dict(other, saved)
     assert other.table.free_pages == cache.table.free_pages
-    assert all(same(other, row, cache, row) for row in range(4))
-    other.truncate(0, 127)  # the 16-bit slots came along
+    assert all(same(other, seq, cache, seq) for seq in range(4))
+    other.truncate(0, 127)  # the tail blocks came along
     cache.truncate(0, 127)
     assert same(other, 0, cache, 0)
 
 
 def test_state_that_does_not_fit_is_refused_and_leaves_the_cache_as_it_was():
-    saved = state.dump(filled([130, 63]))
+    saved = state.state_dict(filled([130, 63]))
     for other, problem in (
         (make(batch=1), "batch"),
         (make(batch=2, pages=1), "pages"),
         (make(batch=2, dim=32), "shape"),
     ):
         with pytest.raises((ValueError, RuntimeError), match=problem):
-            state.restore(other, saved)
+            state.load_state_dict(other, saved)
         assert other.table.free_pages == other.pool.base.shape[0]
     used = filled([10, 10])
     with pytest.raises(ValueError, match="empty"):
-        state.restore(used, saved)
+        state.load_state_dict(used, saved)
 
 
 @pytest.mark.parametrize("lengths", [[1, 63], [64, 0], [130, 65]])
 def test_widened_rows_are_what_read_gives(lengths):
     cache = filled(lengths)
     out = cache.widen(room=5)
-    for row, length in enumerate(lengths):
-        for x, want in zip(out, cache.read(row), strict=True):
+    for seq, length in enumerate(lengths):
+        for x, want in zip(out, cache.read(seq), strict=True):
             assert x.shape == (2, 2, max(lengths) + 5, 64)
-            assert torch.equal(x[row, :, :length], want)
-            assert not x[row, :, length:].any()
+            assert torch.equal(x[seq, :, :length], want)
+            assert not x[seq, :, length:].any()
 
 
 @pytest.mark.parametrize("high", ["nested", "nested8", "16bit"])
@@ -139,8 +139,8 @@ def test_the_first_token_stays_exact_through_all_of_it(high):
     config = ThriftConfig.for_cache(budget=0.05, promoted_storage=high, smooth="none")
 
     def check(cache, *sources):
-        for row, source in enumerate(sources):
-            for got, given in zip(cache.read(row), (k, v), strict=True):
+        for seq, source in enumerate(sources):
+            for got, given in zip(cache.read(seq), (k, v), strict=True):
                 assert torch.equal(got[:, 0], given[source, :, 0])
 
     cache = make(batch=3, config=config)
@@ -150,13 +150,13 @@ def test_the_first_token_stays_exact_through_all_of_it(high):
     cache.select([1, 0, 2])
     check(cache, 1, 0, 0)
     branch, restored = cache.branch(), make(batch=3, config=config)
-    state.restore(restored, state.dump(cache))
+    state.load_state_dict(restored, state.state_dict(cache))
     cache.free(0)
     cache.append(k[2:].expand(3, -1, -1, -1), v[2:].expand(3, -1, -1, -1), lengths=[100, 0, 0])
     check(cache, 2, 0, 0)
     check(branch, 1, 0, 0)
     check(restored, 1, 0, 0)
-    cache.truncate(1, 40)  # its block is in no 16-bit slot any more
+    cache.truncate(1, 40)  # its block is in no tail block any more
     check(cache, 2, 0, 0)
     cache.append(k[2:].expand(3, -1, -1, -1), v[2:].expand(3, -1, -1, -1), lengths=[0, 50, 0])
     check(cache, 2, 0, 0)
