@@ -8,6 +8,9 @@ package index but no hub can be told to take copies from there, see `thrift_lab.
 from __future__ import annotations
 
 import os
+import threading
+import urllib.error
+import urllib.request
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -143,6 +146,33 @@ def retrieve(asset: Asset, downloader: Callable[..., None] | None, log: Log) -> 
     except (ValueError, OSError) as error:  # another hash; no network, no right to write
         raise FetchError(f"could not fetch {asset.name} into {folder}: {_first_line(error)}") from error
     return Path(got)
+
+
+HUB_SECONDS = 6.0
+"""How long the hub may take to say anything at all."""
+
+
+def why_no_hub() -> str | None:
+    """Say why the hub cannot be asked, within `HUB_SECONDS`, or return None: its own client takes a minute to give up."""
+    hub = need("huggingface_hub", "hf")
+    if hub.constants.HF_HUB_OFFLINE:
+        return "HF_HUB_OFFLINE is set"
+    address, said = hub.constants.ENDPOINT, ["no answer"]
+
+    def ask() -> None:
+        try:
+            urllib.request.urlopen(urllib.request.Request(address, method="HEAD"), timeout=HUB_SECONDS).close()
+        except urllib.error.HTTPError:
+            pass  # it answers
+        except (OSError, ValueError) as error:
+            said[0] = str(getattr(error, "reason", error))
+            return
+        said[0] = ""
+
+    asking = threading.Thread(target=ask, daemon=True)  # looking a name up has no timeout of its own
+    asking.start()
+    asking.join(HUB_SECONDS)
+    return f"{address} cannot be reached ({said[0]})" if said[0] else None
 
 
 def _first_line(error: Exception) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import os
 import sys
 from pathlib import Path
@@ -12,9 +13,10 @@ try:
     from rich.console import Console
 
     from thrift_lab.bench.bench_cli import app as bench
-    from thrift_lab.console import Device, Dtype, Model, Promoted, Storage, errors, logging_to
-    from thrift_lab.eval.eval_cli import METHODS, run_nll
+    from thrift_lab.console import Device, Dtype, Model, Promoted, Storage, errors, hush, logging_to, shown
+    from thrift_lab.eval.eval_cli import METHODS, run_nll, table_console
     from thrift_lab.eval.eval_cli import app as evals
+    from thrift_lab.extras import missing
 except ImportError as error:
     raise SystemExit(f"the thrift command needs {error.name}: pip install 'thrift-attn[eval]'") from error
 
@@ -25,6 +27,25 @@ app.add_typer(evals, name="eval")
 app.add_typer(bench, name="bench")
 
 BUDGETS = ["0", "0.15"]
+
+
+def _version(asked: bool) -> None:
+    """Print the version and end."""
+    if asked:
+        print(f"thrift-attn {importlib.metadata.version('thrift-attn')}")
+        raise typer.Exit
+
+
+@app.callback()
+def start(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and end.")
+    ] = False,
+) -> None:
+    """Long-context attention on a 4-bit budget.
+
+    thrift doctor says what runs here; thrift generate --demo finds a needle in a long text; thrift demo measures quality.
+    """
 
 
 @app.command()
@@ -45,15 +66,22 @@ def demo(
     """Run fp16, fp4, paper and thrift on SmolLM2-135M and Shakespeare: how much does FP4 lose, how much comes back?"""
     if mirror is not None:
         os.environ["THRIFT_MIRROR"] = mirror
-    paths = {"json": output / "record.json", "plot": output / "recovery.png"}
+    no_picture = missing("matplotlib", "plot")
+    paths = {"json": output / "record.json", "plot": None if no_picture else output / "recovery.png"}
     sizes = {"length": length, "windows": 1, "device": device, "dtype": "auto"}
     run_nll("smollm2-135m", "shakespeare", METHODS, BUDGETS, **paths, **sizes)
+    if no_picture:
+        print(f"no picture: {no_picture}")
 
 
 @app.command()
 def generate(
-    prompt: Annotated[str, typer.Argument(help="The prompt; - reads it from standard input.")],
+    prompt: Annotated[str | None, typer.Argument(help="The prompt; - reads it from standard input.")] = None,
     model: Model = "smollm2-135m",
+    demo: Annotated[
+        bool,
+        typer.Option("--demo", help="No prompt: a number hidden in 4,096 tokens is asked for, read in three ways."),
+    ] = False,
     file: Annotated[Path | None, typer.Option(help="A text that is put before the prompt.")] = None,
     max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", "-n", help="Tokens at most.")] = 256,
     budget: Promoted = "max(5%, 16)",
@@ -66,8 +94,19 @@ def generate(
     device: Device = "auto",
     dtype: Dtype = "auto",
 ) -> None:
-    """Answer a prompt through the 4-bit cache, streaming; then say how fast, how many bytes and what was promoted."""
+    """Answer a prompt through the 4-bit cache, streaming; then say how fast, how many bytes and what was promoted.
+
+    With --demo a number hidden in a long text is asked for: of the model as it is, with 5% of the blocks and nothing else, and
+    with 5% of the blocks in high precision and the others in 4 bits.
+    """
     with errors():
+        if (prompt is None) != demo:
+            raise ValueError("expected a prompt (- reads it from standard input) or --demo, and not both")
+        console = Console(stderr=True)
+        log = logging_to(console)
+        if demo:
+            return _find_needle(model, device, dtype, console)
+        log(f"{model} answers from a KV cache of 4-bit blocks, of which {budget} are read in high precision.")
         import torch
 
         from thrift_attn.config import Budget, ThriftConfig
@@ -76,91 +115,72 @@ def generate(
 
         config = ThriftConfig.for_cache(budget=Budget.parse(budget), promoted_storage=promoted_storage)
         options = chat.sampling(temperature, top_p)
-        text = sys.stdin.read() if prompt == "-" else prompt
+        text = sys.stdin.read() if prompt == "-" else prompt or ""
         if file is not None:
             text = f"{file.read_text(encoding='utf-8')}\n\n{text}"
-        log = logging_to(Console(stderr=True))
-        loaded = load_model(model, device=device, dtype=dtype, log=log)
+        with shown(console) as (report, _):
+            loaded = load_model(model, device=device, dtype=dtype, log=report)
         ids = chat.prompt_ids(loaded, text, raw=raw)
         torch.manual_seed(seed)
-
-        def show(piece: str) -> None:
-            print(piece, end="", flush=True)
-
-        cost = chat.answer(loaded, ids, show, config=config, max_new_tokens=max_new_tokens, chunk=chunk, **options)
+        log(f"reading {ids.shape[1]:,} tokens")
+        cost = chat.answer(loaded, ids, _show, config=config, max_new_tokens=max_new_tokens, chunk=chunk, **options)
         print(flush=True)
         for line in cost.lines():
             log(line)
+
+
+def _show(piece: str) -> None:
+    """Print a piece of an answer as soon as it is there."""
+    print(piece, end="", flush=True)
+
+
+def _find_needle(model: str, device: str, dtype: str, console: Console) -> None:
+    """Run ``thrift generate --demo``; exit code 1 when thrift misses what the model itself finds."""
+    log = logging_to(console)
+    log("A number is hidden in a long text and asked for; three ways to read it, a minute each on a CPU.")
+    from thrift_lab import haystack
+    from thrift_lab.eval.texts import load_text
+    from thrift_lab.models import load_model
+
+    with shown(console) as (report, _):
+        loaded = load_model(model, device=device, dtype=dtype, log=report)
+        text = load_text("shakespeare", 1, report).content
+    found = {one.way: one.found for one in haystack.ask(loaded, text, _show, log)}
+    if found[haystack.PLAIN] and not found[haystack.THRIFT]:
+        raise typer.Exit(1)
 
 
 @app.command()
 def doctor(
     models: Annotated[
         Path | None,
-        typer.Option(help="Instead, check every family of transformers and write the table of models here."),
+        typer.Option(
+            metavar="PAGE",
+            help="Instead, check every family of the transformers installed here, print what works and write the table.",
+        ),
     ] = None,
 ) -> None:
-    """Print versions, what this device can do and what is cached; exit code 0 when the commands can run."""
-    out = Console()
+    """Versions beside those that are tested, what runs on this device and why, what is cached; exit code 0 if usable."""
+    out = table_console()
     if models is not None:
         from thrift_lab import model_table
 
         raise typer.Exit(model_table.write(models, lambda line: out.print(line, highlight=False, markup=False)))
     try:
-        problems = _doctor(out)
+        from thrift_lab.doctor import examine
+
+        problems = examine(out)
     except ImportError as error:
         problems = [str(error)]
     for problem in problems:
-        out.print(f"missing: {problem}", style="red", highlight=False, markup=False)
+        out.print(f"missing: {problem}", style="red", highlight=False, markup=False, soft_wrap=True)
     out.print("[green]usable[/green]" if not problems else "[red]not usable[/red]")
     raise typer.Exit(1 if problems else 0)
 
 
-def _doctor(out: Console) -> list[str]:
-    """Print the tables; return what is missing."""
-    import torch
-    from rich.table import Table
-
-    from thrift_attn.dispatch import support
-    from thrift_lab.assets import MODELS, SHAKESPEARE, cache_dir, cached
-    from thrift_lab.eval.run_nll import PACKAGES
-    from thrift_lab.extras import missing
-    from thrift_lab.models import is_cached
-    from thrift_lab.provenance import device_name, served_versions, versions
-
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    plain = Table(box=None, show_header=False, padding=(0, 1))
-    served = served_versions()
-    for name, version in versions(PACKAGES).items():
-        wanted = f" [dim](served: {served[name]})[/dim]" if name in served else ""
-        plain.add_row(name, (version or "[dim]not installed[/dim]") + wanted)
-    plain.add_row("device", device_name(device))
-    plain.add_row("cache", str(cache_dir()))
-    for asset, here in [(model, is_cached(name)) for name, model in MODELS.items()] + [
-        (SHAKESPEARE, bool(cached(SHAKESPEARE)))
-    ]:
-        plain.add_row(
-            asset.name, "[green]cached[/green]" if here else f"fetched when first used ({asset.megabytes} MB)"
-        )
-    out.print(plain)
-    out.print()
-
-    table = Table(box=None, padding=(0, 1), header_style="bold")
-    for header in ("feature", "status", "why"):
-        table.add_column(header)
-    colours = {"native": "green", "emulated": "yellow", "no": "red"}
-    for row in support(device):
-        colour = colours.get(row.status, "default")
-        table.add_row(row.feature, f"[{colour}]{row.status}[/{colour}]", row.why)
-    out.print(table)
-    out.print()
-
-    wanted = (("transformers", "hf"), ("pooch", "eval"), ("matplotlib", "plot"))
-    return [problem for module, extra in wanted if (problem := missing(module, extra))]
-
-
 def main() -> None:
     """Entry point of the ``thrift`` command."""
+    hush()
     app()
 
 

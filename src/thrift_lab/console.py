@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import logging
+import os
 import re
+import threading
+import time
+import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 from rich.console import Console
@@ -25,10 +30,21 @@ Model = Annotated[str, typer.Option(help="Name, local folder, .gguf file or hub 
 TextSource = Annotated[str, typer.Option(help="File, shakespeare[:PLAY], pg19 or hub:OWNER/NAME[:SPLIT[:COLUMN]].")]
 Promoted = Annotated[str, typer.Option(help="Blocks in high precision: 5%, max(5%, 16), top_k(8) or paper.")]
 Storage = Annotated[
-    str, typer.Option("--promoted-storage", "--high", help="How they are stored: nested, nested8 or 16bit.")
+    Literal["nested", "nested8", "16bit"],
+    typer.Option(
+        "--promoted-storage",
+        "--high",
+        help="How they are stored: the base and a 4-bit or an 8-bit residual, or a 16-bit copy.",
+    ),
 ]
 Device = Annotated[str, typer.Option(help="auto, cpu or cuda[:N].")]
-Dtype = Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")]
+Dtype = Annotated[
+    Literal["auto", "float32", "bfloat16", "float16"],
+    typer.Option(help="Of the model; auto: float32 on a CPU, else its own."),
+]
+
+BEAT = 30.0
+"""Seconds between two lines of progress where nobody moves a cursor."""
 
 
 def silent(line: str) -> None:
@@ -80,13 +96,35 @@ def errors() -> Iterator[None]:
         raise typer.Exit(2) from error
 
 
+_NOISY = ("torch.utils._pytree", "torchao", "huggingface_hub", "httpx", "datasets", "fsspec", "filelock")
+"""Loggers of packages that report their own affairs to whoever uses a model."""
+
+
+def hush() -> None:
+    """Keep other packages from printing: warnings of theirs, bars and retries; errors still come, as exceptions."""
+    for name in _NOISY:
+        logging.getLogger(name).setLevel(logging.ERROR)
+    for name in ("TRANSFORMERS_VERBOSITY", "HF_HUB_VERBOSITY", "DATASETS_VERBOSITY"):
+        os.environ.setdefault(name, "error")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    for package in ("torch", "torchao", "transformers", "huggingface_hub", "datasets", "gguf"):
+        warnings.filterwarnings("ignore", module=rf"{package}\b")
+
+
 @contextmanager
 def shown(console: Console) -> Iterator[Any]:
-    """Show a progress line: first what is being loaded, then a bar over windows, methods and layers.
+    """Show progress: first what is being loaded, then windows, methods and layers.
+
+    On a terminal it is one line with a bar; elsewhere a line when something starts and one every `BEAT` seconds.
 
     Yields:
         A `Log` and a `Progress`.
     """
+    if not console.is_terminal:
+        with _lines(console) as reports:
+            yield reports
+        return
     from rich.progress import BarColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
     from rich.progress import Progress as Bar
     from rich.progress import SpinnerColumn as Spinner
@@ -98,10 +136,42 @@ def shown(console: Console) -> Iterator[Any]:
         def log(line: str) -> None:
             if line:
                 bar.update(task, description=line)
-            if line and not console.is_terminal:
-                console.print(line, highlight=False)
 
         def progress(what: str, done: int, total: int) -> None:
             bar.update(task, description=what, completed=done, total=total)
 
         yield log, progress
+
+
+def kept(console: Console, log: Log) -> Log:
+    """Return the log of `shown` for lines that stay: on a terminal the next one would take their place."""
+    return logging_to(console) if console.is_terminal else log
+
+
+@contextmanager
+def _lines(console: Console) -> Iterator[tuple[Log, Progress]]:
+    """`shown` without a cursor."""
+    began, over, now = time.monotonic(), threading.Event(), ["starting"]
+
+    def say(line: str) -> None:
+        console.print(line, highlight=False, markup=False, soft_wrap=True)
+
+    def log(line: str) -> None:
+        if line:
+            now[0] = line
+            say(line)
+
+    def progress(what: str, done: int, total: int) -> None:
+        now[0] = f"{what}, {done} of {total}"
+
+    def beat() -> None:
+        while not over.wait(BEAT):
+            say(f"{now[0]}, after {time.monotonic() - began:.0f} s")
+
+    teller = threading.Thread(target=beat, daemon=True)
+    teller.start()
+    try:
+        yield log, progress
+    finally:
+        over.set()
+        teller.join()

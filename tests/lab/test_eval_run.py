@@ -17,6 +17,7 @@ import torch.nn.functional as F
 
 from support.tiny_eval import LIMIT, TEXT, loaded, make_model, make_tokenizer, save_model
 from thrift_lab import models
+from thrift_lab.console import FetchError
 from thrift_lab.eval import nll, texts
 from thrift_lab.eval.methods import parse_method, parse_methods
 from thrift_lab.eval.nll import check_head, leading_bos, run_window, windows_of
@@ -64,6 +65,7 @@ def test_a_hub_model_that_the_hub_does_not_give(monkeypatch: pytest.MonkeyPatch)
     def refuse(*_: object, **__: object) -> None:
         raise OSError("We couldn't connect\nsecond line")
 
+    monkeypatch.setattr(models, "why_no_hub", lambda: None)
     monkeypatch.setattr(transformers.AutoConfig, "from_pretrained", refuse)
     with pytest.raises(ValueError, match=r"could not load model 'some/model': .* OSError: We couldn't connect$"):
         load_model("some/model")
@@ -201,6 +203,10 @@ class Hub:
 
 def test_hub_datasets(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(texts, "need", lambda module, extra: Hub())
+    monkeypatch.setattr(texts, "why_no_hub", lambda: "it is away")
+    with pytest.raises(FetchError, match="comes from the hub, and it is away: use --text shakespeare or a file"):
+        load_text("pg19", 6)
+    monkeypatch.setattr(texts, "why_no_hub", lambda: None)
     assert load_text("pg19", 6).content == "one\n\n\ntwo"
     assert Hub.asked == ("emozilla/pg19", {"split": "test", "streaming": True})
     assert load_text("hub:a/b:train:text", 100).content == "one\n\n\ntwo\n\n\nthree"

@@ -659,7 +659,7 @@ def test_commands(place: Path, tmp_path: Path) -> None:
     assert thrift("report", str(folder), "--markdown", str(tmp_path / "r.md")).exit_code == 0
     assert "### NLL, 130 tokens" in (tmp_path / "r.md").read_text()
     for arguments, message in (
-        (("suite", "-o", str(folder), "--preset", "huge"), "preset must be one of quick, full, got 'huge'"),
+        (("suite", "-o", str(folder), "--preset", "huge"), "'huge' is not one of 'quick', 'full'"),
         (("suite", "-o", str(tmp_path / "x"), "--nll-lengths", "many"), "expected whole numbers"),
         (("report", str(tmp_path / "gone")), "holds no run"),
     ):

@@ -16,6 +16,7 @@ class Letters:
     """One token per character, 0 ends."""
 
     chat_template = None
+    eos_token_id = 0
 
     def __call__(self, text: str, return_tensors: str | None = None, **_: Any) -> Any:
         ids = [ord(c) - 32 if 32 <= ord(c) < 128 else 0 for c in text]

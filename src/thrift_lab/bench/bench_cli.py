@@ -6,7 +6,7 @@ import os
 import sys
 from collections.abc import Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 from rich.console import Console
@@ -75,8 +75,8 @@ def _judge(rows: Iterable[Any], console: Console) -> None:
 @app.command()
 def decode(
     preset: Annotated[
-        str, typer.Option(help="smoke, target, quick or full; not used when --batch and --kv are given.")
-    ] = ("quick"),
+        Literal["smoke", "target", "quick", "full"], typer.Option(help="Not used when --batch and --kv are given.")
+    ] = "quick",
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder for the record and the pictures.")] = Path("bench"),
     batch: Annotated[list[str] | None, typer.Option(help="Own grid: batch sizes such as 1,8.")] = None,
     kv: Annotated[list[str] | None, typer.Option(help="Own grid: cache lengths such as 32768,131072.")] = None,
@@ -128,10 +128,8 @@ def decode(
                     config_name=name,
                 )
             )
-        elif preset in PRESETS:
-            cases = PRESETS[preset]
         else:
-            raise ValueError(f"--preset must be one of {', '.join(PRESETS)}, got {preset!r}")
+            cases = PRESETS[preset]
         plan = BenchPlan(
             cases=cases,
             out=out / "decode.json",
@@ -199,7 +197,7 @@ def _case(text: str) -> ModelCase:
 
 @app.command()
 def prefill(
-    preset: Annotated[str, typer.Option(help="smoke, target or full; not used when --kv is given.")] = "target",
+    preset: Annotated[Literal["smoke", "target", "full"], typer.Option(help="Not used when --kv is given.")] = "target",
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder for the record and the picture.")] = Path("bench"),
     kv: Annotated[list[str] | None, typer.Option(help="Own grid: prompt lengths such as 32768,131072.")] = None,
     base_format: Annotated[
@@ -239,10 +237,8 @@ def prefill(
                 config_names=words(config),
                 head_dim=head_dim,
             )
-        elif preset in PREFILL_PRESETS:
-            cases = PREFILL_PRESETS[preset]
         else:
-            raise ValueError(f"--preset must be one of {', '.join(PREFILL_PRESETS)}, got {preset!r}")
+            cases = PREFILL_PRESETS[preset]
         plan = BenchPlan(
             cases=cases,
             out=out / "prefill.json",

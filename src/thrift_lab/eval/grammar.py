@@ -1,0 +1,63 @@
+"""How methods are written: what `thrift eval methods` prints and the docs hold."""
+
+from __future__ import annotations
+
+from dataclasses import fields
+from typing import Any, get_args, get_type_hints
+
+from thrift_attn.config import ThriftConfig
+from thrift_attn.reference.scores import SCORES
+from thrift_lab.eval.methods import KINDS, parse_method
+
+GRAMMAR = (
+    "A method is KIND, or KIND:OPTION=VALUE,OPTION=VALUE; methods have commas between them.",
+    "fp16,fp4,thrift,thrift:budget=10%,promoted_storage=nested are four methods: a piece with = belongs to the one before it.",
+)
+_BUDGET = "5% or 0.05 (that share of all visible blocks), max(5%, 16) (at least 16 of a row), top_k(8), paper"
+_KEEP = "a share of the prompt's tokens, over 0 and at most 1"
+
+Table = tuple[list[str], list[list[str]]]
+
+
+def kinds() -> Table:
+    """Every kind of method: what it is and which options it takes."""
+    body = []
+    every = set(KINDS["thrift"].options)
+    for name, kind in KINDS.items():
+        lacking = every - set(kind.options)
+        taken = "all" if not lacking else ", ".join(kind.options) or "none"
+        if lacking and len(lacking) < len(kind.options):
+            taken = f"all but {', '.join(option for option in KINDS['thrift'].options if option in lacking)}"
+        body.append([name, kind.about, taken])
+    return ["kind", "what it computes", "options"], body
+
+
+def options() -> Table:
+    """Every option: its values, and what it is in ``thrift`` and ``paper`` if it is not given."""
+    hints = get_type_hints(ThriftConfig)
+    usual = [_values(name) for name in ("thrift", "paper")]
+    body = []
+    for field in fields(ThriftConfig):
+        if field.name not in KINDS["thrift"].options:
+            continue
+        known: dict[str, str] = {"budget": _BUDGET, "score": ", ".join(SCORES)}
+        named = [value for value in get_args(hints[field.name]) if value != "auto"]  # a record names its format
+        words = known.get(field.name) or ", ".join(named) or "a whole number of blocks"
+        body.append([field.name, words, *(str(row[field.name]) for row in usual)])
+    body.append(["keep", f"{_KEEP} (snapkv)", "-", "-"])
+    return ["option", "values", "thrift", "paper"], body
+
+
+def _values(kind: str) -> dict[str, Any]:
+    config = parse_method(kind).config
+    assert config is not None
+    return config.to_dict()
+
+
+def markdown() -> str:
+    """All of it for the docs."""
+    parts = [" ".join(GRAMMAR)]
+    for head, body in (kinds(), options()):
+        rows = [f"| `{row[0]}` | {' | '.join(row[1:])} |" for row in body]
+        parts.append("\n".join([f"| {' | '.join(head)} |", "|---" * len(head) + "|", *rows]))
+    return "\n\n".join(parts) + "\n"
