@@ -6,13 +6,13 @@ BIN := $(VENV)/bin
 OLDEST_PYTHON ?= python3.10
 TRITONS := 3.6.0 3.7.1
 
-.PHONY: demo test test-gpu test-matrix lint install clean
+.PHONY: demo test test-gpu test-matrix lint docs figures install clean
 
 demo: $(VENV)/.eval
 	$(BIN)/thrift demo --mirror pypi
 
 test: $(VENV)/.dev $(VENV)/.tritons lint
-	$(BIN)/pytest -n 2 tests/architecture tests/reference tests/cache tests/transformers tests/lab
+	$(BIN)/pytest -n 2 tests/architecture tests/reference tests/cache tests/transformers tests/lab tests/docs
 	TRITON_INTERPRET=1 $(BIN)/pytest -n 2 tests/prefill tests/decode tests/laws
 	for version in $(TRITONS); do \
 		TRITON_INTERPRET=1 PYTHONPATH=$(VENV)/triton-$$version $(BIN)/pytest tests/prefill/test_sm90_fp8_compile.py || exit 1; \
@@ -25,6 +25,14 @@ test-gpu: $(VENV)/.dev
 # Tests that need no GPU with the oldest versions that are served, in a Python 3.10 of their own, and with those installed here.
 test-matrix: $(VENV)/.dev $(VENV)/.oldest
 	PYTHONPATH=src $(BIN)/python -m thrift_lab.matrix_tests $(VENV)/oldest/bin/python $(BIN)/python
+
+# The documentation as a site, in site/.
+docs: $(VENV)/.dev
+	$(BIN)/python -m mkdocs build --strict
+
+# Pictures and tables of the README and the documentation, from the records.
+figures: $(VENV)/.dev
+	$(BIN)/python -m thrift_lab.handbook
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .
@@ -58,4 +66,4 @@ $(VENV)/.oldest: pyproject.toml Makefile | $(BIN)/python
 	@touch $@
 
 clean:
-	rm -rf $(VENV) demo dist
+	rm -rf $(VENV) demo dist site

@@ -1,0 +1,109 @@
+"""The figures that pictures and tables show, out of the records."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from thrift_attn import ThriftConfig
+from thrift_attn.reference.formats import FORMATS, RESIDUALS
+from thrift_lab.bench.bench_records import BenchRecord, Speedup
+from thrift_lab.eval.cost import decode_cost
+from thrift_lab.eval.methods import config_of
+from thrift_lab.handbook.ages import scored_before_default, timed_before_default
+
+ROOT = Path(__file__).parents[3]
+RESULTS = ROOT / "benchmarks" / "results"
+
+
+@cache
+def read(name: str) -> dict[str, Any]:
+    """A record by its path below benchmarks/results."""
+    return json.loads((RESULTS / name).read_text(encoding="utf-8"))
+
+
+@dataclass(frozen=True)
+class Loss:
+    """Quality of a method on a text, and what its KV cache costs.
+
+    Args:
+        nats: above the model's own attention, per token.
+        low: lower end of the 95% interval.
+        high: upper end.
+        reads: bytes that a decode step reads, a 16-bit cache being 1.
+        stores: bytes that are kept, a 16-bit cache being 1.
+        older: recorded before today's default.
+    """
+
+    nats: float
+    low: float
+    high: float
+    reads: float
+    stores: float
+    older: bool
+
+
+def loss(record: str, method: str, ours: bool = False) -> Loss:
+    """A row of a record of ``thrift eval nll``.
+
+    Args:
+        record: its path below benchmarks/results.
+        method: the name of the row.
+        ours: whether the row speaks for the default of this package.
+    """
+    found = read(record)
+    row = next(row for row in found["methods"] if row["name"] == method)
+    config = config_of(row["config"])
+    dim = found["model"]["head_dim"]
+    share = row["share_promoted"]
+    low, high = row["loss_interval"]
+    return Loss(
+        row["loss"],
+        low,
+        high,
+        decode_cost(config, share, dim),
+        stored(config, share, dim),
+        ours and scored_before_default(config),
+    )
+
+
+def stored(config: ThriftConfig, share: float, head_dim: int) -> float:
+    """Bytes of a KV cache in a configuration, a 16-bit cache being 1, means of blocks and scales included.
+
+    A promoted block may be any block later on, so that its copy or residual is kept of all.
+    """
+    centre = 1 / 128 if config.center != "none" or config.score in ("mean", "oracle") else 1 / 64
+    if config.base_format == "drop":
+        return 1 + centre
+    base = FORMATS[config.base_format].bits_per_element(head_dim) / 16
+    if share == 0:
+        return base
+    more = (
+        1.0
+        if config.promoted_storage == "16bit"
+        else RESIDUALS[config.promoted_storage].bits_per_element(head_dim) / 16
+    )
+    return base + more + centre
+
+
+@dataclass(frozen=True)
+class Timed:
+    """A decode or prefill case: our time beside the fastest baselines, in microseconds."""
+
+    case: str
+    speedup: Speedup
+    older: bool
+
+
+def timed(record: str, **wanted: Any) -> list[Timed]:
+    """The cases of a record of ``thrift bench`` whose fields are as wanted, the default recipe only."""
+    found = BenchRecord.load(RESULTS / record)
+    rows = []
+    for speedup in found.speedups():
+        case = speedup.ours.case
+        if case.config_name == "default" and all(getattr(case, name) == value for name, value in wanted.items()):
+            rows.append(Timed(case.name, speedup, timed_before_default(found.context["created"])))
+    return rows

