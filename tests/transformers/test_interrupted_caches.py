@@ -170,9 +170,9 @@ def test_an_interrupted_change_of_a_state_is_noticed_in_the_last_layer_too() -> 
     last = steps.change(with_states[-1], "new conv")
     with pytest.raises(KeyboardInterrupt), last:
         raise KeyboardInterrupt
-    with pytest.raises(RuntimeError, match="interrupted forward"):
+    with pytest.raises(RuntimeError, match="interrupted halfway"):
         steps.begin(layers, 1, 1)
-    with pytest.raises(RuntimeError, match="interrupted forward"):
+    with pytest.raises(RuntimeError, match="interrupted halfway"):
         steps.copy().begin(layers, 1, 1)
     steps.clear()
     steps.begin(layers, 0, 1)

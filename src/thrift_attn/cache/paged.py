@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from thrift_attn.cache.changes import Changes
 from thrift_attn.cache.page_table import PageTable
 from thrift_attn.cache.sequences import CacheSequences
 from thrift_attn.checks import check_logits, check_no_gradients, whole_number
@@ -102,7 +103,7 @@ class PagedThriftCache(CacheSequences):
         self.kv_heads, self.head_dim = kv_heads, head_dim
         self.table = PageTable(num_pages, batch, sizes["max_pages"], device, max_tokens)
         self._lock = threading.RLock()  # of the pool: caches that `branch` makes share it
-        self._unfinished = False
+        self._changes = Changes("make a new cache (ThriftCache.reset() does)")
         self.pool = Pool.empty(num_pages, kv_heads, head_dim, config.promoted_storage, dtype, device)
         # K and V of the two newest blocks, block b in tail block b mod 2.
         self.tail = torch.zeros(2, batch, 2, kv_heads, BLOCK, head_dim, dtype=dtype, device=device)
@@ -158,7 +159,7 @@ class PagedThriftCache(CacheSequences):
         if len(new) != self.batch or any(not 0 <= n <= count for n in new):
             raise ValueError(f"lengths must be {self.batch} numbers from 0 to {count}, got {new}")
         with self._lock:
-            self._check_finished()
+            self._changes.check()
             self._check_overrun()
             wanted = [self.table.tokens(seq) + n for seq, n in enumerate(new)]
             if self._capturing():
@@ -258,7 +259,7 @@ class PagedThriftCache(CacheSequences):
             K and V ``[B, Hkv, longest + room, D]`` in the dtype of the cache, 0 behind the end of a sequence.
         """
         with self._reading():
-            self._check_finished()
+            self._changes.check()
             longest = max(self.table.tokens(seq) for seq in range(self.batch))
             shape = (2, self.batch, self.kv_heads, longest + room, self.head_dim)
             out = torch.zeros(shape, dtype=self.dtype, device=self.device)
@@ -275,7 +276,7 @@ class PagedThriftCache(CacheSequences):
     def read(self, seq: int) -> tuple[Tensor, Tensor]:
         """K and V of one sequence in high precision, ``[Hkv, T, D]`` in the dtype of the cache."""
         with self._reading():
-            self._check_finished()
+            self._changes.check()
             self._check_seq(seq)
             planes = self._planes(seq)
             tokens = self.table.tokens(seq)
@@ -318,7 +319,7 @@ class PagedThriftCache(CacheSequences):
         check_logits(scale, window, softcap)
         scale = 1 / math.sqrt(self.head_dim) if scale is None else scale
         with self._reading():
-            self._check_finished()
+            self._changes.check()
             if self.backend == "triton":
                 from thrift_attn.decode import ops
 

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from typing_extensions import Self
 
+from thrift_attn.cache.changes import Changes
 from thrift_attn.cache.page_table import PageTable
 from thrift_attn.checks import whole_number
 from thrift_attn.config import BLOCK
@@ -37,7 +38,7 @@ class CacheSequences:
     per_sequence: SequenceTensors
     overrun: Tensor
     _lock: threading.RLock  # pyright: ignore[reportInvalidTypeForm]
-    _unfinished: bool
+    _changes: Changes
     _tail_blocks: list[list[int]]
     _overrun_seen: Tensor
 
@@ -59,28 +60,18 @@ class CacheSequences:
     @contextmanager
     def _changing(self) -> Iterator[None]:
         """Hold the pool, and refuse everything from now on if what is done meanwhile does not come to its end."""
-        with self._lock:
-            self._check_finished()
-            self._unfinished = True
+        with self._lock, self._changes:
             self.table.note_use()
             yield
-            self._unfinished = False
 
     def _reading(self) -> AbstractContextManager[object]:
         """Hold the pool, so that another thread's change is waited for; a trace of dynamo has one thread."""
         return nullcontext() if torch.compiler.is_compiling() else self._lock
 
-    def _check_finished(self) -> None:
-        if self._unfinished:
-            raise RuntimeError(
-                "a change of this cache was interrupted halfway, and what it holds is not known: make a new cache "
-                "(ThriftCache.reset() does)"
-            )
-
     @property
     def is_intact(self) -> bool:
         """Whether no change was interrupted halfway; a cache that is not intact refuses to be used."""
-        return not self._unfinished
+        return not self._changes.unfinished
 
     def reserve(self, tokens: int | list[int]) -> None:
         """Give every sequence the pages for more tokens, so that a captured graph can append them.
@@ -93,7 +84,7 @@ class CacheSequences:
             RuntimeError: the pool is exhausted; nothing has changed.
         """
         with self._lock:
-            self._check_finished()
+            self._changes.check()
             self._check_overrun()
             new = [whole_number("tokens", n) for n in (tokens if isinstance(tokens, list) else [tokens] * self.batch)]
             if len(new) != self.batch or min(new) < 0:
@@ -113,7 +104,7 @@ class CacheSequences:
         """
         if not 0 <= whole_number("tokens", tokens) <= BLOCK:
             raise ValueError(f"a step appends 0 to {BLOCK} tokens, got {tokens}")
-        self._check_finished()
+        self._changes.check()
         self._check_overrun()
         old = [self.table.tokens(seq) // BLOCK for seq in range(self.batch)]
         with self._changing():
@@ -222,8 +213,9 @@ class CacheSequences:
         The pages it takes go back to the pool when it is freed or no longer used.
         """
         with self._reading():
-            self._check_finished()
+            self._changes.check()
             other = copy.copy(self)
+            other._changes = self._changes.anew()
             other.table, other.tail, other.overrun = self.table.branch(), self.tail.clone(), self.overrun.clone()
             other._overrun_seen = self._overrun_seen.clone()
             other.per_sequence = self.per_sequence.each(torch.clone)

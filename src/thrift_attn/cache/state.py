@@ -21,7 +21,7 @@ def state_dict(cache: PagedThriftCache) -> dict[str, Tensor]:
         holds; and what belongs to each sequence, by the names of `thrift_attn.reference.pages.SequenceTensors`.
     """
     with cache._reading():
-        cache._check_finished()
+        cache._changes.check()
         tokens = [cache.tokens(seq) for seq in range(cache.batch)]
         pages, numbers = torch.cat([cache.table.pages(seq) for seq in range(cache.batch)]).unique(return_inverse=True)
         blocks = torch.full((cache.batch, max(tokens) // BLOCK), -1, dtype=torch.int64)
@@ -42,7 +42,7 @@ def load_state_dict(cache: PagedThriftCache, saved: dict[str, Tensor]) -> None:
         RuntimeError: the pool is too small.
     """
     with cache._lock:
-        cache._check_finished()
+        cache._changes.check()
         _check_state_dict(cache, saved)
         with cache._changing():
             _load(cache, saved)

@@ -14,9 +14,10 @@ from typing import Any
 import torch
 from transformers.cache_utils import CacheLayerMixin, DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
+from thrift_attn.cache.changes import Changes
 from thrift_attn.dispatch import HEAD_DIMS
 from thrift_attn.transformers.padding import MaskReader
-from thrift_attn.transformers.thrift_layer import CacheOptions, ThriftLayer
+from thrift_attn.transformers.thrift_layer import RESET, CacheOptions, ThriftLayer
 from transformers import cache_utils
 
 
@@ -156,7 +157,7 @@ class StateSteps:
 
     def __init__(self) -> None:
         self._done: dict[int, set[str]] = {}
-        self._unfinished = False  # whether a change of a state was begun and not ended
+        self._changes = Changes(RESET)  # of states
         self._slots: int | None = None  # of the cache when the forward is through
 
     def note(self, layer: int, step: str) -> None:
@@ -166,10 +167,9 @@ class StateSteps:
     @contextmanager
     def change(self, layer: int, step: str) -> Iterator[None]:
         """Change a state of a layer inside, and note it."""
-        self._unfinished = True
-        self.note(layer, step)
-        yield
-        self._unfinished = False
+        with self._changes:
+            self.note(layer, step)
+            yield
 
     def begin(self, layers: list[Any], held: int, new: int) -> None:
         """Begin a forward; calling it again before the first layer changes nothing.
@@ -187,7 +187,8 @@ class StateSteps:
             return
         done = {frozenset(self._done.get(at, ())) for at in with_states}
         half = self._slots is not None and self._done and (held != self._slots or len(done) > 1)
-        if half or self._unfinished:
+        self._changes.check()
+        if half:
             raise RuntimeError(
                 "an interrupted forward left states of linear attention that cannot be taken back: call reset() and start "
                 "again"
@@ -198,11 +199,11 @@ class StateSteps:
     def clear(self) -> None:
         """Forget the last forward."""
         self._done.clear()
-        self._slots, self._unfinished = None, False
+        self._slots, self._changes = None, self._changes.anew()
 
     def copy(self) -> StateSteps:
         """The same for another cache."""
         other = StateSteps()
         other._done = {layer: set(steps) for layer, steps in self._done.items()}
-        other._slots, other._unfinished = self._slots, self._unfinished
+        other._slots, other._changes.unfinished = self._slots, self._changes.unfinished
         return other

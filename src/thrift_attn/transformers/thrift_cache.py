@@ -36,12 +36,12 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, DynamicSlidingWindowLayer
 
+from thrift_attn.cache.changes import Changes
 from thrift_attn.cache.paged import DEFAULT
 from thrift_attn.config import ThriftConfig
 from thrift_attn.crossovers import EVERYWHERE
 from thrift_attn.dispatch import cache_config, prefill_config
 from thrift_attn.exact import Call
-from thrift_attn.transformers.changes import Changes
 from thrift_attn.transformers.files import identity_of, load, save
 from thrift_attn.transformers.padding import MaskReader
 from thrift_attn.transformers.state_layers import (
@@ -53,7 +53,7 @@ from thrift_attn.transformers.state_layers import (
     held_tensors,
     make_layers,
 )
-from thrift_attn.transformers.thrift_layer import CacheOptions, ThriftLayer
+from thrift_attn.transformers.thrift_layer import REFUSALS, RESET, CacheOptions, ThriftLayer
 
 
 class ThriftCache(Cache):
@@ -112,7 +112,7 @@ class ThriftCache(Cache):
         layers = make_layers(config, self.options, MaskReader())
         _check_head_dims(text, [at for at, layer in enumerate(layers) if isinstance(layer, ThriftLayer)])
         super().__init__(layers=layers)
-        self._changes = Changes()
+        self._changes = Changes(RESET, REFUSALS)
         self._steps = StateSteps()
         self._last_layer = -1  # the layer that has got tokens last
         self._forward_begins = False  # whether a mask has been asked for since
@@ -278,7 +278,7 @@ class ThriftCache(Cache):
 
     def reorder_cache(self, beam_idx: Any) -> None:
         """Sequence i becomes what sequence ``beam_idx[i]`` was; complete blocks are shared."""
-        with self._changes.change():
+        with self._changes:
             super().reorder_cache(beam_idx.cpu())
 
     def batch_repeat_interleave(self, repeats: int) -> None:
@@ -336,7 +336,7 @@ class ThriftCache(Cache):
 
         Where it is interrupted, the device may hold tokens that the host does not count: the cache refuses to go on.
         """
-        with self._changes.change():
+        with self._changes:
             yield
             for layer in self._filled():
                 layer.paged.advance(tokens)
@@ -361,7 +361,7 @@ class ThriftCache(Cache):
         """
         self._changes.check()
         other = copy.copy(self)
-        other._changes = Changes()
+        other._changes = self._changes.anew()
         reader = MaskReader()
         other.layers = [
             layer.fork(reader)

@@ -10,15 +10,21 @@ from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin
 
 from thrift_attn.cache import PagedThriftCache
+from thrift_attn.cache.changes import Changes
 from thrift_attn.config import BLOCK, DECODE_ROWS, ThriftConfig
 from thrift_attn.dispatch import Served
 from thrift_attn.reference.budget import asked_in_decode, promoted_in_decode
 from thrift_attn.stats import Stats
-from thrift_attn.transformers.changes import Changes
 from thrift_attn.transformers.dense import as_given, attend_counted, autocast_dtype, check_no_gradients, with_sinks
 from thrift_attn.transformers.layer_state import LayerState
 from thrift_attn.transformers.lazy_kv import PendingKV
 from thrift_attn.transformers.padding import MaskReader, Padding, gather, spread
+
+RESET = "call reset() and start again"
+"""What to do about a `ThriftCache` that was interrupted halfway."""
+
+REFUSALS = (ValueError, TypeError, NotImplementedError)
+"""Errors that tell of wrong arguments, before anything is changed."""
 
 
 @dataclass(frozen=True)
@@ -60,7 +66,7 @@ class ThriftLayer(CacheLayerMixin):
         self.paddings: list[Padding] = []
         self.state: LayerState | None = None
         """That of the attention module which has looked at the tokens."""
-        self.changes = Changes()
+        self.changes = Changes(RESET, REFUSALS)
         """Of pages, slots and padding, which belong together."""
         self._pending: PendingKV | None = None
         self._paged: PagedThriftCache | None = None
@@ -170,7 +176,7 @@ class ThriftLayer(CacheLayerMixin):
             paged.reserve(new)  # nothing is half done without room
         if padding is not None:
             k, v = (gather(x, padding.left()) for x in (k, v))
-        with self.changes.change():
+        with self.changes:
             paged.append(k, v, lengths=None if padding is None else new)
             if not _capturing(k):
                 self.slots += pending.count
@@ -380,7 +386,7 @@ class ThriftLayer(CacheLayerMixin):
         self.settle()
         found = self.slot_map()
         left = [slots] * self._paged.batch if found is None else found[:, :slots].sum(1).tolist()
-        with self.changes.change():
+        with self.changes:
             for seq, tokens in enumerate(left):
                 self._paged.truncate(seq, tokens)
             kept = [padding for padding in self.paddings if padding.start < slots]
@@ -395,7 +401,7 @@ class ThriftLayer(CacheLayerMixin):
         if self._paged is None:
             return
         paged = self.paged
-        with self.changes.change():
+        with self.changes:
             with torch.inference_mode(False):
                 paged.select(seqs)
             index = torch.tensor(seqs, device=self.device)
@@ -430,7 +436,7 @@ class ThriftLayer(CacheLayerMixin):
         mine = {name: value for name, value in vars(self).items() if name not in ("options", "reader", "_paged")}
         for name, value in mine.items():
             setattr(other, name, value)
-        other.paddings, other.changes = list(self.paddings), Changes()
+        other.paddings, other.changes = list(self.paddings), self.changes.anew()
         other._paged = None if self._paged is None else self._paged.branch()
         return other
 
