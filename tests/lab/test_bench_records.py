@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 from thrift_lab.bench import plots
 from thrift_lab.bench.bench_cli import app, summary
 from thrift_lab.bench.bench_records import BenchRecord, BenchRow, KernelTime, make_context
-from thrift_lab.bench.cases import TARGET, DecodeCase, plain_bytes, thrift_bytes
+from thrift_lab.bench.cases import TARGET, DecodeCase, PrefillCase, plain_bytes, thrift_bytes
 from thrift_lab.bench.check import Check
 from thrift_lab.bench.flashinfer_build import Spec, specs_for
 from thrift_lab.bench.timing import require_cuda
@@ -60,6 +60,16 @@ def test_round_trip(tmp_path):
     row = next(row for row in plain["rows"] if row["status"] == "timed")
     assert row["p20_us"] < row["p50_us"] < row["p80_us"]
     assert len(row["runs_us"]) == 5
+
+
+def test_options_without_effect_are_stored_and_rows_from_before_do_not_know_them():
+    case = PrefillCase(kv=256, base_format="fp8")
+    row = replace(timed(case, "thrift", "thrift", 5.0, 5), ignored=case.ignored)
+    plain = json.loads(json.dumps(row.to_dict()))
+    assert {"smooth", "scales", "normalize"} <= set(plain["ignored"])
+    assert BenchRow.from_dict(plain, "prefill") == row
+    del plain["ignored"]
+    assert BenchRow.from_dict(plain, "prefill") == replace(row, ignored=None)
 
 
 def test_context_names_versions_machine_and_commit(monkeypatch):

@@ -54,6 +54,8 @@ def test_every_method_gets_a_row(said, tmp_path, monkeypatch):
     assert flash.status in ("absent", "failed")
     assert len(said) == 1 + len(record.rows)
     assert record.context["commit"] == "abc"
+    for row in record.rows:
+        assert row.ignored == (["center", "normalize"] if row.ours else None), row.method
 
 
 def test_only_and_skip(said, tmp_path):

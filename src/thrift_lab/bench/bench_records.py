@@ -73,6 +73,7 @@ class BenchRow:
         kernels: kernels timed alone.
         profile: microseconds per step by kernel name, as the profiler saw them in an ordinary launch.
         notes: what went wrong beside the timing.
+        ignored: options of our configuration that have no effect in it; None for a baseline, and in records from before.
 
     Raises:
         ValueError: times without green checks, or a timed row without times.
@@ -93,6 +94,7 @@ class BenchRow:
     kernels: list[KernelTime] = field(default_factory=list)
     profile: dict[str, float] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
+    ignored: list[str] | None = None
 
     def __post_init__(self) -> None:
         check_choice("status", self.status, Status)

@@ -19,6 +19,7 @@ from thrift_attn.config import (
     ThriftConfig,
     check_choice,
 )
+from thrift_attn.numerics import DecodeNumerics, PrefillNumerics
 from thrift_attn.reference.budget import blocks_per_row, promoted_in_decode
 from thrift_attn.reference.formats import FORMATS, RESIDUALS
 
@@ -98,6 +99,11 @@ class Case:
         raise NotImplementedError
 
     @property
+    def ignored(self) -> list[str]:
+        """Options of the configuration that have no effect in it (`thrift_attn.numerics`)."""
+        raise NotImplementedError
+
+    @property
     def shape(self) -> Case:
         """The case as a baseline sees it."""
         raise NotImplementedError
@@ -158,6 +164,11 @@ class DecodeCase(Case):
     def config(self) -> ThriftConfig:
         """What our side computes."""
         return self._configured(base_format="nvfp4", compute="16bit", promoted_storage=self.promoted_storage)
+
+    @property
+    def ignored(self) -> list[str]:
+        """Options of the configuration that have no effect in a step over pages."""
+        return list(DecodeNumerics.resolve(self.config).ignored)
 
     @property
     def shape(self) -> DecodeCase:
@@ -225,6 +236,11 @@ class PrefillCase(Case):
     def config(self) -> ThriftConfig:
         """What our side computes."""
         return self._configured(base_format=self.base_format, compute=self.compute)
+
+    @property
+    def ignored(self) -> list[str]:
+        """Options of the configuration that have no effect in prefill."""
+        return list(PrefillNumerics.resolve(self.config).ignored)
 
     @property
     def promoted_share(self) -> float:

@@ -17,7 +17,7 @@ from thrift_lab.bench import decode_methods as ours
 from thrift_lab.bench import flashinfer_build
 from thrift_lab.bench import prefill_methods as prefill
 from thrift_lab.bench.baselines import BASELINES
-from thrift_lab.bench.bench_records import BenchRecord, BenchRow, KernelTime, make_context, percentile
+from thrift_lab.bench.bench_records import BenchRecord, BenchRow, KernelTime, Status, make_context, percentile
 from thrift_lab.bench.cases import Case, DecodeCase, PrefillCase, by_shape, memory_needed
 from thrift_lab.bench.check import Check, Reference, pick_samples
 from thrift_lab.bench.inputs import WORDS, Inputs, make_inputs, sets_for
@@ -88,6 +88,12 @@ class _Trial:
     p50: float | None = None
 
 
+def _untimed(method: Method, case: Case, status: Status, reason: str) -> BenchRow:
+    """Return a row without a speed, and why it has none."""
+    ignored = case.ignored if method.kind == "thrift" else None
+    return BenchRow(case, method.name, method.kind, method.precision, status, reason, ignored=ignored)
+
+
 def run_method(method: Method, bench: PreparedCase, case: Case, *, profile: bool = False) -> BenchRow:
     """Check and time one method on one case.
 
@@ -104,13 +110,8 @@ def run_method(method: Method, bench: PreparedCase, case: Case, *, profile: bool
     Raises:
         DeviceLost: the method broke the device.
     """
-    row = BenchRow(
-        case=case,
-        method=method.name,
-        kind=method.kind,
-        precision=method.precision,
-        status="absent",
-        reason="not run",
+    row = replace(
+        _untimed(method, case, "absent", "not run"),
         bytes=method.bytes(case),
         bytes_per_token=method.bytes_per_token(case),
     )
@@ -383,14 +384,12 @@ def _run_shape(plan: BenchPlan, record: BenchRecord, shape: Case, cases: Iterabl
             problem = "no memory for the inputs and the float64 check"
     for method, case in work:
         if bench is None:
-            row = BenchRow(case, method.name, method.kind, method.precision, "skipped", problem)
+            row = _untimed(method, case, "skipped", problem)
         else:
             try:
                 row = run_method(method, bench, case, profile=plan.profile and method.kind == "thrift")
             except DeviceLost as error:
-                row = BenchRow(
-                    case, method.name, method.kind, method.precision, "failed", f"broke the device: {error}"[:600]
-                )
+                row = _untimed(method, case, "failed", f"broke the device: {error}"[:600])
                 record.rows.append(row)
                 record.save(plan.out)
                 raise
