@@ -121,7 +121,8 @@ def select_many_blocks_kernel(
         tl.extra.cuda.gdc_launch_dependents()
     scores = score_ptr + bh.to(tl.int64) * blocks
 
-    # The largest threshold that at least `wanted` keys reach, bit by bit, or one that exactly so many reach.
+    # The largest threshold that at least `wanted` keys reach, bit by bit, or one that exactly so many reach. Not
+    # `threshold_of_largest`: it holds all keys in registers, and here there are more, so every round reads them again.
     threshold = wanted - wanted - 0x7FFFFFFF - 1
     bit = 31
     reached = wanted - wanted - 1

@@ -70,6 +70,8 @@ def over_rows(v, MMA: gl.constexpr):
 @gluon.jit
 def softcapped(s, slope, cap):
     """cap * tanh(s * u) in units of log2, u half of ``slope`` / log2(e): tanh(y) = 1 - 2 / (exp(2 y) + 1)."""
+    # Not that of `thrift_attn.kernels.arithmetic`: the cap is an argument here and a constant of the compiled kernel there, and
+    # the products come as they are, with the scale of the logits in ``slope``.
     return cap * (1 - 2 / (gl.exp2(s * slope) + 1))
 
 
@@ -167,6 +169,8 @@ def update_maximum(x, m, terms, cap, limits, MASK: gl.constexpr, CAP: gl.constex
         FULL: gl.constexpr = gl.SliceLayout(4, x.type.layout)
         x = x * gl.expand_dims(_over_blocks(gl.expand_dims(slope, 0), FULL), 4)
         x = x + gl.expand_dims(_over_blocks(bias, FULL), 4)
+        # Written out for logits in eighths of a power of two, unpacked from half precision. A call of `softcapped` computes the
+        # same, but the compiler then makes other machine code of the whole loop, which has been neither tested nor timed.
         e = gl.exp2(x * (0.25 * LOG2E / cap))  # as in `softcapped`; x and its bound are in eighths
         x = gl.where(x < 0.1 * HIDDEN, float("-inf"), 8 * cap * (1 - 2 / (e + 1)))
         top = gl.max(gl.max(gl.max(x, axis=4), axis=2), axis=1)
