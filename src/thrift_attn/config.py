@@ -286,7 +286,7 @@ class ThriftConfig:
             text such as ``"5%"``. By default 5%, but at least 16 blocks of a row, so that up to 1,024 tokens all of them
             are; a bare share has no floor.
         score: which blocks are promoted: ``"mean"`` (mean(Q_i).c_b), ``"quest"`` (min/max bound), ``"local"`` (nearest
-            blocks to the query's own), ``"oracle"`` (true attention mass).
+            blocks to the query's own), ``"oracle"`` (true attention mass), ``"fp4"`` (attention mass by 4-bit logits).
         force_first: this many first blocks come before all others inside the budget; without an exact sink the first one is
             worth it.
         force_last: this many blocks come next, those nearest to the query's own, that one included; under a causal mask these

@@ -59,6 +59,6 @@ def test_a_score_is_a_row(monkeypatch, qkv, queries):
     want = torch.nn.functional.scaled_dot_product_attention(q[:, :, -3:], k[:, :, :64], v[:, :, :64], enable_gqa=True)
     assert error(out[:, :, -3:], want) < 1e-5
     with pytest.raises(
-        ValueError, match="score must be one of 'mean', 'quest', 'local', 'oracle', 'earliest', got 'latest'"
+        ValueError, match="score must be one of 'mean', 'quest', 'local', 'oracle', 'fp4', 'earliest', got 'latest'"
     ):
         ThriftConfig(score="latest")

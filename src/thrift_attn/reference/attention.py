@@ -9,7 +9,7 @@ Q queries and C keys of a chunk.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import NamedTuple
@@ -28,6 +28,11 @@ from thrift_attn.reference.scores import SCORES, ScoreInputs
 from thrift_attn.stats import Stats
 
 Numerics = PrefillNumerics | DecodeNumerics
+
+Rounding = Callable[[Tensor], Tensor]
+
+Wanted = Callable[[Tensor, Tensor], Tensor]
+"""From scores ``[H, R, N]`` and visibility ``[R, N]`` to the number of promoted blocks ``[H, R]``, in place of a budget."""
 
 CHUNK_BYTES = {"cpu": 2**24, "cuda": 2**30}
 """Size of one [H, Q, C] tensor of a chunk: near the cache on CPU, large enough to fill a GPU."""
@@ -83,6 +88,10 @@ def _round_probabilities(p: Tensor, fmt: Format) -> Tensor:
     return rounded / fmt.p_factor
 
 
+def _as_it_is(x: Tensor) -> Tensor:
+    return x
+
+
 def _by_block(x: Tensor) -> Tensor:
     """View of ``[H, Q, C]`` as ``[H, Q, blocks, 64]``."""
     return x.unflatten(-1, (-1, BLOCK))
@@ -102,7 +111,17 @@ class _Chunk:
 class _Sequence:
     """One sequence: its planes, its query blocks and the chosen blocks."""
 
-    def __init__(self, q: Tensor, planes: Planes, numerics: Numerics, mask: Mask, scale: float, softcap: float | None):
+    def __init__(
+        self,
+        q: Tensor,
+        planes: Planes,
+        numerics: Numerics,
+        mask: Mask,
+        scale: float,
+        softcap: float | None,
+        wanted: Wanted | None = None,
+    ):
+        self.wanted = wanted
         self.numerics, self.mask, self.scale, self.softcap = numerics, mask, scale, softcap
         self.planes = planes
         self.q = q[:, mask.hidden :].to(planes.high_k.dtype)
@@ -152,11 +171,13 @@ class _Sequence:
         per_kv_head = scores.unflatten(0, (self.kv_heads, -1)).flatten(1, 2)
         return per_kv_head.sum(1, keepdim=True) if score.in_decode == "sum" else per_kv_head.amax(1, keepdim=True)
 
-    def _true_mass(self) -> Tensor:
+    def _true_mass(self, rounded_q: Rounding = _as_it_is, rounded_k: Rounding = _as_it_is) -> Tensor:
         """Softmax mass of each (query block, KV block) pair under exact attention, without an exact sink ``[H, R, N]``."""
+        queries, keys = rounded_q(self.q), rounded_k(self.planes.high_k)
         mass = torch.zeros(len(self.q), len(self.row_sizes), self.blocks, dtype=self.q.dtype, device=self.q.device)
         for chunk in self._chunks():
-            logits = self._masked(self._logits(self.planes.high_k, chunk), chunk)
+            logits = self._against(queries[:, chunk.q0 : chunk.q1], keys[:, self._keys(chunk)])
+            logits = self._masked(self._cap(logits * self.scale), chunk)
             weights = logits.softmax(-1)
             if self.planes.block0_mean is not None and chunk.b0 == 0:
                 weights[..., 0] = 0
@@ -177,6 +198,11 @@ class _Sequence:
         counts = visible.sum(-1)
         if self.exact:
             return visible.expand(len(self.q), -1, -1), counts.sum()
+        if self.wanted is not None:
+            scores = self._scores()
+            by_head = self.wanted(scores, visible)
+            promoted = promote(scores, visible, by_head, first=numerics.force_first, last=last, own=self.own)
+            return promoted.repeat_interleave(len(self.q) // len(promoted), 0), by_head.double().mean(0).sum()
         asked = asked_share(numerics.budget, counts, blocks) * counts.sum()
         wanted = blocks_per_row(numerics.budget, counts, blocks).clamp(min=numerics.min_blocks).minimum(counts)
         if not wanted.any():
@@ -317,7 +343,13 @@ class _Sequence:
 
 
 def attend_planes(
-    q: Tensor, planes: Planes, numerics: Numerics, mask: Mask, scale: float, softcap: float | None = None
+    q: Tensor,
+    planes: Planes,
+    numerics: Numerics,
+    mask: Mask,
+    scale: float,
+    softcap: float | None = None,
+    wanted: Wanted | None = None,
 ) -> tuple[Tensor, Tensor, Stats]:
     """Attend to one sequence over planes that exist already (a cache).
 
@@ -328,11 +360,12 @@ def attend_planes(
         mask: which keys each query sees.
         scale: factor of the logits.
         softcap: bound of the logits, or None.
+        wanted: how many blocks are promoted where the scores shall say so; None for the budget of ``numerics``.
 
     Returns:
         Output ``[H, Tq, D]`` and LSE ``[H, Tq]`` in the dtype of the planes, and `Stats`.
     """
-    return _Sequence(q, planes, numerics, mask, scale, softcap).attend()
+    return _Sequence(q, planes, numerics, mask, scale, softcap, wanted).attend()
 
 
 class Span(NamedTuple):

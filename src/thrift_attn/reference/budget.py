@@ -145,7 +145,7 @@ def promote(
     Args:
         scores: float ``[H, R, N]``, higher is more important.
         visible: bool ``[R, N]``.
-        counts: int64 ``[R]``, blocks to promote in each row, see `blocks_per_row`.
+        counts: int64 ``[R]`` or ``[H, R]``, blocks to promote in each row, see `blocks_per_row`.
         first: the blocks with an index below this come before all others wherever they are visible.
         last: so many of the other blocks come next, those nearest to the row's own, of two equally near the earlier one.
             Under a causal mask these are the last visible ones.
@@ -167,5 +167,5 @@ def promote(
     by_score = scores.argsort(dim=-1, descending=True, stable=True)
     by_tier = tier.expand_as(scores).gather(-1, by_score).argsort(dim=-1, descending=True, stable=True)
     order = by_score.gather(-1, by_tier)
-    chosen = (index < counts[:, None]).expand_as(scores)
+    chosen = (index < counts[..., None]).expand_as(scores)
     return torch.zeros_like(chosen).scatter(-1, order, chosen) & visible

@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 
 from thrift_attn.config import BLOCK, use_scores
+from thrift_attn.reference.formats import FORMATS
+from thrift_attn.reference.quantize import roundtrip
 
 
 def _per_kv_head(queries: Tensor, kv_heads: int) -> Tensor:
@@ -84,7 +86,8 @@ class ScoreInputs:
         keys: K in high precision ``[Hkv, T, D]``.
         own: int64 ``[R]``, the block in which each row's last query sits.
         scale: factor of the logits.
-        true_mass: works out the softmax mass of every pair under exact attention ``[H, R, N]``.
+        true_mass: works out the softmax mass of every pair under exact attention ``[H, R, N]``, or with ``(queries, keys)``
+            under attention whose Q and K these functions have rounded.
     """
 
     queries: Tensor
@@ -92,7 +95,20 @@ class ScoreInputs:
     keys: Tensor
     own: Tensor
     scale: float
-    true_mass: Callable[[], Tensor]
+    true_mass: Callable[..., Tensor]
+
+
+def four_bit_mass(inputs: ScoreInputs) -> Tensor:
+    """Softmax mass of every pair ``[H, R, N]`` under the logits of 4-bit Q and K.
+
+    K is rounded less its mean over all tokens, which softmax does not see.
+
+    Source: SALE, arXiv 2505.24179, section 3.2; there in int4, here in nvfp4.
+    """
+    shared = inputs.keys.mean(-2, keepdim=True)
+    return inputs.true_mass(
+        lambda queries: roundtrip(queries, FORMATS["nvfp4"]), lambda keys: roundtrip(keys - shared, FORMATS["nvfp4"])
+    )
 
 
 @dataclass(frozen=True)
@@ -113,6 +129,7 @@ SCORES: dict[str, Score] = {
     "quest": Score(lambda x: quest_score(x.queries, *block_extremes(x.keys), x.scale)),
     "local": Score(lambda x: local_score(len(x.queries), x.own, x.k_block_mean.shape[1])),
     "oracle": Score(lambda x: x.true_mass(), in_decode="sum"),
+    "fp4": Score(four_bit_mass, in_decode="sum"),
 }
 """Scores by the name that ``ThriftConfig(score=)`` takes. A new score is a function of this file and a row here."""
 

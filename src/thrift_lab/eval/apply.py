@@ -9,6 +9,10 @@ from typing import Any
 from thrift_attn.stats import Stats
 from thrift_lab.eval.eviction import watching
 from thrift_lab.eval.methods import Method
+from thrift_lab.eval.rivals.inside_model import attending
+
+_TALLY = "_thrift_eval_tally"
+"""Attribute of a model that has a rival inside."""
 
 
 @contextmanager
@@ -17,6 +21,14 @@ def applied(model: Any, method: Method) -> Iterator[None]:
     if method.evict is not None:
         with watching(model):
             yield
+        return
+    if method.rival is not None:
+        with attending(model, method.rival) as tally:
+            vars(model)[_TALLY] = tally
+            try:
+                yield
+            finally:
+                del vars(model)[_TALLY]
         return
     if method.config is None:
         yield
@@ -36,6 +48,13 @@ def served(model: Any, method: Method) -> tuple[Stats | None, tuple[str, ...]]:
     Raises:
         NotImplementedError: the method served no layer at all.
     """
+    if method.rival is not None:
+        tally = vars(model)[_TALLY]
+        if not tally.calls:
+            raise NotImplementedError(
+                f"method {method.name!r} serves no layer of {type(model).__name__}: none was called"
+            )
+        return tally.stats, ()
     if method.config is None:
         return None, ()
     from thrift_attn.transformers import report

@@ -22,77 +22,45 @@ from __future__ import annotations
 
 from typing import Literal
 
-from thrift_attn.config import BLOCK, ThriftConfig, fraction
-from thrift_attn.numerics import DecodeNumerics, PrefillNumerics
-from thrift_attn.reference.formats import FORMATS, RESIDUALS
+from thrift_attn.config import ThriftConfig, fraction
+from thrift_lab.eval.config_cost import decode_cost, prefill_cost, stored_share
 from thrift_lab.eval.eviction import Eviction
 from thrift_lab.eval.methods import Method
+from thrift_lab.eval.rivals.rival import Cost
 
-Hardware = Literal["blackwell", "hopper"]
-
-RATES: dict[Hardware, dict[int, float]] = {"blackwell": {16: 1, 8: 2, 4: 4}, "hopper": {16: 1, 8: 2}}
-"""Dense tensor-core rate by operand bits, 16-bit taken as 1 (data sheets of B200 and H100)."""
-
-_CENTRE = 1 / (2 * BLOCK)
-_SCORE = 1 / (2 * BLOCK * BLOCK)
-_SUMMARY = 1 / (2 * BLOCK)
+TYPICAL = 32768
+"""Tokens at which a cost that depends on the length is given when none is named."""
 
 
-def prefill_cost(config: ThriftConfig | None, share: float, hardware: Hardware = "blackwell") -> float:
-    """Weighted operations of prefill with this share of the blocks promoted, dense 16-bit attention being 1.
-
-    A format that the hardware cannot multiply is widened and runs at the 16-bit rate.
-    """
-    if config is None:
-        return 1.0
-    scores = {"mean": _SCORE, "quest": 2 * _SCORE, "local": 0.0, "oracle": 0.0}[config.score] if 0 < share < 1 else 0.0
-    if config.base_format == "drop":
-        return share + scores
-    bits = 16 if config.compute == "16bit" else FORMATS[config.base_format].element_bits
-    low = 1 / RATES[hardware].get(bits, 1.0)
-    centre = _CENTRE if PrefillNumerics.resolve(config).centred else 0.0
-    return share + (1 - share) * (low + centre) + scores
-
-
-def decode_cost(config: ThriftConfig | None, share: float, head_dim: int = 128) -> float:
-    """Bytes read in a decode step with this share of the blocks promoted, a 16-bit cache being 1."""
-    if config is None:
-        return 1.0
-    summaries = {"mean": _SUMMARY, "quest": 2 * _SUMMARY, "local": 0.0, "oracle": 0.0}[config.score]
-    if not 0 < share < 1:
-        summaries = 0.0  # nothing to choose
-    if config.base_format == "drop":
-        return share + summaries
-    base = FORMATS[config.base_format].bits_per_element(head_dim) / 16
-    if config.promoted_storage == "16bit":
-        more = 1 - base
-    else:
-        more = RESIDUALS[config.promoted_storage].bits_per_element(head_dim) / 16
-    if DecodeNumerics.resolve(config).centred:
-        summaries = max(summaries, _SUMMARY)
-    return base + share * more + summaries
-
-
-def costs(method: Method, share: float | None, head_dim: int = 128) -> tuple[float, float]:
-    """Prefill and decode cost of a method.
+def costs(method: Method, share: float | None, head_dim: int = 128, tokens: int = TYPICAL) -> Cost:
+    """What a method costs in prefill, to store, and to read in decode.
 
     Args:
         method: what is computed.
         share: of the blocks that it promoted; None: what its budget asks for, if that is a share.
         head_dim: D.
+        tokens: in the cache, for rivals that keep the newest ones as they are.
 
     Raises:
         ValueError: no share given for a budget that is none.
     """
     if method.evict is not None:
-        return 1.0, method.evict.keep
+        return Cost(1.0, method.evict.keep, method.evict.keep)
+    if method.rival is not None:
+        return method.rival.cost(head_dim, tokens, share)
     if method.config is None:
-        return 1.0, 1.0
+        return Cost(1.0, 1.0, 1.0)
     if share is None:
         if method.config.budget.kind != "fraction":
             raise ValueError(f"the cost of {method.name!r} depends on the length: give the share of blocks it promotes")
         share = method.config.budget.value
-    return prefill_cost(method.config, share), decode_cost(method.config, share, head_dim)
+    config = method.config
+    return Cost(prefill_cost(config, share), stored_share(config, head_dim), decode_cost(config, share, head_dim))
+
+
+def bytes_per_token(cost: Cost, head_dim: int) -> Cost:
+    """The cost with ``stored`` and ``read`` in bytes for one token, one layer and one KV head: K and V, 4 D in 16 bits."""
+    return Cost(cost.prefill, 4 * head_dim * cost.stored, 4 * head_dim * cost.read)
 
 
 def at_equal_cost(kind: Literal["quest", "topk", "local", "snapkv"], to: Method, head_dim: int = 128) -> Method:
@@ -105,7 +73,7 @@ def at_equal_cost(kind: Literal["quest", "topk", "local", "snapkv"], to: Method,
         to: a method whose budget is a share.
         head_dim: D.
     """
-    prefill, decode = costs(to, None, head_dim)
+    prefill, _, decode = costs(to, None, head_dim)
     if kind == "snapkv":
         keep = round(min(1.0, decode), 4)
         return Method(f"snapkv:keep={keep:g}", None, Eviction(keep))

@@ -11,16 +11,22 @@ from thrift_attn.config import OLD_NAMES, Budget, ThriftConfig, current_names, f
 from thrift_attn.numerics import PrefillNumerics
 from thrift_lab.console import words
 from thrift_lab.eval.eviction import Eviction
+from thrift_lab.eval.rivals.rival import Rival
+from thrift_lab.eval.rivals.rival_table import RIVALS, name_of
 
 
 def _parser(option: Field[Any]) -> Callable[[str], Any]:
-    """From text to the value of an option of `ThriftConfig`."""
+    """From text to the value of an option of `ThriftConfig` or of a rival."""
     if option.name == "budget":
         return Budget.parse
-    return int if isinstance(option.default, int) else str
+    return next((kind for kind in (int, float) if type(option.default) is kind), str)
 
 
-_PARSERS: dict[str, Callable[[str], Any]] = {option.name: _parser(option) for option in fields(ThriftConfig)}
+_PARSERS: dict[str, Callable[[str], Any]] = {
+    option.name: _parser(option)
+    for kind in (ThriftConfig, *(kind for kind, _ in RIVALS.values()))
+    for option in fields(kind)
+}
 _PARSERS["keep"] = float
 _OPTIONS = tuple(option.name for option in fields(ThriftConfig) if option.name != "exact_below")
 """Quality is that of the numerics: nothing is attended exactly because it is faster."""
@@ -30,7 +36,7 @@ _SPARSE = ("budget", "force_first", "force_last")
 
 @dataclass(frozen=True)
 class _Kind:
-    make: Callable[..., ThriftConfig | Eviction | None]
+    make: Callable[..., ThriftConfig | Eviction | Rival | None]
     options: tuple[str, ...]
     about: str
 
@@ -56,6 +62,10 @@ KINDS: dict[str, _Kind] = {
     "snapkv": _Kind(
         Eviction, ("keep",), "forgets the tokens of the prompt that its end did not look at (for answers only)"
     ),
+    **{
+        name: _Kind(kind, tuple(option.name for option in fields(kind)), about)
+        for name, (kind, about) in RIVALS.items()
+    },
 }
 
 
@@ -67,22 +77,24 @@ class Method:
         name: as it was asked for.
         config: of thrift attention; None for the model's own.
         evict: what becomes of the cache between prompt and answer.
+        rival: somebody else's attention in place of the model's.
     """
 
     name: str
     config: ThriftConfig | None
     evict: Eviction | None = None
+    rival: Rival | None = None
 
     @property
     def plain(self) -> bool:
         """Whether this is the model as it is, which the others are compared with."""
-        return self.config is None and self.evict is None
+        return self.config is None and self.evict is None and self.rival is None
 
     @property
     def family(self) -> str:
         """The name without its budget: methods of one family make one line in the plot."""
         kind, _, options = self.name.partition(":")
-        kept = [option for option in words(options) if not option.startswith(("budget=", "keep="))]
+        kept = [option for option in words(options) if not option.startswith(("budget=", "keep=", "mass="))]
         return ":".join(filter(None, (kind, ",".join(kept))))
 
 
@@ -90,6 +102,10 @@ def described(method: Method) -> dict[str, Any] | None:
     """What a method computes as plain JSON values; None for the model as it is. Defaults change, records do not."""
     if method.evict is not None:
         return {"keep": method.evict.keep}
+    if method.rival is not None:
+        options = {option.name: getattr(method.rival, option.name) for option in fields(method.rival)}
+        plain = {key: str(value) if isinstance(value, Budget) else value for key, value in options.items()}
+        return {"rival": name_of(method.rival), **plain}
     return method.config.to_dict() if method.config else None
 
 
@@ -97,6 +113,11 @@ def from_description(name: str, options: dict[str, Any] | None) -> Method:
     """The inverse of `described`."""
     if options is not None and "keep" in options:
         return Method(name, None, Eviction(options["keep"]))
+    if options is not None and "rival" in options:
+        given = {
+            key: Budget.parse(value) if key == "budget" else value for key, value in options.items() if key != "rival"
+        }
+        return Method(name, None, rival=RIVALS[options["rival"]][0](**given))
     return Method(name, config_of(options) if options else None)
 
 
@@ -149,6 +170,8 @@ def parse_method(spec: str) -> Method:
     except (ValueError, TypeError) as error:
         raise ValueError(f"method {spec!r}: {error}") from error
     name = kind + (":" + ",".join(f"{key}={value}" for key, value in options.items()) if options else "")
+    if isinstance(made, Rival):
+        return Method(name, None, rival=made)
     return Method(name, None, made) if isinstance(made, Eviction) else Method(name, made)
 
 
@@ -175,7 +198,7 @@ def check_distinct(methods: Iterable[Method]) -> None:
     """Raise ValueError when two methods compute the same thing."""
     seen: dict[Any, str] = {}
     for method in methods:
-        computed = (method.config, method.evict)
+        computed = (method.config, method.evict, method.rival)
         if computed in seen:
             raise ValueError(f"methods {seen[computed]!r} and {method.name!r} are the same computation; give one")
         seen[computed] = method.name

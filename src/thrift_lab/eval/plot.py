@@ -48,7 +48,7 @@ def draw(result: NLLRecord, path: Path) -> None:
     """
     lines = families(result.rows)
     gap = next((row for row in result.rows if is_fp4(row.method)), None)
-    base = next((row for row in result.rows if row.method.config is None), None)
+    base = next((row for row in result.rows if row.method.plain), None)
     if not lines or gap is None or gap.loss is None or base is None:
         raise ValueError("nothing to plot: it takes fp16, fp4 (with a gap between them) and at least one other method")
     figure, axes = canvas(7.6, 5.0)

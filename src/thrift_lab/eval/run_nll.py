@@ -15,7 +15,7 @@ from thrift_attn.config import ThriftConfig, fraction
 from thrift_attn.stats import Stats
 from thrift_lab.console import Log, Progress, silent, unseen
 from thrift_lab.eval.bootstrap import BOOTSTRAP_BLOCK, LEVEL, RESAMPLES, Bootstrap, Interval, interval, recovery
-from thrift_lab.eval.methods import Method, check_distinct, config_of, ignored_options, looks_ahead
+from thrift_lab.eval.methods import Method, check_distinct, described, from_description, ignored_options, looks_ahead
 from thrift_lab.eval.nll import (
     Window,
     chars_needed,
@@ -81,7 +81,7 @@ class NLLRow:
         spent = self.spent
         return {
             "name": self.method.name,
-            "config": self.method.config.to_dict() if self.method.config else None,
+            "config": described(self.method),
             "ignored": ignored_options(self.method),
             "looks_ahead": looks_ahead(self.method),
             "nll": self.nll,
@@ -103,12 +103,11 @@ class NLLRow:
         def interval(name: str) -> Interval | None:
             return None if row[name] is None else (row[name][0], row[name][1])
 
-        config = config_of(row["config"]) if row["config"] else None
         spent = None
         if row["share_promoted"] is not None:
             spent = Spent(row["share_promoted"], row["share_asked"], row["high_mass"])
         return cls(
-            method=Method(row["name"], config),
+            method=from_description(row["name"], row["config"]),
             nll=row["nll"],
             loss=row["loss"],
             loss_interval=interval("loss_interval"),

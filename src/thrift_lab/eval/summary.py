@@ -11,8 +11,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from thrift_lab.eval.bootstrap import BOOTSTRAP_BLOCK, LEVEL, RESAMPLES, Interval, draws, interval
-from thrift_lab.eval.cost import costs
-from thrift_lab.eval.methods import Method, ignored_options
+from thrift_lab.eval.cost import TYPICAL, costs
+from thrift_lab.eval.methods import Method, described, ignored_options
+from thrift_lab.eval.rivals.share_of_mass import ShareOfMass
 from thrift_lab.eval.run_nll import is_fp4
 
 Records = Sequence[dict[str, Any]]
@@ -49,18 +50,21 @@ def _method(method: Method, records: Records, head_dim: int) -> dict[str, Any]:
     mine = [r for r in records if r["method"] == method.name and r.get("share") is not None]
     share = float(np.mean([r["share"] for r in mine])) if mine else None
     known = method.config is None or share is not None or method.config.budget.kind == "fraction"
-    prefill, decode = costs(method, share, head_dim) if known else (None, None)
+    known = known and not (share is None and isinstance(method.rival, ShareOfMass))
+    length = max((r["length"] for r in records if r["method"] == method.name), default=TYPICAL)
+    cost = costs(method, share, head_dim, length) if known else None
     return {
         "name": method.name,
         "family": method.family,
         "plain": method.plain,
         "fp4": is_fp4(method),
         "sparse": method.evict is not None or (method.config is not None and method.config.base_format == "drop"),
-        "config": method.config.to_dict() if method.config else None,
+        "config": described(method),
         "ignored": ignored_options(method),
         "share": share,
-        "prefill_cost": prefill,
-        "decode_cost": decode,
+        "prefill_cost": None if cost is None else cost.prefill,
+        "decode_cost": None if cost is None else cost.read,
+        "stored": None if cost is None else cost.stored,
         "unserved": sorted({line for r in mine for line in r["unserved"]}),
     }
 
