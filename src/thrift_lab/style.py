@@ -19,6 +19,13 @@ COLOURS = {
     "bf16": "#b8860b",
     "fp8": "#d1603d",
     "transformers": "#6b6b6b",
+    "peer": "#e08a5a",
+    "fp8kv": "#2f8f6b",
+    "nvfp4kv": "#8a6fd1",
+    "kivi": "#c2185b",
+    "turboquant": "#3a7bd5",
+    "diagonal": "#7f7f2e",
+    "mass": "#0fa3b1",
 }
 """Methods of evaluations, kinds of benchmarks and sides of whole models."""
 
