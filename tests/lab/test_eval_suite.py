@@ -175,7 +175,7 @@ def test_costs_by_hand() -> None:
     assert decode_cost(thrift.with_(promoted_storage="nested"), 0.05) == pytest.approx(1.05 * 4.5 / 16 + 1 / 128)
     assert decode_cost(paper, 0.0) == pytest.approx(4.5 / 16)
     assert decode_cost(ThriftConfig.sparse("quest"), 0.3) == pytest.approx(0.3 + 1 / 64)
-    assert costs(parse_method("snapkv:keep=0.4"), None) == (1.0, 0.4)
+    assert costs(parse_method("snapkv:keep=0.4"), None) == (1.0, 0.4, 0.4)
     with pytest.raises(ValueError, match="the cost of 'thrift:budget=paper' depends on the length"):
         costs(parse_method("thrift:budget=paper"), None)
 
@@ -185,7 +185,7 @@ def test_baselines_at_equal_cost(kind: Any) -> None:
     to = parse_method("thrift")
     found = at_equal_cost(kind, to)
     assert parse_method(found.name) == found
-    which = 1 if kind == "snapkv" else 0
+    which = 2 if kind == "snapkv" else 0
     assert costs(found, None)[which] == pytest.approx(costs(to, None)[which], abs=1e-4)
 
 

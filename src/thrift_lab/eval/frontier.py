@@ -1,7 +1,7 @@
 """Which methods nothing beats: bytes per token, or multiplications, against nats above exact attention.
 
-A method is on the frontier when no other has both less cost and less loss. Prefill is compared at multiplications, where Q and P
-may be rounded; decode at the bytes of the cache that a step reads, where they stay in 16 bits. Sparse methods stand in both.
+A method is on the frontier when no other has both less cost and less loss. Prefill is compared at multiplications, where Q and
+P may be rounded; decode at the bytes of the cache that a step reads, where they stay in 16 bits. Sparse methods stand in both.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from thrift_lab.eval.runs import Run
 from thrift_lab.style import INK, MARKERS, SMALL, SOFT, canvas, colour, legend, save
 
 Phase = Literal["prefill", "decode"]
+PHASES: tuple[Phase, ...] = ("prefill", "decode")
 
 
 @dataclass(frozen=True)
@@ -74,7 +75,7 @@ def _phases(method: dict[str, Any]) -> tuple[Phase, ...]:
     """Where a method is compared: what rounds Q and P is prefill, what computes in 16 bits is decode, sparse ones are both."""
     config = method["config"] or {}
     if method["sparse"] or config.get("base_format") == "drop":
-        return ("prefill", "decode")
+        return PHASES
     if config.get("compute") == "16bit" or method["prefill_cost"] >= 1:
         return ("decode",)
     return ("prefill",)
@@ -103,7 +104,7 @@ def beaten_by(point: Point, points: list[Point], phase: Phase) -> list[Point]:
 
 def markdown(run: Run, points: list[Point]) -> str:
     """A table by loss, with what is on a frontier in bold, and a sentence about each of this package's methods."""
-    ends = {phase: {p.method for p in frontier(points, phase)} for phase in ("prefill", "decode")}
+    ends = {phase: {p.method for p in frontier(points, phase)} for phase in PHASES}
     lines = [
         "| method | bytes stored a token | bytes read a token | prefill cost | nats above exact | frontier |",
         "|---|---|---|---|---|---|",
@@ -146,7 +147,7 @@ def draw(runs: list[Run], path: Path) -> Path:
         ValueError: no run has a method with a loss and a cost.
         MissingExtra: matplotlib is not installed.
     """
-    panels = [(run, points, phase) for run in runs if (points := points_of(run)) for phase in ("prefill", "decode")]
+    panels = [(run, points, phase) for run in runs if (points := points_of(run)) for phase in PHASES]
     if not panels:
         raise ValueError("nothing to draw: no method has both a loss against fp16 and a cost")
     figure, axes = canvas(1.2 + 4.2 * len(panels), 4.6, len(panels))
