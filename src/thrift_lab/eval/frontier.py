@@ -147,7 +147,9 @@ def draw(runs: list[Run], path: Path) -> Path:
         ValueError: no run has a method with a loss and a cost.
         MissingExtra: matplotlib is not installed.
     """
-    panels = [(run, points, phase) for run in runs if (points := points_of(run)) for phase in PHASES]
+    panels: list[tuple[Run, list[Point], Phase]] = [
+        (run, points, phase) for run in runs if (points := points_of(run)) for phase in PHASES
+    ]
     if not panels:
         raise ValueError("nothing to draw: no method has both a loss against fp16 and a cost")
     figure, axes = canvas(1.2 + 4.2 * len(panels), 4.6, len(panels))
