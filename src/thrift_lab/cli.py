@@ -137,7 +137,7 @@ def _show(piece: str) -> None:
 def _find_needle(model: str, device: str, dtype: str, console: Console) -> None:
     """Run ``thrift generate --demo``; exit code 1 when thrift misses what the model itself finds."""
     log = logging_to(console)
-    log("A number is hidden in a long text and asked for; three ways to read it, a minute each on a CPU.")
+    log("A number is hidden in a long text and asked for, with three ways to read the text: some minutes on a CPU.")
     from thrift_lab import haystack
     from thrift_lab.eval.texts import load_text
     from thrift_lab.models import load_model

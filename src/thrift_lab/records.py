@@ -21,6 +21,24 @@ from thrift_lab.provenance import commit, machine, now, versions, write_files
 
 Arrays = dict[str, "np.ndarray[Any, Any]"]
 
+MARK = "†"
+"""Behind the name of what was recorded under an older default."""
+
+NUMERICS_SINCE = "2026-11-26"
+"""Day since which the first token is exact, as it is now; records of kernels do not keep their options."""
+
+OLDER = "recorded before the first token was exact, which today's default has"
+"""What `MARK` stands for in charts and tables of kernels."""
+
+
+def before_today(created: str) -> bool:
+    """Whether a record of kernels is older than what `thrift` means now.
+
+    Args:
+        created: when it was made, ISO 8601.
+    """
+    return created[:10] < NUMERICS_SINCE
+
 
 class Record(BaseModel):
     """What a run leaves behind.

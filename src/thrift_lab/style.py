@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +17,8 @@ COLOURS = {
     "local": "#a67c00",
     "snapkv": "#b03a6e",
     "fp16": "#8f9aa3",
-    "bf16": "#b8860b",
-    "fp8": "#d1603d",
+    "bf16": "#8f9aa3",
+    "fp8": "#2f8f6b",
     "transformers": "#6b6b6b",
     "peer": "#e08a5a",
     "fp8kv": "#2f8f6b",
@@ -29,8 +30,8 @@ COLOURS = {
 }
 """Methods of evaluations, kinds of benchmarks and sides of whole models."""
 
-OTHER = ("#0b6e8f", "#c9562c", "#4f7f2e", "#7a4f9a", "#a67c00", "#b03a6e")
-"""Of lines that are no methods, in order."""
+OTHER = ("#d9a441", "#8c6d5a", "#9fb8c4", "#5f8f8a", "#b5a1c9", "#c77f8a")
+"""Of lines that are no methods, in order; none is that of a method."""
 
 INK, SOFT, RULE = "#333333", "#6b6b6b", "#dddddd"
 MARKERS = "osD^vPX"
@@ -39,8 +40,9 @@ SMALL, WORDS, TITLE = 7.5, 8.5, 11
 
 
 def colour(method: str) -> str:
-    """Return the colour of a method by its kind, the word before the colon."""
-    return COLOURS.get(method.partition(":")[0], SOFT)
+    """Return the colour of a method by its kind, the word before the colon and before any mark."""
+    kind = re.match(r"\w*", method)
+    return COLOURS.get(kind[0] if kind else "", SOFT)
 
 
 def canvas(width: float, height: float, columns: int = 1, **options: Any) -> tuple[Any, Any]:

@@ -25,7 +25,7 @@ from support.tiny_eval import LIMIT, loaded, save_model
 from thrift_attn import attention
 from thrift_attn.config import ThriftConfig, fraction
 from thrift_lab import cli
-from thrift_lab.eval import charts, figures, harness, page
+from thrift_lab.eval import charts, dated, figures, harness, page, speed
 from thrift_lab.eval.answer import answer, stop_tokens
 from thrift_lab.eval.concentration import FP4, SHARES, measure, of_model
 from thrift_lab.eval.cost import at_equal_cost, costs, decode_cost, prefill_cost
@@ -40,7 +40,8 @@ from thrift_lab.eval.suite_folder import Folder, SuitePlan, key_of
 from thrift_lab.eval.summary import summarise
 from thrift_lab.extras import MissingExtra
 from thrift_lab.models import Loaded
-from thrift_lab.style import COLOURS
+from thrift_lab.records import MARK, OLDER
+from thrift_lab.style import COLOURS, OTHER, colour
 
 TEXT = " ".join(
     f"The {a} {b} near the {c} {d}s {n} times."
@@ -495,7 +496,8 @@ class Checker(HTMLParser):
         self.tags.append(tag)
         assert tag not in ("link", "img", "iframe", "object", "embed", "image", "use")
         for name, value in attrs:
-            assert name not in ("src", "href", "srcset", "xlink:href", "onload"), (tag, name, value)
+            inside = name == "href" and str(value).startswith("#")
+            assert inside or name not in ("src", "href", "srcset", "xlink:href", "onload"), (tag, name, value)
         if tag not in self.VOID:
             self.open.append(tag)
 
@@ -520,6 +522,7 @@ def test_the_page(finished: tuple[Path, dict[str, Any]]) -> None:
     assert checker.open == []
     assert checker.tags.count("figure") == text.count("Plotly.newPlot(") >= 2 * 6
     assert checker.tags.count("table") == 2 * 5
+    assert "<nav" in text
     assert not re.search(r"https?://(?!plot\.ly)|url\(|@import|javascript:", text)
     assert "prefers-color-scheme:dark" in text
     assert "hovertemplate" in text
@@ -530,11 +533,101 @@ def test_the_page(finished: tuple[Path, dict[str, Any]]) -> None:
 
 
 def test_one_colour_for_a_method_in_every_chart(finished: tuple[Path, dict[str, Any]]) -> None:
+    seen = set()
     for chart in figures.of_run(Run.load(finished[0]).metrics):
-        for trace in chart.figure.data:
-            kind = trace.name.partition(":")[0]
+        kinds = {trace.name.partition(":")[0]: trace for trace in chart.figure.data}
+        seen |= set(kinds)
+        for kind, trace in kinds.items():
             if kind in COLOURS:
-                assert trace.marker.color == COLOURS[kind]
+                assert (trace.marker.color or trace.line.color) == COLOURS[kind]
+        assert any("thrift" in kind for kind in kinds), chart.title
+    assert {"fp4", "thrift"} <= seen
+    assert not set(OTHER) & set(COLOURS.values())
+    assert colour(f"thrift{MARK}") == colour("thrift:budget=0.1") == COLOURS["thrift"]
+
+
+def test_contents_lead_to_every_section_and_cells_name_their_column(finished: tuple[Path, dict[str, Any]]) -> None:
+    text = page.html([Run.load(finished[0])]).rpartition("</script>")[0]
+    links = re.findall(r'href="#([\w-]+)"', text)
+    assert len(links) == len(set(links)) == 1 + 3
+    for link in links:
+        assert text.count(f'id="{link}"') == 1
+    assert text.count("<td") == text.count('data-head="')
+
+
+def test_what_is_unfinished_is_said(finished: tuple[Path, dict[str, Any]]) -> None:
+    run = Run.load(finished[0])
+    metrics = json.loads(json.dumps(run.metrics))
+    (one,) = {row["task"] for row in metrics["tasks"] if not row["group"]} - {"longbench_lcc"}
+    metrics["tasks"] = [row for row in metrics["tasks"] if (row["task"], row["method"]) != (one, "thrift:budget=0.3")]
+    metrics["nll"] = [row for row in metrics["nll"] if (row["length"], row["method"]) != (200, "fp4")]
+    metrics["concentration"] = []
+    said = page.unfinished(replace(run, metrics=metrics, plan={**run.plan, "samples": 9}))
+    assert said["nll"] == "Unfinished: not every text and length was run with fp4 (- in the tables)."
+    assert f"{one} was not run with thrift:budget=0.3" in said["tasks"]
+    assert "of 9 planned samples" in said["tasks"]
+    assert said["concentration"].startswith("Not measured")
+    assert said["nll"] in page.markdown([replace(run, metrics=metrics)])
+
+
+def test_what_is_older_than_its_default_is_marked(finished: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:
+    today = parse_method("thrift").config
+    assert today is not None
+    assert dated.marked("thrift", today.to_dict()) == "thrift"
+    old = {**today.to_dict(), "sink_token": "none"}
+    assert (
+        dated.marked("thrift:high=nested", {**old, "promoted_storage": "nested"})
+        == f"thrift:promoted_storage=nested{MARK}"
+    )
+    assert dated.older("thrift", old) == "sink_token=none (today exact)"
+    assert dated.older("fp16", None) == ""
+    run = Run.load(finished[0])
+    metrics = json.loads(json.dumps(run.metrics))
+    for row in metrics["methods"]:
+        if row["name"] == "thrift:budget=0.3":
+            row["config"]["sink_token"] = "none"
+    text = page.markdown([replace(run, metrics=metrics)])
+    assert f"| `thrift:budget=0.3{MARK}` |" in text
+    assert "- thrift:budget=0.3†: recorded with sink_token=none (today exact)" in text
+    assert MARK not in page.markdown([run])
+    names = {trace.name for chart in figures.of_run(metrics) for trace in chart.figure.data}
+    assert {f"thrift{MARK}", f"thrift:budget=0.3{MARK}"} & names
+    both = run.with_others([replace(run, metrics=metrics)])  # the same name twice, with two meanings
+    assert {"thrift:budget=0.3", f"thrift:budget=0.3{MARK}"} <= set(both.methods())
+
+
+def test_records_of_kernels_make_chapters_on_speed_and_memory(tmp_path: Path) -> None:
+    results = Path(__file__).parents[2] / "benchmarks/results/h100"
+    paths = [
+        results / name
+        for name in ("decode/grid.json", "decode/sink.json", "prefill/lengths.json", "e2e/llama-3.1-8b.json")
+    ]
+    found = speed.shapes(paths)
+    newest = next(shape for shape in found if (shape.phase, shape.words) == ("decode", "1 x 131,072"))
+    assert newest.record["path"].endswith("sink.json")  # it is in the grid too, which is older
+    assert (newest.older, newest.name) == (False, "1 x 131,072")
+    assert next(shape for shape in found if shape.words == "1 x 8,192").name == f"1 x 8,192{MARK}"
+    rows = json.loads((results / "decode/sink.json").read_text())["rows"]
+    times = [
+        row["p50_us"]
+        for row in rows
+        if row["kind"] == "bf16" and row["status"] == "timed" and row["case"]["batch"] == 1
+    ]
+    assert newest.time("bf16") == min(times)
+    assert newest.relative("thrift") == pytest.approx(newest.rows["thrift"]["p50_us"] / min(times))
+    chapters = [speed.speed(paths), speed.memory(paths)]
+    for chapter in chapters:
+        assert chapter is not None
+        for chart in chapter["charts"]:
+            assert "thrift" in {trace.name for trace in chart.figure.data}
+            for trace in chart.figure.data:
+                assert trace.marker.color == COLOURS[trace.name]
+    text = page.markdown([], paths)
+    assert "| `1 x 131,072` | " in text
+    assert f"{MARK} {OLDER}." in text
+    assert "879,744 tokens of context fit" in text
+    assert speed.speed([]) is None
+    assert load_runs(paths) == []  # they are no runs
 
 
 def test_points_beyond_the_edge_tell_their_values() -> None:

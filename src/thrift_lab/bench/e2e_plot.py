@@ -10,6 +10,7 @@ from rich.table import Table
 from thrift_attn.config import BLOCK, Budget
 from thrift_attn.reference.budget import promoted_in_decode
 from thrift_lab.bench.e2e_records import ModelCase, ModelRecord, ModelRow, Side
+from thrift_lab.records import OLDER, before_today
 from thrift_lab.style import COLOURS, SMALL, canvas, legend, save
 
 WORDS: dict[Side, str] = {
@@ -89,7 +90,8 @@ def draw(record: ModelRecord, path: Path) -> Path:
         ncols=3,
     )
     machine = record.context["machine"]
-    figure.suptitle(f"{record.model}, {machine['gpu'] or machine['cpu']}, random weights", fontsize=11)
+    old = f"\n{OLDER}" if before_today(record.context["created"]) else ""
+    figure.suptitle(f"{record.model}, {machine['gpu'] or machine['cpu']}, random weights{old}", fontsize=11)
     return save(figure, path)
 
 

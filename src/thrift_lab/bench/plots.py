@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from thrift_lab.bench.bench_records import BenchRecord, BenchRow, Speedup
+from thrift_lab.records import OLDER, before_today
 from thrift_lab.style import COLOURS, INK, SMALL, canvas, legend, save, title
 from thrift_lab.style import WORDS as POINTS
 
@@ -16,7 +17,8 @@ MARKERS = {"thrift": "o", "bf16": "s", "fp8": "D"}
 
 def _title(axes: Any, text: str, record: BenchRecord) -> None:
     machine, versions = record.context["machine"], record.context["versions"]
-    title(axes, text, f"{machine['gpu']}, torch {versions['torch']}, medians of CUDA graph replays in one run")
+    old = f"; {OLDER}" if before_today(record.context["created"]) else ""
+    title(axes, text, f"{machine['gpu']}, torch {versions['torch']}, medians of CUDA graph replays in one run{old}")
 
 
 def speedup(record: BenchRecord, path: Path) -> None:

@@ -105,24 +105,32 @@ def lines(x: Axis, y: Axis, series: Sequence[Series], marks: Mapping[float, str]
     return figure
 
 
-def bars(label: str, groups: Sequence[str], values: Mapping[str, Sequence[float]], high: float) -> Any:
+def bars(
+    label: str,
+    groups: Sequence[str],
+    values: Mapping[str, Sequence[float]],
+    high: float,
+    told: Mapping[str, Sequence[str]] | None = None,
+) -> Any:
     """Return horizontal bars in groups.
 
     Args:
         label: of the axis.
         groups: names, from top to bottom.
-        values: of each group, by method.
+        values: of each group, by method; NaN where there is none.
         high: where the axis ends.
+        told: what the pointer shows besides, likewise.
     """
     graph = need("plotly.graph_objects")
     axis = Axis(label, (0, high), form=".0f")
     figure = _layout(axis, Axis(""), 90 + len(groups) * (12 * len(values) + 10), bargap=0.25)
     for name, sizes in values.items():
-        hover = "%{y}: %{x:.1f}<extra>%{fullData.name}</extra>"
+        hover = f"%{{y}}: %{{x:.1f}}{'<br>%{customdata}' if told else ''}<extra>%{{fullData.name}}</extra>"
         figure.add_trace(
             graph.Bar(
                 y=list(groups),
-                x=list(sizes),
+                x=[None if size != size else size for size in sizes],
+                customdata=list(told[name]) if told else None,
                 name=name,
                 orientation="h",
                 marker={"color": colour(name)},

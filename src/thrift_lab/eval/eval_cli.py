@@ -274,11 +274,17 @@ def suite(
 
 @app.command()
 def report(
-    runs: Annotated[list[Path], typer.Argument(help="Folders of runs, and JSON records of `thrift eval nll`.")],
+    runs: Annotated[
+        list[Path],
+        typer.Argument(help="Folders of runs, and JSON records of `thrift eval nll` and of `thrift bench`."),
+    ],
     html: Annotated[Path | None, typer.Option(help="Write the page here; beside the run by default.")] = None,
     markdown: Annotated[Path | None, typer.Option(help="Write the tables as Markdown here.")] = None,
 ) -> None:
-    """One self-contained HTML page (and Markdown) about runs, finished or not; those of one model become one chapter."""
+    """One self-contained HTML page (and Markdown) about runs, finished or not; those of one model become one chapter.
+
+    Records of `thrift bench decode`, `prefill` and `e2e` become chapters on speed and memory.
+    """
     with errors():
         if html is None and markdown is None:
             html = runs[0] / "report.html" if runs[0].suffix != ".json" else runs[0].with_suffix(".html")
@@ -289,12 +295,13 @@ def _written(runs: list[Path], html: Path | None, markdown: Path | None) -> None
     """Write the reports and print what they say."""
     from thrift_lab.eval import page
     from thrift_lab.eval.runs import load_runs
+    from thrift_lab.eval.speed import KINDS, kind_of
     from thrift_lab.provenance import write_files
 
-    loaded = load_runs(runs)
+    loaded, benches = load_runs(runs), [path for path in runs if path.suffix == ".json" and kind_of(path) in KINDS]
     for path, text in ((html, page.html), (markdown, page.markdown)):
         if path is not None:
-            write_files({path: text(loaded).encode()})
+            write_files({path: text(loaded, benches).encode()})
     for run in loaded:
         print(run.plan["model"])
         for sentence in page.findings(run):

@@ -7,6 +7,8 @@ from typing import Any, NamedTuple
 
 from thrift_lab import console
 from thrift_lab.eval.charts import Axis, Series, bars, lines
+from thrift_lab.eval.dated import in_todays_words, marked, older
+from thrift_lab.records import MARK
 from thrift_lab.style import OTHER, SOFT, colour
 
 Row = dict[str, Any]
@@ -23,12 +25,28 @@ class Chart(NamedTuple):
 _LOWEST = -0.5  # recovered shares below it are drawn at the edge
 
 
-def _series(name: str, points: list[tuple[float, float]], sure: list[Any], *, line: bool = True) -> Series:
+def _series(
+    metrics: Row, name: str, points: list[tuple[float, float]], sure: list[Any], *, line: bool = True
+) -> Series:
     """Return a series in the colour of its method; variants of a kind (``thrift:compute=16bit``) are hollow."""
-    options = [
-        option for option in console.words(name.partition(":")[2]) if not option.startswith(("budget=", "keep="))
-    ]
-    return Series(name, colour(name), points, sure, line=line, hollow=any(options))
+    return Series(label(metrics, name), colour(name), points, sure, line=line, hollow=_is_variant(name))
+
+
+def _is_variant(name: str) -> bool:
+    """Whether a method has options beside its budget."""
+    given = console.words(name.partition(":")[2])
+    return any(not option.startswith(("budget=", "keep=")) or option.startswith("budget=max(") for option in given)
+
+
+def _kin(about: Row) -> str:
+    """Return what makes one line: the family in today's words, marked where the record is older than today's default."""
+    return in_todays_words(about["family"]) + (MARK if older(about["name"], about["config"]) else "")
+
+
+def label(metrics: Row, name: str) -> str:
+    """Return the name of a method in today's words, marked where its record is older than today's default."""
+    about = next((row for row in metrics["methods"] if row["name"] == name), None)
+    return name if about is None else marked(name, about["config"])
 
 
 def of_run(metrics: Row) -> list[Chart]:
@@ -52,7 +70,7 @@ def _plain_families(metrics: Row) -> dict[str, list[Row]]:
     found: dict[str, list[Row]] = {}
     for about in metrics["methods"]:
         if about["family"] in kept and about["share"] is not None and not about["sparse"] and not about["fp4"]:
-            found.setdefault(about["family"], []).append(about)
+            found.setdefault(_kin(about), []).append(about)
     return {name: sorted(rows, key=lambda row: row["share"]) for name, rows in found.items()}
 
 
@@ -66,7 +84,9 @@ def recovery(metrics: Row) -> Chart | None:
         shown = [about for about in members if about["name"] in rows and about["share"] > 0]
         points = [(about["share"], rows[about["name"]]["recovered"]) for about in shown]
         if points:
-            series.append(_series(name, points, [rows[about["name"]]["recovered_interval"] for about in shown]))
+            series.append(
+                _series(metrics, name, points, [rows[about["name"]]["recovered_interval"] for about in shown])
+            )
     if not series:
         return None
     low = max(_LOWEST, min([0.0, *(y for one in series for _, y in one.points)]) - 0.05)
@@ -109,16 +129,22 @@ def _loss_axis(series: list[Series]) -> Axis:
     return Axis("nats per token above fp16", (min(kept) - room, max(kept) + room), form=".4f")
 
 
+def _floored(about: Row) -> bool:
+    """Whether a method has the budget with a floor, the default of the library."""
+    return about["config"] is not None and str(about["config"].get("budget", "")).startswith("max(")
+
+
 def by_length(metrics: Row) -> Chart | None:
     """Loss against the length of the window."""
     lengths = sorted({row["length"] for row in metrics["nll"]})
     rows = {(row["method"], row["length"]): row for length in lengths for row in _at(metrics, length)}
     series = []
-    for name in selected(metrics):
+    floors = [row["name"] for row in metrics["methods"] if row["family"] == "thrift" and _floored(row)]
+    for name in [*selected(metrics), *(name for name in floors if name not in selected(metrics))]:
         shown = [rows[name, length] for length in lengths if (name, length) in rows]
         points = [(row["length"], row["loss"]) for row in shown if row["loss"] is not None]
         if points:
-            series.append(_series(name, points, [row["loss_interval"] for row in shown]))
+            series.append(_series(metrics, name, points, [row["loss_interval"] for row in shown]))
     if not series or len(lengths) < 2:
         return None
     x = Axis("tokens in the window", form=",.0f", log=True, ticks=lengths)
@@ -133,7 +159,7 @@ def by_position(metrics: Row) -> Chart | None:
         mine = [row for row in rows if row["method"] == name]
         points = [((row["from"] + row["to"]) / 2, row["loss"]) for row in mine]
         if len(points) > 1:
-            series.append(_series(name, points, [row["loss_interval"] for row in mine]))
+            series.append(_series(metrics, name, points, [row["loss_interval"] for row in mine]))
     if not series:
         return None
     length = rows[0]["length"]
@@ -149,13 +175,13 @@ def pareto(metrics: Row) -> Chart | None:
     families: dict[str, list[Row]] = {}
     for about in known:
         if about["family"] in kept:
-            families.setdefault(about["family"], []).append(about)
+            families.setdefault(_kin(about), []).append(about)
     if sum(map(len, families.values())) < 2:
         return None
     series = []
     for name, members in families.items():
         points = [(about["prefill_cost"], rows[about["name"]]["loss"]) for about in members]
-        series.append(_series(name, points, [rows[a["name"]]["loss_interval"] for a in members], line=False))
+        series.append(_series(metrics, name, points, [rows[a["name"]]["loss_interval"] for a in members], line=False))
     best: list[tuple[float, float]] = []
     for point in sorted(point for one in series for point in one.points):
         if not best or point[1] < best[-1][1]:
@@ -169,6 +195,10 @@ def pareto(metrics: Row) -> Chart | None:
     return Chart("Quality and cost", lines(x, y, [*series, Series("frontier", SOFT, best, dashed=True)]), words)
 
 
+_SHARE = 0.05
+"""Of the blocks that the method ``thrift`` promotes."""
+
+
 def concentration(metrics: Row) -> Chart | None:
     """Share of the error in the first blocks by mass."""
     if not metrics["concentration"]:
@@ -178,6 +208,7 @@ def concentration(metrics: Row) -> Chart | None:
     kinds = (("error", OTHER[1], "error_share"), ("attention mass", OTHER[0], "mass_share"))
     series = [Series(name, shade, list(zip(shares, found[key], strict=True))) for name, shade, key in kinds]
     series.append(Series("evenly spread", SOFT, [(share, share) for share in shares], dashed=True))
+    series.append(Series("thrift promotes", colour("thrift"), [(_SHARE, 0.0), (_SHARE, 1.0)], dashed=True))
     x = Axis("blocks, by attention mass (log)", form=".1~%", log=True, ticks=[s for s in shares if s != 0.005])
     y = Axis("share of the total", (0, 1.03), form=".0%")
     words = (
@@ -195,7 +226,9 @@ def by_layer(metrics: Row) -> Chart | None:
     for shade, share in zip(OTHER, (0.01, 0.05, 0.1), strict=False):
         at = found["shares"].index(share)
         points = [(row["layer"], row["error_share"][at]) for row in found["layers"]]
-        series.append(Series(f"top {share:.0%}", shade, points))
+        promoted = share == _SHARE
+        words = f"top {share:.0%}" + ", as many as thrift promotes" * promoted
+        series.append(Series(words, colour("thrift") if promoted else shade, points))
     x, y = Axis("layer", form=".0f"), Axis("share of the error", (0, 1.03), form=".0%")
     words = "Blocks ordered by attention mass, mean over the heads of a layer."
     return Chart("Error concentration by layer", lines(x, y, series), words)
@@ -214,17 +247,18 @@ def task_bars(metrics: Row) -> list[Chart]:
     cells = {(row["task"], row["method"]): row["score"] for row in rows}
     tasks = list(dict.fromkeys(row["task"] for row in rows))
     base = [about["name"] for about in metrics["methods"] if about["plain"]]
-    kinds = ("fp4", "paper", "thrift", "topk", "snapkv")
-    chosen = [*base, *(name for name in in_tasks(metrics) if name.partition(":")[0] in kinds)]
-    shown = [name for name in chosen if not _series(name, [], []).hollow]
-    shown = [name for name in shown if all((task, name) in cells for task in tasks)]
+    kinds = ("fp4", "paper", "thrift", "quest", "topk", "snapkv")
+    chosen = [*base, *(name for name in in_tasks(metrics) if name.partition(":")[0].removesuffix(MARK) in kinds)]
+    shown = [name for name in chosen if not _is_variant(name)]
     charts: list[Chart] = []
     count = -(-len(tasks) // 16)
     for part in range(count):
         own = tasks[part * len(tasks) // count : (part + 1) * len(tasks) // count]
         names = [task.replace("ruler_", "").replace("longbench_", "lb ").replace("helmet_", "hm ") for task in own]
-        values = {name: [100 * cells[task, name] for task in own] for name in shown}
+        values = {label(metrics, name): [100 * cells.get((task, name), float("nan")) for task in own] for name in shown}
         words = f"Per cent, {max(lengths):,} tokens. lb: LongBench, hm: HELMET, the others RULER."
+        if any((task, name) not in cells for task in own for name in shown):
+            words += " Bars that lack were not run."
         title = "Tasks" + (f" ({part + 1} of {count})" if count > 1 else "")
         charts.append(Chart(title, bars("score", names, values, 100), words))
     return charts

@@ -6,10 +6,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from thrift_lab.eval import figures
+from thrift_lab.eval import figures, speed
+from thrift_lab.eval.dated import marked, older
 from thrift_lab.eval.runs import Run
 from thrift_lab.eval.suite_folder import STANDIN
 from thrift_lab.extras import need
+from thrift_lab.provenance import now
+from thrift_lab.records import MARK
 
 _PAIRED = (
     "Differences are paired: every method reads the same samples. Intervals are 95%, from a bootstrap over blocks of 64 tokens "
@@ -42,6 +45,12 @@ def _number(value: float | None, form: str = "{:.3f}") -> str:
 Table = tuple[list[str], list[list[str]]]
 
 
+def _named(run: Run, name: str) -> str:
+    """Return the name of a method, marked where its record is older than today's default."""
+    about = run.methods().get(name)
+    return name if about is None else marked(name, about["config"])
+
+
 def nll_table(run: Run) -> Table:
     """Method by method at the longest length."""
     known = run.methods()
@@ -51,7 +60,7 @@ def nll_table(run: Run) -> Table:
         about = known[row["method"]]
         body.append(
             [
-                row["method"],
+                _named(run, row["method"]),
                 f"{row['nll']:.4f}",
                 _signed(row["loss"], row["loss_interval"]),
                 "0%" if about["fp4"] else _percent(row["recovered"], row["recovered_interval"]),
@@ -70,7 +79,9 @@ def text_table(run: Run) -> Table:
     cells = {(row["method"], row["text"], row["length"]): row["loss"] for row in rows}
     names = list(dict.fromkeys(row["method"] for row in [*run.nll(), *rows] if row["loss"] is not None))
     head = ["method", *(f"{Path(text).name} {length:,}" for text, length in columns)]
-    return head, [[name, *(_number(cells.get((name, *at)), "{:+.4f}") for at in columns)] for name in names]
+    return head, [
+        [_named(run, name), *(_number(cells.get((name, *at)), "{:+.4f}") for at in columns)] for name in names
+    ]
 
 
 def task_table(run: Run) -> Table:
@@ -79,7 +90,7 @@ def task_table(run: Run) -> Table:
     methods = list(dict.fromkeys(row["method"] for row in rows))
     tasks = list(dict.fromkeys(row["task"] for row in rows))
     cells = {(row["task"], row["method"]): row for row in rows}
-    head = ["task", "score", "samples", *methods]
+    head = ["task", "score", "samples", *(_named(run, name) for name in methods)]
     body = []
     for task in tasks:
         first = cells[task, methods[0]]
@@ -93,7 +104,7 @@ def gold_table(run: Run) -> Table:
     head = ["method", "score", "vs fp16 [95%]", "NLL of right answer", "vs fp16 [95%]", "recovered [95%]"]
     body = [
         [
-            row["method"],
+            _named(run, row["method"]),
             f"{100 * row['score']:.1f}",
             _signed(row["difference"], row["difference_interval"], "{:+.3f}"),
             f"{row['gold_nll']:.4f}",
@@ -170,14 +181,15 @@ def findings(run: Run) -> list[str]:
     for name in shown:
         row = rows[name]
         if row["recovered"] is not None and not known[name]["sparse"]:
+            share, back = _percent(known[name]["share"]), _percent(row["recovered"], row["recovered_interval"])
             sentences.append(
-                f"{name} ({_percent(known[name]['share'])} of the blocks promoted) is {row['loss']:+.4f} nats from fp16 and "
-                f"brings back {_percent(row['recovered'], row['recovered_interval'])} of that loss."
+                f"{_named(run, name)} ({share} of the blocks promoted) is {row['loss']:+.4f} nats from fp16 and "
+                f"brings back {back} of that loss."
             )
     sentences += _at_equal_cost(run)
     overall = {row["method"]: row for row in run.tasks() if row["task"] == "all"}
     if overall:
-        scores = ", ".join(f"{name} {100 * overall[name]['score']:.1f}" for name in list(overall)[:10])
+        scores = ", ".join(f"{_named(run, name)} {100 * overall[name]['score']:.1f}" for name in list(overall)[:10])
         samples = next(iter(overall.values()))["samples"]
         sentences.append(f"Mean score over {samples} samples of all tasks, in per cent: {scores}.")
     return sentences
@@ -190,7 +202,7 @@ def losses(run: Run) -> list[str]:
     chosen = figures.selected(run.metrics)
     ours = [n for n, about in known.items() if about["family"] == "thrift" or (n in chosen and n.startswith("thrift"))]
     worse = [
-        f"{name} {_signed(rows[name]['loss'], rows[name]['loss_interval'])}"
+        f"{_named(run, name)} {_signed(rows[name]['loss'], rows[name]['loss_interval'])}"
         for name in ours
         if name in rows and rows[name]["loss_interval"] and rows[name]["loss_interval"][0] > 0
     ]
@@ -207,40 +219,72 @@ def losses(run: Run) -> list[str]:
             cheap = [known[at]["prefill_cost"] for at in (name, mine)]
             if None not in cheap and cheap[0] <= cheap[1] * 1.01:
                 losing = f"({row['loss']:+.4f}, {other['loss']:+.4f})"
-                sentences.append(f"{name} is nearer to fp16 than {mine} at no higher prefill cost {losing}.")
+                sentences.append(
+                    f"{_named(run, name)} is nearer to fp16 than {_named(run, mine)} at no higher prefill cost {losing}."
+                )
     main = next((name for name in figures.in_tasks(run.metrics) if known[name]["family"] == "thrift"), None)
     mine = [row for row in run.tasks() if row["method"] == main and not row["group"]]
+    ours_here = "" if main is None else _named(run, main)
     unlikely = [row for row in mine if row["gold_loss_interval"] and row["gold_loss_interval"][0] > 0]
     if unlikely:
         named = ", ".join(f"{_task_name(row['task'], run)} {row['gold_loss']:+.3f}" for row in unlikely)
         sentences.append(
-            f"With {main} the right answer is less likely than with fp16 beyond noise on {len(unlikely)} of {len(mine)} tasks "
-            f"(nats per token): {named}."
+            f"With {ours_here} the right answer is less likely than with fp16 beyond noise on {len(unlikely)} of "
+            f"{len(mine)} tasks (nats per token): {named}."
         )
     lower = [row for row in mine if row["difference_interval"] and row["difference_interval"][1] < 0]
     if lower:
         named = ", ".join(f"{_task_name(row['task'], run)} {100 * row['difference']:+.0f}" for row in lower)
         sentences.append(
-            f"With {main} the score is below fp16 beyond noise on {len(lower)} of {len(mine)} tasks (points): {named}."
+            f"With {ours_here} the score is below fp16 beyond noise on {len(lower)} of {len(mine)} tasks (points): {named}."
         )
     if not sentences and (rows or mine):
         sentences.append("No difference to fp16 is above noise at the 95% level on these samples.")
     return sentences
 
 
-def _other_options(run: Run) -> list[tuple[str, str]]:
-    """Methods of one family that do not only differ in budget, because a default changed between their runs."""
-    first: dict[str, dict[str, Any]] = {}
-    differing: list[tuple[str, str]] = []
-    for about in run.metrics["methods"]:
-        if about["config"] is None:
-            continue
-        usual = first.setdefault(about["family"], about["config"])
-        other = {key: value for key, value in about["config"].items() if key != "budget" and usual.get(key) != value}
-        if other:
-            options = ", ".join(f"{key}={value} (elsewhere {usual.get(key)})" for key, value in other.items())
-            differing.append((f"options of {about['name']}", options))
-    return differing
+def _older_options(run: Run) -> list[tuple[str, str]]:
+    """Methods that were recorded under an older default, and what is different today."""
+    return [
+        (_named(run, about["name"]), f"recorded with {words}")
+        for about in run.metrics["methods"]
+        if (words := older(about["name"], about["config"]))
+    ]
+
+
+def unfinished(run: Run) -> dict[str, str]:
+    """Say what of the plan is not there, by part (``nll``, ``tasks``, ``concentration``); parts that are whole are absent."""
+    found: dict[str, str] = {}
+    rows = [row for row in run.metrics["nll"] if row["text"] != "all"]
+    places = list(dict.fromkeys((row["text"], row["length"]) for row in rows))
+    there = {(row["method"], row["text"], row["length"]) for row in rows}
+    names = list(dict.fromkeys(row["method"] for row in rows))
+    lacking = [name for name in names if any((name, *place) not in there for place in places)]
+    if not rows:
+        found["nll"] = "Not measured: no NLL has been recorded for this model."
+    elif lacking:
+        named = ", ".join(_named(run, name) for name in lacking) if len(lacking) <= 4 else f"{len(lacking)} methods"
+        found["nll"] = f"Unfinished: not every text and length was run with {named} (- in the tables)."
+    planned, tasks = run.plan["samples"], [row for row in run.tasks() if not row["group"]]
+    if not tasks:
+        found["tasks"] = "Not measured: no task has been recorded for this model."
+    else:
+        said = []
+        few = {row["task"]: row["samples"] for row in tasks if row["samples"] < planned}
+        if few:
+            least = f"{min(few.values())} of {planned}"
+            said.append(f"{len(few)} tasks have as few as {least} planned samples that all methods have answered")
+        cells = {(row["task"], row["method"]) for row in tasks}
+        methods = list(dict.fromkeys(row["method"] for row in tasks))
+        for task in dict.fromkeys(row["task"] for row in tasks):
+            absent = [_named(run, name) for name in methods if (task, name) not in cells]
+            if absent:
+                said.append(f"{task} was not run with {', '.join(absent)}")
+        if said:
+            found["tasks"] = f"Unfinished: {'; '.join(said)}."
+    if not run.metrics["concentration"]:
+        found["concentration"] = "Not measured: no error concentration has been recorded for this model."
+    return found
 
 
 def _listed(numbers: Sequence[int]) -> str:
@@ -263,6 +307,7 @@ def circumstances(run: Run) -> list[tuple[str, str]]:
     measured = sorted({row["length"] for row in run.metrics["concentration"]})
     known = [
         ("model", f"{plan['model']}, {last.get('model', {}).get('class', '')}"),
+        ("records", run.name),
         ("runs", "; ".join(starts)),
         ("versions", "; ".join(versions)),
         (
@@ -278,7 +323,7 @@ def circumstances(run: Run) -> list[tuple[str, str]]:
             ("chat template", "yes" if plan["chat"] else "no"),
             ("seed", str(plan["seed"])),
         ]
-    known += _other_options(run)
+    known += _older_options(run)
     known += [
         (f"without effect in {row['name']}", ", ".join(row["ignored"]))
         for row in run.metrics["methods"]
@@ -290,35 +335,60 @@ def circumstances(run: Run) -> list[tuple[str, str]]:
     return known + ([("left to the model's own attention", "; ".join(sorted(left)))] if left else [])
 
 
+_RECORDS = 3
+"""Names of records that fit into a headline."""
+
+_OLD = f" {MARK} recorded under an older default; what differs stands below."
+
+
 def _chapter(run: Run) -> dict[str, Any]:
     """Return what both templates say about a run."""
-    parts: list[dict[str, Any]] = []
+    lacking = unfinished(run)
+    old = _OLD if _older_options(run) else ""
+    nll: list[dict[str, Any]] = []
+    tasks: list[dict[str, Any]] = []
     if run.metrics["nll"]:
-        tables = [
-            _captioned(nll_table(run), _COSTS),
+        nll = [
+            _captioned(nll_table(run), _COSTS + old),
             _captioned(text_table(run), "Loss against fp16 in nats per token, by text and length."),
         ]
-        parts.append({"title": f"NLL, {run.longest:,} tokens", "tables": tables})
     if run.metrics["tasks"]:
         star = " * stand-in made from the text, not the published set." if run.plan["data"] == STANDIN else ""
-        tables = [
-            _captioned(task_table(run), f"Scores in per cent.{star}"),
+        tasks = [
+            _captioned(task_table(run), f"Scores in per cent.{star}{old}"),
             _captioned(gold_table(run), "All tasks together, every sample alike."),
         ]
-        parts.append({"title": f"Tasks, {run.tasks()[0]['length']:,} tokens", "tables": tables})
-    if run.metrics["concentration"]:
-        words = (
-            "All heads and layers, pairs of a query block and a KV block ordered by attention mass within their head."
-        )
-        parts.append({"title": "Error concentration", "tables": [_captioned(concentration_table(run), words)]})
+    words = "All heads and layers, pairs of a query block and a KV block ordered by attention mass within their head."
+    spread = [_captioned(concentration_table(run), words)] if run.metrics["concentration"] else []
+    parts = [
+        {"title": f"NLL, {run.longest:,} tokens" if nll else "NLL", "tables": nll, "note": lacking.get("nll")},
+        {
+            "title": f"Tasks, {run.tasks()[0]['length']:,} tokens" if tasks else "Tasks",
+            "tables": tasks,
+            "note": lacking.get("tasks"),
+        },
+        {"title": "Error concentration", "tables": spread, "note": lacking.get("concentration")},
+    ]
     return {
         "model": run.plan["model"],
-        "name": run.name,
+        "name": run.name if run.name.count(", ") < _RECORDS else f"{run.name.count(', ') + 1} records",
         "findings": findings(run),
         "losses": losses(run),
         "parts": parts,
         "circumstances": circumstances(run),
     }
+
+
+def _chapters(runs: list[Run], benches: Sequence[Path], *, charts: bool) -> list[dict[str, Any]]:
+    """Return all chapters, models first, with names for links."""
+    found = [{**_chapter(run), "charts": figures.of_run(run.metrics) if charts else []} for run in runs]
+    found += filter(None, (speed.speed(benches), speed.memory(benches)) if benches else ())
+    for at, chapter in enumerate(found, start=1):
+        chapter["id"] = f"chapter-{at}"
+        for number, part in enumerate(chapter["parts"], start=1):
+            part["id"] = f"chapter-{at}-{number}"
+            part.setdefault("note", None)
+    return found
 
 
 def _captioned(table: Table, caption: str) -> dict[str, Any]:
@@ -345,20 +415,26 @@ def _drawn(figure: Any) -> str:
     return need("markupsafe").Markup(drawn)
 
 
-def html(runs: list[Run]) -> str:
+def html(runs: list[Run], benches: Sequence[Path] = ()) -> str:
     """Return the whole page; it loads nothing from outside.
 
     plotly's library is part of it, 4.8 MB once: its Python package has no smaller bundle, a copy from a network would leave the
     page without charts where there is none, and a file beside it gets lost when the page is sent on.
+
+    Args:
+        runs: a chapter each.
+        benches: records of `thrift bench`, for the chapters on speed and memory.
     """
     environment = _templates(escape=True)
     environment.filters["draw"] = _drawn
-    chapters = [{**_chapter(run), "charts": figures.of_run(run.metrics)} for run in runs]
     library = need("plotly.offline").get_plotlyjs()
-    return environment.get_template("report.html.j2").render(chapters=chapters, paired=_PAIRED, library=library)
+    template = environment.get_template("report.html.j2")
+    return template.render(
+        chapters=_chapters(runs, benches, charts=True), paired=_PAIRED, made=now()[:10], library=library
+    )
 
 
-def markdown(runs: list[Run]) -> str:
-    """Return the tables and sentences of the page as Markdown."""
+def markdown(runs: list[Run], benches: Sequence[Path] = ()) -> str:
+    """Return the tables and sentences of the page as Markdown; arguments as in `html`."""
     template = _templates(escape=False).get_template("report.md.j2")
-    return template.render(chapters=list(map(_chapter, runs)), paired=_PAIRED)
+    return template.render(chapters=_chapters(runs, benches, charts=False), paired=_PAIRED, made=now()[:10])

@@ -6,7 +6,9 @@ from pathlib import Path
 from typing import Any
 
 from thrift_attn.config import ThriftConfig, fraction
+from thrift_lab.eval.dated import older
 from thrift_lab.eval.run_nll import NLLRecord, NLLRow, is_fp4
+from thrift_lab.records import MARK
 from thrift_lab.style import MARKERS, SMALL, SOFT, canvas, colour, legend, save, title
 
 _WIDE = 30.0  # per cent; budgets beyond it make the axis logarithmic
@@ -14,7 +16,10 @@ _LOWEST = -50.0  # per cent; what lies below is drawn at the edge, with its valu
 
 
 def families(rows: list[NLLRow]) -> dict[str, list[NLLRow]]:
-    """Rows that differ only in budget, by the name of the first of them without its budget, in order of budget."""
+    """Rows that differ only in budget, by the name of the first of them without its budget, in order of budget.
+
+    Names of what was recorded under an older default are marked.
+    """
     groups: dict[ThriftConfig, list[NLLRow]] = {}
     for row in rows:
         if (
@@ -27,7 +32,9 @@ def families(rows: list[NLLRow]) -> dict[str, list[NLLRow]]:
     for group in groups.values():
         others = [row for row in group if not is_fp4(row.method)]
         if others:
-            named[others[0].method.family] = sorted(group, key=_share)
+            first = others[0].method
+            old = MARK if older(first.name, first.config.to_dict() if first.config else None) else ""
+            named[first.family + old] = sorted(group, key=_share)
     return named
 
 
@@ -58,7 +65,8 @@ def draw(result: NLLRecord, path: Path) -> None:
     _frame(axes, result, base, gap, [100 * _share(row) for rows in lines.values() for row in rows])
     columns = 2 if any(len(name) > 20 for name in lines) else 4
     drawn = legend(figure, loc="outside lower center", ncols=min(columns, len(lines)), frameon=False)
-    drawn.set_title("bars: 95% intervals of a paired bootstrap")
+    old = f"; {MARK} recorded under an older default" if any(name.endswith(MARK) for name in lines) else ""
+    drawn.set_title(f"bars: 95% intervals of a paired bootstrap{old}")
     drawn.get_title().set_fontsize(SMALL)
     save(figure, path)
 

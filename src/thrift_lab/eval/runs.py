@@ -12,8 +12,10 @@ import numpy as np
 from thrift_lab.eval.bootstrap import BOOTSTRAP_BLOCK
 from thrift_lab.eval.methods import from_description
 from thrift_lab.eval.run_nll import NLLRecord
+from thrift_lab.eval.speed import KINDS, kind_of
 from thrift_lab.eval.suite_folder import Folder, SuitePlan
 from thrift_lab.eval.summary import summarise
+from thrift_lab.records import MARK
 
 Row = dict[str, Any]
 
@@ -50,7 +52,7 @@ class Run:
             FileNotFoundError: no such record.
             ValueError: not such records, or records of different models.
         """
-        results = [NLLRecord.load(path) for path in paths]
+        results = _newest([NLLRecord.load(path) for path in paths])
         contexts = [result.context for result in results]
         if len({context["model"]["spec"] for context in contexts}) > 1:
             raise ValueError(f"records of one model expected, got {', '.join(c['model']['spec'] for c in contexts)}")
@@ -79,7 +81,7 @@ class Run:
     def with_others(self, others: Sequence[Run]) -> Run:
         """This run with what it lacks (NLL, tasks, error concentration) from other runs of the same model."""
         metrics = dict(self.metrics)
-        for other in others:
+        for other in (_apart(other, metrics["methods"]) for other in others):
             known = {row["name"] for row in metrics["methods"]}
             metrics["methods"] = metrics["methods"] + [
                 row for row in other.metrics["methods"] if row["name"] not in known
@@ -118,6 +120,29 @@ class Run:
     def methods(self) -> dict[str, Row]:
         """What is known of each method, by its name."""
         return {row["name"]: row for row in self.metrics["methods"]}
+
+
+def _apart(run: Run, known: Sequence[Row]) -> Run:
+    """A run whose methods that mean something else than known ones of the same name have a mark behind their names."""
+    means = {row["name"]: row["config"] for row in known}
+    other = {row["name"] for row in run.metrics["methods"] if means.get(row["name"], row["config"]) != row["config"]}
+
+    def marked(rows: list[Row], key: str) -> list[Row]:
+        return [row | {key: row[key] + MARK} if row[key] in other else row for row in rows]
+
+    keys = {"methods": "name", "nll": "method", "tasks": "method", "positions": "method"}
+    return replace(run, metrics=run.metrics | {part: marked(run.metrics[part], key) for part, key in keys.items()})
+
+
+def _newest(results: list[NLLRecord]) -> list[NLLRecord]:
+    """Leave out rows whose name means something else in a newer record: a default has changed in between."""
+    means: dict[str, Any] = {}
+    for result in sorted(results, key=lambda one: one.context["created"]):
+        means |= {row.method.name: row.method.config for row in result.rows}
+    return [
+        result.model_copy(update={"rows": [row for row in result.rows if row.method.config == means[row.method.name]]})
+        for result in results
+    ]
 
 
 def lines_of(result: NLLRecord) -> list[dict[str, Any]]:
@@ -159,7 +184,7 @@ def load_runs(paths: Sequence[Path]) -> list[Run]:
     by_model: dict[str, list[Run]] = {}
     records: dict[str, list[Path]] = {}
     for path in paths:
-        if path.suffix == ".json":
+        if path.suffix == ".json" and kind_of(path) not in KINDS:
             records.setdefault(NLLRecord.load(path).context["model"]["spec"], []).append(path)
     for spec, of_model in records.items():
         by_model.setdefault(spec, []).append(Run.of_records(of_model))

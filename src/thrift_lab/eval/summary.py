@@ -48,7 +48,8 @@ def summarise(methods: list[Method], records: Records, head_dim: int = 128) -> d
 def _method(method: Method, records: Records, head_dim: int) -> dict[str, Any]:
     """Name, configuration, share of the blocks and cost."""
     mine = [r for r in records if r["method"] == method.name and r.get("share") is not None]
-    share = float(np.mean([r["share"] for r in mine])) if mine else None
+    longest = max((r["length"] for r in mine), default=0)  # a share of few blocks is another
+    share = float(np.mean([r["share"] for r in mine if r["length"] == longest])) if mine else None
     known = method.config is None or share is not None or method.config.budget.kind == "fraction"
     known = known and not (share is None and isinstance(method.rival, ShareOfMass))
     length = max((r["length"] for r in records if r["method"] == method.name), default=TYPICAL)

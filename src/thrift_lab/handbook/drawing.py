@@ -40,7 +40,7 @@ SHADES: dict[Theme, Shades] = {
 }
 DARK_COLOURS = {
     "thrift": "#3fb6dc", "paper": "#e8835c", "fp4": "#8f9df0", "quest": "#86c05a", "topk": "#b98ae0", "local": "#d6a72c",
-    "fp16": "#8f9aa3", "bf16": "#d9b13f", "fp8": "#ef8f6d",
+    "fp16": "#8f9aa3", "bf16": "#8f9aa3", "fp8": "#5cc49a",
 }  # fmt: skip
 """The colours of methods on a dark page; on a light one they are `thrift_lab.style.COLOURS`."""
 

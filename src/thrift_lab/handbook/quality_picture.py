@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from thrift_lab.handbook.ages import MARK, OLD
 from thrift_lab.handbook.drawing import Picture, Theme
 from thrift_lab.handbook.measured import Loss, loss
+from thrift_lab.records import MARK, OLDER
 
 _TEXT = "h100/smollm2-135m-shakespeare-8192"
 ROWS: tuple[tuple[str, str, str, str, bool], ...] = (
@@ -50,7 +50,7 @@ def quality_picture(theme: Theme) -> str:
     picture.words(
         (LEFT, low + 20), "Quest at equal cost of prefill. Filled: read by a step of decode.", 13, shades.soft
     )
-    picture.words((LEFT, low + 40), f"{MARK} {OLD}.", 13, shades.soft)
+    picture.words((LEFT, low + 40), f"{MARK} {OLDER}.", 13, shades.soft)
     return picture.svg()
 
 

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from thrift_lab.handbook.ages import MARK, OLD
 from thrift_lab.handbook.drawing import Picture, Theme
 from thrift_lab.handbook.measured import Timed, timed
+from thrift_lab.records import MARK, OLDER
 
 LEFT, TOP, STEP, ROOM = 14, 98, 108, 400
 
@@ -45,5 +45,5 @@ def speed_picture(theme: Theme) -> str:
             picture.box((LEFT, at), (wide, 18), picture.colour(kind))
             picture.words((LEFT + wide + 8, at + 15), f"{row.p50_us:,.1f}  {name}{ratio}", 14, bold=kind == "thrift")
     if any(one.older for one in found):
-        picture.words((LEFT, TOP + STEP * len(found) + 6), f"{MARK} {OLD}.", 13, shades.soft)
+        picture.words((LEFT, TOP + STEP * len(found) + 6), f"{MARK} {OLDER}.", 13, shades.soft)
     return picture.svg()
