@@ -1,4 +1,9 @@
-"""Questions about a long document: read it once in chunks, keep the cache in a file, answer with replayed steps."""
+"""Questions about a long document: read it once in chunks, keep the cache in a file, answer with replayed steps.
+
+    python examples/long_document.py MODEL DOCUMENT.txt "Who ...?" "When ...?" --cache document.safetensors
+
+Started again with the same file, the document is not read a second time.
+"""
 
 from __future__ import annotations
 
@@ -10,6 +15,16 @@ import torch
 
 from thrift_attn.transformers import ThriftCache, enable
 from thrift_attn.transformers.generate import prefill, stream
+
+
+def around(tokenizer: Any, document: str) -> tuple[str, str]:
+    """What stands before a question (the document included) and after it, by the model's chat template if it has one."""
+    if tokenizer.chat_template is None:
+        return f"{document}\n\n", ""
+    chat = [{"role": "user", "content": f"{document}\n\n<question>"}]
+    text = tokenizer.apply_chat_template(chat, add_generation_prompt=True, tokenize=False)
+    before, _, after = text.rpartition("<question>")
+    return before, after
 
 
 def read(model: Any, ids: torch.Tensor, file: Path, room: int, chunk: int = 8192) -> ThriftCache:
@@ -46,20 +61,22 @@ def main() -> None:
     """Command line."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model")
     parser.add_argument("document", type=Path)
     parser.add_argument("questions", nargs="+")
     parser.add_argument("--cache", type=Path, default=Path("document.safetensors"))
     options = parser.parse_args()
     tokenizer = AutoTokenizer.from_pretrained(options.model)
-    model = AutoModelForCausalLM.from_pretrained(options.model, dtype="auto", device_map="auto")
+    model = AutoModelForCausalLM.from_pretrained(options.model, dtype="auto")
+    model.to("cuda" if torch.cuda.is_available() else "cpu")
     enable(model)
-    document = tokenizer(options.document.read_text(encoding="utf-8"), return_tensors="pt").input_ids.to(model.device)
+    before, after = around(tokenizer, options.document.read_text(encoding="utf-8"))
+    document = tokenizer(before, add_special_tokens=False, return_tensors="pt").input_ids.to(model.device)
     cache = read(model, document, options.cache, room=1024)
     print(f"{document.shape[1]} tokens in {cache.nbytes() / 2**20:.0f} MiB")
     for question in options.questions:
-        print(f"{question}\n{ask(model, tokenizer, cache, document, question)}\n")
+        print(f"{question}\n{ask(model, tokenizer, cache, document, question + after)}\n")
 
 
 if __name__ == "__main__":

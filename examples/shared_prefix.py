@@ -1,4 +1,7 @@
-"""One prefix, many questions at a time: the prefix is computed and stored once, every question only adds its own pages."""
+"""One prefix, many questions at a time: the prefix is computed and stored once, every question only adds its own pages.
+
+python examples/shared_prefix.py MODEL PREFIX.txt "Who ...?" "When ...?"
+"""
 
 from __future__ import annotations
 
@@ -10,6 +13,16 @@ import torch
 
 from thrift_attn.transformers import ThriftCache, enable
 from thrift_attn.transformers.generate import generate, prefill
+
+
+def around(tokenizer: Any, prefix: str) -> tuple[str, str]:
+    """What stands before a question (the prefix included) and after it, by the model's chat template if it has one."""
+    if tokenizer.chat_template is None:
+        return prefix, ""
+    chat = [{"role": "user", "content": f"{prefix}\n\n<question>"}]
+    text = tokenizer.apply_chat_template(chat, add_generation_prompt=True, tokenize=False)
+    before, _, after = text.rpartition("<question>")
+    return before, after
 
 
 def answers(
@@ -24,8 +37,15 @@ def answers(
         questions: of any length.
         most: new tokens.
     """
-    first = tokenizer(prefix, return_tensors="pt").input_ids.to(model.device)
-    asked = tokenizer(questions, add_special_tokens=False, padding=True, padding_side="left", return_tensors="pt")
+    before, after = around(tokenizer, prefix)
+    first = tokenizer(before, add_special_tokens=False, return_tensors="pt").input_ids.to(model.device)
+    asked = tokenizer(
+        [question + after for question in questions],
+        add_special_tokens=False,
+        padding=True,
+        padding_side="left",
+        return_tensors="pt",
+    )
     room = asked.input_ids.shape[1] + most
     start = first.shape[1]
     # Pages for one prefix and for what every question adds.
@@ -46,14 +66,15 @@ def main() -> None:
     """Command line."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model")
     parser.add_argument("prefix", type=Path)
     parser.add_argument("questions", nargs="+")
     options = parser.parse_args()
     tokenizer = AutoTokenizer.from_pretrained(options.model)
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
-    model = AutoModelForCausalLM.from_pretrained(options.model, dtype="auto", device_map="auto")
+    model = AutoModelForCausalLM.from_pretrained(options.model, dtype="auto")
+    model.to("cuda" if torch.cuda.is_available() else "cpu")
     enable(model)
     found, cache = answers(model, tokenizer, options.prefix.read_text(encoding="utf-8"), options.questions)
     for question, answer in zip(options.questions, found, strict=True):

@@ -1,4 +1,4 @@
-"""A newcomer's first changes stay small: what docs/developers.md walks through, done here while the tests run.
+"""A newcomer's first changes stay small: what CONTRIBUTING.md walks through, done here while the tests run.
 
 A format touches three files (formats.py, config.py, numerics.py), a score one (scores.py). Whatever else a change of this kind
 would have to touch would make these tests fail.

@@ -1,4 +1,4 @@
-"""The examples run, at the size of a tiny random model, and say what the model says without them."""
+"""The examples run: with a tiny random model they say what it says without them, with a real one they answer rightly."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 
+from support.small_model import small_model
 from support.tiny_models import build
 
 transformers = pytest.importorskip("transformers", minversion="5.0")
@@ -52,7 +53,6 @@ def plain_words(saved: Path, text: str, new: int) -> list[str]:
 
 
 def test_five_lines(saved: Path) -> None:
-    pytest.importorskip("accelerate")
     text = " ".join(WORDS[5:45])  # one incomplete block: exact
     got = example("five_lines")["main"](str(saved), text, 10)
     assert got.split() == plain_words(saved, text, 10)
@@ -85,3 +85,73 @@ def test_shared_prefix_is_stored_once(saved: Path) -> None:
     assert pages[0] == pages[1] == pages[2]
     alone, _ = module["answers"](model, tokenizer, TEXT, questions[:1], 6)
     assert alone[0] == found[0]
+
+
+# -- a real model -----------------------------------------------------------------------------------------------------
+
+TOWN = (
+    "The library opens at nine and closes at six. Members may borrow up to ten books for three weeks. "
+    "The lighthouse keeper's name is Alma Brandt. The ferry to the island leaves from the old harbour. "
+    "The colour of the ferry is green. "
+)
+ASKED = {"What is the lighthouse keeper's name?": "Alma Brandt", "When does the library open?": "nine"}
+
+
+@pytest.fixture(scope="module")
+def real() -> tuple[Any, Any]:
+    """SmolLM2-135M-Instruct after `enable`, and its tokenizer."""
+    folder = small_model()
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder)
+    thrift.enable(model)
+    return model, transformers.AutoTokenizer.from_pretrained(folder)
+
+
+def test_five_lines_answer(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.argv", ["five_lines.py", str(small_model()), "What is the capital of France?"])
+    runpy.run_path(str(EXAMPLES / "five_lines.py"), run_name="__main__")
+    assert capsys.readouterr().out == "What is the capital of France?\nThe capital of France is Paris.\n"
+
+
+@torch.no_grad()
+def test_a_saved_document_is_asked(real: tuple[Any, Any], tmp_path: Path) -> None:
+    module, (model, tokenizer), file = example("long_document"), real, tmp_path / "doc.safetensors"
+    before, after = module["around"](tokenizer, TOWN)
+    document = tokenizer(before, add_special_tokens=False, return_tensors="pt").input_ids
+    module["read"](model, document, file, room=64, chunk=64)
+    cache = module["read"](model, document, file, room=64)  # from the file
+    for question, answer in ASKED.items():
+        assert answer in module["ask"](model, tokenizer, cache, document, question + after, 12)
+
+
+@torch.no_grad()
+def test_questions_over_a_prefix_are_answered(real: tuple[Any, Any]) -> None:
+    found, cache = example("shared_prefix")["answers"](*real, TOWN, list(ASKED), 12)
+    for answer, right in zip(found, ASKED.values(), strict=True):
+        assert right in answer
+    assert cache.batch_size == 2
+
+
+@torch.no_grad()
+def test_a_batch_is_answered(real: tuple[Any, Any]) -> None:
+    questions = {
+        "What is the capital of France?": "Paris",
+        "Hi! Please tell me: what colour is the sky by day?": "blue",
+    }
+    found, cache = example("batch")["answers"](*real, list(questions), 10)
+    for answer, right in zip(found, questions.values(), strict=True):
+        assert right in answer.lower() or right in answer
+    assert cache.tokens(0) < cache.tokens(1)  # padding is not kept
+
+
+def test_a_new_format_is_better(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    from thrift_attn import config, numerics
+    from thrift_attn.reference.formats import FORMATS
+
+    monkeypatch.setitem(config._CHOICES, "base_format", config._CHOICES["base_format"])
+    monkeypatch.setattr(numerics, "FOUR_BITS", numerics.FOUR_BITS)
+    try:
+        runpy.run_path(str(EXAMPLES / "new_format.py"), run_name="__main__")
+    finally:
+        FORMATS.pop("e2m1-by-8", None)
+    errors = [float(line.rpartition(" ")[2]) for line in capsys.readouterr().out.splitlines()]
+    assert errors[0] > errors[1] > errors[2] > 0

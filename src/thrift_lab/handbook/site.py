@@ -88,7 +88,7 @@ def _command(lines: list[str], name: str, command: Any, context: Any, level: int
         )
         names = names or f"`{param.name.upper()}`"
         default = param.default() if callable(param.default) else param.default
-        shown = "" if default is None or default is False or param.required else f"`{_value(default)}`"
+        shown = "" if param.required or default in (None, False, "", [], ()) else f"`{_value(default)}`"
         rows.append(f"| {names} | {_plain(getattr(param, 'help', '')).replace('|', chr(92) + '|')} | {shown} |")
     if rows:
         lines += ["| option | what it does | default |", "|---|---|---|", *rows, ""]
