@@ -8,13 +8,10 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from thrift_attn import ThriftConfig
-from thrift_attn.reference.formats import FORMATS, RESIDUALS
 from thrift_lab.bench.bench_records import BenchRecord, Speedup
-from thrift_lab.eval.cost import decode_cost
-from thrift_lab.eval.dated import scored_before_default
+from thrift_lab.eval.config_cost import decode_cost, stored_share
 from thrift_lab.eval.methods import config_of
-from thrift_lab.records import before_today
+from thrift_lab.handbook.ages import scored_before_default, timed_before_default
 
 ROOT = Path(__file__).parents[3]
 RESULTS = ROOT / "benchmarks" / "results"
@@ -66,28 +63,9 @@ def loss(record: str, method: str, ours: bool = False) -> Loss:
         low,
         high,
         decode_cost(config, share, dim),
-        stored(config, share, dim),
+        stored_share(config, dim),
         ours and scored_before_default(config),
     )
-
-
-def stored(config: ThriftConfig, share: float, head_dim: int) -> float:
-    """Bytes of a KV cache in a configuration, a 16-bit cache being 1, means of blocks and scales included.
-
-    A promoted block may be any block later on, so that its copy or residual is kept of all.
-    """
-    centre = 1 / 128 if config.center != "none" or config.score in ("mean", "oracle") else 1 / 64
-    if config.base_format == "drop":
-        return 1 + centre
-    base = FORMATS[config.base_format].bits_per_element(head_dim) / 16
-    if share == 0:
-        return base
-    more = (
-        1.0
-        if config.promoted_storage == "16bit"
-        else RESIDUALS[config.promoted_storage].bits_per_element(head_dim) / 16
-    )
-    return base + more + centre
 
 
 @dataclass(frozen=True)
@@ -106,5 +84,5 @@ def timed(record: str, **wanted: Any) -> list[Timed]:
     for speedup in found.speedups():
         case = speedup.ours.case
         if case.config_name == "default" and all(getattr(case, name) == value for name, value in wanted.items()):
-            rows.append(Timed(case.name, speedup, before_today(found.context["created"])))
+            rows.append(Timed(case.name, speedup, timed_before_default(found.context["created"])))
     return rows
