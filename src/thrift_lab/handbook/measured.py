@@ -10,8 +10,9 @@ from typing import Any
 
 from thrift_lab.bench.bench_records import BenchRecord, Speedup
 from thrift_lab.eval.config_cost import decode_cost, stored_share
+from thrift_lab.eval.dated import scored_before_default
 from thrift_lab.eval.methods import config_of
-from thrift_lab.handbook.ages import scored_before_default, timed_before_default
+from thrift_lab.records import before_today
 
 ROOT = Path(__file__).parents[3]
 RESULTS = ROOT / "benchmarks" / "results"
@@ -84,5 +85,5 @@ def timed(record: str, **wanted: Any) -> list[Timed]:
     for speedup in found.speedups():
         case = speedup.ours.case
         if case.config_name == "default" and all(getattr(case, name) == value for name, value in wanted.items()):
-            rows.append(Timed(case.name, speedup, timed_before_default(found.context["created"])))
+            rows.append(Timed(case.name, speedup, before_today(found.context["created"])))
     return rows

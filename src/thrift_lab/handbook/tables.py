@@ -9,10 +9,10 @@ from collections.abc import Callable, Iterable, Sequence
 from thrift_attn import ThriftConfig
 from thrift_lab.assets import MODELS, SHAKESPEARE
 from thrift_lab.eval.config_cost import decode_cost, stored_share
-from thrift_lab.handbook.ages import MARK, OLD
 from thrift_lab.handbook.measured import loss, read, timed
 from thrift_lab.handbook.speed_picture import cases, in_words
 from thrift_lab.mirror import ASSETS
+from thrift_lab.records import MARK, OLDER
 
 
 def markdown(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
@@ -66,7 +66,7 @@ def decode() -> str:
                 f"{one.speedup.over('fp8'):.2f}x",
             ]
         )
-    return markdown(head, rows) + f"\n\n{MARK} {OLD}."
+    return markdown(head, rows) + f"\n\n{MARK} {OLDER}."
 
 
 def prefill() -> str:
@@ -100,7 +100,7 @@ def whole_model() -> str:
     plain, ours = (sides[1, side]["kv_bytes"] / 2**30 for side in ("bf16", "thrift"))
     rows.append(["KV cache at 128k", f"{plain:.1f} GiB", f"{ours:.1f} GiB", f"{ours / plain:.0%}"])
     head = [f"shape of Llama-3.1-8B, random weights {MARK}", "BF16 (cuDNN, static cache)", "thrift, 5%", ""]
-    return markdown(head, rows) + f"\n\n{MARK} {OLD}."
+    return markdown(head, rows) + f"\n\n{MARK} {OLDER}."
 
 
 def storage() -> str:
