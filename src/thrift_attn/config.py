@@ -297,6 +297,9 @@ class ThriftConfig:
             is named. 0 is never: quality is measured so. Of `thrift_attn.attention` alone, not of caches.
         promoted_storage: how promoted blocks are stored: ``"16bit"`` copy, ``"nested"`` (nvfp4 residual of the base) or
             ``"nested8"`` (e4m3 residual with group scales).
+        residual_share: in a cache, the share of a sequence's blocks that keep what promoted blocks are stored as, for each KV
+            head: the newest, and those that attention has favoured (`thrift_attn.reference.residents`). The others are read
+            in 4 bits. At least 32 blocks and as many as the budget promotes keep it; 1 is all, 0 none.
 
     Raises:
         ValueError: an unknown choice, a value out of range or a combination that has no meaning.
@@ -318,6 +321,7 @@ class ThriftConfig:
     force_last: int = 1
     promoted_storage: PromotedStorage = "16bit"
     exact_below: int | None = None
+    residual_share: float = 1.0
 
     def __post_init__(self) -> None:
         for name, choices in _CHOICES.items():
@@ -332,6 +336,10 @@ class ThriftConfig:
                 raise TypeError(f"{name} must be an int, got {type(value).__name__}")
             if not 0 <= value <= MAX_BLOCKS:
                 raise ValueError(f"{name} must be >= 0 and at most {MAX_BLOCKS}, got {value}")
+        if isinstance(self.residual_share, bool) or not isinstance(self.residual_share, (int, float)):
+            raise TypeError(f"residual_share must be a number, got {type(self.residual_share).__name__}")
+        if not 0.0 <= self.residual_share <= 1.0:
+            raise ValueError(f"residual_share must be in [0, 1], got {self.residual_share!r}")
         if self.exact_below and self.promoted_storage != "16bit":
             raise ValueError(
                 f"exact_below needs promoted_storage='16bit': planes are not exact, got {self.promoted_storage!r}"

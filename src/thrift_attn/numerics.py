@@ -99,6 +99,8 @@ class PrefillNumerics(_Shared):
             ignored.append("center")
         if config.normalize == "rounded" and not four_bit_qp:
             ignored.append("normalize")
+        if config.residual_share != 1:
+            ignored.append("residual_share")
         return cls(
             **shared,
             quantise_qp=config.compute == "fp4" and not drop,
@@ -112,7 +114,13 @@ class PrefillNumerics(_Shared):
 
 @dataclass(frozen=True, kw_only=True)
 class DecodeNumerics(_Shared):
-    """What `thrift_attn.cache.PagedThriftCache` stores and computes; Q and P always stay in 16 bits."""
+    """What `thrift_attn.cache.PagedThriftCache` stores and computes; Q and P always stay in 16 bits.
+
+    Args:
+        residual_share: the share of blocks that keep the plane of promoted ones.
+    """
+
+    residual_share: float
 
     quantise_qp: ClassVar[bool] = False
     subtract_query_mean: ClassVar[bool] = False
@@ -125,7 +133,7 @@ class DecodeNumerics(_Shared):
         """Return what ``config`` means for a paged cache (`thrift_attn.dispatch.check_cache` says which it serves)."""
         shared, ignored = _shared(config)
         ignored += ["center"] * (config.center == "all") + ["normalize"] * (config.normalize == "rounded")
-        return cls(**shared, ignored=tuple(ignored))
+        return cls(**shared, residual_share=config.residual_share, ignored=tuple(ignored))
 
 
 def _shared(config: ThriftConfig) -> tuple[dict[str, Any], list[str]]:

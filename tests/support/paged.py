@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 
 import torch
@@ -9,8 +10,9 @@ from torch import Tensor
 
 from support.device import DEVICE
 from support.pages import reference_planes
-from support.steps import cache_tensors, numerics_of, poisoned_step
+from support.steps import cache_tensors, numerics_of, poisoned_step, residents_of
 from thrift_attn.decode.ops import step_kernels
+from thrift_attn.decode.tensors import ResidentTensors
 from thrift_attn.reference.formats import RESIDUALS
 from thrift_attn.reference.page_layout import decode_bytes, pack_copy, plane_size, unpack_plane
 
@@ -30,6 +32,7 @@ class Cache:
     centres: Tensor
     tail: Tensor
     plane: str | None
+    residents: ResidentTensors | None = None
 
 
 def decoded(plane: Tensor, dim: int, bits: int) -> tuple[Tensor, Tensor]:
@@ -87,13 +90,31 @@ def make_cache(lengths, kv_heads, dim, *, plane="nested", dtype=torch.float16, c
     )  # fmt: skip
 
 
+def keep_some(cache: Cache, share: float, seed: int = 0) -> Cache:
+    """The same cache where each head has kept the plane of promoted blocks of a share of the pages, in slots of its own."""
+    assert cache.high is not None
+    pages, kv_heads = cache.base.shape[:2]
+    gen = torch.Generator().manual_seed(seed)
+    count = int(share * pages)
+    slot_of_page = torch.full((pages, kv_heads), -1, dtype=torch.int32)
+    high = cache.high.new_full((count + 1, *cache.high.shape[1:]), 77)  # one slot more, which nobody has
+    for h in range(kv_heads):
+        kept = torch.randperm(pages, generator=gen)[:count]
+        slots = torch.randperm(count + 1, generator=gen)[:count]
+        slot_of_page[kept, h] = slots.int()
+        high[slots.to(high.device), h] = cache.high[kept.to(high.device), h]
+    residents = residents_of(slot_of_page.to(high.device), len(cache.lengths), cache.page_table.shape[1])
+    return dataclasses.replace(cache, high=high, residents=residents)
+
+
 def run(cache: Cache, q, budget, *, splits=3, scale=None, window=None, softcap=None, first=1, last=1, centred=True):
     """The whole step through the launchers; every buffer is poisoned first."""
     center = "block" if centred else "none"
     numerics = numerics_of(cache.plane, center=center, sink_token="none", force_first=first, force_last=last)
     tensors = cache_tensors(
-        cache.centres, cache.page_table, cache.lengths, budget=budget, base=cache.base, high=cache.high, tail=cache.tail
-    )
+        cache.centres, cache.page_table, cache.lengths, budget=budget, base=cache.base, high=cache.high, tail=cache.tail,
+        residents=cache.residents,
+    )  # fmt: skip
     scale = scale or q.shape[-1] ** -0.5
     step = poisoned_step(q, tensors, numerics, splits=splits, scale=scale, window=window, softcap=softcap)
     for launch in step_kernels(step).values():
@@ -113,7 +134,8 @@ def expected(cache: Cache, q, blocks, counts, *, scale=None, window=None, softca
     high_k = high_v = None
     if cache.plane in RESIDUALS:
         rk, rv = decoded(cache.high, dim, RESIDUALS[cache.plane].element_bits)
-        high_k, high_v = low_k + rk, low_v + rv
+        if cache.residents is None:
+            high_k, high_v = low_k + rk, low_v + rv
     for b in range(batch):
         n = int(cache.lengths[b])
         for h in range(kv_heads):
@@ -123,6 +145,12 @@ def expected(cache: Cache, q, blocks, counts, *, scale=None, window=None, softca
                 page, at = int(cache.page_table[b, i]), slice(i * 64, i * 64 + 64)
                 if i not in promoted:
                     k[at], v[at] = low_k[page, h], low_v[page, h]
+                elif cache.residents is not None and cache.plane == "16bit":
+                    assert cache.residents.slot_of_page[page, h] >= 0  # K and V as they came
+                elif cache.residents is not None:
+                    slot = int(cache.residents.slot_of_page[page, h])
+                    assert slot >= 0
+                    k[at], v[at] = low_k[page, h] + rk[slot, h], low_v[page, h] + rv[slot, h]
                 elif high_k is not None:
                     k[at], v[at] = high_k[page, h], high_v[page, h]
             for g in range(group):

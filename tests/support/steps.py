@@ -7,7 +7,7 @@ import dataclasses
 import torch
 
 from thrift_attn.config import ThriftConfig
-from thrift_attn.decode.tensors import CacheTensors, DecodeStep, padded_rows
+from thrift_attn.decode.tensors import CacheTensors, DecodeStep, ResidentTensors, padded_rows
 from thrift_attn.numerics import DecodeNumerics
 
 
@@ -38,12 +38,13 @@ def poisoned_step(
 ) -> DecodeStep:
     batch, heads, tq, dim = q.shape
     kv_heads, capacity = cache.kv_heads, cache.max_blocks
-    rows = padded_rows(heads // kv_heads, tq)
+    rows, pooled = padded_rows(heads // kv_heads, tq), cache.residents is not None
 
     def poison(*shape, dtype=torch.float32):
         fill = torch.nan if dtype.is_floating_point else -5
         return torch.full(shape, fill, dtype=dtype, device=q.device)
 
+    scores = poison(batch, kv_heads, capacity)
     return DecodeStep(
         q=q,
         cache=cache,
@@ -53,13 +54,33 @@ def poisoned_step(
         softcap=softcap,
         overlap=False,
         bias=poison(batch, kv_heads, capacity, rows),
-        scores=poison(batch, kv_heads, capacity),
-        block_indices=poison(batch, kv_heads, 2, capacity, dtype=torch.int32),
+        scores=scores,
+        first_scores=scores if tq == 1 else poison(batch, kv_heads, capacity),
+        score_lse=poison(batch, kv_heads, -(-capacity // 64)),
+        block_indices=poison(batch, kv_heads, 3 if pooled else 2, capacity, dtype=torch.int32),
         block_counts=poison(batch, kv_heads, 2, dtype=torch.int32),
         partial_out=poison(batch, kv_heads, splits, rows, dim),
         partial_lse=poison(batch, kv_heads, splits, rows),
         out=poison(*q.shape, dtype=q.dtype),
         lse=poison(batch, heads, tq),
+    )
+
+
+def residents_of(slot_of_page, batch, capacity, *, slots=None, bounds=None, quota=None) -> ResidentTensors:
+    """Residents of which a test only gives some: by default slots hold nothing, and no sequence shares or owns any."""
+    pages, kv_heads = slot_of_page.shape
+    device, count = slot_of_page.device, max(1, int(slot_of_page.max()) + 1)
+
+    def none(*shape):
+        return torch.full(shape, -1, dtype=torch.int32, device=device)
+
+    return ResidentTensors(
+        slot_of_page=slot_of_page,
+        block_of_slot=none(count, kv_heads),
+        past_mass=torch.zeros(pages, kv_heads, device=device),
+        slots=none(batch, count) if slots is None else slots,
+        bounds=torch.zeros(batch, 3, dtype=torch.int32, device=device) if bounds is None else bounds,
+        quota=torch.zeros(capacity + 1, dtype=torch.int32, device=device) if quota is None else quota,
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import bisect
 from typing import Any
 
 import torch
@@ -64,6 +65,14 @@ class PageTable:
     def pages(self, seq: int) -> Tensor:
         """Pages of the complete blocks of a sequence, int64 on the device."""
         return self.table[seq, : self._tokens[seq] // BLOCK].long()
+
+    def held_blocks(self, seq: int) -> int:
+        """Blocks of a sequence that have pages, those included that are reserved."""
+        return len(self._owned[seq])
+
+    def shared_blocks(self, seq: int) -> int:
+        """How many of the first blocks of a sequence other sequences hold too. Shared pages always come first."""
+        return bisect.bisect_left(self._owned[seq], True, key=lambda page: self._references[page] < 2)
 
     def check_lengths(self, wanted: list[int]) -> None:
         """Raise ValueError for a length that a sequence may not have."""

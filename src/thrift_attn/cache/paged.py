@@ -19,8 +19,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from thrift_attn.cache.admission import admit_blocks, note_queries, note_step
 from thrift_attn.cache.changes import Changes
 from thrift_attn.cache.page_table import PageTable
+from thrift_attn.cache.residual_slots import ResidualSlots
 from thrift_attn.cache.sequences import CacheSequences
 from thrift_attn.checks import check_logits, check_no_gradients, whole_number
 from thrift_attn.config import BLOCK, DECODE_ROWS, ThriftConfig
@@ -30,6 +32,7 @@ from thrift_attn.numerics import DecodeNumerics
 from thrift_attn.reference import attention as reference
 from thrift_attn.reference.budget import decode_budget
 from thrift_attn.reference.pages import Pool, SequenceTensors, write_blocks
+from thrift_attn.reference.residents import quota_table, slots_of_pool
 
 DEFAULT = ThriftConfig.for_cache()
 
@@ -104,7 +107,12 @@ class PagedThriftCache(CacheSequences):
         self.table = PageTable(num_pages, batch, sizes["max_pages"], device, max_tokens)
         self._lock = threading.RLock()  # of the pool: caches that `branch` makes share it
         self._changes = Changes("make a new cache (ThriftCache.reset() does)")
-        self.pool = Pool.empty(num_pages, kv_heads, head_dim, config.promoted_storage, dtype, device)
+        self.residual_slots, slots = None, num_pages
+        if config.residual_share < 1:
+            quota = quota_table(config.residual_share, config.budget, sizes["max_pages"])
+            slots = slots_of_pool(quota, num_pages, batch)
+            self.residual_slots = ResidualSlots(slots, num_pages, batch, kv_heads, quota, device)
+        self.pool = Pool.empty(num_pages, kv_heads, head_dim, config.promoted_storage, dtype, device, slots)
         # K and V of the two newest blocks, block b in tail block b mod 2.
         self.tail = torch.zeros(2, batch, 2, kv_heads, BLOCK, head_dim, dtype=dtype, device=device)
         self.per_sequence = SequenceTensors.empty(
@@ -131,17 +139,30 @@ class PagedThriftCache(CacheSequences):
             self.table.lengths,
             self.budget,
         ]
-        return sum(x.numel() * x.element_size() for x in held)
+        books = 0 if self.residual_slots is None else self.residual_slots.nbytes()
+        return books + sum(x.numel() * x.element_size() for x in held)
 
     # -- growing -------------------------------------------------------------------------------------------------------
 
-    def append(self, k: Tensor, v: Tensor, *, lengths: list[int] | None = None) -> None:
+    def append(
+        self,
+        k: Tensor,
+        v: Tensor,
+        *,
+        lengths: list[int] | None = None,
+        queries: Tensor | None = None,
+        scale: float | None = None,
+    ) -> None:
         """Append new tokens to every sequence.
 
         Args:
             k: ``[B, Hkv, T, D]`` in the dtype and on the device of the cache.
             v: the shape of ``k``.
             lengths: sequence b appends its first ``lengths[b]`` tokens, 0 to T; all T by default.
+            queries: ``[B, Hq, T, D]`` of the new tokens. Where ``residual_share`` is below 1 they decide which blocks keep
+                their residual; without them that is the newest, until `attend` has seen others. Not for tokens that `attend`
+                takes next, which counts its own.
+            scale: factor of the logits of ``queries``; 1/sqrt(D) by default.
 
         Raises:
             ValueError: shapes or lengths that do not fit, more tokens than a sequence may have.
@@ -155,6 +176,10 @@ class PagedThriftCache(CacheSequences):
         if v.shape != k.shape or k.shape != (self.batch, self.kv_heads, count, self.head_dim):
             want = f"[{self.batch}, {self.kv_heads}, T, {self.head_dim}]"
             raise ValueError(f"k and v must have shape {want}, got {list(k.shape)} and {list(v.shape)}")
+        if queries is not None:
+            self._check_tokens("queries", queries)
+            self._check_queries("queries", queries, count)
+        scale = 1 / math.sqrt(self.head_dim) if scale is None else scale
         new = [count] * self.batch if lengths is None else [whole_number("a length", n) for n in lengths]
         if len(new) != self.batch or any(not 0 <= n <= count for n in new):
             raise ValueError(f"lengths must be {self.batch} numbers from 0 to {count}, got {new}")
@@ -165,17 +190,20 @@ class PagedThriftCache(CacheSequences):
             if self._capturing():
                 self._append_captured(k, v, wanted, lengths)
                 return
-            self.table.check_room(wanted)
+            self._check_room(wanted)
             with self._changing():
-                self.table.reserve(wanted)
+                self._reserve(wanted)
                 if self.backend == "triton" and count <= BLOCK:
+                    if queries is not None:
+                        note_queries(self, queries, new, scale)
                     counts = None if lengths is None else torch.tensor(new, dtype=torch.int32).to(self.device)
                     self._append_step(k, v, counts)
                     self._note(new)
                     return
                 for seq, n in enumerate(new):
                     if n:
-                        self._append_seq(seq, k[seq, :, :n], v[seq, :, :n])
+                        own = None if queries is None else queries[seq, :, :n]
+                        self._append_seq(seq, k[seq, :, :n], v[seq, :, :n], own, scale)
                 for seq, tokens in enumerate(wanted):  # all sequences have grown, or none
                     if new[seq]:
                         self.table.set_tokens(seq, tokens)
@@ -199,7 +227,7 @@ class PagedThriftCache(CacheSequences):
 
         ops.append(k, v, self.tensors(), self.numerics, counts=counts)
 
-    def _append_seq(self, seq: int, k: Tensor, v: Tensor) -> None:
+    def _append_seq(self, seq: int, k: Tensor, v: Tensor, queries: Tensor | None, scale: float) -> None:
         """Append ``[Hkv, T, D]`` to one sequence: top up the incomplete block, pack whole blocks, keep the rest.
 
         Its length is for the caller to set, when all sequences are written.
@@ -208,43 +236,47 @@ class PagedThriftCache(CacheSequences):
         stop = start + k.shape[1]
         first, complete = start // BLOCK, stop // BLOCK
         kv = torch.stack([k, v])  # [2, Hkv, T, D]
-        if start % BLOCK and complete > first:  # the incomplete block fills up
-            head = BLOCK - start % BLOCK
-            tail_block = self.tail[:, seq, first % 2]
-            tail_block[:, :, start % BLOCK :] = kv[:, :, :head]
-            self._pack(seq, first, tail_block[:, None])
-            self._tail_blocks[seq][first % 2] = first
-            kv, first = kv[:, :, head:], first + 1
-        whole = max(0, complete - first)
-        if whole:
-            blocks = kv[:, :, : whole * BLOCK].unflatten(2, (whole, BLOCK)).transpose(1, 2)  # [2, n, Hkv, 64, D]
-            self._pack(seq, first, blocks)
+        if complete > first:
+            if start % BLOCK:  # the incomplete block fills up
+                kv = torch.cat([self.tail[:, seq, first % 2, :, : start % BLOCK], kv], 2)
+            whole = kv[:, :, : (complete - first) * BLOCK]
+            slots = admit_blocks(self, seq, whole[0], queries, scale)
+            blocks = whole.unflatten(2, (-1, BLOCK)).transpose(1, 2)  # [2, n, Hkv, 64, D]
+            self._pack(seq, first, blocks, slots)
             for block in range(max(first, complete - 2), complete):
                 self.tail[:, seq, block % 2] = blocks[:, block - first]
                 self._tail_blocks[seq][block % 2] = block
-            kv, first = kv[:, :, whole * BLOCK :], complete
+            kv = kv[:, :, (complete - first) * BLOCK :]
         if kv.shape[2]:
             at = stop % BLOCK - kv.shape[2]
             self.tail[:, seq, complete % 2, :, at : stop % BLOCK] = kv
             self._tail_blocks[seq][complete % 2] = complete
 
-    def _pack(self, seq: int, first: int, blocks: Tensor) -> None:
-        """Pack ``[2, n, Hkv, 64, D]`` (K and V) into the pages of the blocks from ``first`` on."""
+    def _pack(self, seq: int, first: int, blocks: Tensor, slots: Tensor | None) -> None:
+        """Pack ``[2, n, Hkv, 64, D]`` (K and V) into the pages of the blocks from ``first`` on.
+
+        Args:
+            seq: the sequence.
+            first: number of the first block.
+            blocks: K and V.
+            slots: int64 ``[n, Hkv]``, of residuals (`admit_blocks`).
+        """
         if first == 0 and blocks.shape[1] > 1:  # others are packed by the scales that the first block brings
-            self._pack(seq, 0, blocks[:, :1])
-            first, blocks = 1, blocks[:, 1:]
+            self._pack(seq, 0, blocks[:, :1], None if slots is None else slots[:1])
+            first, blocks, slots = 1, blocks[:, 1:], None if slots is None else slots[1:]
         pages = self.table.table[seq, first : first + blocks.shape[1]]
         if self.backend == "triton":
             from thrift_attn.decode.pack import pack_blocks
 
             seqs, numbers = (torch.full_like(pages, n) for n in (seq, first))
             pack_blocks(
-                blocks[0], blocks[1], pages, cache=self.tensors(), numerics=self.numerics, seqs=seqs, numbers=numbers
-            )
+                blocks[0], blocks[1], pages, cache=self.tensors(), numerics=self.numerics, seqs=seqs, numbers=numbers,
+                slots=None if slots is None else slots.int().contiguous(),
+            )  # fmt: skip
         else:
             write_blocks(
                 self.pool, pages.long(), blocks[0], blocks[1],
-                numerics=self.numerics, sequence=self._sequence(seq), first=first == 0,
+                numerics=self.numerics, sequence=self._sequence(seq), first=first == 0, slots=slots,
             )  # fmt: skip
 
     # -- reading -------------------------------------------------------------------------------------------------------
@@ -311,9 +343,7 @@ class PagedThriftCache(CacheSequences):
             TypeError: another dtype, or a window that is no int.
         """
         self._check_tokens("q", q)
-        if q.shape[0] != self.batch or q.shape[3] != self.head_dim or q.shape[1] % self.kv_heads:
-            want = f"[{self.batch}, a multiple of {self.kv_heads}, Tq, {self.head_dim}]"
-            raise ValueError(f"q must have shape {want}, got {list(q.shape)}")
+        self._check_queries("q", q)
         if not 1 <= q.shape[2] <= DECODE_ROWS:
             raise ValueError(f"decode takes 1 to {DECODE_ROWS} new tokens, got {q.shape[2]}")
         check_logits(scale, window, softcap)
@@ -352,6 +382,7 @@ class PagedThriftCache(CacheSequences):
             lengths=self.lengths,
             budget=self.budget,
             overrun=self.overrun,
+            residents=None if self.residual_slots is None else self.residual_slots.tensors,
             **self.per_sequence._asdict(),
         )
 
@@ -366,6 +397,7 @@ class PagedThriftCache(CacheSequences):
                 mask = reference.Mask(q.shape[2], tokens, True, window)
                 result = reference.attend_planes(q[seq], self._planes(seq), self.numerics, mask, scale, softcap)
                 out[seq], lse[seq] = result[0].to(q.dtype), result[1]
+                note_step(self, seq, q[seq], scale)
         return out, lse
 
     def _planes(self, seq: int) -> reference.Planes:
@@ -382,9 +414,21 @@ class PagedThriftCache(CacheSequences):
             k_block_mean = torch.cat([k_block_mean, torch.zeros_like(kept[0, :, :1])], 1)
         block0_mean = self.per_sequence.block0_mean[seq].float()
         others = block0_mean if self.numerics.exact_sink and tokens >= BLOCK else None
-        return reference.Planes(low_k, low_v, high_k, high_v, k_block_mean, block0_mean=others, exact_tail=True)
+        resident = None
+        if self.residual_slots is not None:
+            resident = self.residual_slots.of_pages(self.table.pages(seq)).T >= 0
+            resident = torch.nn.functional.pad(resident, (0, k_block_mean.shape[1] - resident.shape[1]))
+        return reference.Planes(
+            low_k, low_v, high_k, high_v, k_block_mean, block0_mean=others, exact_tail=True, resident=resident
+        )
 
     # -- checks --------------------------------------------------------------------------------------------------------
+
+    def _check_queries(self, name: str, q: Tensor, tokens: int | None = None) -> None:
+        batch, heads, count, dim = q.shape
+        if (batch, dim) != (self.batch, self.head_dim) or heads % self.kv_heads or (tokens or count) != count:
+            want = f"[{self.batch}, a multiple of {self.kv_heads}, {tokens or 'Tq'}, {self.head_dim}]"
+            raise ValueError(f"{name} must have shape {want}, got {list(q.shape)}")
 
     def _check_tokens(self, name: str, x: Tensor) -> None:
         if not isinstance(x, Tensor):

@@ -17,10 +17,12 @@ from typing_extensions import Self
 
 from thrift_attn.cache.changes import Changes
 from thrift_attn.cache.page_table import PageTable
+from thrift_attn.cache.residual_slots import ResidualSlots
 from thrift_attn.checks import whole_number
 from thrift_attn.config import BLOCK
 from thrift_attn.decode.tensors import check_sizes
 from thrift_attn.numerics import DecodeNumerics
+from thrift_attn.reference.budget import promoted_in_decode
 from thrift_attn.reference.pages import Blocks, Pool, SequenceTensors, read_blocks
 
 
@@ -36,6 +38,7 @@ class CacheSequences:
     pool: Pool
     tail: Tensor
     per_sequence: SequenceTensors
+    residual_slots: ResidualSlots | None
     overrun: Tensor
     _lock: threading.RLock  # pyright: ignore[reportInvalidTypeForm]
     _changes: Changes
@@ -56,6 +59,23 @@ class CacheSequences:
         """Tokens of one sequence, known without asking the device."""
         self._check_seq(seq)
         return self.table.tokens(seq)
+
+    def promoted(self, seq: int, new_tokens: int = 1) -> int:
+        """How many complete blocks each KV head promotes in a step of decode, known without asking the device.
+
+        The budget gives it, and the residents bound it: where residuals are kept for a share, a sequence that was cut back
+        may have fewer of them than are counted here.
+        """
+        tokens = self.tokens(seq)
+        wanted = promoted_in_decode(self.numerics.budget, tokens, new_tokens=new_tokens)
+        return wanted if self.residual_slots is None else min(wanted, self.residual_slots.most(seq, tokens // BLOCK))
+
+    def resident_share(self) -> float:
+        """Share of the complete blocks of all sequences and KV heads that keep the plane of promoted ones; asks the device."""
+        pages = torch.cat([self.table.pages(seq) for seq in range(self.batch)])
+        if self.residual_slots is None or not len(pages):
+            return 1.0
+        return float((self.residual_slots.of_pages(pages) >= 0).float().mean())
 
     @contextmanager
     def _changing(self) -> Iterator[None]:
@@ -92,9 +112,42 @@ class CacheSequences:
                     f"tokens must be at least 0, one number or one for each of {self.batch} sequences, got {tokens}"
                 )
             wanted = [self.table.tokens(seq) + n for seq, n in enumerate(new)]
-            self.table.check_room(wanted)
+            self._check_room(wanted)
             with self._changing():
-                self.table.reserve(wanted)
+                self._reserve(wanted)
+
+    def _check_room(self, wanted: list[int]) -> None:
+        """Check that there are pages, and slots for residuals, for sequences of so many tokens."""
+        self.table.check_room(wanted)
+        if self.residual_slots is not None:
+            self._look_at_sharing()
+            self.residual_slots.check_room(self._blocks(wanted))
+
+    def _reserve(self, wanted: list[int]) -> None:
+        """Give every sequence its pages, and slots for residuals, for so many tokens."""
+        self.table.reserve(wanted)
+        if self.residual_slots is not None:
+            self.residual_slots.reserve(self._blocks(wanted))
+
+    def _blocks(self, wanted: list[int]) -> list[int]:
+        """Complete blocks of sequences of so many tokens, or as many as they have pages."""
+        return [max(tokens // BLOCK, self.table.held_blocks(seq)) for seq, tokens in enumerate(wanted)]
+
+    def _complete(self) -> list[int]:
+        """Complete blocks of each sequence."""
+        return [self.table.tokens(seq) // BLOCK for seq in range(self.batch)]
+
+    def _look_at_sharing(self) -> None:
+        """Let the books of residuals, and the device, know which blocks of each sequence are shared by now."""
+        slots = self.residual_slots
+        if slots is not None and not slots.is_current:
+            slots.look(self._complete(), [self.table.shared_blocks(seq) for seq in range(self.batch)])
+
+    def _share_slots(self) -> None:
+        """After blocks have become shared: slots of their own for what each sequence has pages for, as far as there are any."""
+        if self.residual_slots is not None:
+            self._look_at_sharing()
+            self.residual_slots.reserve(self._blocks([0] * self.batch))
 
     def advance(self, tokens: int) -> None:
         """Note that a replayed graph has appended ``tokens`` tokens (at most 64) to every sequence.
@@ -136,6 +189,8 @@ class CacheSequences:
     def _empty(self, seq: int) -> None:
         self.table.release(seq, 0)
         self.table.set_tokens(seq, 0)
+        if self.residual_slots is not None:
+            self.residual_slots.release(seq)
         self._tail_blocks[seq] = [-1, -1]
 
     def fork(self, source: int, target: int) -> None:
@@ -151,6 +206,9 @@ class CacheSequences:
         with self._changing():
             self._empty(target)
             self.table.share(source, target)
+            if self.residual_slots is not None:
+                self.residual_slots.share(source, target, self.table.tokens(source) // BLOCK)
+                self._share_slots()
             self.tail[:, target] = self.tail[:, source]
             for x in self.per_sequence.given():
                 x[target] = x[source]
@@ -160,7 +218,7 @@ class CacheSequences:
         """Keep the first ``tokens`` tokens of one sequence (speculative rollback).
 
         Lossless while the new end lies in one of the two newest blocks; further back the incomplete block is read from its
-        page, in high precision.
+        page, in high precision where it is still kept.
 
         Raises:
             ValueError: a sequence out of range, or more tokens than there are.
@@ -179,6 +237,10 @@ class CacheSequences:
             self._tail_blocks[seq] = [held if held * BLOCK < tokens else -1 for held in self._tail_blocks[seq]]
             self.table.release(seq, block)
             self.table.set_tokens(seq, tokens)
+            if self.residual_slots is not None:
+                self.residual_slots.note_sharing()
+                self._look_at_sharing()
+                self.residual_slots.cut(seq, self.table.pages(seq), self.pool.high)
 
     def select(self, seqs: list[int]) -> None:
         """Make sequence i what sequence ``seqs[i]`` was (beam search, repeating or dropping sequences of a batch).
@@ -205,7 +267,10 @@ class CacheSequences:
             else:
                 self.tail, self.per_sequence = tail, per_sequence
             self._tail_blocks = [list(self._tail_blocks[seq]) for seq in seqs]
+            if self.residual_slots is not None:
+                self.residual_slots.select(seqs, self._complete())
             self.table.select(seqs)
+            self._share_slots()
 
     def branch(self) -> Self:
         """Another cache over the same pool that begins with what this one holds; complete blocks are shared.
@@ -220,12 +285,17 @@ class CacheSequences:
             other._overrun_seen = self._overrun_seen.clone()
             other.per_sequence = self.per_sequence.each(torch.clone)
             other._tail_blocks = [list(held) for held in self._tail_blocks]
+            if self.residual_slots is not None:
+                other.residual_slots = self.residual_slots.branch(self._complete())
+                self._share_slots()
+                other._share_slots()
             return other
 
     def _read(self, seq: int, pages: Tensor, first: int) -> Blocks:
         """What pages of a sequence decode to, those of the blocks from ``first`` on."""
         sequence = self._sequence(seq)
-        read = read_blocks(self.pool, pages, numerics=self.numerics, sequence=sequence)
+        slots = None if self.residual_slots is None else self.residual_slots.of_pages(pages)
+        read = read_blocks(self.pool, pages, numerics=self.numerics, sequence=sequence, slots=slots)
         if self.numerics.exact_sink and first == 0 and len(pages):
             read.high_v[0, :, 0] = sequence.sink_value
         return read

@@ -18,7 +18,10 @@ def state_dict(cache: PagedThriftCache) -> dict[str, Tensor]:
         ``base``, ``k_block_mean``, ``high``: the planes ``[n, Hkv, ...]`` of the pages in use; ``blocks``: int64
         ``[B, max_blocks]``, which of them holds each complete block of each sequence, -1 behind the last; ``tokens``: int64
         ``[B]``; ``tail``: the two tail blocks; ``tail_blocks``: int64 ``[B, 2]``, the number of the block that each of them
-        holds; and what belongs to each sequence, by the names of `thrift_attn.reference.pages.SequenceTensors`.
+        holds; and what belongs to each sequence, by the names of `thrift_attn.reference.pages.SequenceTensors`. Where not all
+        blocks keep the plane of promoted ones, ``high`` is that of the slots in use, and there are ``residual_slots``: int64
+        ``[B, W]``, which of them each sequence has, -1 behind the last; ``slot_of_page``: int64 ``[n, Hkv]``; and
+        ``past_mass``: float32 ``[n, Hkv]``.
     """
     with cache._reading():
         cache._changes.check()
@@ -27,10 +30,32 @@ def state_dict(cache: PagedThriftCache) -> dict[str, Tensor]:
         blocks = torch.full((cache.batch, max(tokens) // BLOCK), -1, dtype=torch.int64)
         for seq, found in enumerate(numbers.cpu().split([count // BLOCK for count in tokens])):
             blocks[seq, : len(found)] = found
-        planes = {name: plane[pages] for name, plane in zip(cache.pool._fields, cache.pool, strict=True)}
+        planes = {"base": cache.pool.base[pages], "k_block_mean": cache.pool.k_block_mean[pages]}
+        planes |= _residents(cache, pages)
         found = {**planes, "blocks": blocks, "tokens": torch.tensor(tokens), "tail": cache.tail}
         found["tail_blocks"] = torch.tensor(cache._tail_blocks)
         return found | {name: x for name, x in cache.per_sequence._asdict().items() if x is not None}
+
+
+def _residents(cache: PagedThriftCache, pages: Tensor) -> dict[str, Tensor]:
+    """Return the plane of promoted blocks of these pages, and where it lies."""
+    slots = cache.residual_slots
+    if slots is None:
+        return {"high": cache.pool.high[pages]}
+    held = [slots.slots_of(seq, cache.tokens(seq) // BLOCK) for seq in range(cache.batch)]
+    used = sorted({slot for each in held for slot in each})
+    number = {slot: at for at, slot in enumerate(used)}
+    lists = torch.full((cache.batch, max(map(len, held))), -1, dtype=torch.int64)
+    for seq, each in enumerate(held):
+        lists[seq, : len(each)] = torch.tensor([number[slot] for slot in each], dtype=torch.int64)
+    numbers = torch.full((len(slots.tensors.block_of_slot) + 1,), -1, dtype=torch.int64)
+    numbers[torch.tensor(used, dtype=torch.int64)] = torch.arange(len(used))
+    return {
+        "high": cache.pool.high[torch.tensor(used, dtype=torch.int64, device=cache.device)],
+        "residual_slots": lists,
+        "slot_of_page": numbers.to(cache.device)[slots.of_pages(pages)],  # the last entry is for no slot
+        "past_mass": slots.tensors.past_mass[pages],
+    }
 
 
 def load_state_dict(cache: PagedThriftCache, saved: dict[str, Tensor]) -> None:
@@ -55,8 +80,12 @@ def _load(cache: PagedThriftCache, saved: dict[str, Tensor]) -> None:
     tokens = saved["tokens"].tolist()
     held = [[number for number in numbers if number >= 0] for numbers in saved["blocks"].tolist()]
     given = torch.tensor(cache.table.assign(held, tokens), dtype=torch.int64, device=cache.device)
-    for name, plane in zip(cache.pool._fields, cache.pool, strict=True):
-        plane[given] = saved[name].to(cache.device)
+    cache.pool.base[given] = saved["base"].to(cache.device)
+    cache.pool.k_block_mean[given] = saved["k_block_mean"].to(cache.device)
+    if cache.residual_slots is None:
+        cache.pool.high[given] = saved["high"].to(cache.device)
+    else:
+        _load_residents(cache, saved, given, held)
     cache.tail.copy_(saved["tail"])
     if "k_channel_scale" in saved and cache.per_sequence.k_channel_scale is None:
         cache.per_sequence = SequenceTensors.empty(
@@ -68,6 +97,25 @@ def _load(cache: PagedThriftCache, saved: dict[str, Tensor]) -> None:
     cache._tail_blocks = saved["tail_blocks"].tolist()
 
 
+def _load_residents(cache: PagedThriftCache, saved: dict[str, Tensor], pages: Tensor, blocks: list[list[int]]) -> None:
+    """Write the plane of promoted blocks into slots of an empty cache, and which blocks of which pages they hold."""
+    slots = cache.residual_slots
+    assert slots is not None
+    lists = [[number for number in numbers if number >= 0] for numbers in saved["residual_slots"].tolist()]
+    given = torch.tensor(slots.assign(lists), dtype=torch.int64, device=cache.device)
+    cache.pool.high[given] = saved["high"].to(cache.device)
+    number = saved["slot_of_page"].to(cache.device)
+    slot = torch.nn.functional.pad(given, (0, 1), value=-1)[number]  # [n, Hkv]; no slot is the last entry
+    slots.tensors.slot_of_page[pages] = slot.int()
+    slots.tensors.past_mass[pages] = saved["past_mass"].to(cache.device)
+    block = torch.zeros(len(pages), dtype=torch.int32, device=cache.device)
+    for held in blocks:
+        block[torch.tensor(held, dtype=torch.int64)] = torch.arange(len(held), dtype=torch.int32, device=cache.device)
+    page, head = (slot >= 0).nonzero(as_tuple=True)
+    slots.tensors.block_of_slot[slot[page, head], head] = block[page]
+    cache._share_slots()
+
+
 def _check_state_dict(cache: PagedThriftCache, saved: dict[str, Tensor]) -> None:
     """Raise ValueError unless what was saved fits an empty cache and itself."""
     if "tokens" in saved and saved["tokens"].numel() != cache.batch:
@@ -77,11 +125,20 @@ def _check_state_dict(cache: PagedThriftCache, saved: dict[str, Tensor]) -> None
     names = {*cache.pool._fields, "blocks", "tokens", "tail", "tail_blocks", "block0_mean", "sink_value"}
     if "k_channel_scale" in saved:
         names |= {"k_channel_scale", "v_head_scale"}
+    if cache.residual_slots is not None:
+        names |= {"residual_slots", "slot_of_page", "past_mass"}
+    if ("residual_slots" in saved) != (cache.residual_slots is not None):
+        kept = "some" if "residual_slots" in saved else "all"
+        raise ValueError(
+            f"the saved sequences keep the residuals of {kept} blocks, this cache has residual_share="
+            f"{cache.config.residual_share:g}: make it with {'less than 1' if kept == 'some' else 'residual_share=1'}"
+        )
     if saved.keys() != names:
         raise ValueError(f"expected the tensors {', '.join(sorted(names))}, got {', '.join(sorted(saved))}")
     batch, pages = cache.batch, len(saved["base"])
     for name, plane in zip(cache.pool._fields, cache.pool, strict=True):
-        if saved[name].shape != (pages, *plane.shape[1:]) or saved[name].dtype != plane.dtype:
+        count = len(saved["high"]) if name == "high" and cache.residual_slots is not None else pages
+        if saved[name].shape != (count, *plane.shape[1:]) or saved[name].dtype != plane.dtype:
             got = f"{list(saved[name].shape[1:])} {saved[name].dtype}"
             raise ValueError(f"pages of {name} have shape {list(plane.shape[1:])} {plane.dtype}, the saved ones {got}")
     tokens = saved["tokens"].tolist()
@@ -98,6 +155,9 @@ def _check_state_dict(cache: PagedThriftCache, saved: dict[str, Tensor]) -> None
         "sink_value": ((batch, heads, dim), cache.dtype),
         "k_channel_scale": ((batch, heads, dim), torch.float32),
         "v_head_scale": ((batch, heads), torch.float32),
+        "residual_slots": ((batch, saved["residual_slots"].shape[-1] if "residual_slots" in saved else 0), torch.int64),
+        "slot_of_page": ((pages, heads), torch.int64),
+        "past_mass": ((pages, heads), torch.float32),
     }
     for name in names & shapes.keys():
         shape, dtype = shapes[name]
@@ -107,6 +167,8 @@ def _check_state_dict(cache: PagedThriftCache, saved: dict[str, Tensor]) -> None
     for name in ("k_channel_scale", "v_head_scale"):
         if name in names and not is_power_of_two(saved[name]).all():
             raise ValueError(f"{name} must hold powers of two from 2^-{LARGEST:g} to 2^{LARGEST:g}")
+    if cache.residual_slots is not None:
+        _check_residents(saved)
     for seq, (count, held, tail_blocks) in enumerate(
         zip(tokens, saved["blocks"].tolist(), saved["tail_blocks"].tolist(), strict=True)
     ):
@@ -116,3 +178,23 @@ def _check_state_dict(cache: PagedThriftCache, saved: dict[str, Tensor]) -> None
         fits = all(b == -1 or (b % 2 == at and 0 <= b * BLOCK < count) for at, b in enumerate(tail_blocks))
         if not fits or (count % BLOCK and tail_blocks[whole % 2] != whole):
             raise ValueError(f"sequence {seq} of {count} tokens cannot have the blocks {tail_blocks} in 16 bits")
+
+
+def _check_residents(saved: dict[str, Tensor]) -> None:
+    """Raise ValueError unless every resident lies in a slot of all sequences that hold its page, and no two in one."""
+    count, numbers, mass = len(saved["high"]), saved["slot_of_page"].cpu(), saved["past_mass"]
+    if bool(((numbers < -1) | (numbers >= count)).any()):
+        raise ValueError(f"slot_of_page must hold numbers of the {count} saved slots or -1")
+    if not bool(((mass >= 0) & mass.isfinite()).all()):
+        raise ValueError("past_mass must hold finite numbers of at least 0")
+    for seq, (held, blocks) in enumerate(zip(saved["residual_slots"].tolist(), saved["blocks"].tolist(), strict=True)):
+        own = [number for number in held if number >= 0]
+        if held[: len(own)] != own or len(set(own)) != len(own) or any(number >= count for number in own):
+            raise ValueError(f"sequence {seq} cannot have the slots {held} of {count}")
+        pages = torch.tensor([page for page in blocks if page >= 0], dtype=torch.int64)
+        for head, lie in enumerate(numbers[pages].T.tolist()):
+            used = [number for number in lie if number >= 0]
+            if len(set(used)) != len(used) or not set(used) <= set(own):
+                raise ValueError(
+                    f"head {head} of sequence {seq} cannot have residents in the slots {used}, it has {own}"
+                )

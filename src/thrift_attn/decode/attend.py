@@ -132,6 +132,7 @@ def attend_pages(step: DecodeStep, *, tuned: Tuning | None = None) -> None:
             WINDOW=step.window is not None,
             CAP=(step.softcap or 0.0) * LOG2E,
             SCALED=scaled,
+            POOLED=cache.residents is not None,
             PORTABLE=interpreted(),
             OVERLAP=step.overlap,
             launch_pdl=step.overlap,

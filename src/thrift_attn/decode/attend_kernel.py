@@ -55,10 +55,10 @@ _LOWEST: tl.constexpr = tl.constexpr(-1.0e30)  # below every logit, and still fi
 def attend_split_kernel(
     q_ptr,  # [B, Hq, Tq, D], 16-bit
     base_ptr,  # int32 [pages, Hkv, words]
-    high_ptr,  # the residual plane, int32 [pages, Hkv, words], or the 16-bit plane [pages, Hkv, 2 * 64 * D]
+    high_ptr,  # the residual plane, int32 [slots, Hkv, words], or the 16-bit plane [slots, Hkv, 2 * 64 * D]
     tail_ptr,  # [2, B, 2, Hkv, 64, D], 16-bit: K and V, block b in tail block b mod 2
     bias_ptr,  # float32 [B, Hkv, NB, RP]: q.c_b in base 2
-    block_indices_ptr,  # int32 [B, Hkv, 2, NB]: block numbers, page numbers
+    block_indices_ptr,  # int32 [B, Hkv, 2, NB]: block numbers, page numbers; with POOLED [B, Hkv, 3, NB]: slots, too
     block_counts_ptr,  # int32 [B, Hkv, 2]: promoted, all listed
     lengths_ptr,  # int32 [B]
     partial_out_ptr,  # float32 [B, Hkv, num_splits, RP, D]
@@ -84,6 +84,7 @@ def attend_split_kernel(
     WINDOW: tl.constexpr,
     CAP: tl.constexpr,
     SCALED: tl.constexpr,
+    POOLED: tl.constexpr,  # residuals lie in slots of their own; else where pages do
     PORTABLE: tl.constexpr,
     OVERLAP: tl.constexpr,  # starts while the choice of blocks is still being made
 ):
@@ -134,8 +135,11 @@ def attend_split_kernel(
     token = tl.arange(0, 16)
 
     bias_start = bias_ptr + bh.to(tl.int64) * blocks * RP + rows
-    blocks_ptr = block_indices_ptr + bh.to(tl.int64) * 2 * blocks
+    blocks_ptr = block_indices_ptr + bh.to(tl.int64) * (3 if POOLED else 2) * blocks
     pages_ptr = blocks_ptr + blocks
+    slots_ptr = pages_ptr  # where the list says which slots
+    if POOLED:
+        slots_ptr = pages_ptr + blocks
     m = tl.full([N], _LOWEST, tl.float32)
     total = tl.zeros([16, N], tl.float32)
     out = ()
@@ -171,12 +175,21 @@ def attend_split_kernel(
         HALF_R: tl.constexpr = SCALES + HALF - T * 128
         ones = tl.full([N], 1.0, tl.float32)
         place = (tl.load(pages_ptr + split, mask=split < promoted, other=page) * HKV + h).to(tl.int64)
+        slot = place
+        if POOLED:
+            slot = (tl.load(slots_ptr + split, mask=split < promoted, other=0) * HKV + h).to(tl.int64)
         for j in tl.static_range(PIECES):
             codes = codes + (load_chunk(base_ptr + place * (2 * HALF), T * 128, 1, CHUNKS[j][0], CHUNKS[j][1]),)
         for i in range(split, promoted, num_splits):
             number = tl.load(blocks_ptr + i)
             b_ptr = base_ptr + place * (2 * HALF)
-            r_ptr = high_ptr + place * (2 * HALF_R)
+            if POOLED:
+                r_ptr = high_ptr + slot * (2 * HALF_R)
+                slot = (tl.load(slots_ptr + i + num_splits, mask=i + num_splits < promoted, other=0) * HKV + h).to(
+                    tl.int64
+                )
+            else:
+                r_ptr = high_ptr + place * (2 * HALF_R)
             place = (tl.load(pages_ptr + i + num_splits, mask=i + num_splits < promoted, other=page) * HKV + h).to(
                 tl.int64
             )
@@ -243,7 +256,7 @@ def attend_split_kernel(
     if HIGH == _COPY:
         for i in range(split, promoted, num_splits):
             number = tl.load(blocks_ptr + i)
-            c_ptr = high_ptr + (tl.load(pages_ptr + i) * HKV + h).to(tl.int64) * (128 * D)
+            c_ptr = high_ptr + (tl.load(slots_ptr + i) * HKV + h).to(tl.int64) * (128 * D)
             s0 = tl.zeros([16, N], tl.float32)
             s1 = tl.zeros([16, N], tl.float32)
             s2 = tl.zeros([16, N], tl.float32)

@@ -1,4 +1,8 @@
-"""The kernel that combines the num_splits of a decode step; `thrift_attn.decode.combine_splits` launches it."""
+"""The kernel that combines the splits of a decode step; `thrift_attn.decode.combine_splits` launches it.
+
+Where not all blocks have a residual, programs beside those that combine add what the step's query saw to the past mass of the
+blocks (`thrift_attn.reference.residents`). They need only the scores and wait for nothing.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +10,36 @@ import triton
 import triton.language as tl
 
 from thrift_attn.kernels.arithmetic import softcapped
+from thrift_attn.reference.residents import fade
+
+_FADE = tl.constexpr(fade(1))
+
+
+@triton.jit
+def _add_mass(
+    past_mass_ptr, scores_ptr, score_lse_ptr, page_table_ptr, bounds_ptr, lengths_ptr, b, h, bh, blocks,
+    first_chunk, chunks, HKV: tl.constexpr, CHUNK: tl.constexpr,
+):  # fmt: skip
+    """Past mass of the blocks that a sequence holds alone: it fades by one query, and the softmax of the scores is added."""
+    full = tl.load(lengths_ptr + b, cache_modifier=".cg") // 64
+    shared = tl.load(bounds_ptr + b * 3 + 2)
+    # The sum of 2^score over all blocks, from those of 64 blocks each.
+    parts = (blocks + 63) // 64
+    lse_start = score_lse_ptr + bh.to(tl.int64) * parts
+    part = tl.arange(0, 1024)
+    lse = tl.load(lse_start + part, mask=part < parts, other=float("-inf"))  # 65,536 blocks at most
+    peak = tl.max(lse, 0)
+    peak = tl.where(peak == float("-inf"), 0.0, peak)
+    whole = peak + tl.log2(tl.sum(tl.exp2(lse - peak), 0))
+    for first in range(first_chunk * CHUNK, full, chunks * CHUNK):
+        block = first + tl.arange(0, CHUNK)
+        own = (block >= shared) & (block < full)
+        page = tl.load(page_table_ptr + b.to(tl.int64) * blocks + block, mask=own, other=0)
+        at = past_mass_ptr + page.to(tl.int64) * HKV + h
+        mass = tl.load(at, mask=own, other=0.0)
+        score = tl.load(scores_ptr + bh.to(tl.int64) * blocks + block, mask=own, other=float("-inf"))
+        weight = tl.exp2(score - whole)
+        tl.store(at, mass * _FADE + tl.where(weight == weight, weight, 0.0), mask=own)
 
 
 @triton.jit(do_not_specialize=["num_splits", "window", "blocks", "tq"])
@@ -17,6 +51,11 @@ def combine_splits_kernel(
     sink_value_ptr,  # 16-bit [B, Hkv, D]: V of the first token
     bias_ptr,  # float32 [B, Hkv, NB, RP], base 2
     lengths_ptr,  # int32 [B]
+    first_scores_ptr,  # float32 [B, Hkv, NB], base 2, with POOLED
+    score_lse_ptr,  # float32 [B, Hkv, NB / 64], base 2
+    past_mass_ptr,  # float32 [pages, Hkv]
+    page_table_ptr,  # int32 [B, NB]
+    bounds_ptr,  # int32 [B, 3]
     stride_ob,
     stride_oh,
     stride_ot,
@@ -33,11 +72,20 @@ def combine_splits_kernel(
     SINK: tl.constexpr,
     WINDOW: tl.constexpr,
     CAP: tl.constexpr,
+    POOLED: tl.constexpr,  # the last programs of the first axis add past mass
+    CHUNK: tl.constexpr,  # blocks at a time
     OVERLAP: tl.constexpr,
 ):
     row = tl.program_id(0)
     bh = tl.program_id(1)
     b = bh // HKV
+    if POOLED:  # noqa: SIM102  (a constant: what is inside is not compiled without)
+        if row == GROUP * tq:
+            _add_mass(
+                past_mass_ptr, first_scores_ptr, score_lse_ptr, page_table_ptr, bounds_ptr, lengths_ptr,
+                b, bh % HKV, bh, blocks, tl.program_id(2), tl.num_programs(2), HKV, CHUNK,
+            )  # fmt: skip
+            return
     head = bh % HKV * GROUP + row % GROUP
     step = row // GROUP
     d = tl.program_id(2) * BLOCK_D + tl.arange(0, BLOCK_D)

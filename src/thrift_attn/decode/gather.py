@@ -16,6 +16,8 @@ from thrift_attn.reference.page_layout import HIGH
 def gather_pages(k: Tensor, v: Tensor, *, cache: CacheTensors, numerics: DecodeNumerics, tokens: int) -> None:
     """Write K and V of every sequence up to its length, from its pages and from the tail, without channel scales.
 
+    Blocks without a residual are what the base decodes to.
+
     Args:
         k: ``[B, Hkv, S, D]`` in the dtype of the cache, contiguous, written; S is at least ``tokens``.
         v: likewise.
@@ -34,6 +36,7 @@ def gather_pages(k: Tensor, v: Tensor, *, cache: CacheTensors, numerics: DecodeN
     if not tokens:
         return
     plane, k_scale, v_scale = numerics.promoted_storage, cache.k_channel_scale, cache.v_head_scale
+    residents = cache.residents
     high = cache.base if cache.high is None else cache.high
     with on_device_of(k):
         launch(
@@ -52,6 +55,7 @@ def gather_pages(k: Tensor, v: Tensor, *, cache: CacheTensors, numerics: DecodeN
             cache.lengths,
             cache.k_block_mean if k_scale is None else k_scale,
             cache.k_block_mean if v_scale is None else v_scale,
+            cache.page_table if residents is None else residents.slot_of_page,
             cache.max_blocks,
             capacity,
             batch,
@@ -61,5 +65,6 @@ def gather_pages(k: Tensor, v: Tensor, *, cache: CacheTensors, numerics: DecodeN
             CENTRED=numerics.centred,
             SINK=numerics.exact_sink,
             SCALED=k_scale is not None,
+            POOLED=residents is not None,
             num_warps=1,
         )

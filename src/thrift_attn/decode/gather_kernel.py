@@ -56,6 +56,7 @@ def gather_pages_kernel(
     lengths_ptr,  # int32 [B]
     k_channel_scale_ptr,  # float32 [B, Hkv, D], powers of two that packed K was multiplied by
     v_head_scale_ptr,  # float32 [B, Hkv]
+    slot_of_page_ptr,  # int32 [pages, Hkv], with POOLED: where the plane of promoted blocks lies, below 0 where it is not kept
     blocks,  # NB
     capacity,  # S
     batch,  # B
@@ -65,6 +66,7 @@ def gather_pages_kernel(
     CENTRED: tl.constexpr,
     SINK: tl.constexpr,
     SCALED: tl.constexpr,
+    POOLED: tl.constexpr,
 ):
     T: tl.constexpr = D // 16
     HALF: tl.constexpr = T * 128 + (T + 1) // 2 * 32  # 32-bit words of K or V in a 4-bit plane
@@ -89,30 +91,45 @@ def gather_pages_kernel(
         page = tl.load(page_table_ptr + b.to(tl.int64) * blocks + block).to(tl.int64)
         where = page * HKV + h
         out += block.to(tl.int64) * 64 * D
+        slot = page
+        if POOLED:
+            slot = tl.load(slot_of_page_ptr + where).to(tl.int64)
+        there = slot >= 0
+        high_at = tl.where(there, slot, 0) * HKV + h
         mean = 0.0
-        if CENTRED and HIGH != 3:
+        if CENTRED:
             mean = tl.load(k_block_mean_ptr + where * D + t * 16 + column).to(tl.float32)
         base16, base32 = base16_ptr + where * (4 * HALF), base32_ptr + where * (2 * HALF)
         inv_k = 1.0
         inv_v = 1.0
-        if SCALED and HIGH != 3:
+        if SCALED:
             of_sequence = (b * HKV + h).to(tl.int64)
             inv_k = inverse(tl.load(k_channel_scale_ptr + of_sequence * D + t * 16 + column))
             inv_v = inverse(tl.load(v_head_scale_ptr + of_sequence))
         for j in tl.static_range(4):
             k_to = out + (16 * j + row) * D + t * 16 + column
             v_to = out + (16 * j + turned) * D + t * 16 + row
-            if HIGH == 3:
-                copy = high16_ptr + where * (128 * D) + (t * 4 + j) * 256
+            if HIGH == 3 and not POOLED:
+                copy = high16_ptr + high_at * (128 * D) + (t * 4 + j) * 256
                 copy += (((a * 4 + q) * 2 + c // 2) * 2 + s) * 2 + c % 2
                 k = tl.load(copy).to(tl.float32)
                 v = tl.load(copy + 64 * D).to(tl.float32)
             else:
-                high16, high32 = high16_ptr + where * (4 * SIZE), high32_ptr + where * (2 * SIZE)
                 k = _decoded(base16, base32, t, spot, rows, j, T, False)
-                k = mean + (k + _decoded(high16, high32, t, spot, rows, j, T, EIGHT)) * inv_k
                 v = _decoded(base16 + 2 * HALF, base32 + HALF, t, spot, rows, j, T, False)
-                v = (v + _decoded(high16 + 2 * SIZE, high32 + SIZE, t, spot, rows, j, T, EIGHT)) * inv_v
+                if HIGH == 1 or HIGH == 2:
+                    high16, high32 = high16_ptr + high_at * (4 * SIZE), high32_ptr + high_at * (2 * SIZE)
+                    more_k = _decoded(high16, high32, t, spot, rows, j, T, EIGHT)
+                    more_v = _decoded(high16 + 2 * SIZE, high32 + SIZE, t, spot, rows, j, T, EIGHT)
+                    k += tl.where(there, more_k, 0.0)
+                    v += tl.where(there, more_v, 0.0)
+                k = mean + k * inv_k
+                v = v * inv_v
+                if HIGH == 3:
+                    copy = high16_ptr + high_at * (128 * D) + (t * 4 + j) * 256
+                    copy += (((a * 4 + q) * 2 + c // 2) * 2 + s) * 2 + c % 2
+                    k = tl.where(there, tl.load(copy).to(tl.float32), k)
+                    v = tl.where(there, tl.load(copy + 64 * D).to(tl.float32), v)
             if SINK and j == 0:
                 own = tl.load(sink_value_ptr + (b.to(tl.int64) * HKV + h) * D + t * 16 + row).to(tl.float32)
                 v = tl.where((block == 0) & (turned == 0), own, v)

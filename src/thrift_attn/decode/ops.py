@@ -18,9 +18,9 @@ from thrift_attn.decode.append import write_tail
 from thrift_attn.decode.attend import attend_pages, choose_splits, column_tile, tuning_of
 from thrift_attn.decode.combine_splits import combine_splits
 from thrift_attn.decode.pack import pack_blocks
-from thrift_attn.decode.score import score_blocks
+from thrift_attn.decode.score import BLOCKS_PER_PROGRAM, score_blocks
 from thrift_attn.decode.select import select_blocks
-from thrift_attn.decode.tensors import CacheTensors, DecodeStep, padded_queries, padded_rows
+from thrift_attn.decode.tensors import CacheTensors, DecodeStep, ResidentTensors, padded_queries, padded_rows
 from thrift_attn.dispatch import multiprocessors, overlaps
 from thrift_attn.numerics import DecodeNumerics
 
@@ -54,6 +54,7 @@ def begin_step(
     def empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
         return torch.empty(shape, dtype=dtype, device=q.device)
 
+    pooled, scores = cache.residents is not None, empty(batch, kv_heads, blocks)
     return DecodeStep(
         q=q,
         cache=cache,
@@ -63,8 +64,10 @@ def begin_step(
         softcap=softcap,
         overlap=_overlap(cache),
         bias=empty(batch, kv_heads, blocks, rows),
-        scores=empty(batch, kv_heads, blocks),
-        block_indices=empty(batch, kv_heads, 2, blocks, dtype=torch.int32),
+        scores=scores,
+        first_scores=empty(batch, kv_heads, blocks if pooled and tq > 1 else 0) if tq > 1 else scores,
+        score_lse=empty(batch, kv_heads, -(-blocks // BLOCKS_PER_PROGRAM) if pooled else 0),
+        block_indices=empty(batch, kv_heads, 3 if pooled else 2, blocks, dtype=torch.int32),
         block_counts=empty(batch, kv_heads, 2, dtype=torch.int32),
         partial_out=empty(batch, kv_heads, splits, rows, dim),
         partial_lse=empty(batch, kv_heads, splits, rows),
@@ -117,7 +120,7 @@ def _storage(numerics: DecodeNumerics) -> str:
     "thrift_attn::append_step",
     mutates_args=[
         *("tail", "base", "k_block_mean", "high", "block0_mean", "sink_value", "lengths", "overrun"),
-        *("k_channel_scale", "v_head_scale"),
+        *("k_channel_scale", "v_head_scale", "slot_of_page", "block_of_slot", "past_mass"),
     ],
     device_types=None,
 )
@@ -136,28 +139,25 @@ def append_step(
     overrun: Tensor,
     k_channel_scale: Tensor,
     v_head_scale: Tensor,
+    slot_of_page: Tensor,
+    block_of_slot: Tensor,
+    past_mass: Tensor,
+    slots: Tensor,
+    bounds: Tensor,
+    quota: Tensor,
     storage: str,
     counts: Tensor | None = None,
 ) -> None:
     """`append` with its bundles taken apart."""
-    cache = CacheTensors(
-        base=base,
-        k_block_mean=k_block_mean,
-        high=high,
-        tail=tail,
-        block0_mean=block0_mean,
-        sink_value=sink_value,
-        page_table=page_table,
-        lengths=lengths,
-        budget=budget,
-        overrun=overrun,
-        k_channel_scale=k_channel_scale if k_channel_scale.numel() else None,
-        v_head_scale=v_head_scale if v_head_scale.numel() else None,
-    )
+    cache = _bundle(
+        base, k_block_mean, high, tail, block0_mean, sink_value, page_table, lengths, budget, overrun,
+        k_channel_scale, v_head_scale, slot_of_page, block_of_slot, past_mass, slots, bounds, quota,
+    )  # fmt: skip
     k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (k, v))
     batch, kv_heads, _, dim = k.shape
     pages, seqs, numbers = torch.empty(3, batch, 2, dtype=torch.int32, device=k.device)
-    write_tail(k, v, cache=cache, pages=pages, seqs=seqs, numbers=numbers, counts=counts)
+    taken = None if cache.residents is None else pages.new_empty(batch, 2, kv_heads)
+    write_tail(k, v, cache=cache, pages=pages, seqs=seqs, numbers=numbers, slots=taken, counts=counts)
     blocks = tail.view(2, batch * 2, kv_heads, BLOCK, dim)
     pack_blocks(
         blocks[0],
@@ -167,13 +167,15 @@ def append_step(
         numerics=_numerics(storage),
         seqs=seqs.view(-1),
         numbers=numbers.view(-1),
+        slots=taken,
         overlap=_overlap(cache),
     )
 
 
 @append_step.register_fake
 def _(k, v, base, k_block_mean, high, tail, block0_mean, sink_value, page_table, lengths, budget, overrun,
-      k_channel_scale, v_head_scale, storage, counts=None):  # fmt: skip
+      k_channel_scale, v_head_scale, slot_of_page, block_of_slot, past_mass, slots, bounds, quota, storage,
+      counts=None):  # fmt: skip
     return None
 
 
@@ -201,19 +203,60 @@ def append(
 
 
 def _flat(cache: CacheTensors) -> tuple[Tensor, ...]:
-    """Return the tensors of a cache in the order of the operators; scales that are not there are empty."""
+    """Return the tensors of a cache in the order of the operators; those that are not there are empty."""
     high = cache.base if cache.high is None else cache.high
     scales = (
         x if x is not None else cache.base.new_empty(0, dtype=torch.float32)
         for x in (cache.k_channel_scale, cache.v_head_scale)
     )  # fmt: skip
+    residents = cache.residents
+    if residents is None:
+        pooled = tuple(cache.base.new_empty(0) for _ in range(6))
+    else:
+        pooled = (
+            residents.slot_of_page, residents.block_of_slot, residents.past_mass, residents.slots, residents.bounds,
+            residents.quota,
+        )  # fmt: skip
     return (
         cache.base, cache.k_block_mean, high, cache.tail, cache.block0_mean, cache.sink_value, cache.page_table,
-        cache.lengths, cache.budget, cache.overrun, *scales,
+        cache.lengths, cache.budget, cache.overrun, *scales, *pooled,
     )  # fmt: skip
 
 
-@torch.library.custom_op("thrift_attn::attend_cache", mutates_args=(), device_types=None)
+def _bundle(*flat: Tensor) -> CacheTensors:
+    """Return the cache whose tensors `_flat` gave."""
+    (
+        base, k_block_mean, high, tail, block0_mean, sink_value, page_table, lengths, budget, overrun,
+        k_channel_scale, v_head_scale, slot_of_page, block_of_slot, past_mass, slots, bounds, quota,
+    ) = flat  # fmt: skip
+    residents = None
+    if slot_of_page.numel():
+        residents = ResidentTensors(
+            slot_of_page=slot_of_page,
+            block_of_slot=block_of_slot,
+            past_mass=past_mass,
+            slots=slots,
+            bounds=bounds,
+            quota=quota,
+        )
+    return CacheTensors(
+        base=base,
+        k_block_mean=k_block_mean,
+        high=high,
+        tail=tail,
+        block0_mean=block0_mean,
+        sink_value=sink_value,
+        page_table=page_table,
+        lengths=lengths,
+        budget=budget,
+        overrun=overrun,
+        k_channel_scale=k_channel_scale if k_channel_scale.numel() else None,
+        v_head_scale=v_head_scale if v_head_scale.numel() else None,
+        residents=residents,
+    )
+
+
+@torch.library.custom_op("thrift_attn::attend_cache", mutates_args=("past_mass",), device_types=None)
 def attend_cache(
     q: Tensor,
     base: Tensor,
@@ -228,26 +271,22 @@ def attend_cache(
     overrun: Tensor,
     k_channel_scale: Tensor,
     v_head_scale: Tensor,
+    slot_of_page: Tensor,
+    block_of_slot: Tensor,
+    past_mass: Tensor,
+    slots: Tensor,
+    bounds: Tensor,
+    quota: Tensor,
     storage: str,
     scale: float,
     window: int | None,
     softcap: float | None,
 ) -> tuple[Tensor, Tensor]:
     """`attend` with its bundles taken apart."""
-    cache = CacheTensors(
-        base=base,
-        k_block_mean=k_block_mean,
-        high=high,
-        tail=tail,
-        block0_mean=block0_mean,
-        sink_value=sink_value,
-        page_table=page_table,
-        lengths=lengths,
-        budget=budget,
-        overrun=overrun,
-        k_channel_scale=k_channel_scale if k_channel_scale.numel() else None,
-        v_head_scale=v_head_scale if v_head_scale.numel() else None,
-    )
+    cache = _bundle(
+        base, k_block_mean, high, tail, block0_mean, sink_value, page_table, lengths, budget, overrun,
+        k_channel_scale, v_head_scale, slot_of_page, block_of_slot, past_mass, slots, bounds, quota,
+    )  # fmt: skip
     step = begin_step(q, cache, _numerics(storage), scale=scale, window=window, softcap=softcap)
     for launch in step_kernels(step).values():
         launch()
@@ -256,7 +295,8 @@ def attend_cache(
 
 @attend_cache.register_fake
 def _(q, base, k_block_mean, high, tail, block0_mean, sink_value, page_table, lengths, budget, overrun,
-      k_channel_scale, v_head_scale, storage, scale, window, softcap):  # fmt: skip
+      k_channel_scale, v_head_scale, slot_of_page, block_of_slot, past_mass, slots, bounds, quota, storage, scale,
+      window, softcap):  # fmt: skip
     return q.new_empty(q.shape), q.new_empty(q.shape[:3], dtype=torch.float32)
 
 
@@ -300,6 +340,8 @@ def warm_up(
     """
     _, batch, _, kv_heads, _, dim = cache.tail.shape
     like = {"dtype": cache.tail.dtype, "device": cache.tail.device}
+    if cache.residents is not None:  # nothing is added to what blocks have had
+        cache = replace(cache, residents=replace(cache.residents, past_mass=cache.residents.past_mass.clone()))
     for tq in sorted({padded_queries(count) for count in new_tokens}):
         q = torch.zeros(batch, tq, q_heads, dim, **like).transpose(1, 2)
         for x in (q, q.contiguous()):  # strides as projections leave them, and as a rotary embedding does

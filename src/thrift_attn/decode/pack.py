@@ -26,6 +26,7 @@ def pack_blocks(
     numerics: DecodeNumerics,
     seqs: Tensor | None = None,
     numbers: Tensor | None = None,
+    slots: Tensor | None = None,
     overlap: bool = False,
 ) -> None:
     """Pack complete KV blocks into pages: base plane, block mean and the plane of promoted blocks.
@@ -41,6 +42,8 @@ def pack_blocks(
         seqs: int32 ``[n]``, the sequence of each block. None: blocks of no sequence, without scales and first tokens.
         numbers: int32 ``[n]``, the number of each block in its sequence. Where the first token is exact, it is the c_b of block
             0, and its V counts as zero. No launch may pack block 0 and others of one sequence, which need its scales.
+        slots: int32 ``[n, Hkv]``, contiguous: where the plane of promoted blocks goes for each head, below 0 where it is not
+            kept; by default to the pages.
         overlap: start while the kernel before it ends (programmatic dependent launch).
 
     Raises:
@@ -82,6 +85,7 @@ def pack_blocks(
             cache.sink_value,
             k_scale if scaled else cache.block0_mean,
             v_scale if scaled else cache.block0_mean,
+            pages if slots is None else slots,
             *k.stride()[:3],
             *v.stride()[:3],
             HKV=kv_heads,
@@ -92,6 +96,7 @@ def pack_blocks(
             SCALED=scaled,
             POWER=base_format == "mxfp4",
             BEST=numerics.best_scales,
+            POOLED=slots is not None,
             OVERLAP=overlap,
             launch_pdl=overlap,
             num_warps=1,

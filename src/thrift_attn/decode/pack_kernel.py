@@ -169,6 +169,7 @@ def pack_blocks_kernel(
     sink_value_ptr,  # 16-bit [B, Hkv, D]: V of the first token
     k_channel_scale_ptr,  # float32 [B, Hkv, D], powers of two; written with the first block
     v_head_scale_ptr,  # float32 [B, Hkv]
+    slots_ptr,  # int32 [n, Hkv], with POOLED: where the plane of promoted blocks goes, below 0 where it is not kept
     stride_kn,
     stride_kh,
     stride_kt,
@@ -183,6 +184,7 @@ def pack_blocks_kernel(
     SCALED: tl.constexpr,  # K and V are packed times powers of two
     POWER: tl.constexpr,  # mxfp4: powers of two as scales, shared by 32
     BEST: tl.constexpr,  # the better of the format's two scales
+    POOLED: tl.constexpr,  # not all blocks keep the plane of promoted ones
     OVERLAP: tl.constexpr,  # starts while the kernel before it ends
 ):
     T: tl.constexpr = D // 16
@@ -208,14 +210,18 @@ def pack_blocks_kernel(
         v_start = v_ptr + n.to(tl.int64) * stride_vn + head.to(tl.int64) * stride_vh
         base16 = base16_ptr + where * (4 * HALF)
         base32 = base32_ptr + where * (2 * HALF)
+        slot = page
+        if POOLED:
+            slot = tl.load(slots_ptr + n * HKV + head)
+        slot_at = (slot * HKV + head).to(tl.int64)
         if HIGH == 1:
-            high16 = high16_ptr + where * (4 * HALF)
-            high32 = high32_ptr + where * (2 * HALF)
+            high16 = high16_ptr + slot_at * (4 * HALF)
+            high32 = high32_ptr + slot_at * (2 * HALF)
         elif HIGH == 2:
-            high16 = high16_ptr + where * (4 * HALF8)
-            high32 = high32_ptr + where * (2 * HALF8)
+            high16 = high16_ptr + slot_at * (4 * HALF8)
+            high32 = high32_ptr + slot_at * (2 * HALF8)
         else:
-            high16 = high16_ptr + where * (128 * D)
+            high16 = high16_ptr + slot_at * (128 * D)
             high32 = high32_ptr
 
         seq = page - page
@@ -265,10 +271,11 @@ def pack_blocks_kernel(
         h2, y2, w2 = _quantise4(x2, z2, m2, POWER, BEST)
         h3, y3, w3 = _quantise4(x3, z3, m3, POWER, BEST)
         _store_tile4(base16, base32 + T * 128, t, h0, h1, h2, h3, y0, y1, y2, y3)
-        if HIGH == 1:
-            _store_residual4(high16, high32 + T * 128, t, x0 - w0, x1 - w1, x2 - w2, x3 - w3, BEST)
-        elif HIGH == 2:
-            _store_residual8(high16, high32 + T * 256, t, x0 - w0, x1 - w1, x2 - w2, x3 - w3)
+        if slot >= 0:
+            if HIGH == 1:
+                _store_residual4(high16, high32 + T * 128, t, x0 - w0, x1 - w1, x2 - w2, x3 - w3, BEST)
+            elif HIGH == 2:
+                _store_residual8(high16, high32 + T * 256, t, x0 - w0, x1 - w1, x2 - w2, x3 - w3)
 
         # -- V: groups along tokens, the columns of a tile again --
         at = turned * stride_vt + t * 16 + row
@@ -293,21 +300,24 @@ def pack_blocks_kernel(
         h2, y2, w2 = _quantise4(x2, x3, m2, POWER, BEST)
         h3, y3, w3 = _quantise4(x3, x2, m3, POWER, BEST)
         _store_tile4(base16 + 2 * HALF, base32 + HALF + T * 128, t, h0, h1, h2, h3, y0, y1, y2, y3)
-        if HIGH == 1:
-            _store_residual4(high16 + 2 * HALF, high32 + HALF + T * 128, t, x0 - w0, x1 - w1, x2 - w2, x3 - w3, BEST)
-        elif HIGH == 2:
-            _store_residual8(high16 + 2 * HALF8, high32 + HALF8 + T * 256, t, x0 - w0, x1 - w1, x2 - w2, x3 - w3)
+        if slot >= 0:
+            if HIGH == 1:
+                _store_residual4(
+                    high16 + 2 * HALF, high32 + HALF + T * 128, t, x0 - w0, x1 - w1, x2 - w2, x3 - w3, BEST
+                )
+            elif HIGH == 2:
+                _store_residual8(high16 + 2 * HALF8, high32 + HALF8 + T * 256, t, x0 - w0, x1 - w1, x2 - w2, x3 - w3)
 
         # -- the 16-bit plane: lane 4a + q owns columns (w, e), c = 2w + e, of rows a and 8 + a --
         if HIGH == 3:
             place = (((a * 4 + q) * 2 + c // 2) * 2 + h) * 2 + c % 2
             for j in tl.static_range(4):
                 x = tl.load(k_start + (16 * j + row) * stride_kt + t * 16 + column)
-                tl.store(high16 + (t * 4 + j) * 256 + place, x)
+                tl.store(high16 + (t * 4 + j) * 256 + place, x, mask=(slot + 0 * place) >= 0)
                 x = tl.load(v_start + (16 * j + turned) * stride_vt + t * 16 + row)
                 if SINK and j == 0:
                     x = tl.where(hidden, 0.0, x)
-                tl.store(high16 + 64 * D + (t * 4 + j) * 256 + place, x)
+                tl.store(high16 + 64 * D + (t * 4 + j) * 256 + place, x, mask=(slot + 0 * place) >= 0)
 
 
 @triton.jit

@@ -29,6 +29,8 @@ def block_scores_kernel(
     bias_ptr,  # float32 [B, Hkv, NB, RP]
     score_ptr,  # float32 [B, Hkv, NB]
     block0_mean_ptr,  # 16-bit [B, Hkv, D], what block 0 is scored by in place of c_0
+    first_score_ptr,  # float32 [B, Hkv, NB], with POOLED: the largest logits of the first query
+    score_lse_ptr,  # float32 [B, Hkv, NB / BM], with POOLED: log2 of the sum of 2^ these
     scale,  # factor of the logits times log2(e)
     stride_qb,
     stride_qh,
@@ -43,6 +45,8 @@ def block_scores_kernel(
     RP: tl.constexpr,
     BM: tl.constexpr,  # blocks per program
     SINK: tl.constexpr,
+    POOLED: tl.constexpr,  # some blocks have no residual: what decides which is written too
+    ONE: tl.constexpr,  # one query
     PORTABLE: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):
@@ -56,12 +60,17 @@ def block_scores_kernel(
     # Page numbers do not wait for the length; what stands behind its end is not used.
     page = tl.load(page_table_ptr + b.to(tl.int64) * blocks + block, mask=block < blocks, other=0)
     full = tl.load(lengths_ptr + b) // 64  # complete blocks
+    if POOLED:
+        lse_at = bh.to(tl.int64) * tl.num_programs(0) + tl.program_id(0)
+        if tl.program_id(0) * BM >= full:
+            tl.store(score_lse_ptr + lse_at, float("-inf"))
     if tl.program_id(0) * BM < full:
         there = block < full
         d = tl.arange(0, DP)
         mean_at = (page * HKV + h).to(tl.int64)[:, None] * D + d[None, :]
         mean = tl.load(k_block_mean_ptr + mean_at, mask=there[:, None] & (d < D)[None, :], other=0.0)  # [BM, DP]
         largest = tl.full([BM], float("-inf"), tl.float32)
+        of_first = largest
         block0_mean = tl.full([DP], 0.0, tl.float32)
         if SINK:
             block0_mean = tl.load(block0_mean_ptr + bh.to(tl.int64) * D + d, mask=d < D, other=0.0).to(tl.float32)
@@ -75,4 +84,17 @@ def block_scores_kernel(
             bias_at = (bh.to(tl.int64) * blocks + block)[:, None] * RP + row[None, :]
             tl.store(bias_ptr + bias_at, s, mask=there[:, None])
             largest = tl.maximum(largest, _score(s, block, block0_mean, q, inside, scale, SINK))
-        tl.store(score_ptr + bh.to(tl.int64) * blocks + block, largest, mask=there)
+            if POOLED and not ONE:
+                own = inside & (row < GROUP)
+                of_first = tl.maximum(of_first, _score(s, block, block0_mean, q, own, scale, SINK))
+        score_at = bh.to(tl.int64) * blocks + block
+        tl.store(score_ptr + score_at, largest, mask=there)
+        if POOLED:
+            if ONE:
+                of_first = largest
+            else:
+                tl.store(first_score_ptr + score_at, of_first, mask=there)
+            of_first = tl.where(there, of_first, float("-inf"))
+            peak = tl.max(of_first, 0)
+            finite = tl.where(peak == float("-inf"), 0.0, peak)
+            tl.store(score_lse_ptr + lse_at, finite + tl.log2(tl.sum(tl.exp2(of_first - finite), 0)))

@@ -45,12 +45,13 @@ def _search_asm(keys: int) -> str:
 def select_blocks(step: DecodeStep) -> None:
     """Write ``block_indices`` and ``block_counts``: forced blocks first, then the highest scores, ties to the lower index.
 
-    The rule is that of `thrift_attn.reference.budget.promoted_in_decode`.
+    The rule is that of `thrift_attn.reference.budget.promoted_in_decode`, among the blocks that have a residual.
     """
-    cache, numerics = step.cache, step.numerics
+    cache, numerics, residents = step.cache, step.numerics, step.cache.residents
     batch, kv_heads, capacity = step.scores.shape
+    slot_of_page = cache.page_table if residents is None else residents.slot_of_page
     tensors = (
-        step.scores, cache.page_table, cache.lengths, cache.budget, step.block_indices, step.block_counts,
+        step.scores, cache.page_table, cache.lengths, cache.budget, slot_of_page, step.block_indices, step.block_counts,
         capacity, step.window or 0, step.q.shape[2],
     )  # fmt: skip
     options = {
@@ -58,6 +59,7 @@ def select_blocks(step: DecodeStep) -> None:
         "LAST": numerics.force_last,
         "HKV": kv_heads,
         "WINDOW": step.window is not None,
+        "POOLED": residents is not None,
         "OVERLAP": step.overlap,
         "launch_pdl": step.overlap,
     }

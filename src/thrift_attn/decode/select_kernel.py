@@ -20,6 +20,20 @@ def _blocks_listed(length, tq, window, WINDOW: tl.constexpr):
 
 
 @triton.jit
+def _slots(slot_of_page_ptr, page, there, h, HKV: tl.constexpr):
+    """Slot of the residual of each block, below 0 where it has none. A kernel of this chain may have written it."""
+    return tl.load(slot_of_page_ptr + page.to(tl.int64) * HKV + h, mask=there, other=-1, cache_modifier=".cg")
+
+
+@triton.jit
+def _slot_of_block(slot_of_page_ptr, page_table_ptr, block, start, full, h, HKV: tl.constexpr):
+    """`_slots` of blocks by number."""
+    there = (block >= start) & (block < full)
+    page = tl.load(page_table_ptr + block, mask=there, other=0)
+    return _slots(slot_of_page_ptr, page, there, h, HKV)
+
+
+@triton.jit
 def _keys(score_ptr, block, start, full, total, FIRST: tl.constexpr, LAST: tl.constexpr):
     """Integers in the order of promotion: forced first blocks, forced last ones from the end, by score, hidden ones."""
     there = (block >= start) & (block < full)
@@ -37,7 +51,9 @@ def select_blocks_kernel(
     page_table_ptr,  # int32 [B, NB]
     lengths_ptr,  # int32 [B]
     budget_ptr,  # int32 [NB + 1]: promoted blocks where so many are listed
-    block_indices_ptr,  # int32 [B, Hkv, 2, NB]: block numbers and page numbers, promoted ones first, each part in order
+    slot_of_page_ptr,  # int32 [pages, Hkv], with POOLED: slot of the residual, below 0 for blocks that cannot be promoted
+    block_indices_ptr,  # int32 [B, Hkv, 2, NB]: block numbers and page numbers, promoted ones first, each part in order; with
+    # POOLED [B, Hkv, 3, NB]: slots, too
     block_counts_ptr,  # int32 [B, Hkv, 2]: promoted, all listed
     blocks,  # NB
     window,
@@ -46,6 +62,7 @@ def select_blocks_kernel(
     LAST: tl.constexpr,
     HKV: tl.constexpr,
     WINDOW: tl.constexpr,
+    POOLED: tl.constexpr,  # not all blocks have a residual
     PAD: tl.constexpr,  # NB rounded up to a power of two
     KEYS: tl.constexpr,  # of one thread
     SEARCH: tl.constexpr,  # `_search_asm`, and its registers
@@ -61,11 +78,19 @@ def select_blocks_kernel(
     there = (block >= start) & (block < full)
     page = tl.load(page_table_ptr + b.to(tl.int64) * blocks + block, mask=there, other=0)
     wanted = tl.load(budget_ptr + listed)
+    can = there
+    slot = page
+    if POOLED:
+        slot = _slots(slot_of_page_ptr, page, there, bh % HKV, HKV)
+        can = there & (slot >= 0)
+        wanted = tl.minimum(wanted, tl.sum(can.to(tl.int32), 0))
     # Not earlier, or the programs of the attention take places that the scores still need. The trigger stays behind the wait.
     if OVERLAP:
         tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
     key = _keys(score_ptr + bh.to(tl.int64) * blocks, block, start, full, total, FIRST, LAST)
+    if POOLED:
+        key = tl.where(can, key, -0x7FFFFFFF)
 
     wanted = tl.minimum(tl.maximum(wanted, 0), listed)
 
@@ -76,17 +101,19 @@ def select_blocks_kernel(
         threshold = tl.inline_asm_elementwise(
             SEARCH, REGISTERS, [key, wanted + tl.zeros([PAD], tl.int32)], dtype=tl.int32, is_pure=False, pack=KEYS
         )
-    above = (key > threshold) & there & (wanted > 0)
-    ties = (key == threshold) & there & (wanted > 0)
+    above = (key > threshold) & can & (wanted > 0)
+    ties = (key == threshold) & can & (wanted > 0)
     room = wanted - tl.sum(above.to(tl.int32), 0)
     before = tl.cumsum(above.to(tl.int32) + (ties.to(tl.int32) << 16), 0)  # inclusive; both are less than 2^16
     tied = before >> 16
     chosen = above | (ties & (tied <= room))
     rank = (before & 0xFFFF) + tl.minimum(tied, room)
     place = tl.where(chosen, rank - 1, wanted + block - start - rank)
-    out = block_indices_ptr + bh.to(tl.int64) * 2 * blocks + place
+    out = block_indices_ptr + bh.to(tl.int64) * (3 if POOLED else 2) * blocks + place
     tl.store(out, block, mask=there)
     tl.store(out + blocks, page, mask=there)
+    if POOLED:
+        tl.store(out + 2 * blocks, slot, mask=there & (place < wanted))
     tl.store(block_counts_ptr + bh * 2, wanted)
     tl.store(block_counts_ptr + bh * 2 + 1, listed)
 
@@ -97,6 +124,7 @@ def select_many_blocks_kernel(
     page_table_ptr,  # int32 [B, NB]
     lengths_ptr,  # int32 [B]
     budget_ptr,  # int32 [NB + 1]: promoted blocks where so many are listed
+    slot_of_page_ptr,  # int32 [pages, Hkv], with POOLED
     block_indices_ptr,  # int32 [B, Hkv, 2, NB]: as `select_blocks_kernel` writes it
     block_counts_ptr,  # int32 [B, Hkv, 2]
     blocks,  # NB
@@ -106,6 +134,7 @@ def select_many_blocks_kernel(
     LAST: tl.constexpr,
     HKV: tl.constexpr,
     WINDOW: tl.constexpr,
+    POOLED: tl.constexpr,
     CHUNK: tl.constexpr,  # blocks at a time
     OVERLAP: tl.constexpr,
 ):
@@ -116,6 +145,14 @@ def select_many_blocks_kernel(
     start, full, total, listed = _blocks_listed(length, tq, window, WINDOW)
     wanted = tl.minimum(tl.maximum(tl.load(budget_ptr + listed), 0), listed)
     begin = start // CHUNK * CHUNK
+    pages = page_table_ptr + b.to(tl.int64) * blocks
+    if POOLED:
+        can_count = listed - listed
+        for first in range(begin, full, CHUNK):
+            block = first + tl.arange(0, CHUNK)
+            slot = _slot_of_block(slot_of_page_ptr, pages, block, start, full, bh % HKV, HKV)
+            can_count += tl.sum((slot >= 0).to(tl.int32), 0)
+        wanted = tl.minimum(wanted, can_count)
     if OVERLAP:
         tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
@@ -131,32 +168,47 @@ def select_many_blocks_kernel(
         trial = tl.where(bit == 31, 0, threshold + (1 << tl.minimum(bit, 30)))
         reached = wanted - wanted
         for first in range(begin, full, CHUNK):
-            key = _keys(scores, first + tl.arange(0, CHUNK), start, full, total, FIRST, LAST)
+            block = first + tl.arange(0, CHUNK)
+            key = _keys(scores, block, start, full, total, FIRST, LAST)
+            if POOLED:
+                slot = _slot_of_block(slot_of_page_ptr, pages, block, start, full, bh % HKV, HKV)
+                key = tl.where(slot >= 0, key, -0x7FFFFFFF)
             reached += tl.sum((key >= trial).to(tl.int32), 0)
         threshold = tl.where(reached >= wanted, trial, threshold)
         bit -= 1
     room = wanted
     for first in range(begin, full, CHUNK):
-        key = _keys(scores, first + tl.arange(0, CHUNK), start, full, total, FIRST, LAST)
+        block = first + tl.arange(0, CHUNK)
+        key = _keys(scores, block, start, full, total, FIRST, LAST)
+        if POOLED:
+            slot = _slot_of_block(slot_of_page_ptr, pages, block, start, full, bh % HKV, HKV)
+            key = tl.where(slot >= 0, key, -0x7FFFFFFF)
         room -= tl.sum((key > threshold).to(tl.int32), 0)  # hidden keys are below every threshold of `wanted` keys
     room = tl.maximum(room, 0)  # nothing is wanted, so that there is no threshold
 
-    out = block_indices_ptr + bh.to(tl.int64) * 2 * blocks
+    out = block_indices_ptr + bh.to(tl.int64) * (3 if POOLED else 2) * blocks
     above_before = wanted - wanted
     ties_before = wanted - wanted
     for first in range(begin, full, CHUNK):
         block = first + tl.arange(0, CHUNK)
         there = (block >= start) & (block < full)
-        page = tl.load(page_table_ptr + b.to(tl.int64) * blocks + block, mask=there, other=0)
+        page = tl.load(pages + block, mask=there, other=0)
         key = _keys(scores, block, start, full, total, FIRST, LAST)
-        above = (key > threshold) & there & (wanted > 0)
-        ties = (key == threshold) & there & (wanted > 0)
+        can = there
+        slot = page
+        if POOLED:
+            slot = _slots(slot_of_page_ptr, page, there, bh % HKV, HKV)
+            can = there & (slot >= 0)
+        above = (key > threshold) & can & (wanted > 0)
+        ties = (key == threshold) & can & (wanted > 0)
         tied = ties_before + tl.cumsum(ties.to(tl.int32), 0)
         rank = above_before + tl.cumsum(above.to(tl.int32), 0) + tl.minimum(tied, room)
         chosen = above | (ties & (tied <= room))
         place = tl.where(chosen, rank - 1, wanted + block - start - rank)
         tl.store(out + place, block, mask=there)
         tl.store(out + blocks + place, page, mask=there)
+        if POOLED:
+            tl.store(out + 2 * blocks + place, slot, mask=there & (place < wanted))
         above_before += tl.sum(above.to(tl.int32), 0)
         ties_before += tl.sum(ties.to(tl.int32), 0)
     tl.store(block_counts_ptr + bh * 2, wanted)

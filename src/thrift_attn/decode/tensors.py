@@ -37,14 +37,39 @@ def check_sizes(sequences: int, kv_heads: int, max_blocks: int) -> None:
 
 
 @dataclass(frozen=True, kw_only=True)
+class ResidentTensors:
+    """Which blocks keep the plane of promoted ones, and what decides it (`thrift_attn.reference.residents`).
+
+    A sequence owns slots of that plane; in each of them every KV head holds a block of its own choice. A block is a resident
+    where both directions agree: its page names a slot, and the slot names the block.
+
+    Args:
+        slot_of_page: int32 ``[pages, Hkv]``, the slot of the block in a page, below 0 where there is none.
+        block_of_slot: int32 ``[slots, Hkv]``, the number of the block in a slot in its sequence, below 0 where there is none.
+        past_mass: float32 ``[pages, Hkv]``, the attention that the block in a page has had.
+        slots: int32 ``[B, W]``, contiguous: the slots of each sequence, shared ones first.
+        bounds: int32 ``[B, 3]``, contiguous, of each sequence: its shared slots, all its slots, its shared blocks.
+        quota: int32 ``[NB + 1]``, residents of a sequence by its complete blocks.
+    """
+
+    slot_of_page: Tensor
+    block_of_slot: Tensor
+    past_mass: Tensor
+    slots: Tensor
+    bounds: Tensor
+    quota: Tensor
+
+
+@dataclass(frozen=True, kw_only=True)
 class CacheTensors:
     """All that a paged cache of one layer holds on its device.
 
     Args:
         base: the base plane of all pages, int32 ``[pages, Hkv, plane_size(D, 4).words]``.
         k_block_mean: c_b ``[pages, Hkv, D]``, 16-bit.
-        high: the plane of promoted blocks: int32 residual words ``[pages, Hkv, words]``, or for the 16-bit copy
-            ``[pages, Hkv, 128 * D]`` in the dtype of ``k_block_mean``; None where nothing is promoted.
+        high: the plane of promoted blocks: int32 residual words ``[slots, Hkv, words]``, or for the 16-bit copy
+            ``[slots, Hkv, 128 * D]`` in the dtype of ``k_block_mean``; None where nothing is promoted. Without ``residents``
+            slots are pages.
         tail: ``[2, B, 2, Hkv, 64, D]``, contiguous: K and V of the two newest blocks, block b in tail block b mod 2.
         block0_mean: ``[B, Hkv, D]``, contiguous: mean of K of the first block without its first token.
         sink_value: ``[B, Hkv, D]``, contiguous: V of the first token.
@@ -70,6 +95,7 @@ class CacheTensors:
     overrun: Tensor
     k_channel_scale: Tensor | None = None
     v_head_scale: Tensor | None = None
+    residents: ResidentTensors | None = None
 
     @property
     def kv_heads(self) -> int:
@@ -107,8 +133,11 @@ class DecodeStep:
         overlap: each kernel starts while the one before it ends (programmatic dependent launch).
         bias: float32 ``[B, Hkv, NB, RP]``: logits q.c_b of complete blocks times log2(e), rows (query, group head).
         scores: float32 ``[B, Hkv, NB]``: the largest of them, of complete blocks.
+        first_scores: float32 ``[B, Hkv, NB]``: the largest of those of the first query, which is never a draft; with one query
+            those are ``scores``. Only where the cache has residents.
+        score_lse: float32 ``[B, Hkv, NB / 64]``: log2 of the sum of 2^first_scores over 64 blocks each; likewise.
         block_indices: int32 ``[B, Hkv, 2, NB]``: numbers of the complete blocks that are seen, the promoted ones before the
-            others and each part in order, and their pages.
+            others and each part in order, and their pages; with residents ``[B, Hkv, 3, NB]``, their slots as well.
         block_counts: int32 ``[B, Hkv, 2]``: how many are promoted, and how many are listed.
         partial_out: float32 ``[B, Hkv, splits, RP, D]``.
         partial_lse: float32 ``[B, Hkv, splits, RP]``, base 2, -inf for an empty split.
@@ -129,6 +158,8 @@ class DecodeStep:
     overlap: bool
     bias: Tensor
     scores: Tensor
+    first_scores: Tensor
+    score_lse: Tensor
     block_indices: Tensor
     block_counts: Tensor
     partial_out: Tensor

@@ -207,9 +207,15 @@ class _Sequence:
         wanted = blocks_per_row(numerics.budget, counts, blocks).clamp(min=numerics.min_blocks).minimum(counts)
         if not wanted.any():
             return torch.zeros(len(self.q), *visible.shape, dtype=torch.bool, device=self.q.device), asked
-        if torch.equal(wanted, counts):
-            return visible.expand(len(self.q), -1, -1), asked
-        promoted = promote(self._scores(), visible, wanted, first=numerics.force_first, last=last, own=self.own)
+        can = visible[None]  # [1, R, N]
+        if self.planes.resident is not None:  # [Hkv, R, N]
+            can = can & self.planes.resident[:, None]
+            wanted = wanted.minimum(can.sum(-1))
+        if torch.equal(wanted.expand(can.shape[:2]), can.sum(-1)):
+            promoted = can
+        else:
+            first = numerics.force_first
+            promoted = promote(self._scores(), visible, wanted, first=first, last=last, own=self.own, can=can)
         return promoted.repeat_interleave(len(self.q) // len(promoted), 0), asked
 
     # -- attention ---------------------------------------------------------------------------------------------------

@@ -136,7 +136,14 @@ def asked_share(budget: Budget, visible: Tensor, blocks: int) -> float:
 
 
 def promote(
-    scores: Tensor, visible: Tensor, counts: Tensor, *, first: int = 0, last: int = 0, own: Tensor | None = None
+    scores: Tensor,
+    visible: Tensor,
+    counts: Tensor,
+    *,
+    first: int = 0,
+    last: int = 0,
+    own: Tensor | None = None,
+    can: Tensor | None = None,
 ) -> Tensor:
     """Choose the promoted KV blocks: forced ones first, then the highest scores, ties to the lower index.
 
@@ -150,6 +157,7 @@ def promote(
         last: so many of the other blocks come next, those nearest to the row's own, of two equally near the earlier one.
             Under a causal mask these are the last visible ones.
         own: int64 ``[R]``, the block in which each row's last query sits; by default the last visible one.
+        can: bool ``[H, R, N]``, the visible blocks that can be promoted at all; by default all of them.
 
     Returns:
         bool ``[H, R, N]``, True where the block is promoted.
@@ -163,9 +171,10 @@ def promote(
     rank = distance.argsort(dim=-1, stable=True).argsort(dim=-1, stable=True)
     tier = 1 + (last - rank).clamp(min=0)  # [R, N]: 1 by score, above it the forced near ones
     tier = torch.where(index < first, first - index + last + 1, tier)
-    tier = torch.where(visible, tier, 0)  # 0 hidden
+    can = visible.expand_as(scores) if can is None else can
+    tier = torch.where(can, tier, 0)  # 0 hidden
     by_score = scores.argsort(dim=-1, descending=True, stable=True)
     by_tier = tier.expand_as(scores).gather(-1, by_score).argsort(dim=-1, descending=True, stable=True)
     order = by_score.gather(-1, by_tier)
     chosen = (index < counts[..., None]).expand_as(scores)
-    return torch.zeros_like(chosen).scatter(-1, order, chosen) & visible
+    return torch.zeros_like(chosen).scatter(-1, order, chosen) & can

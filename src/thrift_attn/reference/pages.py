@@ -32,8 +32,9 @@ class Pool(NamedTuple):
         base: int32 ``[pages, Hkv, words]``, codes and scales of K (minus c_b if ``k_block_mean`` is there) and V.
         k_block_mean: c_b ``[pages, Hkv, D]`` in the activation dtype; where the first token of a sequence is exact, its key is
             that of its block, and its V is 0 in all planes.
-        high: int32 residual words ``[pages, Hkv, words]``, or for the ``16bit`` copy ``[pages, Hkv, 128 * D]`` in the
-            activation dtype.
+        high: int32 residual words ``[slots, Hkv, words]``, or for the ``16bit`` copy ``[slots, Hkv, 128 * D]`` in the
+            activation dtype. Where every block keeps it, slots are pages; else each KV head has its own block in a slot
+            (`thrift_attn.reference.residents`).
     """
 
     base: Tensor
@@ -42,22 +43,31 @@ class Pool(NamedTuple):
 
     @classmethod
     def empty(
-        cls, pages: int, kv_heads: int, head_dim: int, high: str, dtype: torch.dtype, device: torch.device
+        cls,
+        pages: int,
+        kv_heads: int,
+        head_dim: int,
+        high: str,
+        dtype: torch.dtype,
+        device: torch.device,
+        slots: int | None = None,
     ) -> Pool:
-        """Planes for ``pages`` pages. The content is zero, so that a word no one wrote is never read as a number."""
+        """Planes for ``pages`` pages and ``slots`` slots, by default as many. The content is zero, so that a word no one
+        wrote is never read as a number."""
+        slots = pages if slots is None else slots
         base = torch.zeros(pages, kv_heads, plane_size(head_dim, 4).words, dtype=torch.int32, device=device)
         k_block_mean = torch.zeros(pages, kv_heads, head_dim, dtype=dtype, device=device)
         if high == "16bit":
             return cls(
-                base, k_block_mean, torch.zeros(pages, kv_heads, 2 * BLOCK * head_dim, dtype=dtype, device=device)
+                base, k_block_mean, torch.zeros(slots, kv_heads, 2 * BLOCK * head_dim, dtype=dtype, device=device)
             )
         words = plane_size(head_dim, RESIDUALS[high].element_bits).words
-        return cls(base, k_block_mean, torch.zeros(pages, kv_heads, words, dtype=torch.int32, device=device))
+        return cls(base, k_block_mean, torch.zeros(slots, kv_heads, words, dtype=torch.int32, device=device))
 
     @property
-    def page_bytes(self) -> int:
-        """Bytes of one page over all KV heads and planes."""
-        return sum(plane[0].numel() * plane.element_size() for plane in self)
+    def page_bytes(self) -> float:
+        """Bytes of one page over all KV heads and planes, its share of the slots included."""
+        return sum(plane.numel() * plane.element_size() for plane in self) / len(self.base)
 
 
 class SequenceTensors(NamedTuple):
@@ -126,6 +136,7 @@ def write_blocks(
     numerics: DecodeNumerics,
     sequence: SequenceTensors | None = None,
     first: bool = False,
+    slots: Tensor | None = None,
 ) -> None:
     """Pack complete KV blocks of one sequence into pages.
 
@@ -139,6 +150,8 @@ def write_blocks(
             scaled, and no block is the first.
         first: whether the first of the blocks is the first of its sequence. Scales are then taken from it, and where the
             first token is exact it becomes the c_b of its block, and its V counts as zero.
+        slots: int64 ``[n, Hkv]``, where the plane of promoted blocks goes for each head, below 0 where it is not kept; by
+            default to the pages.
     """
     k_block_mean, copy_v = block_means(k)[..., 0, :], v  # [n, Hkv, D]
     scales = None if sequence is None else sequence.scales()
@@ -160,10 +173,14 @@ def write_blocks(
     pool.k_block_mean[pages] = k_block_mean
     pool.base[pages], low_k, low_v = _encode(delta, scaled_v, FORMATS[numerics.base_format], numerics.best_scales)
     if numerics.residual is None:
-        pool.high[pages] = pack_copy(k, copy_v)
+        high = pack_copy(k, copy_v)
     else:
-        fmt = RESIDUALS[numerics.residual]
-        pool.high[pages] = _encode(delta - low_k, scaled_v - low_v, fmt, numerics.best_scales)[0]
+        high = _encode(delta - low_k, scaled_v - low_v, RESIDUALS[numerics.residual], numerics.best_scales)[0]
+    if slots is None:
+        pool.high[pages] = high
+    else:
+        block, head = (slots >= 0).nonzero(as_tuple=True)
+        pool.high[slots[block, head], head] = high[block, head]
 
 
 def _decode(plane: Tensor, head_dim: int, fmt: Format) -> tuple[Tensor, Tensor]:
@@ -184,26 +201,41 @@ class Blocks(NamedTuple):
 
 
 def read_blocks(
-    pool: Pool, pages: Tensor, *, numerics: DecodeNumerics, sequence: SequenceTensors | None = None
+    pool: Pool,
+    pages: Tensor,
+    *,
+    numerics: DecodeNumerics,
+    sequence: SequenceTensors | None = None,
+    slots: Tensor | None = None,
 ) -> Blocks:
     """What pages decode to: the base, the base refined by the plane of high precision (c_b included), and c_b.
+
+    Where that plane is not kept, the refined data are those of the base.
 
     Args:
         pool: the planes.
         pages: int64 ``[n]``.
         numerics: how blocks are stored.
         sequence: whose scales are divided out, without the dimension B; None where there are none.
+        slots: int64 ``[n, Hkv]`` as in `write_blocks`.
     """
     head_dim = pool.k_block_mean.shape[-1]
     k_block_mean = pool.k_block_mean[pages].float()
     low_k, low_v = _decode(pool.base[pages], head_dim, FORMATS["nvfp4"])
-    residual = None if numerics.residual is None else _decode(pool.high[pages], head_dim, RESIDUALS[numerics.residual])
+    if slots is None:
+        high, there = pool.high[pages], None
+    else:
+        heads = torch.arange(slots.shape[1], device=slots.device)
+        high, there = pool.high[slots.clamp(min=0), heads], (slots >= 0)[..., None, None]
+    residual = None if numerics.residual is None else _decode(high, head_dim, RESIDUALS[numerics.residual])
     if sequence is not None and (scales := sequence.scales()) is not None:
         low_k, low_v = low_k / scales[0], low_v / scales[1]
         residual = None if residual is None else (residual[0] / scales[0], residual[1] / scales[1])
+    mean = k_block_mean[..., None, :] if numerics.centred else 0
     if residual is None:
-        high_k, high_v = (x.float() for x in unpack_copy(pool.high[pages], head_dim))
+        high_k, high_v = (x.float() for x in unpack_copy(high, head_dim))
     else:
-        mean = k_block_mean[..., None, :] if numerics.centred else 0
         high_k, high_v = mean + (low_k + residual[0]), low_v + residual[1]
+    if there is not None:
+        high_k, high_v = torch.where(there, high_k, mean + low_k), torch.where(there, high_v, low_v)
     return Blocks(low_k, low_v, high_k, high_v, k_block_mean)

@@ -28,6 +28,7 @@ class Planes:
     k_channel_scale: Tensor | None = None  # [Hkv, D], powers of two: K is quantised times it, Q divided by it
     block0_mean: Tensor | None = None  # [Hkv, D], mean of block 0 without token 0, which is then exact wherever it is
     exact_tail: bool = False  # a cache: the incomplete newest block is exact in both planes and outside of the budget
+    resident: Tensor | None = None  # bool [Hkv, N], the blocks that can be promoted; None: all of them
 
 
 def build_planes(k: Tensor, v: Tensor, numerics: PrefillNumerics, q: Tensor | None = None) -> Planes:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from thrift_attn.cache import PagedThriftCache
 from thrift_attn.config import BLOCK
+from thrift_attn.decode.tensors import ResidentTensors
 from thrift_attn.transformers.thrift_cache import ThriftCache
 from thrift_attn.transformers.thrift_layer import ThriftLayer
 from thrift_attn.transformers.versions import cache_keyword
@@ -176,4 +177,4 @@ def _held_by(paged: PagedThriftCache) -> list[Any]:
     mine = list(vars(paged).values())
     holders = [x for x in mine if type(x).__module__.startswith("thrift_attn.cache")]
     parts = mine + [x for holder in holders for x in vars(holder).values()]
-    return [paged, *holders, *(x for x in parts if type(x) is Tensor or isinstance(x, tuple))]
+    return [paged, *holders, *(x for x in parts if type(x) is Tensor or isinstance(x, (tuple, ResidentTensors)))]

@@ -13,7 +13,7 @@ from thrift_attn.cache import PagedThriftCache
 from thrift_attn.cache.changes import Changes
 from thrift_attn.config import BLOCK, DECODE_ROWS, ThriftConfig
 from thrift_attn.dispatch import Served
-from thrift_attn.reference.budget import asked_in_decode, promoted_in_decode
+from thrift_attn.reference.budget import asked_in_decode
 from thrift_attn.stats import Stats
 from thrift_attn.transformers.dense import as_given, attend_counted, autocast_dtype, check_no_gradients, with_sinks
 from thrift_attn.transformers.layer_state import LayerState
@@ -165,8 +165,10 @@ class ThriftLayer(CacheLayerMixin):
         if self._pending is pending:
             self._pending = None
 
-    def _write(self, pending: PendingKV, padding: Padding | None) -> None:
-        """Write new tokens, without their padding, into the pages, unless they are there."""
+    def _write(
+        self, pending: PendingKV, padding: Padding | None, queries: Tensor | None = None, scale: float | None = None
+    ) -> None:
+        """Write new tokens without padding into the pages, unless they are there; queries say which blocks stay refined."""
         if pending.written:
             return
         paged, k, v = self._pages(), pending.k, pending.v
@@ -176,8 +178,9 @@ class ThriftLayer(CacheLayerMixin):
             paged.reserve(new)  # nothing is half done without room
         if padding is not None:
             k, v = (gather(x, padding.left()) for x in (k, v))
+            queries = None if queries is None else gather(queries, padding.left())
         with self.changes:
-            paged.append(k, v, lengths=None if padding is None else new)
+            paged.append(k, v, lengths=None if padding is None else new, queries=queries, scale=scale)
             if not _capturing(k):
                 self.slots += pending.count
                 if padding is not None:
@@ -251,7 +254,7 @@ class ThriftLayer(CacheLayerMixin):
             self.check_room(new)
             paged.reserve(new)
         options |= {"config": self.options.prompts, "backend": backend}
-        k, v = pending.k, pending.v
+        k, v, given = pending.k, pending.v, query
         if padding is not None:
             query = gather(query, padding.right())
             k, v = (gather(x, padding.left()) for x in (k, v))
@@ -260,7 +263,7 @@ class ThriftLayer(CacheLayerMixin):
         if padding is not None or len(set(totals)) > 1:
             options["kv_lengths"] = torch.tensor(totals, device=query.device).clamp(min=1)
         out, stats, served = attend_counted(query, k, v, counted, **options)
-        self._write(pending, padding)
+        self._write(pending, padding, given, options.get("scale"))
         if padding is not None:
             out = gather(out, padding.right().argsort(dim=1))
             out = out.masked_fill(~padding.is_token[:, None, :, None], 0)
@@ -322,7 +325,7 @@ class ThriftLayer(CacheLayerMixin):
         budget, paged = self.options.decode.budget, self.paged
         totals = [paged.tokens(seq) for seq in range(paged.batch)]
         seen = sum(tokens // BLOCK for tokens in totals)
-        promoted = sum(promoted_in_decode(budget, tokens, new_tokens=new_tokens) for tokens in totals)
+        promoted = sum(paged.promoted(seq, new_tokens) for seq in range(paged.batch))
         asked = sum(asked_in_decode(budget, tokens, new_tokens=new_tokens) for tokens in totals)
         return Stats(heads * seen, heads * promoted, heads * asked)
 

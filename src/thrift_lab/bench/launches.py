@@ -75,6 +75,9 @@ def cases(dims: Iterable[int], options_at: int = 128) -> list[Case]:
         ("decode", "4 queries", {}, {"tq": 4}),
         ("decode", "window softcap", {}, windowed),
         ("decode", "paper's form", decode_paper, {}),
+        ("decode", "residuals of a share", {"residual_share": 0.15}, {}),
+        ("decode", "16bit copies of a share", {"residual_share": 0.15, "promoted_storage": "16bit"}, {}),
+        ("decode", "residuals of a share 4 queries", {"residual_share": 0.15}, {"tq": 4}),
     ):
         listed.append(Case(f"{flow} {name} D {options_at}", flow, options_at, options, call))
     return listed

@@ -204,6 +204,45 @@ def decode(
             record.save(json)
 
 
+@app.command()
+def cache(
+    model: Model = "smollm2-135m",
+    text: TextSource = "shakespeare",
+    shares: Annotated[str, typer.Option(help="Shares of blocks that keep a residual, the first to compare with.")] = (
+        "1,0.15,0"
+    ),
+    length: Annotated[int, typer.Option(help="Tokens of the window.")] = 8192,
+    chunk: Annotated[int, typer.Option(help="Tokens at a time.")] = 64,
+    steps: Annotated[int, typer.Option(help="Tokens at its end that are decoded one by one.")] = 256,
+    budget: Promoted = "max(5%, 16)",
+    promoted_storage: Storage = "nested",
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+    json: Annotated[Path | None, typer.Option(help="Write the record here.")] = None,
+) -> None:
+    """The loss on a text that goes through the cache in chunks and token by token, by the share of residuals kept."""
+    with errors():
+        from thrift_attn.config import Budget, ThriftConfig
+        from thrift_lab.eval.nll import chars_needed
+        from thrift_lab.eval.texts import load_text
+        from thrift_lab.eval.through_cache import evaluate
+        from thrift_lab.models import load_model
+
+        config = ThriftConfig.for_cache(budget=Budget.parse(budget), promoted_storage=promoted_storage)
+        console = Console(stderr=True)
+        with shown(console) as (log, _):
+            loaded = load_model(model, device=device, dtype=dtype, log=log)
+            source = load_text(text, chars_needed(length, 1), log)
+            record = evaluate(
+                loaded, source.content, config=config, shares=tuple(float(x) for x in shares.split(",")), length=length,
+                chunk=chunk, steps=steps, text_name=source.name, log=kept(console, log),
+            )  # fmt: skip
+        for line in record.table():
+            print("  ".join(f"{x:>20}" if "to" in x or x == "95%" else f"{x:>14}" for x in line))
+        if json is not None:
+            record.save(json)
+
+
 def _changed(plan: Any, **given: Any) -> Any:
     """Return the plan with what was given on the command line."""
     return replace(plan, **{key: value for key, value in given.items() if value is not None})

@@ -1,0 +1,219 @@
+"""``thrift eval cache``: the loss on a text that goes through the cache, for several shares of blocks that keep a residual.
+
+A prompt in one go attends to K and V just made and says nothing about what a cache stores. So the text goes through the cache
+in chunks, each attending to the pages of those before it, and its last tokens one by one through the decode kernels. All shares
+see the same tokens, and are compared token by token.
+"""
+
+from __future__ import annotations
+
+import time
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from pydantic import BaseModel, Field
+from torch import Tensor
+
+from thrift_attn.config import ThriftConfig
+from thrift_attn.numerics import DecodeNumerics
+from thrift_attn.transformers import ThriftCache, disable, enable
+from thrift_attn.transformers.decode_graph import DecodeGraph
+from thrift_attn.transformers.versions import cache_keyword
+from thrift_lab.console import Log, silent
+from thrift_lab.eval.bootstrap import BOOTSTRAP_BLOCK, Interval, draws, interval
+from thrift_lab.eval.nll import windows_of
+from thrift_lab.models import Loaded
+from thrift_lab.records import Record, make_context
+
+
+class Losses(BaseModel):
+    """One way through the windows.
+
+    Args:
+        share: of the blocks that keep a residual; None for the model without a cache of ours.
+        config: of the cache.
+        ignored: options that have no effect in it.
+        chunks: nats per token, means over 64 tokens each, of what was chunked.
+        steps: likewise of what was decoded token by token.
+        kl: mean divergence of the decoded steps from the model without the cache, in nats.
+        resident_share: share of the blocks of all layers and KV heads that kept their residual at the end.
+        bytes_of_16_bit: bytes of the caches of all layers over those of K and V in 16 bits, everything included.
+        seconds: taken.
+    """
+
+    share: float | None
+    config: dict[str, Any] | None = None
+    ignored: list[str] = Field(default_factory=list)
+    chunks: list[float] = Field(default_factory=list)
+    steps: list[float] = Field(default_factory=list)
+    kl: float | None = None
+    resident_share: float | None = None
+    bytes_of_16_bit: float | None = None
+    seconds: float = 0.0
+
+    @property
+    def all(self) -> list[float]:
+        """Nats per token of all scored tokens, in blocks of 64."""
+        return [*self.chunks, *self.steps]
+
+
+class ThroughCacheRecord(Record):
+    """Losses of one text with several shares of residuals, the first of which the others are compared with."""
+
+    KINDS: ClassVar[tuple[str, ...]] = ("through-cache",)
+
+    kind: str = "through-cache"
+    rows: list[Losses] = Field(default_factory=list)
+
+    def over_first(self, row: Losses, part: str = "all") -> tuple[float, Interval | None]:
+        """Nats per token of a row above the first share, and the 95% interval of that (paired bootstrap over 64 tokens).
+
+        Args:
+            row: of this record.
+            part: ``"all"``, ``"chunks"`` or ``"steps"``.
+        """
+        first = next(x for x in self.rows if x.share is not None)
+        difference = np.array(getattr(row, part)) - np.array(getattr(first, part))
+        return float(difference.mean()), interval(draws(len(difference)) @ difference / len(difference))
+
+    def table(self) -> list[tuple[str, ...]]:
+        """Rows of text, a heading first."""
+        found = [("residuals", "nats", "over the first", "95%", "steps", "95%", "KL", "resident", "of 16 bits")]
+        for row in self.rows:
+            name = "no cache" if row.share is None else f"{row.share:.0%}"
+            line = [name, f"{np.mean(row.all):.4f}"]
+            for part in ("all", "steps"):
+                mean, limits = self.over_first(row, part)
+                line += [f"{mean:+.4f}", "-" if limits is None else f"{limits[0]:+.4f} to {limits[1]:+.4f}"]
+            line.append("-" if row.kl is None else f"{row.kl:.5f}")
+            line += ["-" if x is None else f"{x:.1%}" for x in (row.resident_share, row.bytes_of_16_bit)]
+            found.append(tuple(line))
+        return found
+
+    def to_json(self) -> dict[str, Any]:
+        """Return plain JSON values, the comparison with them."""
+        content = super().to_json()
+        summary = []
+        for row in self.rows:
+            mean, limits = self.over_first(row)
+            summary.append({"share": row.share, "nll": float(np.mean(row.all)), "over_first": mean, "interval": limits})
+        return {"kind": content.pop("kind"), "schema": content.pop("schema"), "summary": summary, **content}
+
+
+def _blocks(losses: Tensor) -> list[float]:
+    """Means over 64 tokens each of losses ``[n]``."""
+    return [float(part.mean()) for part in losses.double().split(BOOTSTRAP_BLOCK)]
+
+
+def _nll(logits: Tensor, ids: Tensor) -> Tensor:
+    """Nats of ``ids`` int64 ``[n]`` under ``logits`` ``[n, V]``."""
+    return torch.nn.functional.cross_entropy(logits.float(), ids, reduction="none")
+
+
+@torch.no_grad()
+def _plain(loaded: Loaded, ids: Tensor, steps: int) -> tuple[Losses, Tensor]:
+    """The model without a cache, and its log-probabilities ``[steps, V]`` at the decoded tokens."""
+    model, start = loaded.model, time.perf_counter()
+    hidden = model.base_model(ids).last_hidden_state[0]
+    head, parts = model.get_output_embeddings(), []
+    for at in range(0, ids.shape[1] - 1, 1024):
+        part = slice(at, min(at + 1024, ids.shape[1] - 1))
+        parts.append(_nll(head(hidden[part]), ids[0, part.start + 1 : part.stop + 1]))
+    losses = torch.cat(parts)
+    first = ids.shape[1] - 1 - steps
+    want = head(hidden[first:-1]).float().log_softmax(-1)
+    row = Losses(share=None, chunks=_blocks(losses[:first]), steps=_blocks(losses[first:]))
+    row.seconds = time.perf_counter() - start
+    return row, want
+
+
+@torch.no_grad()
+def _through(loaded: Loaded, ids: Tensor, config: ThriftConfig, chunk: int, steps: int, want: Tensor) -> Losses:
+    """One window through a cache."""
+    model, start = loaded.model, time.perf_counter()
+    head, first = model.get_output_embeddings(), ids.shape[1] - 1 - steps
+    enable(model)
+    try:
+        cache = ThriftCache(model.config, ids.shape[1], decode=config)
+        options: dict[str, Any] = {cache_keyword(model.base_model): cache, "use_cache": True}
+        parts = []
+        for at in range(0, first, chunk):
+            part = slice(at, min(at + chunk, first))
+            hidden = model.base_model(input_ids=ids[:, part], **options).last_hidden_state[0]
+            parts.append(_nll(head(hidden), ids[0, part.start + 1 : part.stop + 1]))
+        step = DecodeGraph(model, cache)
+        got = torch.cat([step(ids[:, at : at + 1]).clone() for at in range(first, ids.shape[1] - 1)]).float()
+    finally:
+        disable(model)
+    log_p = got.log_softmax(-1)
+    layers = [layer.paged for layer in cache.paged_layers]
+    plain = sum(2 * ids.shape[1] * x.kv_heads * x.head_dim * 2 for x in layers)
+    return Losses(
+        share=config.residual_share,
+        config=config.to_dict(),
+        ignored=list(DecodeNumerics.resolve(config).ignored),
+        chunks=_blocks(torch.cat(parts)),
+        steps=_blocks(_nll(got, ids[0, first + 1 :])),
+        kl=float((want.exp() * (want - log_p)).sum(-1).mean()),
+        resident_share=sum(x.resident_share() for x in layers) / len(layers),
+        bytes_of_16_bit=sum(x.nbytes() for x in layers) / plain,
+        seconds=time.perf_counter() - start,
+    )
+
+
+def evaluate(
+    loaded: Loaded,
+    text: str,
+    *,
+    config: ThriftConfig,
+    shares: tuple[float, ...] = (1.0, 0.15, 0.0),
+    length: int = 8192,
+    chunk: int = 64,
+    steps: int = 256,
+    text_name: str = "",
+    log: Log = silent,
+) -> ThroughCacheRecord:
+    """The first window of a text with every share.
+
+    Args:
+        loaded: model and tokenizer.
+        text: at least ``length`` tokens long.
+        config: of the cache, but for its share of residuals.
+        shares: of the blocks that keep a residual; the others are compared with the first.
+        length: tokens of the window.
+        chunk: tokens at a time.
+        steps: tokens at the end that are decoded one by one.
+        text_name: for the record.
+        log: called with a line of text after each share.
+
+    Raises:
+        ValueError: sizes out of range, no shares, or a text that is too short.
+    """
+    if not shares:
+        raise ValueError("expected at least one share of residuals, got none")
+    if chunk < 1 or not BOOTSTRAP_BLOCK <= steps <= length - 1 - BOOTSTRAP_BLOCK:
+        raise ValueError(
+            f"expected chunk >= 1 and {BOOTSTRAP_BLOCK} <= steps <= length - {1 + BOOTSTRAP_BLOCK}, got chunk {chunk}, "
+            f"steps {steps} and length {length}"
+        )
+    ids = windows_of(loaded.tokenizer, text, length, 1)[:1].to(loaded.model.device)
+    record = ThroughCacheRecord(
+        context=make_context(
+            ("torch", "triton", "transformers"),
+            model=loaded.spec,
+            sha256=loaded.sha256,
+            dtype=str(loaded.model.dtype).removeprefix("torch."),
+            text=text_name,
+            length=length,
+            chunk=chunk,
+            steps=steps,
+        )
+    )
+    plain, want = _plain(loaded, ids, steps)
+    record.rows.append(plain)
+    for share in shares:
+        row = _through(loaded, ids, config.with_(residual_share=share), chunk, steps, want)
+        record.rows.append(row)
+        log(f"{share:.0%} of residuals: {np.mean(row.all):.4f} nats, {row.seconds:.0f} s")
+    return record
