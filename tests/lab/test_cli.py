@@ -15,6 +15,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from rich.console import Console
 from typer.testing import CliRunner, Result
@@ -69,6 +70,16 @@ def test_nll_prints_and_writes(folder: Path, tmp_path: Path) -> None:
     assert "| `paper:budget=0.2` |" in again.output
     assert "nested" not in again.output
     assert thrift("eval", "show", str(record.with_suffix(".npz"))).exit_code == 2
+    of_old = json.loads(record.read_text())
+    of_old["methods"][3]["name"] = of_old["methods"][3]["name"].replace("promoted_storage", "high")
+    with np.load(record.with_suffix(".npz")) as arrays:
+        renamed = {name.replace("promoted_storage", "high"): arrays[name] for name in arrays}
+    np.savez(tmp_path / "old.npz", **renamed)
+    (tmp_path / "old.json").write_text(json.dumps({**of_old, "per_token": "old.npz", "per_token_sha256": None}))
+    again = thrift(
+        "eval", "show", str(tmp_path / "old.json"), "--methods", "thrift:promoted_storage=nested", "--markdown"
+    )
+    assert "high=nested" in again.output  # options of records have the names of their day
 
 
 @pytest.mark.parametrize(
@@ -212,8 +223,11 @@ def test_the_grammar_of_methods_is_listed_and_true() -> None:
         for value in values.split(", ") if usual in values.split(", ") else ():
             more = together.get(value, "") if name in ("base_format", "center") else ""
             assert methods.parse_method(f"thrift:{name}={value},{more}".rstrip(",")).config is not None
-    for kind, about, _ in grammar.kinds()[1]:
-        assert f"| `{kind}` | {about} |" in thrift("eval", "methods", "--markdown").output
+    listed = thrift("eval", "methods", "--markdown").output
+    for kind, about, taken in grammar.kinds()[1]:
+        assert f"| `{kind}` | {about} | {taken} |" in listed
+        if "=" in taken:
+            assert methods.parse_method(f"{kind}:{taken.replace(', ', ',')}").name.startswith(kind)
     assert "thrift eval methods" in " ".join(thrift("eval", "nll", "--help").output.replace("│", " ").split())
 
 

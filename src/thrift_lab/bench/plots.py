@@ -17,8 +17,8 @@ MARKERS = {"thrift": "o", "bf16": "s", "fp8": "D"}
 
 def _title(axes: Any, text: str, record: BenchRecord) -> None:
     machine, versions = record.context["machine"], record.context["versions"]
-    old = f"; {OLDER}" if before_today(record.context["created"]) else ""
-    title(axes, text, f"{machine['gpu']}, torch {versions['torch']}, medians of CUDA graph replays in one run{old}")
+    how = OLDER if before_today(record.context["created"]) else "medians of CUDA graph replays in one run"
+    title(axes, text, f"{machine['gpu']}, torch {versions['torch']}, {how}")
 
 
 def speedup(record: BenchRecord, path: Path) -> None:

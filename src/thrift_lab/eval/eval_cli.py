@@ -149,13 +149,18 @@ def show(
     """Print and draw a record again."""
     with errors():
         from thrift_lab.eval import nll_report
+        from thrift_lab.eval.dated import in_todays_words
         from thrift_lab.eval.methods import parse_methods
         from thrift_lab.eval.run_nll import NLLRecord, is_fp4
 
         result = NLLRecord.load(record)
         wanted = parse_methods(methods) if methods else [row.method for row in result.rows]
-        families = {method.family for method in wanted}
-        kept = [r for r in result.rows if r.method.config is None or is_fp4(r.method) or r.method.family in families]
+        families = {in_todays_words(method.family) for method in wanted}
+        kept = [
+            r
+            for r in result.rows
+            if r.method.config is None or is_fp4(r.method) or in_todays_words(r.method.family) in families
+        ]
         result = result.model_copy(update={"rows": kept})
         if markdown:
             print(nll_report.markdown(result))

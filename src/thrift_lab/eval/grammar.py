@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import fields
+from dataclasses import MISSING, Field, fields
 from typing import Any, get_args, get_type_hints
 
 from thrift_attn.config import ThriftConfig
@@ -14,26 +14,36 @@ GRAMMAR = (
     "fp16,fp4,thrift,thrift:budget=10%,promoted_storage=nested are four methods: a piece with = belongs to the one before it.",
 )
 _BUDGET = "5% or 0.05 (that share of all visible blocks), max(5%, 16) (at least 16 of a row), top_k(8), paper"
-_KEEP = "a share of the prompt's tokens, over 0 and at most 1"
 
 Table = tuple[list[str], list[list[str]]]
 
 
 def kinds() -> Table:
     """Every kind of method: what it is and which options it takes."""
+    every = KINDS["thrift"].options
     body = []
-    every = set(KINDS["thrift"].options)
     for name, kind in KINDS.items():
-        lacking = every - set(kind.options)
-        taken = "all" if not lacking else ", ".join(kind.options) or "none"
-        if lacking and len(lacking) < len(kind.options):
-            taken = f"all but {', '.join(option for option in KINDS['thrift'].options if option in lacking)}"
+        lacking = [option for option in every if option not in kind.options]
+        if isinstance(kind.make, type):  # options of its own, with their defaults
+            defaults = ((option.name, _default(option)) for option in fields(kind.make))
+            taken = ", ".join(f"{option}={value}" for option, value in defaults)
+        elif not lacking:
+            taken = "all"
+        elif len(lacking) < len(kind.options):
+            taken = f"all but {', '.join(lacking)}"
+        else:
+            taken = ", ".join(kind.options) or "none"
         body.append([name, kind.about, taken])
     return ["kind", "what it computes", "options"], body
 
 
+def _default(option: Field[Any]) -> Any:
+    """Return what an option of a dataclass is if it is not given."""
+    return option.default if option.default is not MISSING else option.default_factory()  # pyright: ignore[reportCallIssue]
+
+
 def options() -> Table:
-    """Every option: its values, and what it is in ``thrift`` and ``paper`` if it is not given."""
+    """Every option of ``thrift``: its values, and what it is there and in ``paper`` if it is not given."""
     hints = get_type_hints(ThriftConfig)
     usual = [_values(name) for name in ("thrift", "paper")]
     body = []
@@ -44,7 +54,6 @@ def options() -> Table:
         named = [value for value in get_args(hints[field.name]) if value != "auto"]  # a record names its format
         words = known.get(field.name) or ", ".join(named) or "a whole number of blocks"
         body.append([field.name, words, *(str(row[field.name]) for row in usual)])
-    body.append(["keep", f"{_KEEP} (snapkv)", "-", "-"])
     return ["option", "values", "thrift", "paper"], body
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from thrift_attn.config import ThriftConfig, fraction
-from thrift_lab.eval.dated import older
+from thrift_lab.eval.dated import in_todays_words, older
 from thrift_lab.eval.run_nll import NLLRecord, NLLRow, is_fp4
 from thrift_lab.records import MARK
 from thrift_lab.style import MARKERS, SMALL, SOFT, canvas, colour, legend, save, title
@@ -34,7 +34,7 @@ def families(rows: list[NLLRow]) -> dict[str, list[NLLRow]]:
         if others:
             first = others[0].method
             old = MARK if older(first.name, first.config.to_dict() if first.config else None) else ""
-            named[first.family + old] = sorted(group, key=_share)
+            named[in_todays_words(first.family) + old] = sorted(group, key=_share)
     return named
 
 

@@ -32,7 +32,7 @@ def draw(record: Path, path: Path) -> Path:
     nll = {row["name"]: row["nats"] for row in content["nll"] if row["budget"] == 0.05}
     for y, name in enumerate(reversed(ROWS)):
         values = nll[name]
-        shade = COLOURS["paper"] if "only" in name else COLOURS["thrift"]
+        shade = OTHER[0] if "only" in name else COLOURS["thrift"]
         left.barh(y, sum(values) / len(values), color=shade, height=0.6)
         left.plot(values, [y] * len(values), "k.", markersize=4)
     left.set(yticks=range(len(ROWS)), yticklabels=list(reversed(ROWS)), xlabel="nats above exact attention")
