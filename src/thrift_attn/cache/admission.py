@@ -44,24 +44,21 @@ def admit_blocks(cache: CacheSequences, seq: int, k: Tensor, queries: Tensor | N
     return slots.admit(seq, pages, new, mass)
 
 
-def note_queries(cache: CacheSequences, queries: Tensor, new: list[int], scale: float) -> None:
+def note_queries(cache: CacheSequences, seq: int, queries: Tensor, scale: float) -> None:
     """Let the queries of tokens that are about to be appended count for the complete blocks.
 
     Args:
         cache: before it holds the tokens.
-        queries: ``[B, Hq, T, D]``.
-        new: how many of the T tokens each sequence takes.
+        seq: the sequence.
+        queries: ``[Hq, T, D]``.
         scale: factor of the logits.
     """
-    slots = cache.residual_slots
-    if slots is None:
+    slots, pages = cache.residual_slots, cache.table.pages(seq)
+    if slots is None or not len(pages):
         return
-    for seq, count in enumerate(new):
-        pages, tokens = cache.table.pages(seq), cache.table.tokens(seq)
-        if count and len(pages):
-            means = _scored_means(cache, seq, pages)
-            mass = prompt_mass(slots.mass(pages), queries[seq, :, :count], means, start=tokens, scale=scale)
-            slots.set_mass(seq, pages, mass)
+    means = _scored_means(cache, seq, pages)
+    start = cache.table.tokens(seq)
+    slots.set_mass(seq, pages, prompt_mass(slots.mass(pages), queries, means, start=start, scale=scale))
 
 
 def note_step(cache: CacheSequences, seq: int, q: Tensor, scale: float) -> None:

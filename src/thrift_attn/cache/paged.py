@@ -193,9 +193,11 @@ class PagedThriftCache(CacheSequences):
             self._check_room(wanted)
             with self._changing():
                 self._reserve(wanted)
+                if queries is not None and count <= BLOCK:
+                    for seq, n in enumerate(new):
+                        note_queries(self, seq, queries[seq, :, :n], scale)
+                    queries = None  # a block that a step completes begins without past mass
                 if self.backend == "triton" and count <= BLOCK:
-                    if queries is not None:
-                        note_queries(self, queries, new, scale)
                     counts = None if lengths is None else torch.tensor(new, dtype=torch.int32).to(self.device)
                     self._append_step(k, v, counts)
                     self._note(new)
@@ -247,6 +249,8 @@ class PagedThriftCache(CacheSequences):
                 self.tail[:, seq, block % 2] = blocks[:, block - first]
                 self._tail_blocks[seq][block % 2] = block
             kv = kv[:, :, (complete - first) * BLOCK :]
+        elif queries is not None:
+            note_queries(self, seq, queries, scale)
         if kv.shape[2]:
             at = stop % BLOCK - kv.shape[2]
             self.tail[:, seq, complete % 2, :, at : stop % BLOCK] = kv

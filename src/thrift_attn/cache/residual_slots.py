@@ -59,6 +59,11 @@ class ResidualSlots:
         )
 
     @property
+    def width(self) -> int:
+        """Most slots of one sequence."""
+        return self.tensors.slots.shape[1]
+
+    @property
     def free_slots(self) -> int:
         """Slots that no sequence holds."""
         return len(self._free)
@@ -72,7 +77,7 @@ class ResidualSlots:
     def quota(self, seq: int, blocks: int) -> int:
         """Residents that a sequence of ``blocks`` complete blocks may have of those that it holds alone."""
         shared_slots, _, shared_blocks = self._bounds[seq]
-        return own_quota(self._quota[blocks], shared_slots, blocks - shared_blocks)
+        return own_quota(self._quota[blocks], min(shared_slots, shared_blocks), blocks - shared_blocks)
 
     def most(self, seq: int, blocks: int) -> int:
         """Residents that a sequence of ``blocks`` complete blocks has at most, those included that it shares."""
@@ -84,7 +89,7 @@ class ResidualSlots:
 
     def _missing(self, wanted: list[int]) -> list[int]:
         return [
-            max(0, self._bounds[seq][0] + self.quota(seq, blocks) - len(self._owned[seq]))
+            max(0, min(self.width, self._bounds[seq][0] + self.quota(seq, blocks)) - len(self._owned[seq]))
             for seq, blocks in enumerate(wanted)
         ]
 
@@ -116,10 +121,10 @@ class ResidualSlots:
         slots[seq, : len(owned)] = torch.tensor(owned, dtype=torch.int32).to(slots.device)
         self._bound(seq, self._bounds[seq][0], self._bounds[seq][2])
 
-    def _bound(self, seq: int, shared_slots: int, shared_blocks: int) -> None:
-        """Tell the device what a sequence shares."""
+    def _bound(self, seq: int, shared_slots: int, shared_blocks: int, *, again: bool = False) -> None:
+        """Tell the device what a sequence shares, if it does not know, or again."""
         bounds = [shared_slots, len(self._owned[seq]), shared_blocks]
-        if bounds != self._bounds[seq]:
+        if again or bounds != self._bounds[seq]:
             self.tensors.bounds[seq] = torch.tensor(bounds, dtype=torch.int32).to(self.tensors.bounds.device)
             self._bounds[seq] = bounds
 
@@ -130,11 +135,13 @@ class ResidualSlots:
             blocks: complete blocks of each sequence.
             shared_blocks: how many of the first of them other sequences hold too.
         """
+        again, seen = self._sharing_seen < 0, self._sharing[0]
+        self._sharing_seen = -1  # until the device knows all: an interrupt may come
         for seq, owned in enumerate(self._owned):
             self._note_used(seq, blocks[seq])
             shared = bisect.bisect_left(owned, True, key=lambda slot: self._references[slot] < 2)
-            self._bound(seq, shared, shared_blocks[seq])
-        self._sharing_seen = self._sharing[0]
+            self._bound(seq, shared, shared_blocks[seq], again=again)
+        self._sharing_seen = seen
 
     @property
     def is_current(self) -> bool:
@@ -186,15 +193,14 @@ class ResidualSlots:
             seqs: of the old sequences.
             blocks: complete blocks of the old sequences.
         """
+        shareable = [self._shareable(seq, count) for seq, count in enumerate(blocks)]
         owned = [
-            list(self._owned[seq]) if seq not in seqs[:at] else self._shareable(seq, blocks[seq])
-            for at, seq in enumerate(seqs)
+            list(self._owned[seq]) if seq not in seqs[:at] else list(shareable[seq]) for at, seq in enumerate(seqs)
         ]
-        used = [max(self._used[seq], 0) for seq in seqs]
+        used = [len(shareable[seq]) for seq in seqs]
         for held in owned:
             self._hold(held)
-        for held in self._owned:
-            self._give_back(held)
+        self._give_back_all()
         self._owned, self._used = owned, used
         self._bounds = [[0, 0, 0] for _ in seqs]
         tensors = self.tensors
@@ -218,13 +224,22 @@ class ResidualSlots:
             "_owned": owned,
             "_used": [len(held) for held in owned],
             "_bounds": [list(bounds) for bounds in self._bounds],
-            "_sharing_seen": -1,
+            "_sharing_seen": -1,  # all is new to the device
         }
         other = ResidualSlots.__new__(ResidualSlots)
         other.__dict__.update(mine)
         for seq in range(len(owned)):
             other._write(seq)
         return other
+
+    def check_slots(self, lists: list[list[int]]) -> None:
+        """Raise RuntimeError if `assign` would not find as many slots."""
+        count = 1 + max((number for held in lists for number in held), default=-1)
+        if count > len(self._free):
+            raise RuntimeError(
+                f"the slots of residuals are exhausted: {count} are needed and {len(self._free)} of "
+                f"{len(self._references)} are free; free a sequence, or make the pool or residual_share larger"
+            )
 
     def assign(self, lists: list[list[int]]) -> list[int]:
         """Give empty sequences slots by number; equal numbers become one shared slot.
@@ -235,11 +250,8 @@ class ResidualSlots:
         Raises:
             RuntimeError: the slots are exhausted. Nothing has changed then.
         """
+        self.check_slots(lists)
         count = 1 + max((number for held in lists for number in held), default=-1)
-        if count > len(self._free):
-            raise RuntimeError(
-                f"the slots of residuals are exhausted: {count} are needed and {len(self._free)} are free"
-            )
         given = [self._free.pop() for _ in range(count)]
         self._owned = [[given[number] for number in held] for held in lists]
         self._used = [len(held) for held in self._owned]
@@ -252,10 +264,15 @@ class ResidualSlots:
         """The slots in which the residents of a sequence of so many complete blocks lie."""
         return list(self._shareable(seq, blocks))
 
+    def _give_back_all(self) -> None:
+        """Give back the slots of all sequences, each list once, whatever interrupts it."""
+        given, self._owned = self._owned, []
+        for held in given:
+            self._give_back(held)
+
     def __del__(self, *_: Any) -> None:
         if hasattr(self, "_owned"):  # other books may live on over the same slots
-            for held in self._owned:
-                self._give_back(held)
+            self._give_back_all()
 
     # -- residents -----------------------------------------------------------------------------------------------------
 
@@ -293,11 +310,13 @@ class ResidualSlots:
         tensors, blocks = self.tensors, len(pages)
         shared_slots, granted, shared_blocks = self._bounds[seq]
         old = self.of_pages(pages[: blocks - new])  # [n - new, Hkv]
-        held = torch.nn.functional.pad(old.T >= 0, (0, new))
-        kept = keep(mass, held, new=new, shared=shared_blocks, quota=self.quota(seq, blocks))
         slots = tensors.slots[seq, shared_slots:granted].long()  # [G]
+        held = torch.nn.functional.pad(torch.isin(old, slots).T, (0, new))
+        kept = keep(mass, held, new=new, shared=shared_blocks, quota=self.quota(seq, blocks))
+        # Blocks in slots that others hold too stay; so do their slots when the others are cut.
+        stays = kept[:, : blocks - new] | ((old.T >= 0) & ~held[:, : blocks - new])
         # The slots that no kept block lies in go to the new ones, in order.
-        lies_in = torch.where(kept[:, : blocks - new], old.T, -1)  # [Hkv, n - new]
+        lies_in = torch.where(stays, old.T, -1)  # [Hkv, n - new]
         taken = torch.zeros(len(kept), len(tensors.block_of_slot) + 1, dtype=torch.bool, device=pages.device)
         taken.scatter_(1, lies_in + 1, True)
         empty = ~taken[:, slots + 1]  # [Hkv, G]
@@ -322,15 +341,19 @@ class ResidualSlots:
             high: the plane of promoted blocks ``[slots, Hkv, ...]``.
         """
         blocks = len(pages)
+        if not blocks:
+            self.release(seq)
+            return
         shared_slots, granted, shared_blocks = self._bounds[seq]
         room = self.quota(seq, blocks)
         if granted - shared_slots <= room:
             return
         tensors, slots = self.tensors, self.of_pages(pages).T  # [Hkv, n]
-        kept = keep(self.mass(pages), slots >= 0, new=0, shared=shared_blocks, quota=room, shrink=True)
-        kept[:, :shared_blocks] = False
-        tensors.slot_of_page[pages[shared_blocks:]] = -1
-        if room and blocks:
+        own = torch.isin(slots, tensors.slots[seq, shared_slots:granted].long())
+        kept = keep(self.mass(pages), own, new=0, shared=shared_blocks, quota=room, shrink=True)
+        stays = torch.where(own, -1, slots).T.int()  # in slots that others hold too
+        tensors.slot_of_page[pages[shared_blocks:]] = stays[shared_blocks:]
+        if room:
             order = kept.int().argsort(dim=1, descending=True, stable=True)[:, :room]  # [Hkv, room] blocks
             there = kept.gather(1, order)
             heads = torch.arange(len(kept), device=pages.device)

@@ -287,8 +287,9 @@ class CacheSequences:
             other._tail_blocks = [list(held) for held in self._tail_blocks]
             if self.residual_slots is not None:
                 other.residual_slots = self.residual_slots.branch(self._complete())
-                self._share_slots()
-                other._share_slots()
+                for each in (self, other):
+                    with each._changing():
+                        each._share_slots()
             return other
 
     def _read(self, seq: int, pages: Tensor, first: int) -> Blocks:

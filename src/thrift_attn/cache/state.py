@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import torch
 from torch import Tensor
 
@@ -70,15 +72,22 @@ def load_state_dict(cache: PagedThriftCache, saved: dict[str, Tensor]) -> None:
         cache._changes.check()
         _check_state_dict(cache, saved)
         with cache._changing():
+            for seq in range(cache.batch):
+                cache._empty(seq)  # pages reserved but not written
+        if cache.residual_slots is not None:
+            cache.residual_slots.check_slots(_lists(saved["residual_slots"]))
+        with cache._changing():
             _load(cache, saved)
+
+
+def _lists(numbers: Tensor) -> list[list[int]]:
+    """Numbers of pages or slots of each sequence, of a tensor ``[B, W]`` that is filled up with -1."""
+    return [[number for number in row if number >= 0] for row in numbers.tolist()]
 
 
 def _load(cache: PagedThriftCache, saved: dict[str, Tensor]) -> None:
     """Write what was saved, and checked, into an empty cache."""
-    for seq in range(cache.batch):
-        cache._empty(seq)  # pages reserved but not written
-    tokens = saved["tokens"].tolist()
-    held = [[number for number in numbers if number >= 0] for numbers in saved["blocks"].tolist()]
+    tokens, held = saved["tokens"].tolist(), _lists(saved["blocks"])
     given = torch.tensor(cache.table.assign(held, tokens), dtype=torch.int64, device=cache.device)
     cache.pool.base[given] = saved["base"].to(cache.device)
     cache.pool.k_block_mean[given] = saved["k_block_mean"].to(cache.device)
@@ -101,8 +110,7 @@ def _load_residents(cache: PagedThriftCache, saved: dict[str, Tensor], pages: Te
     """Write the plane of promoted blocks into slots of an empty cache, and which blocks of which pages they hold."""
     slots = cache.residual_slots
     assert slots is not None
-    lists = [[number for number in numbers if number >= 0] for numbers in saved["residual_slots"].tolist()]
-    given = torch.tensor(slots.assign(lists), dtype=torch.int64, device=cache.device)
+    given = torch.tensor(slots.assign(_lists(saved["residual_slots"])), dtype=torch.int64, device=cache.device)
     cache.pool.high[given] = saved["high"].to(cache.device)
     number = saved["slot_of_page"].to(cache.device)
     slot = torch.nn.functional.pad(given, (0, 1), value=-1)[number]  # [n, Hkv]; no slot is the last entry
@@ -167,8 +175,6 @@ def _check_state_dict(cache: PagedThriftCache, saved: dict[str, Tensor]) -> None
     for name in ("k_channel_scale", "v_head_scale"):
         if name in names and not is_power_of_two(saved[name]).all():
             raise ValueError(f"{name} must hold powers of two from 2^-{LARGEST:g} to 2^{LARGEST:g}")
-    if cache.residual_slots is not None:
-        _check_residents(saved)
     for seq, (count, held, tail_blocks) in enumerate(
         zip(tokens, saved["blocks"].tolist(), saved["tail_blocks"].tolist(), strict=True)
     ):
@@ -178,23 +184,41 @@ def _check_state_dict(cache: PagedThriftCache, saved: dict[str, Tensor]) -> None
         fits = all(b == -1 or (b % 2 == at and 0 <= b * BLOCK < count) for at, b in enumerate(tail_blocks))
         if not fits or (count % BLOCK and tail_blocks[whole % 2] != whole):
             raise ValueError(f"sequence {seq} of {count} tokens cannot have the blocks {tail_blocks} in 16 bits")
+    if cache.residual_slots is not None:
+        _check_residents(saved, cache.residual_slots.width)
 
 
-def _check_residents(saved: dict[str, Tensor]) -> None:
-    """Raise ValueError unless every resident lies in a slot of all sequences that hold its page, and no two in one."""
+def _check_residents(saved: dict[str, Tensor], width: int) -> None:
+    """Raise ValueError unless every resident lies in a slot of all sequences that hold its page, and no two in one.
+
+    Args:
+        saved: what else was checked.
+        width: most slots of a sequence.
+    """
     count, numbers, mass = len(saved["high"]), saved["slot_of_page"].cpu(), saved["past_mass"]
     if bool(((numbers < -1) | (numbers >= count)).any()):
         raise ValueError(f"slot_of_page must hold numbers of the {count} saved slots or -1")
     if not bool(((mass >= 0) & mass.isfinite()).all()):
         raise ValueError("past_mass must hold finite numbers of at least 0")
-    for seq, (held, blocks) in enumerate(zip(saved["residual_slots"].tolist(), saved["blocks"].tolist(), strict=True)):
+    before: dict[int, int] = {}  # the slot before each: sequences share the first of their lists
+    number_of: dict[int, int] = {}  # of the block in a page
+    for seq, (held, blocks) in enumerate(zip(saved["residual_slots"].tolist(), _lists(saved["blocks"]), strict=True)):
         own = [number for number in held if number >= 0]
-        if held[: len(own)] != own or len(set(own)) != len(own) or any(number >= count for number in own):
-            raise ValueError(f"sequence {seq} cannot have the slots {held} of {count}")
-        pages = torch.tensor([page for page in blocks if page >= 0], dtype=torch.int64)
-        for head, lie in enumerate(numbers[pages].T.tolist()):
-            used = [number for number in lie if number >= 0]
-            if len(set(used)) != len(used) or not set(used) <= set(own):
+        fits = held[: len(own)] == own and len(set(own)) == len(own) <= width and all(number < count for number in own)
+        if not fits or any(before.setdefault(slot, last) != last for last, slot in pairwise([-1, *own])):
+            raise ValueError(f"sequence {seq} cannot have the slots {held} of {count}, at most {width}")
+        if any(number_of.setdefault(page, number) != number for number, page in enumerate(blocks)):
+            raise ValueError(
+                f"sequence {seq} cannot have the blocks {blocks}: a page is the same block of all sequences"
+            )
+        for head, lie in enumerate(numbers[torch.tensor(blocks, dtype=torch.int64)].T.tolist()):
+            if not {number for number in lie if number >= 0} <= set(own):
                 raise ValueError(
-                    f"head {head} of sequence {seq} cannot have residents in the slots {used}, it has {own}"
+                    f"head {head} of sequence {seq} cannot have residents in the slots {lie}, it has {own}"
                 )
+    if len(before) != count:
+        raise ValueError(f"of {count} saved slots sequences have {len(before)}")
+    for head, lie in enumerate(numbers.T.tolist()):
+        used = [number for number in lie if number >= 0]
+        if len(set(used)) != len(used):
+            raise ValueError(f"head {head} cannot have two blocks in one of the slots {used}")

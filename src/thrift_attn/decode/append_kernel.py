@@ -27,7 +27,8 @@ def _take_slots(
     granted = tl.load(bounds_ptr + b * 3 + 1)
     shared_blocks = tl.load(bounds_ptr + b * 3 + 2)
     quota = tl.load(quota_ptr + entry + 1)
-    quota = tl.maximum(quota - shared_slots, tl.minimum(quota, tl.minimum(entry + 1 - shared_blocks, _OWN)))
+    shared = tl.minimum(shared_slots, shared_blocks)
+    quota = tl.maximum(quota - shared, tl.minimum(quota, tl.minimum(entry + 1 - shared_blocks, _OWN)))
     held = tl.zeros([HP], tl.int32)
     empty = tl.full([HP], 0x7FFFFFFF, tl.int32)  # the first own slot without a resident
     least = tl.full([HP], _NONE, tl.int64)  # mass and number of the resident that would be given up

@@ -64,6 +64,7 @@ def slots_of_pool(quota: Tensor, pages: int, batch: int) -> int:
         pages: in the pool.
         batch: sequences.
     """
+    quota = quota[: pages + 1]  # no sequence has more blocks than there are pages
     most = len(quota) - 1
     if not most or not int(quota[-1]):
         return 1 if most else 0  # a plane has at least one slot
@@ -72,15 +73,15 @@ def slots_of_pool(quota: Tensor, pages: int, batch: int) -> int:
     return min(pages, math.ceil(share * pages) + (batch - 1) * whole + 2 * OWN * batch)
 
 
-def own_quota(quota: int, shared_slots: int, own_blocks: int) -> int:
+def own_quota(quota: int, shared: int, own_blocks: int) -> int:
     """Residents that a sequence may have of the blocks that it alone holds.
 
     Args:
         quota: of the whole sequence.
-        shared_slots: slots whose residents other sequences share.
+        shared: residents that it has at most of those that others hold too: as many as it shares slots, or blocks.
         own_blocks: complete blocks that no other sequence holds.
     """
-    return max(quota - shared_slots, min(quota, own_blocks, OWN))
+    return max(quota - shared, min(quota, own_blocks, OWN))
 
 
 def fade(queries: int | Tensor) -> float | Tensor:
