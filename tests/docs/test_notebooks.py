@@ -38,8 +38,8 @@ def test_where_the_error_is(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("THRIFT_MIRROR", "pypi")
     said, names = run("where_the_error_is", f"MODEL, TOKENS, LAYER = {str(small_model())!r}, 512, 6")
     assert names["mean"] > 0.2  # far more than an even spread
-    assert names["chosen"].shape == (8, 8)
-    assert 0 < int(names["chosen"].sum()) < 36
+    assert names["chosen"].shape == (9, 8, 8)
+    assert 0 < int(names["chosen"][0].sum()) < 36
     errors = list(names["errors"].values())
     assert errors[0] > errors[1] > errors[2] > errors[3]
     assert errors[3] < 1e-4  # 8 blocks are within the floor
