@@ -20,7 +20,7 @@ from thrift_lab.assets import MIRROR, MODELS, cache_dir, mirror, retrieve, why_n
 from thrift_lab.console import FetchError, Log, silent
 from thrift_lab.extras import need
 
-FORMS = f"a name ({', '.join(MODELS)}), a local folder, a .gguf file, or a hub id such as OWNER/NAME"
+FORMS = f"a name ({', '.join(MODELS)}), a local folder, a .gguf file, or a hub id such as OWNER/NAME[@COMMIT]"
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 _DECODED = "decoded"
@@ -63,13 +63,16 @@ def load_model(spec: str, *, device: str = "auto", dtype: str = "auto", log: Log
     if dtype not in DTYPES:
         raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
     source, sha256 = _resolve(spec, log)
+    pin: dict[str, str] = {}
+    if not Path(source).is_dir() and "@" in source:
+        source, _, pin["revision"] = source.partition("@")
     local = Path(source).is_dir() or _only_here(source, spec, log)
     log(f"loading {spec}")
     with _quiet(transformers), _explained(spec):
-        config = transformers.AutoConfig.from_pretrained(source, local_files_only=local)
+        config = transformers.AutoConfig.from_pretrained(source, local_files_only=local, **pin)
         chosen = _dtype(dtype, target, config)
-        tokenizer = transformers.AutoTokenizer.from_pretrained(source, local_files_only=local)
-        model = transformers.AutoModelForCausalLM.from_pretrained(source, dtype=chosen, local_files_only=local)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(source, local_files_only=local, **pin)
+        model = transformers.AutoModelForCausalLM.from_pretrained(source, dtype=chosen, local_files_only=local, **pin)
     return Loaded(spec, model.eval().to(target), tokenizer, sha256)
 
 
@@ -136,7 +139,7 @@ def _resolve(spec: str, log: Log) -> tuple[str, str | None]:
             raise ValueError(f"model file {spec!r} is not a .gguf file: expected {FORMS}")
         sha256 = sha256_of(path)
         return str(_decode(path, sha256, log)), sha256
-    if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", spec) or spec.startswith(".") or spec.endswith(".gguf"):
+    if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?(@[0-9a-f]{40})?", spec) or spec.startswith(".") or spec.endswith(".gguf"):
         raise FileNotFoundError(f"no model {spec!r}: expected {FORMS}")
     return spec, None
 

@@ -208,7 +208,8 @@ def test_hub_datasets(monkeypatch: pytest.MonkeyPatch) -> None:
         load_text("pg19", 6)
     monkeypatch.setattr(texts, "why_no_hub", lambda: None)
     assert load_text("pg19", 6).content == "one\n\n\ntwo"
-    assert Hub.asked == ("emozilla/pg19", {"split": "test", "streaming": True})
+    pin = {"revision": "c021754c8e01c5b1cc83a1f549c1f97fbbb756b8"}
+    assert Hub.asked == ("emozilla/pg19", {"split": "test", "streaming": True, **pin})
     assert load_text("hub:a/b:train:text", 100).content == "one\n\n\ntwo\n\n\nthree"
     assert Hub.asked == ("a/b", {"split": "train", "streaming": True})
     with pytest.raises(ValueError, match="has no column 'body'"):

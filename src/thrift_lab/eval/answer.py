@@ -64,7 +64,11 @@ def answer(model: Any, method: Method, prompt: list[int], gold: list[int], max_n
         raise ValueError(f"prompt and right answer must have tokens, got {len(prompt)} and {len(gold)}")
     from transformers import DynamicCache
 
-    cache = DynamicCache()  # plain layers, sliding ones too, so that tokens can be taken back
+    cache: Any = DynamicCache()  # plain layers, sliding ones too, so that tokens can be taken back
+    if method.cached and method.config is not None:
+        from thrift_attn.transformers import ThriftCache
+
+        cache = ThriftCache(model.config, max_tokens=len(prompt) + max(max_new, len(gold)) + 1, decode=method.config)
     with torch.inference_mode(), applied(model, method):
         ids = torch.tensor([prompt], device=model.device)
         wait(ids)

@@ -35,7 +35,10 @@ def applied(model: Any, method: Method) -> Iterator[None]:
         return
     from thrift_attn import transformers as integration
 
-    integration.enable(model, method.config, stats=True)
+    if method.cached:
+        integration.enable(model, stats=True)  # the cache says what is computed
+    else:
+        integration.enable(model, method.config, stats=True)
     try:
         yield
     finally:

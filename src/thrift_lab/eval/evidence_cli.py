@@ -1,24 +1,32 @@
-"""``thrift eval frontier``, ``kinds`` and ``power``: commands beside those of `thrift_lab.eval.eval_cli`."""
+"""``thrift eval frontier``, ``kinds``, ``texts`` and ``power``: commands beside those of `thrift_lab.eval.eval_cli`."""
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Annotated
 
 import typer
+from rich.console import Console
 
-from thrift_lab.console import errors
+from thrift_lab.console import Device, Dtype, Model, errors, numbers, shown, words
+
+KINDS_METHODS = "fp16,fp4,thrift"
+LENGTHS, TASKS = ["8192"], ["ruler"]
+POWER_METHODS = "fp16,thrift,thrift:budget=2%,cache"
+
+Runs = Annotated[list[Path], typer.Argument(help="Folders of `thrift eval suite`, or records of `thrift eval nll`.")]
+Output = Annotated[Path, typer.Option("--output", "-o", help="Folder of the run; an unfinished one goes on.")]
 
 
 def register(app: typer.Typer) -> None:
     """Add the commands to ``thrift eval``."""
-    app.command()(frontier)
+    for command in (frontier, texts, kinds, power):
+        app.command()(command)
 
 
 def frontier(
-    runs: Annotated[
-        list[Path], typer.Argument(help="Folders of `thrift eval suite`, or records of `thrift eval nll`.")
-    ],
+    runs: Runs,
     out: Annotated[Path, typer.Option("--out", "-o", help="The chart.")] = Path("frontier.png"),
     markdown: Annotated[Path | None, typer.Option(help="Write the tables here.")] = None,
 ) -> None:
@@ -26,11 +34,103 @@ def frontier(
     with errors():
         from thrift_lab.eval import frontier as chart
         from thrift_lab.eval.runs import load_runs
-        from thrift_lab.provenance import write_files
 
         loaded = load_runs(runs)
-        text = "\n".join(chart.markdown(run, chart.points_of(run)) for run in loaded)
-        print(text, end="")
-        if markdown is not None:
-            write_files({markdown: text.encode()})
+        _tell("\n".join(chart.markdown(run, chart.points_of(run)) for run in loaded), markdown)
         print(f"wrote {chart.draw(loaded, out)}")
+
+
+def texts(
+    folder: Annotated[Path, typer.Argument(help="Made if need be; one file for each text.")],
+    only: Annotated[list[str] | None, typer.Option(help="Specs such as handbook:ja-JP, source, made:logs.")] = None,
+) -> None:
+    """Write the languages and kinds of text as files, for a machine without a network."""
+    with errors():
+        from thrift_lab.eval.kinds import KINDS, write
+
+        for path in write(folder, tuple(words(only)) or KINDS, lambda line: print(line, file=sys.stderr)):
+            print(f"wrote {path}")
+
+
+def kinds(
+    output: Output,
+    model: Model = "smollm2-135m",
+    texts: Annotated[
+        list[str] | None, typer.Option(help="Specs or files; all languages and kinds if not given.")
+    ] = None,
+    lengths: Annotated[list[str], typer.Option(help="Tokens of a window.")] = LENGTHS,
+    methods: Annotated[
+        str, typer.Option(help="See `thrift eval nll`; the last is what the table is about.")
+    ] = KINDS_METHODS,
+    windows: Annotated[int, typer.Option(help="Of each text and length.")] = 1,
+    concentration: Annotated[
+        int, typer.Option(help="Tokens for error concentration on every text; 0 for none.")
+    ] = 2048,
+    markdown: Annotated[Path | None, typer.Option(help="Write the table here.")] = None,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+) -> None:
+    """Loss, recovery and error concentration by language and kind of text; started again it goes on where it stopped."""
+    with errors():
+        from thrift_lab.eval import evidence
+        from thrift_lab.eval.kinds import KINDS
+        from thrift_lab.eval.methods import parse_methods
+        from thrift_lab.eval.suite import run
+        from thrift_lab.eval.suite_folder import Folder, SuitePlan
+
+        plan = SuitePlan(
+            model=model, methods=methods, texts=tuple(words(texts)) or KINDS, nll_lengths=numbers(lengths), windows=windows,
+            concentration=concentration, concentrate_all=True,
+        )  # fmt: skip
+        with shown(Console(file=sys.stderr)) as (log, progress):
+            run(plan, output, device=device, dtype=dtype, log=log, progress=progress)
+        _tell(evidence.kinds_table(Folder(output).records(), parse_methods(methods)[-1].name), markdown)
+
+
+def power(
+    output: Output,
+    model: Model = "smollm2-135m",
+    methods: Annotated[str, typer.Option(help="`cache` answers through the paged cache.")] = POWER_METHODS,
+    tasks: Annotated[list[str], typer.Option(help="Names or families.")] = TASKS,
+    lengths: Annotated[list[str], typer.Option(help="Most tokens of a sample.")] = LENGTHS,
+    samples: Annotated[int, typer.Option(help="Of each task and length.")] = 100,
+    only_telling: Annotated[
+        Path | None, typer.Option(help="A run of `power`: only tasks that exact attention scored 20 to 95% on there.")
+    ] = None,
+    data: Annotated[str | None, typer.Option(help="Folder with the published files, or standin.")] = None,
+    text: Annotated[str, typer.Option(help="RULER's haystack.")] = "shakespeare",
+    chat: Annotated[bool, typer.Option(help="Use the tokenizer's chat template.")] = False,
+    markdown: Annotated[Path | None, typer.Option(help="Write the table here.")] = None,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+) -> None:
+    """Tasks with enough samples: paired differences to exact attention, which answers once, with corrected intervals.
+
+    Started again it goes on where it stopped.
+    """
+    with errors():
+        from thrift_lab.eval import evidence
+        from thrift_lab.eval.suite import run
+        from thrift_lab.eval.suite_folder import Folder, SuitePlan
+
+        names = ",".join(words(tasks))
+        if only_telling is not None:
+            names = ",".join(evidence.between(Folder(only_telling).records()))
+            if not names:
+                raise ValueError(f"no task of {only_telling} is scored 20 to 95% by exact attention")
+        plan = SuitePlan(
+            model=model, methods=methods, texts=(text,), tasks=names, lengths=numbers(lengths), samples=samples, chat=chat,
+            data=data,
+        )  # fmt: skip
+        with shown(Console(file=sys.stderr)) as (log, progress):
+            run(plan, output, device=device, dtype=dtype, log=log, progress=progress)
+        _tell(evidence.power_table(Folder(output).records()), markdown)
+
+
+def _tell(text: str, path: Path | None) -> None:
+    """Print a table, and write it where it is asked for."""
+    from thrift_lab.provenance import write_files
+
+    print(text, end="")
+    if path is not None:
+        write_files({path: text.encode()})

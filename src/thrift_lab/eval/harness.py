@@ -33,7 +33,7 @@ def evaluate(loaded: Loaded, method: Method, tasks: Sequence[str], *, limit: int
     """
     harness = need("lm_eval", "harness")
     wrapper = need("lm_eval.models.huggingface", "harness")
-    if method.evict is not None:
+    if method.evict is not None or method.cached:
         raise NotImplementedError(
             f"method {method.name!r} needs prompt and answer apart; the harness does not tell them"
         )

@@ -35,8 +35,19 @@ _SPARSE = ("budget", "force_first", "force_last")
 
 
 @dataclass(frozen=True)
+class Cached:
+    """Answers through `thrift_attn.transformers.ThriftCache`: pages hold the prompt, decode promotes from them.
+
+    Args:
+        config: of the cache.
+    """
+
+    config: ThriftConfig
+
+
+@dataclass(frozen=True)
 class _Kind:
-    make: Callable[..., ThriftConfig | Eviction | Rival | None]
+    make: Callable[..., ThriftConfig | Eviction | Rival | Cached | None]
     options: tuple[str, ...]
     about: str
 
@@ -59,6 +70,11 @@ KINDS: dict[str, _Kind] = {
         lambda **o: ThriftConfig.sparse("oracle", **o), _SPARSE, "drops blocks by their true mass (an oracle)"
     ),
     "local": _Kind(lambda **o: ThriftConfig.sparse("local", **o), _SPARSE, "drops all but the nearest blocks"),
+    "cache": _Kind(
+        lambda **options: Cached(ThriftConfig.for_cache(**{"budget": fraction(0.05), **options})),
+        tuple(option for option in _OPTIONS if option not in ("compute", "normalize")),
+        "this package's cache: pages of two precisions, 5% of the blocks (for answers only)",
+    ),
     "snapkv": _Kind(
         Eviction, ("keep",), "forgets the tokens of the prompt that its end did not look at (for answers only)"
     ),
@@ -78,12 +94,14 @@ class Method:
         config: of thrift attention; None for the model's own.
         evict: what becomes of the cache between prompt and answer.
         rival: somebody else's attention in place of the model's.
+        cached: whether answers go through the paged cache; the prompt then too.
     """
 
     name: str
     config: ThriftConfig | None
     evict: Eviction | None = None
     rival: Rival | None = None
+    cached: bool = False
 
     @property
     def plain(self) -> bool:
@@ -106,7 +124,8 @@ def described(method: Method) -> dict[str, Any] | None:
         options = {option.name: getattr(method.rival, option.name) for option in fields(method.rival)}
         plain = {key: str(value) if isinstance(value, Budget) else value for key, value in options.items()}
         return {"rival": name_of(method.rival), **plain}
-    return method.config.to_dict() if method.config else None
+    options = method.config.to_dict() if method.config else None
+    return {**options, "cached": True} if options is not None and method.cached else options
 
 
 def from_description(name: str, options: dict[str, Any] | None) -> Method:
@@ -118,7 +137,10 @@ def from_description(name: str, options: dict[str, Any] | None) -> Method:
             key: Budget.parse(value) if key == "budget" else value for key, value in options.items() if key != "rival"
         }
         return Method(name, None, rival=RIVALS[options["rival"]][0](**given))
-    return Method(name, config_of(options) if options else None)
+    if options is None:
+        return Method(name, None)
+    plain = {key: value for key, value in options.items() if key != "cached"}
+    return Method(name, config_of(plain), cached="cached" in options)
 
 
 def ignored_options(method: Method) -> list[str]:
@@ -170,6 +192,8 @@ def parse_method(spec: str) -> Method:
     except (ValueError, TypeError) as error:
         raise ValueError(f"method {spec!r}: {error}") from error
     name = kind + (":" + ",".join(f"{key}={value}" for key, value in options.items()) if options else "")
+    if isinstance(made, Cached):
+        return Method(name, made.config, cached=True)
     if isinstance(made, Rival):
         return Method(name, None, rival=made)
     return Method(name, None, made) if isinstance(made, Eviction) else Method(name, made)
@@ -198,7 +222,7 @@ def check_distinct(methods: Iterable[Method]) -> None:
     """Raise ValueError when two methods compute the same thing."""
     seen: dict[Any, str] = {}
     for method in methods:
-        computed = (method.config, method.evict, method.rival)
+        computed = (method.config, method.evict, method.rival, method.cached)
         if computed in seen:
             raise ValueError(f"methods {seen[computed]!r} and {method.name!r} are the same computation; give one")
         seen[computed] = method.name
@@ -210,7 +234,7 @@ def sweep(methods: list[Method], budgets: list[Budget]) -> list[Method]:
     Budgets that repeat what is already in the list are left out.
     """
     rows = list(methods)
-    seen = {method.config for method in methods}
+    seen = {(method.config, method.cached) for method in methods}
     for method in methods:
         kind = method.name.partition(":")[0]
         if method.config is None or "budget" not in KINDS[kind].options or "budget=" in method.name:
@@ -219,8 +243,8 @@ def sweep(methods: list[Method], budgets: list[Budget]) -> list[Method]:
             if method.config.base_format == "drop" and budget.value == 0 and budget.kind in ("fraction", "top_k"):
                 continue  # dropping every block leaves nothing to attend to
             config = method.config.with_(budget=budget)
-            if config not in seen:
-                seen.add(config)
+            if (config, method.cached) not in seen:
+                seen.add((config, method.cached))
                 mark = "," if ":" in method.name else ":"
                 rows.append(replace(method, name=f"{method.name}{mark}budget={budget}", config=config))
     return rows

