@@ -16,6 +16,7 @@ try:
     from thrift_lab.console import Device, Dtype, Model, Promoted, Storage, errors, hush, logging_to, shown
     from thrift_lab.eval.eval_cli import METHODS, run_nll, table_console
     from thrift_lab.eval.eval_cli import app as evals
+    from thrift_lab.eval.reproduce_cli import app as reproduce
     from thrift_lab.extras import missing
 except ImportError as error:
     raise SystemExit(f"the thrift command needs {error.name}: pip install 'thrift-attn[eval]'") from error
@@ -25,6 +26,7 @@ except ImportError as error:
 app = typer.Typer(no_args_is_help=True, add_completion=False, help="Long-context attention on a 4-bit budget.")
 app.add_typer(evals, name="eval")
 app.add_typer(bench, name="bench")
+app.registered_commands += reproduce.registered_commands
 
 BUDGETS = ["0", "0.15"]
 

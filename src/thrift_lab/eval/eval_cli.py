@@ -29,7 +29,7 @@ from thrift_lab.eval import evidence_cli
 app = typer.Typer(
     no_args_is_help=True, add_completion=False, help="Measure what a method costs on a real model and text."
 )
-evidence_cli.register(app)
+app.registered_commands += evidence_cli.app.registered_commands
 
 METHODS = "fp16,fp4,paper,thrift"
 Methods = Annotated[

@@ -19,12 +19,11 @@ Runs = Annotated[list[Path], typer.Argument(help="Folders of `thrift eval suite`
 Output = Annotated[Path, typer.Option("--output", "-o", help="Folder of the run; an unfinished one goes on.")]
 
 
-def register(app: typer.Typer) -> None:
-    """Add the commands to ``thrift eval``."""
-    for command in (frontier, texts, kinds, power):
-        app.command()(command)
+app = typer.Typer()
+"""Its commands are those of ``thrift eval``, which takes them in."""
 
 
+@app.command()
 def frontier(
     runs: Runs,
     out: Annotated[Path, typer.Option("--out", "-o", help="The chart.")] = Path("frontier.png"),
@@ -40,6 +39,7 @@ def frontier(
         print(f"wrote {chart.draw(loaded, out)}")
 
 
+@app.command()
 def texts(
     folder: Annotated[Path, typer.Argument(help="Made if need be; one file for each text.")],
     only: Annotated[list[str] | None, typer.Option(help="Specs such as handbook:ja-JP, source, made:logs.")] = None,
@@ -52,6 +52,7 @@ def texts(
             print(f"wrote {path}")
 
 
+@app.command()
 def kinds(
     output: Output,
     model: Model = "smollm2-135m",
@@ -87,6 +88,7 @@ def kinds(
         _tell(evidence.kinds_table(Folder(output).records(), parse_methods(methods)[-1].name), markdown)
 
 
+@app.command()
 def power(
     output: Output,
     model: Model = "smollm2-135m",
