@@ -79,7 +79,9 @@ class ThroughCacheRecord(Record):
 
     def table(self) -> list[tuple[str, ...]]:
         """Rows of text, a heading first."""
-        found = [("residuals", "nats", "over the first", "95%", "steps", "95%", "KL", "resident", "of 16 bits")]
+        found: list[tuple[str, ...]] = [
+            ("residuals", "nats", "over the first", "95%", "steps", "95%", "KL", "resident", "of 16 bits")
+        ]
         for row in self.rows:
             name = "no cache" if row.share is None else f"{row.share:.0%}"
             line = [name, f"{np.mean(row.all):.4f}"]
