@@ -8,6 +8,7 @@ package index but no hub can be told to take copies from there, see `thrift_lab.
 from __future__ import annotations
 
 import os
+import ssl
 import threading
 import urllib.error
 import urllib.request
@@ -165,8 +166,10 @@ def why_no_hub() -> str | None:
         except urllib.error.HTTPError:
             pass  # it answers
         except (OSError, ValueError) as error:
-            said[0] = str(getattr(error, "reason", error))
-            return
+            reason = getattr(error, "reason", error)
+            if not isinstance(reason, ssl.SSLError):  # its own client may know another certificate
+                said[0] = str(reason)
+                return
         said[0] = ""
 
     asking = threading.Thread(target=ask, daemon=True)  # looking a name up has no timeout of its own

@@ -108,7 +108,7 @@ def hush() -> None:
         os.environ.setdefault(name, "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    for package in ("torch", "torchao", "transformers", "huggingface_hub", "datasets", "gguf"):
+    for package in ("torch", "torchao", "triton", "transformers", "huggingface_hub", "datasets", "gguf"):
         warnings.filterwarnings("ignore", module=rf"{package}\b")
 
 

@@ -12,7 +12,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from thrift_lab.console import errors, numbers, words
+from thrift_lab.console import errors, numbers, shown, words
 from thrift_lab.fuzz.fuzz_cli import fuzz
 
 if TYPE_CHECKING:
@@ -309,12 +309,13 @@ def compile_kernels(
         record = compiling.CompileRecord(
             context=make_context(("torch", "triton"), **({"commit_compiled": commit} if commit else {}))
         )
-        for row in compiling.compile_all(listed, workers):
-            record.rows.append(row)
-            if row.problems:
-                typer.echo(
-                    f"{row.key}: {row.registers} registers, {row.shared} bytes shared, {'; '.join(row.problems)}"
-                )
+        with shown(Console(stderr=True)) as (_, progress):
+            for row in compiling.compile_all(listed, workers):
+                record.rows.append(row)
+                progress(row.kernel, len(record.rows), len(listed))
+                if row.problems:
+                    problems = "; ".join(row.problems)
+                    typer.echo(f"{row.key}: {row.registers} registers, {row.shared} bytes shared, {problems}")
         record.save(out)
         green = sum(not row.problems for row in record.rows)
         typer.echo(f"{green} of {len(record.rows)} launches green; wrote {out}")
