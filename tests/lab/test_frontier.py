@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -32,6 +33,9 @@ def test_only_what_nothing_beats_in_both_is_on_the_frontier() -> None:
     assert [p.method for p in chart.frontier(points, "prefill")] == ["e"]
     assert [p.method for p in chart.beaten_by(points[3], points, "decode")] == []  # b loses as much
     assert [p.method for p in chart.beaten_by(points[2], points, "decode")] == ["b"]
+    knows = replace(points[1], oracle=True)
+    assert [p.method for p in chart.frontier([points[0], knows], "decode")] == ["a"]
+    assert chart.beaten_by(points[2], [knows], "decode") == []
     unsure = [point("thrift", 2, 0.2, 0.15), point("b", 1, 0.1, 0.15)]
     assert chart.verdicts(unsure) == [
         "`thrift` is not on the frontier of decode: others cost no more and lose less, within the 95% interval."

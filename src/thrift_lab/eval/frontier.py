@@ -30,6 +30,7 @@ class Point:
         loss: nats above exact attention.
         interval: 95%, or None.
         phases: where it is compared.
+        oracle: whether it knows what no method can know; such a point is drawn, and beats nobody.
     """
 
     method: str
@@ -40,6 +41,7 @@ class Point:
     loss: float
     interval: tuple[float, float] | None
     phases: tuple[Phase, ...]
+    oracle: bool = False
 
     def cost(self, phase: Phase) -> float:
         """Return what the method pays in a phase."""
@@ -66,6 +68,7 @@ def points_of(run: Run, length: int | None = None) -> list[Point]:
             Point(
                 row["method"], method["family"], method["prefill_cost"], size * method["stored"], size * method["decode_cost"],
                 row["loss"], None if bounds is None else (bounds[0], bounds[1]), _phases(method),
+                oracle=(method["config"] or {}).get("score") == "oracle",
             )
         )  # fmt: skip
     return found
@@ -84,7 +87,9 @@ def _phases(method: dict[str, Any]) -> tuple[Phase, ...]:
 def frontier(points: list[Point], phase: Phase) -> list[Point]:
     """The points of a phase that no other beats in both cost and loss, by cost."""
     best: list[Point] = []
-    for point in sorted((p for p in points if phase in p.phases), key=lambda p: (p.cost(phase), p.loss)):
+    for point in sorted(
+        (p for p in points if phase in p.phases and not p.oracle), key=lambda p: (p.cost(phase), p.loss)
+    ):
         if not best or point.loss < best[-1].loss:
             best.append(point)
     return best
@@ -96,6 +101,7 @@ def beaten_by(point: Point, points: list[Point], phase: Phase) -> list[Point]:
         other
         for other in points
         if phase in other.phases
+        and not other.oracle
         and other.cost(phase) <= point.cost(phase)
         and other.loss < point.loss
         and (other.interval is None or point.interval is None or other.interval[1] < point.interval[0])
@@ -124,7 +130,7 @@ def verdicts(points: list[Point]) -> list[str]:
     """A sentence about each phase of each method of this package: on the frontier, or beaten by whom."""
     said = []
     for point in points:
-        if point.method.partition(":")[0] != "thrift":
+        if point.method.partition(":")[0] != "thrift" or point.oracle:
             continue
         for phase in point.phases:
             if point in frontier(points, phase):
