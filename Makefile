@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 OLDEST_PYTHON ?= python3.10
 TRITONS := 3.6.0 3.7.1
 
-.PHONY: demo test test-gpu test-matrix lint docs figures install clean
+.PHONY: demo test test-gpu test-matrix test-install lint docs figures install clean
 
 demo: $(VENV)/.eval
 	$(BIN)/thrift demo --mirror pypi
@@ -25,6 +25,10 @@ test-gpu: $(VENV)/.dev
 # Tests that need no GPU with the oldest versions that are served, in a Python 3.10 of their own, and with those installed here.
 test-matrix: $(VENV)/.dev $(VENV)/.oldest
 	PYTHONPATH=src $(BIN)/python -m thrift_lab.matrix_tests $(VENV)/oldest/bin/python $(BIN)/python
+
+# A fresh environment for every install line of the documentation, and what stands below it; MODEL is a local folder.
+test-install: $(VENV)/.dev
+	PYTHONPATH=src TORCH="$(TORCH)" $(BIN)/python -m thrift_lab.handbook.install $(MODEL)
 
 # The documentation as a site, in site/.
 docs: $(VENV)/.dev

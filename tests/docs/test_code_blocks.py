@@ -10,43 +10,17 @@ import contextlib
 import doctest
 import io
 import re
-from dataclasses import dataclass
-from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from support.small_model import HUB_ID, small_model
+from support.small_model import small_model
+from thrift_lab.handbook.code_blocks import HUB_ID, Block, blocks, same
+from thrift_lab.handbook.install import CASES
 
 ROOT = Path(__file__).parents[2]
-NAMED = re.compile(r"-?\d+(?:\.\d+)?")
-TOLERANCE = 0.03
-"""Figures are compared to 3% or one unit of their last digit: sums run in another order on another machine."""
-
-
-@dataclass(frozen=True)
-class Block:
-    """A block of code, its line in the page, and what it shall print (None: it does not say)."""
-
-    line: int
-    code: str
-    output: str | None
-
-
-def blocks(page: Path) -> list[Block]:
-    """The Python of a page, with the output that follows at once."""
-    found, fences = [], list(re.finditer(r"^```(\w*)\n(.*?)^```$", page.read_text(), flags=re.MULTILINE | re.DOTALL))
-    for fence, then in zip_longest(fences, fences[1:]):
-        if fence[1] != "python":
-            continue
-        shown = then is not None and then[1] == "output" and not fence.string[fence.end() : then.start()].strip()
-        line = fence.string.count("\n", 0, fence.start()) + 2
-        found.append(Block(line, fence[2], then[2] if shown and then else None))
-    return found
-
-
 PAGES = {
     str(path.relative_to(ROOT)): found
     for path in (
@@ -57,17 +31,6 @@ PAGES = {
     )
     if (found := blocks(path))
 }
-
-
-def same(got: str, want: str) -> bool:
-    """Whether two outputs have the same words, and figures that are close."""
-    if NAMED.sub("#", got).split() != NAMED.sub("#", want).split():
-        return False
-    for mine, theirs in zip(NAMED.findall(got), NAMED.findall(want), strict=True):
-        unit = 1.01 * 10.0 ** -len(theirs.partition(".")[2]) if "." in theirs else 0.0
-        if abs(float(mine) - float(theirs)) > max(TOLERANCE * abs(float(theirs)) if unit else 0.0, unit):
-            return False
-    return True
 
 
 def run(block: Block, page: str, names: dict[str, Any]) -> str:
@@ -111,3 +74,13 @@ def test_the_readme_shows_what_its_code_prints() -> None:
 )
 def test_figures_are_compared_closely(got: str, want: str, close: bool) -> None:
     assert same(got, want) is close
+
+
+def test_every_install_line_is_tried() -> None:
+    """``make test-install`` knows each form of the line that README, docs and notebooks give."""
+    told = set()
+    for path in (ROOT / "README.md", *(ROOT / "docs").glob("*.md"), *(ROOT / "notebooks").glob("*.ipynb")):
+        if path.name not in ("log.md", "report.md"):
+            told |= set(re.findall(r"pip install 'thrift-attn\[([\w,]+)\]'", path.read_text(encoding="utf-8")))
+    assert {"hf,kernels", "eval"} <= told
+    assert told - {"eval,harness"} <= {case.extras for case in CASES}  # lm_eval is too large to try each time

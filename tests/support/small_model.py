@@ -7,9 +7,6 @@ from functools import cache
 from pathlib import Path
 from unittest import mock
 
-HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
-"""What documentation calls it."""
-
 
 @cache
 def small_model() -> Path:

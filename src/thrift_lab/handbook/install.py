@@ -1,0 +1,110 @@
+"""``make test-install``: a fresh environment for every documented install line, and in it what the docs say it runs."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import subprocess
+import sys
+import tempfile
+import venv
+from dataclasses import dataclass
+from pathlib import Path
+
+from thrift_lab.handbook.code_blocks import HUB_ID, blocks, same
+from thrift_lab.handbook.measured import ROOT
+
+
+@dataclass(frozen=True)
+class Case:
+    """What an installation has to run.
+
+    Args:
+        extras: of the distribution.
+        pages: whose blocks of Python run.
+        commands: of ``thrift``.
+        notebooks: whose cells run.
+    """
+
+    extras: str
+    pages: tuple[str, ...] = ()
+    commands: tuple[str, ...] = ()
+    notebooks: tuple[str, ...] = ()
+
+
+CASES = (
+    Case("", pages=("docs/budget.md",)),
+    Case("hf,kernels", pages=("README.md", "docs/index.md", "docs/elsewhere.md", "docs/transformers.md")),
+    Case("eval", commands=("--version", "doctor", "generate --help", "eval methods")),
+    Case("eval,plot", commands=("doctor",), notebooks=("a_million_tokens",)),
+)
+"""Every form of the install line in README and docs, and what stands below it."""
+
+_NOTEBOOK = """
+import json, sys
+for cell in json.load(open(sys.argv[1]))["cells"]:
+    if cell["cell_type"] == "code":
+        exec("".join(cell["source"]))
+"""
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Install and run every case; 0 if all of them do what they should."""
+    parser = argparse.ArgumentParser(prog="python -m thrift_lab.handbook.install", description=__doc__)
+    parser.add_argument("model", help="a local folder that stands in for the model of the hub")
+    parser.add_argument("--only", help="the extras of one case")
+    options = parser.parse_args(arguments)
+    problems = []
+    with tempfile.TemporaryDirectory(prefix="thrift-install-") as folder:
+        for number, case in enumerate(CASES):
+            if options.only is None or options.only == case.extras:
+                print(f"[{case.extras}]", flush=True)
+                problems += [
+                    f"[{case.extras}] {problem}" for problem in _try(case, Path(folder) / str(number), options.model)
+                ]
+    print("\n".join(problems) or "green")
+    return int(bool(problems))
+
+
+def _try(case: Case, folder: Path, model: str) -> list[str]:
+    """Make the environment of a case and run all that it has to; what went wrong."""
+    venv.create(folder, with_pip=True)
+    python = folder / "bin" / "python"
+    wanted = f"{ROOT}[{case.extras}]" if case.extras else str(ROOT)
+    _run([str(python), "-m", "pip", "install", "--quiet", os.environ.get("TORCH", "torch")], folder)
+    _run([str(python), "-m", "pip", "install", "--quiet", wanted], folder)
+    problems = []
+    for page in case.pages:
+        names = [block for block in blocks(ROOT / page) if not block.code.startswith(">>>")]
+        lines, shown = [], []
+        for block in names:
+            lines.append(block.code.replace(HUB_ID, model))
+            lines.append(f'print("<end of {block.line}>")\n')
+            shown.append(f"{block.output or ''}<end of {block.line}>")
+        found = _run([str(python), "-c", "\n".join(lines)], folder, check=False)
+        silent = [block for block in names if block.output is None]
+        if found.returncode or not (silent or same(found.stdout, "\n".join(shown))):
+            problems.append(f"{page}: {found.stdout[-500:]}{found.stderr[-1500:]}")
+        print(f"  {page}: {len(names)} blocks", flush=True)
+    for command in case.commands:
+        found = _run([str(folder / "bin" / "thrift"), *command.split()], folder, check=False)
+        if found.returncode:
+            problems.append(f"thrift {command}: {found.stdout[-800:]}{found.stderr[-800:]}")
+        print(f"  thrift {command}", flush=True)
+    for notebook in case.notebooks:
+        path = ROOT / "notebooks" / f"{notebook}.ipynb"
+        found = _run([str(python), "-c", _NOTEBOOK, str(path)], folder, check=False)
+        if found.returncode:
+            problems.append(f"{notebook}: {found.stderr[-1500:]}")
+        print(f"  {notebook}", flush=True)
+    return problems
+
+
+def _run(command: list[str], folder: Path, check: bool = True) -> subprocess.CompletedProcess[str]:
+    """Run a command away from the checkout, so that what is imported is what was installed."""
+    clean = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"} | {"MPLBACKEND": "agg"}
+    return subprocess.run(command, cwd=folder, env=clean, capture_output=True, text=True, check=check)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
