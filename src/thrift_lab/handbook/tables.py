@@ -5,10 +5,15 @@ from __future__ import annotations
 import re
 import statistics
 from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
 
 from thrift_attn import ThriftConfig
 from thrift_lab.assets import MODELS, SHAKESPEARE
 from thrift_lab.eval.config_cost import decode_cost, stored_share
+from thrift_lab.eval.kinds import HANDBOOK
+from thrift_lab.eval.paper_tables import MODELS as PAPER_MODELS
+from thrift_lab.eval.reproduce import ARCHIVES, FILES
+from thrift_lab.eval.texts import PG19
 from thrift_lab.handbook.measured import loss, read, timed
 from thrift_lab.handbook.speed_picture import cases, in_words
 from thrift_lab.mirror import ASSETS
@@ -149,7 +154,47 @@ def fetched() -> str:
     rows.append(
         [f"`{SHAKESPEARE.name}`", "public domain", SHAKESPEARE.url, "text in a tar.gz", f"`{SHAKESPEARE.sha256}`"]
     )
+    book = HANDBOOK.filename.split("_")[1]
+    rows.append(
+        [
+            f"`{HANDBOOK.name}` ({book})",
+            "GPL-2+ or CC-BY-SA-3.0",
+            HANDBOOK.url,
+            "HTML in a .deb",
+            f"`{HANDBOOK.sha256}`",
+        ]
+    )
+    for model in PAPER_MODELS:
+        repo, _, commit = model.spec.partition("@")
+        rows.append(
+            [f"`thrift reproduce`: {model.name}", LICENCES[repo], f"hub: {repo}", "safetensors", f"commit `{commit}`"]
+        )
+    repo, _, commit = PG19.partition("@")
+    rows.append(["`pg19`", LICENCES[repo], f"hub: {repo}", "parquet", f"commit `{commit}`"])
+    for name, (repo, commit, file) in ARCHIVES.items():
+        rows.append([f"`--fetch {name}`", LICENCES[repo], f"hub: {repo}, {file}", "JSON lines", f"commit `{commit}`"])
+    for name, url in FILES.items():
+        rows.append(
+            [
+                f"`--fetch ruler`: {Path(name).stem}",
+                "CC BY-SA 4.0",
+                url,
+                "JSON",
+                "kept when first fetched, checked since",
+            ]
+        )
     return markdown(head, rows)
+
+
+LICENCES = {
+    "meta-llama/Llama-3.1-8B-Instruct": "Llama 3.1 Community License",
+    "Qwen/Qwen3-8B": "Apache-2.0",
+    "mistralai/Ministral-8B-Instruct-2410": "Mistral Research License",
+    "emozilla/pg19": "Apache-2.0, texts in the public domain",
+    "THUDM/LongBench": "MIT, texts as their sources",
+    "princeton-nlp/HELMET": "MIT, texts as their sources",
+}
+"""What their authors say; read it there before you use them."""
 
 
 TABLES: dict[str, Callable[[], str]] = {
