@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from thrift_lab.eval.bootstrap import BOOTSTRAP_BLOCK
 from thrift_lab.eval.corrected import Difference, difference
+from thrift_lab.style import SOFT, canvas, colour, legend, save
 
 Records = list[dict[str, Any]]
 
@@ -84,6 +86,37 @@ def kinds_table(records: Records, method: str, fp4: str = "fp4") -> str:
         cells = (text, f"{length:,}", "-" if four is None else f"{four.mean:+.4f}", str(mine), back, share, met)
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
+
+
+def draw_kinds(records: Records, method: str, path: Path, fp4: str = "fp4") -> Path:
+    """Write a picture: loss of 4 bits and of a method on every text, with intervals that hold for all of them.
+
+    Raises:
+        ValueError: the method has no loss on any text.
+        MissingExtra: matplotlib is not installed.
+    """
+    found = by_kind(records)
+    lengths = sorted({length for (_, length), row in found.items() if method in row})
+    if not lengths:
+        raise ValueError(f"nothing to draw: no text has a loss of {method!r}")
+    texts = sorted({text for (text, _), row in found.items() if method in row}, reverse=True)
+    figure, axes = canvas(1.6 + 4.4 * len(lengths), 1.4 + 0.24 * len(texts), len(lengths), sharey=True, squeeze=False)
+    for ax, length in zip(axes.flat, lengths, strict=True):
+        for name, shade, aside in ((fp4, colour("fp4"), 0.15), (method, colour(method), -0.15)):
+            rows = [(at, found.get((text, length), {}).get(name)) for at, text in enumerate(texts)]
+            rows = [(at, row) for at, row in rows if row is not None]
+            reach = [0.0 if row.high is None else row.high - row.mean for _, row in rows]
+            places = [at + aside for at, _ in rows]
+            ax.errorbar(
+                [row.mean for _, row in rows], places, xerr=reach, fmt="o", color=shade, markersize=4, label=name
+            )
+        ax.axvline(MOST_LOSS, color=SOFT, linestyle=(0, (4, 3)), linewidth=1)
+        ax.set_yticks(range(len(texts)), texts)
+        ax.set_xscale("symlog", linthresh=0.01)
+        ax.set_xlabel(f"nats above exact attention, {length:,} tokens; dashed: {MOST_LOSS}")
+        ax.grid(axis="x")
+    legend(figure, *axes.flat[0].get_legend_handles_labels(), loc="outside lower center", ncols=2, frameon=False)
+    return save(figure, path)
 
 
 def power_table(records: Records, base: str = "fp16") -> str:

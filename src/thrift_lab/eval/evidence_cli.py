@@ -68,6 +68,7 @@ def kinds(
         int, typer.Option(help="Tokens for error concentration on every text; 0 for none.")
     ] = 2048,
     markdown: Annotated[Path | None, typer.Option(help="Write the table here.")] = None,
+    plot: Annotated[Path | None, typer.Option(help="Write the picture here.")] = None,
     device: Device = "auto",
     dtype: Dtype = "auto",
 ) -> None:
@@ -85,7 +86,10 @@ def kinds(
         )  # fmt: skip
         with shown(Console(file=sys.stderr)) as (log, progress):
             run(plan, output, device=device, dtype=dtype, log=log, progress=progress)
-        _tell(evidence.kinds_table(Folder(output).records(), parse_methods(methods)[-1].name), markdown)
+        records, last = Folder(output).records(), parse_methods(methods)[-1].name
+        _tell(evidence.kinds_table(records, last), markdown)
+        if plot is not None:
+            print(f"wrote {evidence.draw_kinds(records, last, plot)}")
 
 
 @app.command()
