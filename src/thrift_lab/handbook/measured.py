@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from thrift_lab.bench.bench_records import BenchRecord, Speedup
-from thrift_lab.eval.config_cost import decode_cost, stored_share
+from thrift_lab.eval.cost import costs
 from thrift_lab.eval.dated import scored_before_default
-from thrift_lab.eval.methods import config_of
+from thrift_lab.eval.methods import from_description
 from thrift_lab.records import before_today
 
 ROOT = Path(__file__).parents[3]
@@ -55,18 +55,11 @@ def loss(record: str, method: str, ours: bool = False) -> Loss:
     """
     found = read(record)
     row = next(row for row in found["methods"] if row["name"] == method)
-    config = config_of(row["config"])
-    dim = found["model"]["head_dim"]
-    share = row["share_promoted"]
+    done = from_description(method, row["config"])
+    cost = costs(done, row["share_promoted"], found["model"]["head_dim"], found["length"])
     low, high = row["loss_interval"]
-    return Loss(
-        row["loss"],
-        low,
-        high,
-        decode_cost(config, share, dim),
-        stored_share(config, dim),
-        ours and scored_before_default(config),
-    )
+    older = ours and done.config is not None and scored_before_default(done.config)
+    return Loss(row["loss"], low, high, cost.read, cost.stored, older)
 
 
 @dataclass(frozen=True)
