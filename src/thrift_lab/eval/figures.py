@@ -28,8 +28,10 @@ _LOWEST = -0.5  # recovered shares below it are drawn at the edge
 def _series(
     metrics: Row, name: str, points: list[tuple[float, float]], sure: list[Any], *, line: bool = True
 ) -> Series:
-    """Return a series in the colour of its method; variants of a kind (``thrift:compute=16bit``) are hollow."""
-    return Series(label(metrics, name), colour(name), points, sure, line=line, hollow=_is_variant(name))
+    """Return a series in the colour of its method; variants (``thrift:compute=16bit``), old ones too, are hollow."""
+    words = label(metrics, name)
+    hollow = _is_variant(name) or words.endswith(MARK)
+    return Series(words, colour(name), points, sure, line=line, hollow=hollow)
 
 
 def _is_variant(name: str) -> bool:
