@@ -12,6 +12,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
@@ -158,11 +159,26 @@ class Mailbox:
         return found
 
 
+def _run(name: str, tests: list[str], prefix: list[str] | None, seconds: float, *, package: Path) -> Step:
+    """Run one step, and look for what compute-sanitizer has to say."""
+    step, output = run_pytest(name, tests, prefix, seconds)
+    if prefix and "memcheck" in prefix:
+        summaries = re.findall(r"ERROR SUMMARY: (\d+) error", output)
+        step.problems += [f"memcheck found {n} errors" for n in summaries if int(n)]
+        step.problems += [] if summaries else ["memcheck wrote no summary: it did not run to its end"]
+    if prefix and "racecheck" in prefix:
+        step.problems += Mailbox.of(package / "prefill/sm90_fp8/kernel.py").new_reports(output)
+    if step.failed:
+        print("\n".join(line for line in output.splitlines() if line.startswith(("E  ", "FAILED")))[-4000:], flush=True)
+    return step
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Run all steps and write the record; 0 if nothing failed."""
     parser = argparse.ArgumentParser(prog="python -m thrift_lab.gpu_tests", description=__doc__)
     parser.add_argument("-o", "--out", type=Path, default=Path("benchmarks/results/gpu-tests.json"))
     parser.add_argument("--workers", type=int, default=8, help="processes of pytest that share the GPU")
+    parser.add_argument("--at-once", action="store_true", help="all steps side by side, where there are cores enough")
     parser.add_argument(
         "--only",
         action="append",
@@ -206,25 +222,22 @@ def main(arguments: list[str] | None = None) -> int:
     few = ["-q", "-n", "0", *(f"tests/laws/test_laws.py::{name}[{n}]" for name in LAWS for n in range(2))]
     memcheck = ["compute-sanitizer", "--tool", "memcheck", "--error-exitcode", "9", "--target-processes", "all"]
     steps.append(("memcheck over a few laws", few, memcheck, 200))
-    race = ["tests/prefill/test_sm90_fp8.py", "-q", "-n", "0", "-k", "test_promotion and config0"]
+    race = ["tests/prefill/test_sm90_fp8.py", "-q", "-n", "0", "-k", "test_promotion and config0-64"]
     steps.append(("racecheck of the FP8 kernel of sm_90", race, ["compute-sanitizer", "--tool", "racecheck"], 300))
     steps = [step for step in steps if not options.only or step[0].startswith(tuple(options.only))]
     record.steps = [step for step in record.steps if step.name not in {name for name, *_ in steps}]
-    for name, tests, prefix, seconds in steps:
-        step, output = run_pytest(name, tests, prefix, seconds)
-        if prefix and "memcheck" in prefix:
-            summaries = re.findall(r"ERROR SUMMARY: (\d+) error", output)
-            step.problems += [f"memcheck found {n} errors" for n in summaries if int(n)]
-            step.problems += [] if summaries else ["memcheck wrote no summary: it did not run to its end"]
-        if prefix and "racecheck" in prefix:
-            step.problems += Mailbox.of(package / "prefill/sm90_fp8/kernel.py").new_reports(output)
-        record.steps.append(step)
-        record.save(options.out)
-        print(
-            f"{name}: {step.passed} passed, {step.failed} failed, {step.skipped} skipped, {step.seconds} s", flush=True
-        )
-        for problem in step.problems:
-            print(f"  {problem}", flush=True)
+    with ThreadPoolExecutor(len(steps) if options.at_once else 1) as pool:
+        waiting = {pool.submit(_run, *step, package=package): step for step in steps}
+        for done in as_completed(waiting):
+            step = done.result()
+            record.steps.append(step)
+            record.save(options.out)
+            print(
+                f"{step.name}: {step.passed} passed, {step.failed} failed, {step.skipped} skipped, {step.seconds} s",
+                flush=True,
+            )
+            for problem in step.problems:
+                print(f"  {problem}", flush=True)
     bad = any(step.failed or step.problems or not step.passed for step in record.steps)
     print(f"{'FAILED' if bad else 'green'}; wrote {options.out}")
     return int(bad)

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from support.device import DEVICE
-from support.kernel_caches import both, check, make, query, tokens
+from support.kernel_caches import PROMOTES_FEW, both, check, make, query, tokens
 from support.steps import cache_tensors, numerics_of, poisoned_step
 from thrift_attn import fraction, top_k
 from thrift_attn.cache import PagedThriftCache
@@ -236,7 +236,8 @@ def test_replays_of_attention_alone_read_nothing_stale():
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
 def test_a_cache_on_a_gpu_that_is_not_the_current_one():
     k, v = (x.to("cuda:1") for x in tokens(130, heads=1))
-    cache = PagedThriftCache(batch=1, kv_heads=1, head_dim=64, num_pages=4, dtype=torch.float16, device="cuda:1")
+    options = {"num_pages": 4, "config": PROMOTES_FEW, "dtype": torch.float16, "device": "cuda:1"}
+    cache = PagedThriftCache(batch=1, kv_heads=1, head_dim=64, **options)
     plain = make("reference", heads=1)
     cache.append(k, v)
     plain.append(k.to(plain.device), v.to(plain.device))

@@ -18,11 +18,14 @@ from thrift_lab.eval.decode_quality import DecodeRecord
 from thrift_lab.eval.methods import Method
 from thrift_lab.eval.run_nll import NLLRecord, NLLRow
 from thrift_lab.eval.runs import Run, load_runs
+from thrift_lab.eval.through_cache import ThroughCacheRecord
 from thrift_lab.provenance import write_files, write_json
 from thrift_lab.records import Record, read_json
 
 RESULTS = Path(__file__).parents[2] / "benchmarks" / "results"
-CLASSES: tuple[type[Record], ...] = (BenchRecord, CrossoverRecord, ModelRecord, DecodeRecord, NLLRecord)
+CLASSES: tuple[type[Record], ...] = (
+    *(BenchRecord, CrossoverRecord, ModelRecord, DecodeRecord, NLLRecord, ThroughCacheRecord),
+)
 BY_KIND = {kind: made for made in CLASSES for kind in made.KINDS}
 OTHER_KINDS = ("compile", "exploration", "gpu-tests", "kvpress-snapkv", None)
 """Kinds of records that another tool reads, and files of runs and of explorations that have none."""
