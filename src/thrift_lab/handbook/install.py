@@ -83,20 +83,21 @@ def _try(case: Case, folder: Path, model: str) -> list[str]:
             shown.append(f"{block.output or ''}<end of {block.line}>")
         found = _run([str(python), "-c", "\n".join(lines)], folder, check=False)
         silent = [block for block in names if block.output is None]
-        if found.returncode or not (silent or same(found.stdout, "\n".join(shown))):
+        right = not found.returncode and bool(silent or same(found.stdout, "\n".join(shown)))
+        if not right:
             problems.append(f"{page}: {found.stdout[-500:]}{found.stderr[-1500:]}")
-        print(f"  {page}: {len(names)} blocks", flush=True)
+        print(f"  {page}: {len(names)} blocks, {'right' if right else 'WRONG'}", flush=True)
     for command in case.commands:
         found = _run([str(folder / "bin" / "thrift"), *command.split()], folder, check=False)
         if found.returncode:
             problems.append(f"thrift {command}: {found.stdout[-800:]}{found.stderr[-800:]}")
-        print(f"  thrift {command}", flush=True)
+        print(f"  thrift {command}: exit code {found.returncode}", flush=True)
     for notebook in case.notebooks:
         path = ROOT / "notebooks" / f"{notebook}.ipynb"
         found = _run([str(python), "-c", _NOTEBOOK, str(path)], folder, check=False)
         if found.returncode:
             problems.append(f"{notebook}: {found.stderr[-1500:]}")
-        print(f"  {notebook}", flush=True)
+        print(f"  {notebook}: exit code {found.returncode}", flush=True)
     return problems
 
 
