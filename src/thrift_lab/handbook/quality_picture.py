@@ -7,12 +7,14 @@ from thrift_lab.handbook.measured import Loss, loss
 from thrift_lab.records import MARK, OLDER
 
 _TEXT = "h100/smollm2-135m-shakespeare-8192"
+_RIVALS = "cpu/rivals/smollm2-135m-shakespeare-8192-kv.json"
 ROWS: tuple[tuple[str, str, str, str, bool], ...] = (
     # label, colour, record, method in it, whether it speaks for our default
     ("NVFP4, every block", "fp4", f"{_TEXT}-default.json", "fp4", False),
+    ("NVFP4 cache, 16-bit Q and P", "fp4", _RIVALS, "nvfp4kv", False),
     ("Quest, keeps 29%", "quest", f"{_TEXT}-forced.json", "quest:budget=0.2948", False),
     ("the paper's form, 5%", "paper", f"{_TEXT}-default.json", "paper", False),
-    ("FP8, and 5% in 16 bits", "fp8", f"{_TEXT}.json", "thrift:low=fp8", True),
+    ("FP8 cache", "fp8", _RIVALS, "fp8kv", False),
     ("thrift, 5%", "thrift", f"{_TEXT}-default.json", "thrift:math=16bit,high=nested", True),
 )
 LEFT, MIDDLE, TOP, STEP = 14, 336, 92, 58
@@ -26,7 +28,9 @@ def rows() -> list[tuple[str, str, Loss]]:
 def quality_picture(theme: Theme) -> str:
     """Draw bars of loss on the left and of bytes on the right."""
     found = rows()
-    picture = Picture(600, TOP + STEP * len(found) + 62, theme, _label(found))
+    picture = Picture(
+        600, TOP + STEP * len(found) + (62 if any(one.older for *_, one in found) else 42), theme, _label(found)
+    )
     shades = picture.shades
     picture.words((LEFT, 26), "What attention loses, and what its KV cache costs", 17, bold=True)
     picture.words((LEFT, 56), "loss, nats per token", 14, shades.soft)
@@ -50,7 +54,8 @@ def quality_picture(theme: Theme) -> str:
     picture.words(
         (LEFT, low + 20), "Quest at equal cost of prefill. Filled: read by a step of decode.", 13, shades.soft
     )
-    picture.words((LEFT, low + 40), f"{MARK} {OLDER}.", 13, shades.soft)
+    if any(one.older for *_, one in found):
+        picture.words((LEFT, low + 40), f"{MARK} {OLDER}.", 13, shades.soft)
     return picture.svg()
 
 
