@@ -12,6 +12,7 @@ import torch
 from thrift_attn.cache import paged, state
 from thrift_attn.cache.page_table import PageTable
 from thrift_attn.cache.paged import PagedThriftCache
+from thrift_attn.cache.residual_slots import ResidualSlots
 from thrift_attn.config import BLOCK
 
 
@@ -129,6 +130,54 @@ def interrupted_change_is_not_marked(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(PagedThriftCache, "_changing", planted)
 
 
+def victim_still_names_its_slot(patch: pytest.MonkeyPatch) -> None:
+    """A block that gave up its residual for a new one reads that of the new one as its own."""
+    admit = ResidualSlots.admit
+
+    def planted(self: Any, seq: int, pages: torch.Tensor, new: int, mass: torch.Tensor) -> torch.Tensor:
+        old, slot_of_page = pages[: len(pages) - new], self.tensors.slot_of_page
+        before = slot_of_page[old]
+        found = admit(self, seq, pages, new, mass)
+        slot_of_page[old] = torch.where(slot_of_page[old] < 0, before, slot_of_page[old])
+        return found
+
+    patch.setattr(ResidualSlots, "admit", planted)
+
+
+def fork_does_not_hold_the_slots(patch: pytest.MonkeyPatch) -> None:
+    """The residuals of a fork go back to the pool with the sequence that it was made of."""
+    share = ResidualSlots.share
+
+    def planted(self: Any, source: int, target: int, blocks: int) -> None:
+        share(self, source, target, blocks)
+        for slot in self._owned[target]:
+            self._references[slot] -= 1
+
+    patch.setattr(ResidualSlots, "share", planted)
+
+
+def cut_leaves_the_planes(patch: pytest.MonkeyPatch) -> None:
+    """What a shorter sequence keeps is said to lie in other slots, and its planes are not moved there."""
+    cut = ResidualSlots.cut
+
+    def planted(self: Any, seq: int, pages: torch.Tensor, high: torch.Tensor) -> None:
+        cut(self, seq, pages, high.clone())
+
+    patch.setattr(ResidualSlots, "cut", planted)
+
+
+def select_forgets_the_slots_of_gone_forks(patch: pytest.MonkeyPatch) -> None:
+    """A sequence has more residents than its quota after a fork of it has gone; the next one holds as many slots as that is."""
+    select = ResidualSlots.select
+
+    def planted(self: Any, seqs: list[int], blocks: list[int]) -> None:
+        used = list(self._used)
+        select(self, seqs, blocks)
+        self._used = [used[seq] for seq in seqs]
+
+    patch.setattr(ResidualSlots, "select", planted)
+
+
 PLANTED: dict[str, Callable[[pytest.MonkeyPatch], None]] = {
     plant.__name__: plant
     for plant in (
@@ -141,5 +190,17 @@ PLANTED: dict[str, Callable[[pytest.MonkeyPatch], None]] = {
         select_leaves_the_first_value,
         file_without_tail_blocks,
         interrupted_change_is_not_marked,
+        victim_still_names_its_slot,
+        fork_does_not_hold_the_slots,
+        cut_leaves_the_planes,
+        select_forgets_the_slots_of_gone_forks,
     )
 }
+
+SEEDS = {
+    "select_leaves_the_first_value": 10,
+    "victim_still_names_its_slot": 5,
+    "cut_leaves_the_planes": 7,
+    "select_forgets_the_slots_of_gone_forks": 15,
+}
+"""Seeds of campaigns that meet a bug early, which saves time; any seed meets it some day."""

@@ -57,7 +57,7 @@ def draw_arguments(rng: random.Random, name: str) -> dict[str, Any]:
         if rng.random() < 0.05:
             lengths = [rng.randint(200, 400)]
         kind = rng.choices(KINDS, (60, 20, 8, 5, 3, 2))[0]
-        return {"which": which, "lengths": lengths, "seed": seed, "kind": kind}
+        return {"which": which, "lengths": lengths, "seed": seed, "kind": kind, "asked": rng.random() < 0.5}
     if name == "attend":
         options = {
             "scale": rng.choice((None, None, 0.02, 0.3)),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
@@ -13,7 +14,7 @@ from torch import Tensor
 from thrift_attn.cache import PagedThriftCache, state
 from thrift_attn.config import BLOCK
 from thrift_lab.fuzz.settings import Setting
-from thrift_lab.fuzz.shadow import Sequence, dense, picture, same
+from thrift_lab.fuzz.shadow import Sequence, as_fresh, attend_some, dense, picture, resident_blocks, same
 
 PATIENCE = 30.0
 """Seconds after which a thread counts as stuck."""
@@ -90,9 +91,9 @@ def check_left_alone(member: Member, seqs: Iterable[int], name: str) -> None:
 
 
 def check_content(member: Member, seq: int) -> None:
-    """A sequence must look as in a fresh cache that got its tokens at once."""
+    """A sequence must look as in a fresh cache that got its tokens at once, but for residuals that it has not kept."""
     sequence = member.seqs[seq]
-    if not same(picture(member.cache, seq), picture(sequence.twin(), 0)):
+    if not as_fresh(member.cache, seq, sequence):
         raise Finding(f"sequence {seq} of {sequence.tokens} tokens is not what a fresh cache holds of them")
     if sequence.finite:
         _check_precision(member, seq)
@@ -106,18 +107,27 @@ def _check_precision(member: Member, seq: int) -> None:
     """What a cache reads is what was appended: the newest tokens and 16-bit copies exactly, the rest nearly."""
     sequence, cache = member.seqs[seq], member.cache
     of_seq = cache.per_sequence
+    resident = resident_blocks(cache, seq).T[..., None, None]  # [Hkv, n, 1, 1]
     powers = [None if x is None else x[seq].double() for x in (of_seq.k_channel_scale, of_seq.v_head_scale)]
     for name, power, got, want in zip("KV", powers, cache.read(seq), (sequence.k, sequence.v), strict=True):
-        whole = 0 if cache.config.promoted_storage == "16bit" else sequence.tokens // BLOCK * BLOCK
+        whole = sequence.tokens // BLOCK * BLOCK
         if not torch.equal(got[:, whole:], want[:, whole:]):
             raise Finding(f"{name} of the newest of {sequence.tokens} tokens is not what was appended")
         blocks, read = (x[:, :whole].double().unflatten(1, (-1, BLOCK)) for x in (want, got))
-        delta = blocks - blocks.mean(2, keepdim=True) if name == "K" and cache.numerics.centred else blocks
+        delta = blocks
+        if name == "K" and cache.numerics.centred:
+            centre = blocks.mean(2, keepdim=True)
+            if cache.numerics.exact_sink:
+                centre[:, :1] = blocks[:, :1, :1]
+            delta = blocks - centre
         factor = torch.ones((), dtype=torch.float64) if power is None else power.reshape(len(power), 1, 1, -1)
         scaled = (delta * factor).abs()
-        # Two roundings to formats of at least 1.5 and 3 bits under one scale.
-        allowed = scaled.amax((2, 3), keepdim=True) / 8 + SMALLEST + (scaled - LARGEST).clamp(min=0)
+        # One rounding to a format of at least 1.5 bits, or a second one of 3 bits under the same scale.
+        coarse = scaled.amax((2, 3), keepdim=True) * torch.where(resident, 1 / 8, 1 / 2)
+        allowed = coarse + SMALLEST + (scaled - LARGEST).clamp(min=0)
         allowed = allowed / factor + blocks.abs() * 2**-7
+        if cache.config.promoted_storage == "16bit":
+            allowed = torch.where(resident, 0, allowed)
         if ((read - blocks).abs() > allowed).any():
             worst = ((read - blocks).abs() / allowed).max()
             raise Finding(
@@ -143,6 +153,57 @@ def check_pools(members: Iterable[Member], leaky: bool) -> None:
             raise Finding(f"of {total} pages {used} are used and {free} are free")
 
 
+def check_slots(members: Iterable[Member], leaky: bool) -> None:
+    """Every slot for residuals is used, by as many sequences as it is counted for, or free, and holds a block of each head.
+
+    Args:
+        members: all caches.
+        leaky: whether slots may be lost, as after an interrupt; none may ever be both.
+    """
+    pools: dict[int, list[Member]] = {}
+    for member in members:
+        if member.cache.residual_slots is not None:
+            pools.setdefault(member.cache.pool.base.data_ptr(), []).append(member)
+    for sharers in pools.values():
+        books = [x for x in (member.cache.residual_slots for member in sharers) if x is not None]
+        uses = Counter(slot for each in books for held in each._owned for slot in held)
+        free, total = books[0]._free, len(books[0].tensors.block_of_slot)
+        counted = {slot: count for slot, count in enumerate(books[0]._references) if count}
+        if set(free) & set(uses) or len(set(free)) != len(free) or (uses != counted and not leaky):
+            raise Finding(f"of {total} slots {free} are free and {counted} are counted, used are {dict(uses)}")
+        if len(uses) + len(free) < total and not leaky:
+            raise Finding(f"of {total} slots {len(uses)} are used and {len(free)} are free")
+        block_in: dict[tuple[int, int], int] = {}  # by slot and head: the page whose block lies there
+        for member in sharers:
+            for seq in range(member.cache.batch):
+                _check_residents(member, seq, block_in, lost=leaky)
+
+
+def _check_residents(member: Member, seq: int, block_in: dict[tuple[int, int], int], *, lost: bool) -> None:
+    """The residents of a sequence lie in slots of its own, one in each, and are no more than its quota.
+
+    Where slots may be lost (``lost``), some count as shared for ever, and those of its own are the bound.
+    """
+    cache, sequence = member.cache, member.seqs[seq]
+    assert cache.residual_slots is not None
+    tensors, owned = cache.residual_slots.tensors, cache.residual_slots._owned[seq]
+    pages = cache.table.pages(seq)
+    lies_in = cache.residual_slots.of_pages(pages)
+    for block, head in (lies_in >= 0).nonzero().tolist():
+        slot, page = int(lies_in[block, head]), int(pages[block])
+        if slot not in owned or int(tensors.block_of_slot[slot, head]) != block:
+            raise Finding(f"block {block} of sequence {seq} lies in slot {slot}, it has {owned}")
+        if block_in.setdefault((slot, head), page) != page:
+            raise Finding(f"head {head} has two blocks in slot {slot}")
+    told = tensors.slots[seq, : len(owned)].tolist(), tensors.bounds[seq].tolist()
+    if told[0] != owned or told[1] != cache.residual_slots._bounds[seq] or told[1][1] != len(owned):
+        raise Finding(f"sequence {seq} has the slots {owned}, its device knows of {told}")
+    count = max((lies_in >= 0).sum(0).tolist(), default=0)
+    quota = len(owned) if sequence.shared or lost else int(tensors.quota[len(pages)])
+    if count > quota:
+        raise Finding(f"sequence {seq} of {len(pages)} blocks has {count} residents, its quota is {quota}")
+
+
 def check_books(member: Member) -> None:
     """Lengths on host and device, and an own page for every complete block."""
     cache, want = member.cache, [x.tokens for x in member.seqs]
@@ -155,7 +216,9 @@ def check_books(member: Member) -> None:
             raise Finding(f"sequence {seq} of {tokens} tokens has the pages {entries}")
 
 
-def check_attention(x: Sequence, q: Tensor, out: Tensor, lse: Tensor, options: dict[str, Any]) -> None:
+def check_attention(
+    x: Sequence, q: Tensor, out: Tensor, lse: Tensor, options: dict[str, Any], resident: Tensor
+) -> None:
     """Attention over one sequence is that of a fresh cache, and where every block is promoted that of float64.
 
     Args:
@@ -164,6 +227,7 @@ def check_attention(x: Sequence, q: Tensor, out: Tensor, lse: Tensor, options: d
         out: what the cache has made of it, likewise.
         lse: ``[Hq, Tq]``.
         options: ``scale``, ``window`` and ``softcap``.
+        resident: bool ``[n, Hkv]``, the complete blocks that keep their residual.
     """
     setting = x.setting
     if not x.tokens:
@@ -171,7 +235,10 @@ def check_attention(x: Sequence, q: Tensor, out: Tensor, lse: Tensor, options: d
             raise Finding("attention over no token is not 0 and -inf")
         return
     twin = x.twin()
-    want, want_lse = twin.attend(q[None].clone(), return_lse=True, **options)
+    if setting.config.residual_share < 1:
+        want, want_lse = (part[None] for part in attend_some(twin, q, resident, options))
+    else:
+        want, want_lse = twin.attend(q[None].clone(), return_lse=True, **options)
     plain = twin.backend == "reference"
     eps = torch.finfo(setting.torch_dtype).eps
     for name, got, due in (("output", out, want[0]), ("LSE", lse, want_lse[0])):
@@ -179,7 +246,7 @@ def check_attention(x: Sequence, q: Tensor, out: Tensor, lse: Tensor, options: d
         if not close:
             error = (got - due).abs().max()
             raise Finding(f"the {name} of {x.tokens} tokens is not that of a fresh cache: {error:.3g} away")
-    if not setting.every_block or not x.finite:
+    if not setting.every_block or not x.finite or not resident.all():
         return
     k, v = (x.k, x.v) if setting.config.promoted_storage == "16bit" else twin.read(0)
     exact, exact_lse, size = dense(q, k, v, options)

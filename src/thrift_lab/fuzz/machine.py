@@ -7,6 +7,7 @@ import threading
 from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from thrift_attn.cache import PagedThriftCache, state
@@ -16,7 +17,7 @@ from thrift_lab.fuzz.interrupts import Interrupter
 from thrift_lab.fuzz.laws import Finding, Member
 from thrift_lab.fuzz.refusals import REFUSALS
 from thrift_lab.fuzz.settings import Setting
-from thrift_lab.fuzz.shadow import Sequence, picture, same
+from thrift_lab.fuzz.shadow import Sequence, as_fresh, picture, resident_blocks, same
 
 MEMBERS = 3
 """Most caches at a time."""
@@ -37,6 +38,8 @@ class Plan:
         touched: sequences that may change.
         refused: the error that is expected, in which case nothing changes.
         made: what becomes of the cache that ``change`` returns: None, ``"another"`` or ``"instead"``.
+        sources: the sequences that those of the cache, or of what is made instead, look like afterwards; None if they grow
+            or are cut.
     """
 
     name: str
@@ -46,6 +49,7 @@ class Plan:
     touched: frozenset[int] = frozenset()
     refused: type[Exception] | tuple[type[Exception], ...] | None = None
     made: str | None = None
+    sources: tuple[int, ...] | None = None
 
 
 class Machine:
@@ -88,9 +92,9 @@ class Machine:
 
     # -- operations ----------------------------------------------------------------------------------------------------
 
-    def append(self, which: int, lengths: list[int], seed: int, kind: str) -> None:
-        """Append so many tokens to each sequence."""
-        self._perform(self._append(which, lengths, seed, kind))
+    def append(self, which: int, lengths: list[int], seed: int, kind: str, asked: bool = False) -> None:
+        """Append so many tokens to each sequence, with their queries or without."""
+        self._perform(self._append(which, lengths, seed, kind, asked))
 
     def free(self, which: int, seq: int) -> None:
         """Empty a sequence."""
@@ -150,7 +154,8 @@ class Machine:
         out, lse = member.cache.attend(q, return_lse=True, **options)
         for seq, sequence in enumerate(member.seqs):
             laws.check_content(member, seq)
-            laws.check_attention(sequence, q[seq], out[seq], lse[seq], options)
+            resident = resident_blocks(member.cache, seq)
+            laws.check_attention(sequence, q[seq], out[seq], lse[seq], options, resident)
         self._check_all()
 
     def together(self, first: tuple[str, dict[str, Any]], second: tuple[str, dict[str, Any]], reads: int) -> None:
@@ -160,7 +165,7 @@ class Machine:
             plans = plans[:1]
         if plans[0].made or (len(plans) > 1 and self._missing(plans) > plans[0].member.cache.table.free_pages):
             return
-        member, faults = plans[0].member, []
+        member, faults, done = plans[0].member, [], []
         q = self.setting.queries(len(member.seqs), 1, reads)
 
         def guarded(call: Callable[[], Any]) -> None:
@@ -175,14 +180,15 @@ class Machine:
                     member.cache.attend(q)
                 member.cache.read(0)
 
-        def change() -> None:
+        def change(plan: Plan) -> None:
             try:
-                plans[0].change()
+                plan.change()
+                done.append(plan)
             except Exception as error:
-                if not (plans[0].refused and isinstance(error, plans[0].refused)):
+                if not self._may_end_with(plan, error):
                     raise
 
-        calls = [change, plans[1].change if len(plans) > 1 else look]
+        calls = [partial(change, plan) for plan in plans] + [look] * (2 - len(plans))
         if len(plans) == 1 and plans[0].name == "select":
             calls = calls[:1]  # the batch would change under the queries
         switch = sys.getswitchinterval()
@@ -197,7 +203,7 @@ class Machine:
             raise Finding("two threads wait for each other")
         if faults:
             raise Finding(f"in threads: {type(faults[0]).__name__}: {faults[0]}") from faults[0]
-        for plan in plans:
+        for plan in done:
             self._accept(plan, None)
         self._check_all()
 
@@ -212,18 +218,19 @@ class Machine:
     def _member(self, which: int) -> Member:
         return self.members[which % len(self.members)]
 
-    def _append(self, which: int, lengths: list[int], seed: int, kind: str) -> Plan:
+    def _append(self, which: int, lengths: list[int], seed: int, kind: str, asked: bool = False) -> Plan:
         member = self._member(which)
         new = [lengths[seq % len(lengths)] for seq in range(len(member.seqs))]
         k, v = self.setting.tokens(len(new), max(new), seed, kind)
         given = None if len(set(new)) == 1 and seed % 2 else new
+        queries = self.setting.queries(len(new), max(new), seed) if asked else None
         after = tuple(
             x.grown(k[seq, :, :n], v[seq, :, :n]) for seq, (x, n) in enumerate(zip(member.seqs, new, strict=True))
         )
         return Plan(
             "append",
             member,
-            lambda: member.cache.append(k, v, lengths=given),
+            lambda: member.cache.append(k, v, lengths=given, queries=queries),
             after,
             frozenset(seq for seq, n in enumerate(new) if n),
             self._no_room(member, [x.tokens for x in after]),
@@ -258,23 +265,39 @@ class Machine:
     def _fork(self, which: int, source: int, target: int) -> Plan:
         member = self._member(which)
         source, target = source % len(member.seqs), target % len(member.seqs)
-        after = self._with(member, target, member.seqs[source])
+        sources = [*range(len(member.seqs))]
+        sources[target] = source
+        after = self._copies(member, sources)
         refused = ValueError if source == target else None
-        return Plan("fork", member, lambda: member.cache.fork(source, target), after, frozenset([target]), refused)
+        return Plan(
+            "fork", member, lambda: member.cache.fork(source, target), after, frozenset([target]), refused,
+            sources=tuple(sources),
+        )  # fmt: skip
+
+    def _copies(self, member: Member, sources: list[int]) -> tuple[Sequence, ...]:
+        """The sequences of a cache in another order, or several times."""
+        return tuple(member.seqs[seq].copied() if sources.count(seq) > 1 else member.seqs[seq] for seq in sources)
 
     def _truncate(self, which: int, seq: int, back: int) -> Plan:
         member = self._member(which)
         seq %= len(member.seqs)
         keep = member.seqs[seq].tokens - back % (member.seqs[seq].tokens + 1)
-        after = self._with(member, seq, member.seqs[seq].cut(keep))
+        held = None if self.setting.config.residual_share == 1 else member.cache.read(seq)
+        after = self._with(member, seq, member.seqs[seq].cut(keep, held))
         return Plan("truncate", member, lambda: member.cache.truncate(seq, keep), after, frozenset([seq]))
 
     def _select(self, which: int, seqs: list[int]) -> Plan:
         member = self._member(which)
         seqs = [seq % len(member.seqs) for seq in seqs]
-        after = tuple(member.seqs[seq] for seq in seqs)
         touched = frozenset(range(len(member.seqs)))
-        return Plan("select", member, lambda: member.cache.select(seqs), after, touched)
+        return Plan(
+            "select",
+            member,
+            lambda: member.cache.select(seqs),
+            self._copies(member, seqs),
+            touched,
+            sources=tuple(seqs),
+        )
 
     def _reserve(self, which: int, tokens: int) -> Plan:
         member = self._member(which)
@@ -283,7 +306,8 @@ class Machine:
 
     def _branch(self, which: int) -> Plan:
         member = self._member(which)
-        return Plan("branch", member, member.cache.branch, member.seqs, made="another")
+        after = tuple(x.copied() for x in member.seqs)
+        return Plan("branch", member, member.cache.branch, after, made="another")
 
     def _reload(self, which: int, more_pages: int) -> Plan:
         member = self._member(which)
@@ -298,7 +322,8 @@ class Machine:
             state.load_state_dict(made, load(content))
             return made
 
-        return Plan("reload", member, change, member.seqs, frozenset(range(len(member.seqs))), made="instead")
+        every = range(len(member.seqs))
+        return Plan("reload", member, change, member.seqs, frozenset(every), made="instead", sources=tuple(every))
 
     # -- carrying them out ---------------------------------------------------------------------------------------------
 
@@ -306,7 +331,7 @@ class Machine:
         try:
             made = plan.change()
         except Exception as error:
-            if not plan.refused or not isinstance(error, plan.refused):
+            if not self._may_end_with(plan, error):
                 raise Finding(f"{plan.name} ends with {type(error).__name__}: {error}") from error
             if not plan.member.cache.is_intact:
                 raise Finding(f"{plan.name} was refused and has broken the cache: {error}") from error
@@ -316,6 +341,13 @@ class Machine:
             self._accept(plan, made)
         self._check_all()
 
+    def _may_end_with(self, plan: Plan, error: Exception) -> bool:
+        """Whether a change may be refused like this. Slots for residuals are enough for sequences that share nothing."""
+        if plan.refused and isinstance(error, plan.refused):
+            return True
+        shared = self._leaky or any(x.shared for member in self.members for x in member.seqs)
+        return shared and isinstance(error, RuntimeError) and "slots of residuals are exhausted" in str(error)
+
     def _accept(self, plan: Plan, made: PagedThriftCache | None) -> None:
         """Take note of a change that was made."""
         if plan.refused:
@@ -324,6 +356,7 @@ class Machine:
         if plan.made == "another":
             assert made is not None
             self.members.append(Member(made, plan.after, list(member.pictures)))
+            member.seqs = plan.after
             return
         if plan.made == "instead":
             assert made is not None
@@ -331,6 +364,9 @@ class Machine:
         else:
             quiet = [seq for seq in range(len(member.seqs)) if seq not in plan.touched]
             laws.check_left_alone(member, quiet, plan.name)
+        for seq, source in enumerate(plan.sources or ()):
+            if not same(picture(member.cache, seq), member.pictures[source]):
+                raise Finding(f"after {plan.name} sequence {seq} is not what sequence {source} was")
         member.seqs = plan.after
         member.look()
 
@@ -345,7 +381,7 @@ class Machine:
         except KeyboardInterrupt:
             pass
         except Exception as error:
-            if not plan.refused or not isinstance(error, plan.refused):
+            if not self._may_end_with(plan, error):
                 raise Finding(f"{plan.name} ends with {type(error).__name__}: {error}") from error
             self._check_all()
             return False
@@ -368,9 +404,7 @@ class Machine:
             self._start_again(member)
             return
         for seqs in (member.seqs, member.seqs if plan.made else plan.after):
-            if len(seqs) == member.cache.batch and all(
-                same(picture(member.cache, seq), picture(x.twin(), 0)) for seq, x in enumerate(seqs)
-            ):
+            if len(seqs) == member.cache.batch and all(as_fresh(member.cache, seq, x) for seq, x in enumerate(seqs)):
                 member.seqs = seqs
                 member.look()
                 return
@@ -394,3 +428,4 @@ class Machine:
             laws.check_books(member)
             laws.check_left_alone(member, range(len(member.seqs)), name)
         laws.check_pools(self.members, self._leaky)
+        laws.check_slots(self.members, self._leaky)

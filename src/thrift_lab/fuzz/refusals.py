@@ -65,6 +65,12 @@ REFUSALS: dict[str, Refusal] = {
     "append with too many lengths": lambda cache, setting, seq: cache.append(
         *setting.tokens(cache.batch, 3, 1, "plain"), lengths=[1] * (cache.batch + 1)
     ),
+    "append with queries of other tokens": lambda cache, setting, seq: cache.append(
+        *setting.tokens(cache.batch, 3, 1, "plain"), queries=setting.queries(cache.batch, 2, 1)
+    ),
+    "append with queries of another dtype": lambda cache, setting, seq: cache.append(
+        *setting.tokens(cache.batch, 3, 1, "plain"), queries=setting.queries(cache.batch, 3, 1).double()
+    ),
     "attention of 17 tokens": _attend(lambda q: q.expand(-1, -1, 17, -1)),
     "attention of no token": _attend(lambda q: q[:, :, :0]),
     "attention of another batch": _attend(lambda q: torch.cat([q, q])),

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -13,6 +15,7 @@ from thrift_attn import ThriftConfig
 from thrift_attn.cache import PagedThriftCache
 from thrift_attn.config import BLOCK
 from thrift_attn.dispatch import interpreted
+from thrift_attn.reference import residents
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -34,6 +37,7 @@ class Setting:
         num_pages: pages of the pool.
         max_pages: most pages of a sequence.
         max_tokens: most tokens of a sequence, or None.
+        floor: blocks up to which all of a sequence keep their residual, where ``residual_share`` is below 1.
         options: of `ThriftConfig.for_cache`.
         device: where the caches live.
     """
@@ -47,6 +51,7 @@ class Setting:
     max_pages: int
     max_tokens: int | None
     options: dict[str, Any]
+    floor: int = residents.FLOOR
     device: str = "cpu"
 
     @classmethod
@@ -57,7 +62,9 @@ class Setting:
         head_dim = rng.choice((64, 64, 64, 80, 128))
         center = rng.choice(("all", "block", "none"))
         base_format = rng.choice(("nvfp4", "nvfp4", "mxfp4")) if head_dim % 32 == 0 else "nvfp4"
-        max_pages = rng.randint(2, 8)
+        share = rng.choice((1.0, 1.0, 0.3, 0.15, 0.0))
+        max_pages = rng.randint(2, 8) if share == 1 else rng.randint(4, 14)
+        budgets = (1.0, 1.0, 0.0, 0.3, "top_k(1)", "top_k(2)", "max(5%, 2)")
         batch = rng.randint(1, 3)
         return cls(
             dtype=rng.choice(dtypes),
@@ -75,10 +82,12 @@ class Setting:
                 "sink_token": "none" if center == "none" else rng.choice(("exact", "exact", "none")),
                 "smooth": rng.choice(("channel", "none")),
                 "scales": rng.choice(("best", "max")),
-                "budget": rng.choice((1.0, 1.0, 0.0, 0.3, "top_k(1)", "top_k(2)", "max(5%, 2)")),
+                "budget": rng.choice(budgets if share == 1 else budgets[1:]),
                 "force_first": rng.choice((0, 0, 1)),
                 "force_last": rng.choice((1, 1, 0, 2)),
+                "residual_share": share,
             },
+            floor=rng.choice((2, 4)),
             device=device,
         )
 
@@ -97,26 +106,39 @@ class Setting:
         """Whether the budget promotes every block."""
         return self.config.budget.kind == "fraction" and self.config.budget.value == 1
 
-    def make(self, batch: int, num_pages: int | None = None, *, limited: bool = True) -> PagedThriftCache:
+    @contextmanager
+    def _floor(self) -> Iterator[None]:
+        """Let the floor of residents be that of the setting: few blocks reach evictions."""
+        before, residents.FLOOR = residents.FLOOR, self.floor
+        try:
+            yield
+        finally:
+            residents.FLOOR = before
+
+    def make(
+        self, batch: int, num_pages: int | None = None, *, limited: bool = True, whole: bool = False
+    ) -> PagedThriftCache:
         """Make an empty cache.
 
         Args:
             batch: sequences.
             num_pages: pages of its pool; those of the setting by default.
             limited: whether ``max_tokens`` and ``max_pages`` hold.
+            whole: whether all blocks keep their residual, whatever the setting says.
         """
         pages = self.num_pages if num_pages is None else num_pages
-        return PagedThriftCache(
-            batch=batch,
-            kv_heads=self.kv_heads,
-            head_dim=self.head_dim,
-            num_pages=pages,
-            max_pages=self.max_pages if limited else pages,
-            max_tokens=self.max_tokens if limited else None,
-            config=self.config,
-            dtype=self.torch_dtype,
-            device=self.device,
-        )
+        with self._floor():
+            return PagedThriftCache(
+                batch=batch,
+                kv_heads=self.kv_heads,
+                head_dim=self.head_dim,
+                num_pages=pages,
+                max_pages=self.max_pages if limited else pages,
+                max_tokens=self.max_tokens if limited else None,
+                config=self.config.with_(residual_share=1.0) if whole else self.config,
+                dtype=self.torch_dtype,
+                device=self.device,
+            )
 
     def tokens(self, batch: int, count: int, seed: int, kind: str) -> tuple[Tensor, Tensor]:
         """K and V ``[batch, Hkv, count, D]`` of one of `KINDS`."""
