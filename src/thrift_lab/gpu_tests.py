@@ -173,11 +173,40 @@ def _run(name: str, tests: list[str], prefix: list[str] | None, seconds: float, 
     return step
 
 
+def join(records: list[GPUTestRecord], only: list[str] | None = None) -> GPUTestRecord:
+    """Return one record with the steps of several, which ran apart; of a step that several have, the last.
+
+    Args:
+        records: of the same sources and commit.
+        only: beginnings of the names of steps that are taken; all by default.
+
+    Raises:
+        ValueError: records of other sources or commits.
+    """
+    first = records[0]
+    for other in records[1:]:
+        if (other.sources, other.context["commit"]) != (first.sources, first.context["commit"]):
+            raise ValueError(
+                f"expected records of sources {first.sources[:8]} at {first.context['commit']}, got {other.sources[:8]} at "
+                f"{other.context['commit']}"
+            )
+    steps = {step.name: step for record in records for step in record.steps}
+    taken = [step for step in steps.values() if not only or step.name.startswith(tuple(only))]
+    context = {**first.context, "joined": [record.context["created"] for record in records]}
+    return GPUTestRecord(context=context, sources=first.sources, steps=taken)
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Run all steps and write the record; 0 if nothing failed."""
     parser = argparse.ArgumentParser(prog="python -m thrift_lab.gpu_tests", description=__doc__)
     parser.add_argument("-o", "--out", type=Path, default=Path("benchmarks/results/gpu-tests.json"))
     parser.add_argument("--workers", type=int, default=8, help="processes of pytest that share the GPU")
+    parser.add_argument(
+        "--join",
+        nargs="+",
+        type=Path,
+        help="run nothing: join the steps of records of these sources; later files count",
+    )
     parser.add_argument("--at-once", action="store_true", help="all steps side by side, where there are cores enough")
     parser.add_argument(
         "--only",
@@ -185,6 +214,11 @@ def main(arguments: list[str] | None = None) -> int:
         help="run the steps whose names begin so; the others stay as a record of the same sources has them",
     )
     options = parser.parse_args(arguments)
+    if options.join:
+        joined = join([GPUTestRecord.load(path) for path in options.join], options.only)
+        joined.save(options.out)
+        print(f"{', '.join(step.name for step in joined.steps)}; wrote {options.out}")
+        return 0
     import torch
 
     if not torch.cuda.is_available():

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
+
 import thrift_attn
-from thrift_lab.gpu_tests import GPUTestRecord, Mailbox, digest_of_kernels
+from thrift_lab.gpu_tests import GPUTestRecord, Mailbox, Step, digest_of_kernels, join
 
 ROOT = Path(__file__).parents[2]
 PACKAGE = Path(thrift_attn.__file__).parent
@@ -35,3 +37,15 @@ def test_only_the_mailbox_of_warp_specialisation_is_accepted() -> None:
         assert len(mailbox.new_reports(known + REPORT.format(f"/x/kernel.py:{b}", other) + SUMMARY)) == 1, other
     assert len(mailbox.new_reports(known)) == 1  # it was cut off
     assert len(mailbox.new_reports("")) == 1
+
+
+def test_records_that_ran_apart_are_joined() -> None:
+    def record(sources: str, *steps: Step) -> GPUTestRecord:
+        return GPUTestRecord(context={"commit": "c", "created": str(len(steps))}, sources=sources, steps=list(steps))
+
+    stopped, done = Step(name="laws", problems=["stopped"]), Step(name="laws", passed=3)
+    joined = join([record("s", Step(name="kernels", passed=2), stopped), record("s", done)], ["laws"])
+    assert joined.steps == [done]
+    assert joined.context["joined"] == ["2", "1"]
+    with pytest.raises(ValueError, match="expected records of sources s at c, got other at c"):
+        join([record("s"), record("other")])
