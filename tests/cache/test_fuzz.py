@@ -178,7 +178,7 @@ EVERY_LINE: dict[str, tuple[str, dict[str, Any]]] = {
 
 @pytest.mark.parametrize(
     ("name", "setting"),
-    [(name, PLAIN) for name in EVERY_LINE] + [(name, FEW) for name in ("truncate", "branch")],
+    [(name, PLAIN) for name in EVERY_LINE] + [("truncate", FEW)],
     ids=lambda x: x if isinstance(x, str) else "few residents" if x is FEW else "all",
 )
 def test_an_interrupt_at_any_line(name: str, setting: Setting) -> None:
