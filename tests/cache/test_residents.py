@@ -564,3 +564,33 @@ def test_chunks_of_a_prompt_add_the_same_mass(monkeypatch: pytest.MonkeyPatch) -
     got = rule.prompt_mass(none[:, :3], q[:, : 64 * 3], means[:, :3], start=0, scale=0.2)
     got = torch.nn.functional.pad(got, (0, 3))
     torch.testing.assert_close(rule.prompt_mass(got, q[:, 64 * 3 :], means, start=64 * 3, scale=0.2), want)
+
+
+def test_forks_cut_to_a_prefix_give_back_what_they_do_not_hold(floor: int) -> None:
+    """A fork kept at the beginning of each of several turns has the slots of that beginning, and the newest blocks stay."""
+    cache, kept = cache_of(0.25, pages=160), []
+    cache.append(*drawn(64 * 20))
+    for turn in range(5):
+        fork = cache.branch()
+        fork.truncate(0, 64 * 4)
+        assert len(fork.residual_slots._owned[0]) <= quota(cache, 20) + NEWEST
+        kept.append(fork)
+        cache.append(*drawn(64 * 4, seed=turn + 1))
+        assert resident(cache)[:, -NEWEST:].all()
+    held = cache.residual_slots._bounds[0]
+    assert held[1] <= 2 * quota(cache, 40) + 8
+    kept.clear()
+    gc.collect()
+
+
+def test_what_one_sequence_lacks_is_not_asked_of_another(floor: int) -> None:
+    cache = cache_of(0.25, batch=2, pages=96)
+    cache.append(*drawn(64 * 20, batch=2), lengths=[64 * 20, 64])
+    cache.residual_slots._free.clear()
+    cache.residual_slots._owned[0], lost = cache.residual_slots._owned[0][:1], cache.residual_slots._owned[0][1:]
+    k, v = drawn(1, batch=2)
+    cache.append(k, v, lengths=[0, 1])
+    assert cache.tokens(1) == 65
+    with pytest.raises(RuntimeError, match="slots of residuals are exhausted"):
+        cache.append(*drawn(64, batch=2), lengths=[64, 0])
+    cache.residual_slots._owned[0] += lost

@@ -58,6 +58,15 @@ class PageTable:
         if stream is not None:
             self._users[stream.cuda_stream] = stream
 
+    def take_in_order(self) -> None:
+        """Let the current stream wait for those that gave back what it is about to take."""
+        self._order.take(current_stream(self.table.device))
+
+    def give_back_in_order(self) -> None:
+        """Note that something of the pool is free now which kernels of these sequences may still read."""
+        self.note_use()
+        self._order.give_back(self._users.values())
+
     def tokens(self, seq: int) -> int:
         """Length of a sequence, known without asking the device."""
         return self._tokens[seq]
@@ -111,7 +120,7 @@ class PageTable:
         missing = self._missing(wanted)
         if not any(missing):
             return
-        self._order.take(current_stream(self.table.device))
+        self.take_in_order()
         # One copy to the device, and the books only when it has been made.
         given = torch.tensor(self._free[-sum(missing) :][::-1], dtype=torch.int32)
         seqs = torch.tensor(missing).nonzero().flatten().repeat_interleave(torch.tensor([n for n in missing if n]))
@@ -151,8 +160,7 @@ class PageTable:
     def _give_back(self, seq: int, blocks: int) -> None:
         given = self._owned[seq][blocks:]
         if given:
-            self.note_use()
-            self._order.give_back(self._users.values())
+            self.give_back_in_order()
         del self._owned[seq][blocks:]
         for page in given:
             self._references[page] -= 1
@@ -232,7 +240,7 @@ class PageTable:
             raise ValueError(f"a sequence of {longest} blocks does not fit into {limit} pages")
         if count > len(self._free):
             raise RuntimeError(f"the page pool is exhausted: {count} pages are needed and {len(self._free)} are free")
-        self._order.take(current_stream(self.table.device))
+        self.take_in_order()
         given = self._free[len(self._free) - count :][::-1]
         owned = [[given[number] for number in held] for held in blocks]
         table = torch.tensor([[*held, *[-1] * (longest - len(held))] for held in owned], dtype=torch.int32)

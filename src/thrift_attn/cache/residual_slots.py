@@ -93,13 +93,27 @@ class ResidualSlots:
             for seq, blocks in enumerate(wanted)
         ]
 
-    def check_room(self, wanted: list[int]) -> None:
-        """Raise RuntimeError if there are not slots enough for sequences of ``wanted`` complete blocks."""
-        missing = self.missing(wanted)
-        if missing > len(self._free):
+    def check_room(self, wanted: list[int], grows: list[bool]) -> None:
+        """Check that there are slots for new blocks.
+
+        Args:
+            wanted: complete blocks of each sequence.
+            grows: which of them get blocks; what the others lack is not asked for now.
+
+        Raises:
+            RuntimeError: too few slots are free, or a sequence shares so many that its list has no room for its own.
+        """
+        missing = sum(count for count, more in zip(self._missing(wanted), grows, strict=True) if more)
+        full = [
+            seq
+            for seq, blocks in enumerate(wanted)
+            if grows[seq] and self._bounds[seq][0] + self.quota(seq, blocks) > self.width
+        ]
+        if missing > len(self._free) or full:
             raise RuntimeError(
                 f"the slots of residuals are exhausted: {missing} more are needed and {len(self._free)} of "
-                f"{len(self._references)} are free; free a sequence, or make the pool or residual_share larger"
+                f"{len(self._references)} are free{f', sequence {full[0]} shares too many' if full else ''}; what sequences "
+                f"share (beams, forks) keeps its slots: free a sequence, or make the pool or residual_share larger"
             )
 
     def reserve(self, wanted: list[int]) -> None:
@@ -332,6 +346,17 @@ class ResidualSlots:
         self.set_mass(seq, pages, mass)
         return found.T
 
+    def _drop_unused(self, seq: int, pages: Tensor) -> None:
+        """Give back the last slots of a sequence in which none of its blocks lies. Asks the device."""
+        lie_in = set(self.of_pages(pages).unique().tolist())
+        owned = self._owned[seq]
+        count = max((at + 1 for at, slot in enumerate(owned) if slot in lie_in), default=0)
+        given, self._owned[seq] = owned[count:], owned[:count]
+        self._used[seq] = count
+        self._give_back(given)
+        shared = bisect.bisect_left(self._owned[seq], True, key=lambda slot: self._references[slot] < 2)
+        self._bound(seq, shared, self._bounds[seq][2])
+
     def cut(self, seq: int, pages: Tensor, high: Tensor) -> None:
         """Give back slots that a sequence has beyond its quota, and move what it keeps into the others.
 
@@ -344,6 +369,8 @@ class ResidualSlots:
         if not blocks:
             self.release(seq)
             return
+        if self._bounds[seq][0] > self._bounds[seq][2]:  # slots of blocks that it does not hold any more
+            self._drop_unused(seq, pages)
         shared_slots, granted, shared_blocks = self._bounds[seq]
         room = self.quota(seq, blocks)
         if granted - shared_slots <= room:

@@ -121,13 +121,19 @@ class CacheSequences:
         self.table.check_room(wanted)
         if self.residual_slots is not None:
             self._look_at_sharing()
-            self.residual_slots.check_room(self._blocks(wanted))
+            grows = [n // BLOCK > done for n, done in zip(wanted, self._complete(), strict=True)]
+            self.residual_slots.check_room(self._blocks(wanted), grows)
 
     def _reserve(self, wanted: list[int]) -> None:
         """Give every sequence its pages, and slots for residuals, for so many tokens."""
         self.table.reserve(wanted)
-        if self.residual_slots is not None:
-            self.residual_slots.reserve(self._blocks(wanted))
+        self._reserve_slots(wanted)
+
+    def _reserve_slots(self, wanted: list[int]) -> None:
+        """Give every sequence the slots for so many tokens, as far as there are any."""
+        if self.residual_slots is not None and self.residual_slots.missing(blocks := self._blocks(wanted)):
+            self.table.take_in_order()
+            self.residual_slots.reserve(blocks)
 
     def _blocks(self, wanted: list[int]) -> list[int]:
         """Complete blocks of sequences of so many tokens, or as many as they have pages."""
@@ -145,9 +151,8 @@ class CacheSequences:
 
     def _share_slots(self) -> None:
         """After blocks have become shared: slots of their own for what each sequence has pages for, as far as there are any."""
-        if self.residual_slots is not None:
-            self._look_at_sharing()
-            self.residual_slots.reserve(self._blocks([0] * self.batch))
+        self._look_at_sharing()
+        self._reserve_slots([0] * self.batch)
 
     def advance(self, tokens: int) -> None:
         """Note that a replayed graph has appended ``tokens`` tokens (at most 64) to every sequence.
@@ -203,6 +208,7 @@ class CacheSequences:
         self._check_seq(target)
         if source == target:
             raise ValueError(f"source and target must differ, got {source} twice")
+        self._check_overrun()
         with self._changing():
             self._empty(target)
             self.table.share(source, target)
@@ -218,7 +224,8 @@ class CacheSequences:
         """Keep the first ``tokens`` tokens of one sequence (speculative rollback).
 
         Lossless while the new end lies in one of the two newest blocks; further back the incomplete block is read from its
-        page, in high precision where it is still kept.
+        page, in high precision where it is still kept. With ``residual_share`` below 1 a block that gave up its residual to one
+        that is taken back does not get it again.
 
         Raises:
             ValueError: a sequence out of range, or more tokens than there are.
@@ -226,6 +233,7 @@ class CacheSequences:
         self._check_seq(seq)
         if not 0 <= whole_number("tokens", tokens) <= self.table.tokens(seq):
             raise ValueError(f"sequence {seq} has {self.table.tokens(seq)} tokens: it cannot keep {tokens}")
+        self._check_overrun()
         block = tokens // BLOCK
         with self._changing():
             if tokens % BLOCK and self._tail_blocks[seq][block % 2] != block:
@@ -241,6 +249,7 @@ class CacheSequences:
                 self.residual_slots.note_sharing()
                 self._look_at_sharing()
                 self.residual_slots.cut(seq, self.table.pages(seq), self.pool.high)
+                self.table.give_back_in_order()
 
     def select(self, seqs: list[int]) -> None:
         """Make sequence i what sequence ``seqs[i]`` was (beam search, repeating or dropping sequences of a batch).

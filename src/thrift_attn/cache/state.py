@@ -204,9 +204,14 @@ def _check_residents(saved: dict[str, Tensor], width: int) -> None:
     number_of: dict[int, int] = {}  # of the block in a page
     for seq, (held, blocks) in enumerate(zip(saved["residual_slots"].tolist(), _lists(saved["blocks"]), strict=True)):
         own = [number for number in held if number >= 0]
-        fits = held[: len(own)] == own and len(set(own)) == len(own) <= width and all(number < count for number in own)
+        if len(own) > width:
+            raise ValueError(
+                f"sequence {seq} was saved with {len(own)} slots of residuals, this cache has room for {width}: make it with a "
+                f"larger residual_share or pool"
+            )
+        fits = held[: len(own)] == own and len(set(own)) == len(own) and all(number < count for number in own)
         if not fits or any(before.setdefault(slot, last) != last for last, slot in pairwise([-1, *own])):
-            raise ValueError(f"sequence {seq} cannot have the slots {held} of {count}, at most {width}")
+            raise ValueError(f"sequence {seq} cannot have the slots {held} of {count}")
         if any(number_of.setdefault(page, number) != number for number, page in enumerate(blocks)):
             raise ValueError(
                 f"sequence {seq} cannot have the blocks {blocks}: a page is the same block of all sequences"

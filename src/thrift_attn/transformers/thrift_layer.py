@@ -440,7 +440,8 @@ class ThriftLayer(CacheLayerMixin):
         for name, value in mine.items():
             setattr(other, name, value)
         other.paddings, other.changes = list(self.paddings), self.changes.anew()
-        other._paged = None if self._paged is None else self._paged.branch()
+        with torch.inference_mode(False):  # its tensors are written to in any mode
+            other._paged = None if self._paged is None else self._paged.branch()
         return other
 
 
