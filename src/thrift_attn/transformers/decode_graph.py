@@ -163,10 +163,13 @@ class DecodeGraph:
     @torch.no_grad()
     def _captured(self) -> torch.cuda.CUDAGraph:
         graph = torch.cuda.CUDAGraph()
+        own = torch.cuda.Stream(
+            self.device
+        )  # torch's own is on the device of the first capture, whatever the current one is
         with warnings.catch_warnings():
             # torch says so and goes on; replays would give the same logits for ever.
             warnings.filterwarnings("error", message=".*CUDA Graph is empty")
-            with torch.cuda.device(self.device), torch.cuda.graph(graph):
+            with torch.cuda.device(self.device), torch.cuda.graph(graph, stream=own):
                 self._logits = self._step()
         self._held = self._tensors()
         return graph
