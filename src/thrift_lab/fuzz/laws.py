@@ -99,8 +99,11 @@ def check_content(member: Member, seq: int) -> None:
         _check_precision(member, seq)
 
 
-SMALLEST, LARGEST = 0.012, 2688.0
-"""Absolute error where the scales of groups run out below, and the largest element that they reach; times powers of two."""
+SMALLEST = 0.012
+"""Absolute error where the scales of groups run out below; times powers of two."""
+
+LARGEST = {"nvfp4": 448 * 6.0, "mxfp4": 2.0**8 * 6.0}
+"""The largest element that pages reach, times powers of two: scales end at 448, and those of mxfp4 in pages at 2^8."""
 
 
 def _check_precision(member: Member, seq: int) -> None:
@@ -124,7 +127,7 @@ def _check_precision(member: Member, seq: int) -> None:
         scaled = (delta * factor).abs()
         # One rounding to a format of at least 1.5 bits, or a second one of 3 bits under the same scale.
         coarse = scaled.amax((2, 3), keepdim=True) * torch.where(resident, 1 / 8, 1 / 2)
-        allowed = coarse + SMALLEST + (scaled - LARGEST).clamp(min=0)
+        allowed = coarse + SMALLEST + (scaled - LARGEST[cache.config.base_format]).clamp(min=0)
         allowed = allowed / factor + blocks.abs() * 2**-7
         if cache.config.promoted_storage == "16bit":
             allowed = torch.where(resident, 0, allowed)
