@@ -7,9 +7,23 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
+import thrift_attn
 from support.planted_bugs import PLANTED
 from thrift_lab.bench.bench_cli import app
-from thrift_lab.fuzz.campaign import Campaign, FuzzRecord
+from thrift_lab.fuzz.campaign import ROOMS, Campaign, FuzzRecord
+from thrift_lab.provenance import digest_of_sources
+
+PACKAGE = Path(thrift_attn.__file__).parent
+RECORD = Path(__file__).parents[2] / "benchmarks/results/fuzz.json"
+AGAIN = "thrift bench fuzz --operations 100000 --interrupts 1000 --seed 14 --workers 2 -o benchmarks/results/fuzz.json"
+
+
+def test_the_committed_campaign_speaks_for_this_cache_and_found_nothing() -> None:
+    record = FuzzRecord.load(RECORD)
+    assert record.sources == digest_of_sources(PACKAGE, ROOMS), f"the cache has changed since: {AGAIN}"
+    assert record.operations >= 100_000
+    assert record.interrupts >= 1_000
+    assert record.findings == []
 
 
 def test_a_campaign_is_a_record(tmp_path: Path) -> None:

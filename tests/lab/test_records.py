@@ -19,12 +19,13 @@ from thrift_lab.eval.methods import Method
 from thrift_lab.eval.run_nll import NLLRecord, NLLRow
 from thrift_lab.eval.runs import Run, load_runs
 from thrift_lab.eval.through_cache import ThroughCacheRecord
+from thrift_lab.fuzz.campaign import FuzzRecord
 from thrift_lab.provenance import write_files, write_json
 from thrift_lab.records import Record, read_json
 
 RESULTS = Path(__file__).parents[2] / "benchmarks" / "results"
 CLASSES: tuple[type[Record], ...] = (
-    *(BenchRecord, CrossoverRecord, ModelRecord, DecodeRecord, NLLRecord, ThroughCacheRecord),
+    *(BenchRecord, CrossoverRecord, ModelRecord, DecodeRecord, NLLRecord, ThroughCacheRecord, FuzzRecord),
 )
 BY_KIND = {kind: made for made in CLASSES for kind in made.KINDS}
 OTHER_KINDS = ("compile", "exploration", "gpu-tests", "kvpress-snapkv", None)
