@@ -53,6 +53,18 @@ class Step(BaseModel):
     problems: list[str] = Field(default_factory=list)
     mended: dict[str, str] = Field(default_factory=dict)
 
+    @property
+    def is_green(self) -> bool:
+        """Whether something ran and all of it passed."""
+        return self.passed > 0 and not self.failed and not self.problems
+
+    def tell(self, indent: str = "") -> None:
+        """Print what was found."""
+        counts = f"{self.passed} passed, {self.failed} failed, {self.skipped} skipped, {self.seconds} s"
+        print(f"{indent}{self.name}: {counts}", flush=True)
+        for problem in self.problems:
+            print(f"{indent}  {problem}", flush=True)
+
 
 class GPUTestRecord(Record):
     """What a run on a GPU found, and for which sources."""
@@ -266,13 +278,8 @@ def main(arguments: list[str] | None = None) -> int:
             step = done.result()
             record.steps.append(step)
             record.save(options.out)
-            print(
-                f"{step.name}: {step.passed} passed, {step.failed} failed, {step.skipped} skipped, {step.seconds} s",
-                flush=True,
-            )
-            for problem in step.problems:
-                print(f"  {problem}", flush=True)
-    bad = any(step.failed or step.problems or not step.passed for step in record.steps)
+            step.tell()
+    bad = not all(step.is_green for step in record.steps)
     print(f"{'FAILED' if bad else 'green'}; wrote {options.out}")
     return int(bad)
 

@@ -65,13 +65,8 @@ def main(arguments: list[str] | None = None) -> int:
             step, _ = run_pytest(folder, [folder, *quiet], seconds=options.seconds, python=python)
             row.steps.append(step)
             record.save(options.out)
-            print(
-                f"  {folder}: {step.passed} passed, {step.failed} failed, {step.skipped} skipped, {step.seconds} s",
-                flush=True,
-            )
-            for problem in step.problems:
-                print(f"    {problem}", flush=True)
-    bad = any(step.failed or step.problems or not step.passed for row in record.rows for step in row.steps)
+            step.tell("  ")
+    bad = not all(step.is_green for row in record.rows for step in row.steps)
     print(f"{'FAILED' if bad else 'green'}; wrote {options.out}")
     return int(bad)
 

@@ -15,6 +15,8 @@ from thrift_attn.config import ThriftConfig
 
 pytest.importorskip("transformers", minversion="5.0")
 from thrift_lab.eval import decode_quality as decode
+from thrift_lab.eval import through_cache
+from thrift_lab.eval.nll import token_nll
 from thrift_lab.models import Loaded
 
 TEXT = "".join(chr(33 + int(i)) for i in torch.randint(0, 90, (1200,), generator=torch.Generator().manual_seed(0)))
@@ -76,3 +78,25 @@ def test_sizes_are_checked() -> None:
     with pytest.raises(ValueError, match="shortest"):
         decode.lengths(3, 10, 9)
     assert decode.lengths(1, 10, 20) == [10]
+
+
+@torch.no_grad()
+def test_a_text_through_the_cache_loses_what_its_residuals_say(tmp_path: Path) -> None:
+    """With every block promoted from a 16-bit copy nothing is lost, with no copy kept something is."""
+    model = loaded()
+    options = {"shares": (1.0, 0.0), "length": 300, "chunk": 40, "steps": 70}
+    record = through_cache.evaluate(model, TEXT, config=EXACT, **options)
+    plain, whole, none = record.rows
+    ids = torch.tensor([Letters()(TEXT, add_special_tokens=False).input_ids[:300]])
+    want = token_nll(model.model, model.model.base_model(ids).last_hidden_state[0], ids[0])
+    assert plain.chunks == pytest.approx([float(x.mean()) for x in want[:229].split(64)], abs=1e-6)
+    assert plain.steps == pytest.approx([float(x.mean()) for x in want[229:].split(64)], abs=1e-6)
+    assert whole.all == pytest.approx(plain.all, abs=1e-4)
+    assert (whole.resident_share, none.resident_share) == (1.0, 0.0)
+    assert abs(whole.kl or 0) < 1e-6 < (none.kl or 0)
+    assert record.over_first(whole) == (0.0, (0.0, 0.0))
+    assert [len(row.all) for row in record.rows] == [6] * 3
+    record.save(tmp_path / "x.json")
+    assert through_cache.ThroughCacheRecord.load(tmp_path / "x.json") == record
+    with pytest.raises(ValueError, match="got chunk 0, steps 70 and length 300"):
+        through_cache.evaluate(model, TEXT, config=EXACT, **{**options, "chunk": 0})

@@ -21,6 +21,7 @@ from thrift_attn.transformers import ThriftCache, disable, enable
 from thrift_attn.transformers.decode_graph import DecodeGraph
 from thrift_attn.transformers.generate import prefill, stream
 from thrift_lab.console import Log, silent
+from thrift_lab.eval.nll import logits_of
 from thrift_lab.models import Loaded
 from thrift_lab.records import Record, make_context
 
@@ -149,7 +150,7 @@ def continuation(loaded: Loaded, ids: Tensor, start: int, new: int, config: Thri
     """
     model, prompt = loaded.model, ids.shape[1] - new
     hidden = model.base_model(ids).last_hidden_state[:, prompt - 1 : -1]
-    want = model.get_output_embeddings()(hidden)[0].float().log_softmax(-1)  # [new, V]
+    want = logits_of(model, hidden)[0].log_softmax(-1)  # [new, V]
     enable(model, config)
     try:
         cache = _cache(model, ids.shape[1], config)

@@ -22,7 +22,7 @@ from thrift_attn.transformers.decode_graph import DecodeGraph
 from thrift_attn.transformers.versions import cache_keyword
 from thrift_lab.console import Log, silent
 from thrift_lab.eval.bootstrap import BOOTSTRAP_BLOCK, Interval, draws, interval
-from thrift_lab.eval.nll import windows_of
+from thrift_lab.eval.nll import logits_of, token_nll, windows_of
 from thrift_lab.models import Loaded
 from thrift_lab.records import Record, make_context
 
@@ -109,8 +109,8 @@ def _blocks(losses: Tensor) -> list[float]:
 
 
 def _nll(logits: Tensor, ids: Tensor) -> Tensor:
-    """Nats of ``ids`` int64 ``[n]`` under ``logits`` ``[n, V]``."""
-    return torch.nn.functional.cross_entropy(logits.float(), ids, reduction="none")
+    """Nats of ``ids`` int64 ``[n]`` under float32 ``logits`` ``[n, V]``."""
+    return torch.nn.functional.cross_entropy(logits, ids, reduction="none")
 
 
 @torch.no_grad()
@@ -118,13 +118,8 @@ def _plain(loaded: Loaded, ids: Tensor, steps: int) -> tuple[Losses, Tensor]:
     """The model without a cache, and its log-probabilities ``[steps, V]`` at the decoded tokens."""
     model, start = loaded.model, time.perf_counter()
     hidden = model.base_model(ids).last_hidden_state[0]
-    head, parts = model.get_output_embeddings(), []
-    for at in range(0, ids.shape[1] - 1, 1024):
-        part = slice(at, min(at + 1024, ids.shape[1] - 1))
-        parts.append(_nll(head(hidden[part]), ids[0, part.start + 1 : part.stop + 1]))
-    losses = torch.cat(parts)
-    first = ids.shape[1] - 1 - steps
-    want = head(hidden[first:-1]).float().log_softmax(-1)
+    losses, first = token_nll(model, hidden, ids[0]), ids.shape[1] - 1 - steps
+    want = logits_of(model, hidden[first:-1]).log_softmax(-1)
     row = Losses(share=None, chunks=_blocks(losses[:first]), steps=_blocks(losses[first:]))
     row.seconds = time.perf_counter() - start
     return row, want
@@ -134,7 +129,7 @@ def _plain(loaded: Loaded, ids: Tensor, steps: int) -> tuple[Losses, Tensor]:
 def _through(loaded: Loaded, ids: Tensor, config: ThriftConfig, chunk: int, steps: int, want: Tensor) -> Losses:
     """One window through a cache."""
     model, start = loaded.model, time.perf_counter()
-    head, first = model.get_output_embeddings(), ids.shape[1] - 1 - steps
+    first = ids.shape[1] - 1 - steps
     enable(model)
     try:
         cache = ThriftCache(model.config, ids.shape[1], decode=config)
@@ -143,7 +138,7 @@ def _through(loaded: Loaded, ids: Tensor, config: ThriftConfig, chunk: int, step
         for at in range(0, first, chunk):
             part = slice(at, min(at + chunk, first))
             hidden = model.base_model(input_ids=ids[:, part], **options).last_hidden_state[0]
-            parts.append(_nll(head(hidden), ids[0, part.start + 1 : part.stop + 1]))
+            parts.append(_nll(logits_of(model, hidden), ids[0, part.start + 1 : part.stop + 1]))
         step = DecodeGraph(model, cache)
         got = torch.cat([step(ids[:, at : at + 1]).clone() for at in range(first, ids.shape[1] - 1)]).float()
     finally:

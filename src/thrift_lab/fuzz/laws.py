@@ -143,6 +143,14 @@ def _check_precision(member: Member, seq: int) -> None:
             )
 
 
+def _by_pool(members: Iterable[Member]) -> Iterable[list[Member]]:
+    """Members by the pool that their caches share."""
+    pools: dict[int, list[Member]] = {}
+    for member in members:
+        pools.setdefault(member.cache.pool.base.data_ptr(), []).append(member)
+    return pools.values()
+
+
 def check_pools(members: Iterable[Member], leaky: bool) -> None:
     """Every page of a pool is used or free.
 
@@ -150,10 +158,8 @@ def check_pools(members: Iterable[Member], leaky: bool) -> None:
         members: all caches.
         leaky: whether pages may be lost, as after an interrupt; none may ever be both.
     """
-    pools: dict[int, list[PagedThriftCache]] = {}
-    for member in members:
-        pools.setdefault(member.cache.pool.base.data_ptr(), []).append(member.cache)
-    for caches in pools.values():
+    for sharers in _by_pool(members):
+        caches = [member.cache for member in sharers]
         tables = torch.cat([cache.table.table.flatten() for cache in caches])
         used = len(tables[tables >= 0].unique())
         free, total = caches[0].table.free_pages, len(caches[0].pool.base)
@@ -168,11 +174,7 @@ def check_slots(members: Iterable[Member], leaky: bool) -> None:
         members: all caches.
         leaky: whether slots may be lost, as after an interrupt; none may ever be both.
     """
-    pools: dict[int, list[Member]] = {}
-    for member in members:
-        if member.cache.residual_slots is not None:
-            pools.setdefault(member.cache.pool.base.data_ptr(), []).append(member)
-    for sharers in pools.values():
+    for sharers in _by_pool(member for member in members if member.cache.residual_slots is not None):
         books = [x for x in (member.cache.residual_slots for member in sharers) if x is not None]
         uses = Counter(slot for each in books for held in each._owned for slot in held)
         free, total = books[0]._free, len(books[0].tensors.block_of_slot)
