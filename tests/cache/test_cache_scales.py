@@ -108,9 +108,28 @@ def test_one_strange_first_token_decides_nothing() -> None:
     cache, other, (k, v) = make(), make(), tokens(100)
     cache.append(k, v)
     k, v = k.clone(), v.clone()
-    k[:, :, 0], v[:, :, 0] = 500 * k[:, :, 1], 0
+    k[:, :, 0], v[:, :, 0] = 20 * k[:, :, 1], 0
     other.append(k, v)
     assert same(scales(cache), scales(other))
+
+
+@pytest.mark.parametrize("sink", ["exact", "none"])
+@pytest.mark.parametrize("base", ["nvfp4", "mxfp4"])
+def test_a_huge_first_token_stays_within_the_pages(base, sink) -> None:
+    """Its block is read to the precision of its largest element, and later ones as if scales had come from themselves.
+
+    Two roundings to 4 bits (1/4, then 1/8 at most) leave 1/32 of the largest element of a group.
+    """
+    (k, v), first = tokens(192, dtype=torch.float32), torch.randn(2, HEADS, DIM, generator=torch.manual_seed(5))
+    k[:, :, 0], v[:, :, 0] = 3e4 * first[0], 100 * first[1]
+    cache = make(dtype=torch.float32, base_format=base, sink_token=sink)
+    cache.append(k, v)
+    for got, want in zip(cache.read(0), (k[0], v[0]), strict=True):
+        largest = want[:, :64].abs().amax((1, 2), keepdim=True)
+        assert ((got[:, :64] - want[:, :64]).abs() <= 2 * largest / 32).all()
+    if sink == "exact":
+        assert torch.equal(cache.read(0)[0][:, 0], k[0, :, 0])
+        assert (cache.read(0)[1] - v[0]).abs().max() <= v[:, :, 1:].abs().max() / 32
 
 
 def test_a_freed_sequence_forgets_and_a_fork_inherits() -> None:

@@ -99,6 +99,28 @@ def test_scales_of_channels_and_heads(high, queries):
     torch.testing.assert_close(kernels.widen()[0][0], plain.widen()[0][0], rtol=2**-10, atol=1e-6)
 
 
+@pytest.mark.parametrize("centre", ["block", "none"])
+@pytest.mark.parametrize("sink", ["exact", "none"])
+def test_scales_leave_room_for_a_huge_first_token(sink, centre):
+    """What bounds the powers of two is found by the kernel as by the reference, head by head."""
+    if (sink, centre) == ("exact", "none"):
+        pytest.skip("an exact first token needs centred K")
+    k, v = tokens(64)
+    k[:, 0, 0], k[:, 1, 0, 3], v[:, 1, 0, 7] = 3e3 * k[:, 0, 1], 3e4, 3e4
+    config = ThriftConfig.for_cache(sink_token=sink, center=centre)
+    kernels, plain = both(config=config)
+    for cache in (kernels, plain):
+        cache.append(k, v)
+    for got, want in zip(kernels.per_sequence[2:], plain.per_sequence[2:], strict=True):
+        assert torch.equal(got, want)
+    largest = (k[0] - k[0, :, :1] if sink == "exact" else k[0]).float().abs().amax(1)
+    assert 512 <= (kernels.per_sequence.k_channel_scale[0] * largest).max() < 2048
+    for got, want, given in zip(kernels.widen(), plain.widen(), (k, v), strict=True):
+        assert (got.float() - want.float()).norm() <= 1e-3 * want.float().norm()
+        error, most = (got.float() - given.float()).abs(), given.float().abs().amax((2, 3), keepdim=True)
+        assert (error <= 2 * most / 32).all()  # two roundings to 4 bits; a block that saturates is off by more
+
+
 @pytest.mark.parametrize("steps", [[63, 1, 1, 64], [70, 62, 3]])
 def test_steps_on_the_device_equal_bulk_appends(steps):
     k, v = tokens(sum(steps), batch=2, heads=1)

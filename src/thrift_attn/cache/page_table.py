@@ -12,6 +12,16 @@ from thrift_attn.cache.stream_order import StreamOrder, current_stream
 from thrift_attn.config import BLOCK
 
 
+def count_shared(held: list[int], references: list[int]) -> int:
+    """How many of the first pages or slots of a list are held by others too: shared ones always come first.
+
+    Args:
+        held: those of one sequence, in order.
+        references: of every page or slot of the pool, how many lists it is on.
+    """
+    return bisect.bisect_left(held, True, key=lambda number: references[number] < 2)
+
+
 class PageTable:
     """Page tables and lengths of a batch of sequences over a pool of reference-counted pages.
 
@@ -80,8 +90,8 @@ class PageTable:
         return len(self._owned[seq])
 
     def shared_blocks(self, seq: int) -> int:
-        """How many of the first blocks of a sequence other sequences hold too. Shared pages always come first."""
-        return bisect.bisect_left(self._owned[seq], True, key=lambda page: self._references[page] < 2)
+        """How many of the first blocks of a sequence other sequences hold too."""
+        return count_shared(self._owned[seq], self._references)
 
     def check_lengths(self, wanted: list[int]) -> None:
         """Raise ValueError for a length that a sequence may not have."""

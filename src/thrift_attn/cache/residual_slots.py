@@ -8,12 +8,12 @@ blocks at once, for what a sequence keeps when it is cut, and on a CPU.
 
 from __future__ import annotations
 
-import bisect
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from thrift_attn.cache.page_table import count_shared
 from thrift_attn.decode.tensors import ResidentTensors
 from thrift_attn.reference.residents import keep, own_quota
 
@@ -153,7 +153,7 @@ class ResidualSlots:
         self._sharing_seen = -1  # until the device knows all: an interrupt may come
         for seq, owned in enumerate(self._owned):
             self._note_used(seq, blocks[seq])
-            shared = bisect.bisect_left(owned, True, key=lambda slot: self._references[slot] < 2)
+            shared = count_shared(owned, self._references)
             self._bound(seq, shared, shared_blocks[seq], again=again)
         self._sharing_seen = seen
 
@@ -354,7 +354,7 @@ class ResidualSlots:
         given, self._owned[seq] = owned[count:], owned[:count]
         self._used[seq] = count
         self._give_back(given)
-        shared = bisect.bisect_left(self._owned[seq], True, key=lambda slot: self._references[slot] < 2)
+        shared = count_shared(self._owned[seq], self._references)
         self._bound(seq, shared, self._bounds[seq][2])
 
     def cut(self, seq: int, pages: Tensor, high: Tensor) -> None:

@@ -15,7 +15,7 @@ _NONE = tl.constexpr(0x7FFFFFFFFFFFFFFF)
 @triton.jit
 def _take_slots(
     b, entry, page, slots_of_new_ptr, page_table_ptr, slot_of_page_ptr, block_of_slot_ptr, past_mass_ptr, slots_ptr,
-    bounds_ptr, quota_ptr, width, HKV: tl.constexpr, HP: tl.constexpr, CHUNK: tl.constexpr,
+    bounds_ptr, quota_ptr, HKV: tl.constexpr, HP: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
     """Make the block ``entry``, which is complete now, a resident of every KV head, in place of another where the quota is
     reached: the twin of `thrift_attn.reference.residents.keep`. The other loses its residual.
@@ -136,7 +136,7 @@ def write_tail_kernel(
             _take_slots(
                 b, entry, page, slots_of_new_ptr + (b * 2 + slot) * HKV, page_table_ptr + b.to(tl.int64) * blocks,
                 slot_of_page_ptr, block_of_slot_ptr, past_mass_ptr, slots_ptr + b.to(tl.int64) * width, bounds_ptr,
-                quota_ptr, width, HKV, HP, CHUNK,
+                quota_ptr, HKV, HP, CHUNK,
             )  # fmt: skip
     tl.debug_barrier()  # every warp has read the old length
     tl.store(lengths_ptr + b, length + kept)  # no other program reads it

@@ -21,13 +21,14 @@ def _add_mass(
     first_chunk, chunks, HKV: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
     """Past mass of the blocks that a sequence holds alone: it fades by one query, and the softmax of the scores is added."""
+    # What kernels of this chain wrote is not read from an L1 line of its last replay.
     full = tl.load(lengths_ptr + b, cache_modifier=".cg") // 64
     shared = tl.load(bounds_ptr + b * 3 + 2)
     # The sum of 2^score over all blocks, from those of 64 blocks each.
     parts = (blocks + 63) // 64
     lse_start = score_lse_ptr + bh.to(tl.int64) * parts
-    part = tl.arange(0, 1024)
-    lse = tl.load(lse_start + part, mask=part < parts, other=float("-inf"))  # 65,536 blocks at most
+    part = tl.arange(0, 1024)  # 65,536 blocks at most
+    lse = tl.load(lse_start + part, mask=part < parts, other=float("-inf"), cache_modifier=".cg")
     peak = tl.max(lse, 0)
     peak = tl.where(peak == float("-inf"), 0.0, peak)
     whole = peak + tl.log2(tl.sum(tl.exp2(lse - peak), 0))
@@ -36,8 +37,9 @@ def _add_mass(
         own = (block >= shared) & (block < full)
         page = tl.load(page_table_ptr + b.to(tl.int64) * blocks + block, mask=own, other=0)
         at = past_mass_ptr + page.to(tl.int64) * HKV + h
-        mass = tl.load(at, mask=own, other=0.0)
-        score = tl.load(scores_ptr + bh.to(tl.int64) * blocks + block, mask=own, other=float("-inf"))
+        mass = tl.load(at, mask=own, other=0.0, cache_modifier=".cg")
+        score_at = scores_ptr + bh.to(tl.int64) * blocks + block
+        score = tl.load(score_at, mask=own, other=float("-inf"), cache_modifier=".cg")
         weight = tl.exp2(score - whole)
         tl.store(at, mass * _FADE + tl.where(weight == weight, weight, 0.0), mask=own)
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from thrift_attn.kernels.rounding import from_bits
+from thrift_attn.kernels.rounding import bits, from_bits
 from thrift_attn.reference import channel_scales as reference
 
 _LEVEL = tl.constexpr(reference.LEVEL)
@@ -15,6 +15,7 @@ _SLACK = tl.constexpr(reference.SLACK)
 _SPREAD = tl.constexpr(reference.SPREAD)
 _DEPTH = tl.constexpr(reference.DEPTH)
 _LARGEST = tl.constexpr(reference.LARGEST)
+_REACH = tl.constexpr(reference.REACH)
 
 
 @triton.jit
@@ -56,6 +57,14 @@ def k_channel_scale(size, k_size, inside, D: tl.constexpr):
 def v_head_scale(mean_square):
     """Power of two of a head of V whose elements have this mean square."""
     return _power(-log_root(mean_square) + _LEVEL)
+
+
+@triton.jit
+def within_reach(power, largest):
+    """Powers of two, or smaller ones where times them ``largest`` would exceed 2^`REACH`."""
+    e = ((bits(largest) >> 23) & 0xFF) - 126  # largest < 2^e
+    limit = _power(-e.to(tl.float32) + _REACH)
+    return tl.where((largest > 0.0) & (largest < float("inf")), tl.minimum(power, limit), power)
 
 
 @triton.jit

@@ -40,6 +40,9 @@ DEPTH = 7.0
 LARGEST = 60.0
 """Exponents stay within this."""
 
+REACH = 10
+"""log2 of what the block that scales are taken from is kept within: pages end at 448 * 6 in nvfp4, at 2^8 * 6 in mxfp4."""
+
 
 class CallStatistics(NamedTuple):
     """What is taken from a call, or None: float32 (float64 for float64 input).
@@ -108,14 +111,17 @@ def is_power_of_two(x: Tensor) -> Tensor:
     return (mantissa == 0.5) & ((exponent - 1).abs() <= LARGEST)
 
 
-def scales_of_block(k: Tensor, v: Tensor, centred: bool) -> tuple[Tensor, Tensor]:
+def scales_of_block(k: Tensor, v: Tensor, packed_k: Tensor, packed_v: Tensor, centred: bool) -> tuple[Tensor, Tensor]:
     """Return the powers of two of a sequence of a cache, from its first block without its first token.
 
-    The first token, where attention with nothing to say goes, is unlike all others: its K and V are far smaller or larger.
+    The first token, where attention with nothing to say goes, is unlike all others: its K and V are far smaller or larger. They
+    bound the scales only: whatever this block holds stays within `REACH`.
 
     Args:
         k: ``[..., 64, D]``.
         v: likewise.
+        packed_k: what pages hold of ``k`` but for its scale: less c_b.
+        packed_v: likewise, 0 for a first token that is exact.
         centred: whether pages hold K less its block means.
 
     Returns:
@@ -124,7 +130,14 @@ def scales_of_block(k: Tensor, v: Tensor, centred: bool) -> tuple[Tensor, Tensor
     k, v = (x[..., 1:, :].float() for x in (k, v))
     channels = (k - k.mean(-2, keepdim=True) if centred else k).square().mean(-2)
     squares = Squares(channels, k.square().mean((-2, -1)).unsqueeze(-1), v.square().mean((-2, -1)))
-    return level_keys(squares), level_values(squares)
+    of_k = _within_reach(level_keys(squares), packed_k.abs().amax(-2))
+    return of_k, _within_reach(level_values(squares), packed_v.abs().amax((-2, -1)))
+
+
+def _within_reach(power: Tensor, largest: Tensor) -> Tensor:
+    """Powers of two, or smaller ones where times them ``largest`` would exceed 2^`REACH`."""
+    limit = (REACH - largest.frexp().exponent).float().clamp(-LARGEST, LARGEST).exp2()
+    return torch.where(largest.isfinite() & (largest > 0), power.minimum(limit), power)
 
 
 def _power(exponent: Tensor) -> Tensor:

@@ -154,21 +154,19 @@ def write_blocks(
             default to the pages.
     """
     k_block_mean, copy_v = block_means(k)[..., 0, :], v  # [n, Hkv, D]
-    scales = None if sequence is None else sequence.scales()
-    if sequence is not None and first:
-        if scales is not None:
-            of_k, of_v = scales_of_block(k[0], v[0], numerics.centred)
-            scales[0].copy_(of_k[:, None])
-            scales[1].copy_(of_v[:, None, None])
-        if numerics.exact_sink:
-            sequence.block0_mean.copy_(mean_of_others(k[0]))
-            sequence.sink_value.copy_(v[0, :, 0])
-            k_block_mean[0] = k[0, :, 0]
-            copy_v = v.clone()
-            copy_v[0, :, 0] = 0
+    if sequence is not None and first and numerics.exact_sink:
+        sequence.block0_mean.copy_(mean_of_others(k[0]))
+        sequence.sink_value.copy_(v[0, :, 0])
+        k_block_mean[0] = k[0, :, 0]
+        copy_v = v.clone()
+        copy_v[0, :, 0] = 0
     delta = k.float() - k_block_mean.float()[..., None, :] if numerics.centred else k.float()
     scaled_v = copy_v.float()
-    if scales is not None:
+    if sequence is not None and (scales := sequence.scales()) is not None:
+        if first:
+            of_k, of_v = scales_of_block(k[0], v[0], delta[0], scaled_v[0], numerics.centred)
+            scales[0].copy_(of_k[:, None])
+            scales[1].copy_(of_v[:, None, None])
         delta, scaled_v = delta * scales[0], scaled_v * scales[1]
     pool.k_block_mean[pages] = k_block_mean
     pool.base[pages], low_k, low_v = _encode(delta, scaled_v, FORMATS[numerics.base_format], numerics.best_scales)

@@ -105,8 +105,8 @@ SMALLEST = 0.012
 LARGEST = {"nvfp4": 448 * 6.0, "mxfp4": 2.0**8 * 6.0}
 """The largest element that pages reach, times powers of two: scales end at 448, and those of mxfp4 in pages at 2^8.
 
-A block with a larger one saturates, and all of a group with it in mxfp4: a known limit, which a first token needs that is some
-hundred times larger than the others of its block (docs/method.md, section 3).
+A block with a larger one saturates, and all of a group with it in mxfp4: a known limit of blocks that are some hundred times
+larger than the first of their sequence, which always fits (docs/method.md, section 8).
 """
 
 
@@ -132,7 +132,9 @@ def _check_precision(member: Member, seq: int) -> None:
         # One rounding to a format of at least 1.5 bits, or a second one of 3 bits under the same scale.
         peak = scaled.amax((2, 3), keepdim=True)
         coarse = peak * torch.where(resident, 1 / 8, 1 / 2)
-        allowed = coarse + SMALLEST + torch.where(peak > LARGEST[cache.config.base_format], 2 * peak, 0)
+        beyond = peak > LARGEST[cache.config.base_format]
+        beyond[:, :1] = False
+        allowed = coarse + SMALLEST + torch.where(beyond, 2 * peak, 0)
         allowed = allowed / factor + blocks.abs() * 2**-7
         if cache.config.promoted_storage == "16bit":
             allowed = torch.where(resident, 0, allowed)
