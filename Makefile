@@ -12,7 +12,7 @@ demo: $(VENV)/.eval
 	$(BIN)/thrift demo --mirror pypi
 
 test: $(VENV)/.dev $(VENV)/.tritons lint
-	$(BIN)/pytest -n 2 tests/architecture tests/reference tests/cache tests/transformers tests/lab tests/docs
+	$(BIN)/pytest -n 2 tests/architecture tests/reference tests/cache tests/transformers tests/vllm tests/lab tests/docs
 	TRITON_INTERPRET=1 $(BIN)/pytest -n 2 tests/prefill tests/decode tests/laws
 	for version in $(TRITONS); do \
 		TRITON_INTERPRET=1 PYTHONPATH=$(VENV)/triton-$$version $(BIN)/pytest tests/prefill/test_sm90_fp8_compile.py || exit 1; \

@@ -19,7 +19,7 @@ PUBLIC = {"attention", "attention_varlen"}
 FLAT = ("jit", "custom_op", "register_fake", "command")
 """Decorators of kernels, operator schemas and commands, which have as many parameters as they need."""
 
-OUTSIDE = {"torch", "triton", "transformers", "safetensors", "typing_extensions"}
+OUTSIDE = {"torch", "triton", "transformers", "vllm", "safetensors", "typing_extensions"}
 """What the library half may import, beside itself and Python's own."""
 
 
@@ -100,7 +100,7 @@ class Absent(importlib.abc.MetaPathFinder):
 sys.meta_path.insert(0, Absent())
 import thrift_attn
 for found in pkgutil.walk_packages(thrift_attn.__path__, "thrift_attn."):
-    if "sm90_fp8" not in found.name:  # Gluon, which not every Triton has
+    if "sm90_fp8" not in found.name and ".vllm." not in found.name:  # Gluon, which not every Triton has; vLLM
         importlib.import_module(found.name)
 print("all")
 """
@@ -112,7 +112,7 @@ def test_the_library_works_without_the_laboratory():
     assert found.stdout.strip().endswith("all")
 
 
-def test_the_library_imports_torch_triton_transformers_and_no_more():
+def test_the_library_imports_torch_triton_transformers_vllm_and_no_more():
     asked = set()
     for path in FILES:
         if not module(path).startswith("thrift_attn"):

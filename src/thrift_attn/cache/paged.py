@@ -31,7 +31,7 @@ from thrift_attn.dispatch import cache_config, check_cache
 from thrift_attn.numerics import DecodeNumerics
 from thrift_attn.reference import attention as reference
 from thrift_attn.reference.budget import decode_budget
-from thrift_attn.reference.pages import Pool, SequenceTensors, write_blocks
+from thrift_attn.reference.pages import Pool, SequenceTensors, sequence_planes, write_blocks
 from thrift_attn.reference.residents import quota_table, slots_of_pool
 
 DEFAULT = ThriftConfig.for_cache()
@@ -406,25 +406,11 @@ class PagedThriftCache(CacheSequences):
 
     def _planes(self, seq: int) -> reference.Planes:
         """One sequence as the reference sees it: pages, then the incomplete block, exact on both paths."""
-        tokens = self.table.tokens(seq)
-        read = self._read(seq, self.table.pages(seq), 0)
-        low_k, low_v, high_k, high_v = (x.transpose(0, 1).flatten(1, 2) for x in read[:4])  # [Hkv, T, D]
-        k_block_mean = read.k_block_mean.transpose(0, 1)  # [Hkv, N, D]
-        if tokens % BLOCK:
-            kept = self.tail[:, seq, tokens // BLOCK % 2].float().clone()  # [2, Hkv, 64, D]
-            kept[:, :, tokens % BLOCK :] = 0
-            low_k, high_k = (torch.cat([x, kept[0]], 1) for x in (low_k, high_k))
-            low_v, high_v = (torch.cat([x, kept[1]], 1) for x in (low_v, high_v))
-            k_block_mean = torch.cat([k_block_mean, torch.zeros_like(kept[0, :, :1])], 1)
-        block0_mean = self.per_sequence.block0_mean[seq].float()
-        others = block0_mean if self.numerics.exact_sink and tokens >= BLOCK else None
-        resident = None
-        if self.residual_slots is not None:
-            resident = self.residual_slots.of_pages(self.table.pages(seq)).T >= 0
-            resident = torch.nn.functional.pad(resident, (0, k_block_mean.shape[1] - resident.shape[1]))
-        return reference.Planes(
-            low_k, low_v, high_k, high_v, k_block_mean, block0_mean=others, exact_tail=True, resident=resident
-        )
+        tokens, pages = self.table.tokens(seq), self.table.pages(seq)
+        kept = self.tail[:, seq, tokens // BLOCK % 2, :, : tokens % BLOCK]
+        others = self.per_sequence.block0_mean[seq] if self.numerics.exact_sink and tokens >= BLOCK else None
+        resident = None if self.residual_slots is None else self.residual_slots.of_pages(pages) >= 0
+        return sequence_planes(self._read(seq, pages, 0), kept, block0_mean=others, resident=resident)
 
     # -- checks --------------------------------------------------------------------------------------------------------
 

@@ -130,11 +130,11 @@ def scales_of_block(k: Tensor, v: Tensor, packed_k: Tensor, packed_v: Tensor, ce
     k, v = (x[..., 1:, :].float() for x in (k, v))
     channels = (k - k.mean(-2, keepdim=True) if centred else k).square().mean(-2)
     squares = Squares(channels, k.square().mean((-2, -1)).unsqueeze(-1), v.square().mean((-2, -1)))
-    of_k = _within_reach(level_keys(squares), packed_k.abs().amax(-2))
-    return of_k, _within_reach(level_values(squares), packed_v.abs().amax((-2, -1)))
+    of_k = within_reach(level_keys(squares), packed_k.abs().amax(-2))
+    return of_k, within_reach(level_values(squares), packed_v.abs().amax((-2, -1)))
 
 
-def _within_reach(power: Tensor, largest: Tensor) -> Tensor:
+def within_reach(power: Tensor, largest: Tensor) -> Tensor:
     """Powers of two, or smaller ones where times them ``largest`` would exceed 2^`REACH`."""
     limit = (REACH - largest.frexp().exponent).float().clamp(-LARGEST, LARGEST).exp2()
     return torch.where(largest.isfinite() & (largest > 0), power.minimum(limit), power)

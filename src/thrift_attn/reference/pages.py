@@ -22,11 +22,12 @@ from thrift_attn.reference.page_layout import (
     unpack_copy,
     unpack_plane,
 )
+from thrift_attn.reference.planes import Planes
 from thrift_attn.reference.quantize import block_means, decode_elements, dequantise, mean_of_others, quantise
 
 
 class Pool(NamedTuple):
-    """The planes of all pages.
+    """The planes of all pages: tensors of their own, or views of records that hold all planes of a page and head.
 
     Args:
         base: int32 ``[pages, Hkv, words]``, codes and scales of K (minus c_b if ``k_block_mean`` is there) and V.
@@ -137,6 +138,7 @@ def write_blocks(
     sequence: SequenceTensors | None = None,
     first: bool = False,
     slots: Tensor | None = None,
+    own_scales: bool = True,
 ) -> None:
     """Pack complete KV blocks of one sequence into pages.
 
@@ -152,6 +154,7 @@ def write_blocks(
             first token is exact it becomes the c_b of its block, and its V counts as zero.
         slots: int64 ``[n, Hkv]``, where the plane of promoted blocks goes for each head, below 0 where it is not kept; by
             default to the pages.
+        own_scales: whether the first block brings the scales of its sequence. Else they are there before, for all sequences.
     """
     k_block_mean, copy_v = block_means(k)[..., 0, :], v  # [n, Hkv, D]
     if sequence is not None and first and numerics.exact_sink:
@@ -163,7 +166,7 @@ def write_blocks(
     delta = k.float() - k_block_mean.float()[..., None, :] if numerics.centred else k.float()
     scaled_v = copy_v.float()
     if sequence is not None and (scales := sequence.scales()) is not None:
-        if first:
+        if first and own_scales:
             of_k, of_v = scales_of_block(k[0], v[0], delta[0], scaled_v[0], numerics.centred)
             scales[0].copy_(of_k[:, None])
             scales[1].copy_(of_v[:, None, None])
@@ -237,3 +240,35 @@ def read_blocks(
     if there is not None:
         high_k, high_v = torch.where(there, high_k, mean + low_k), torch.where(there, high_v, low_v)
     return Blocks(low_k, low_v, high_k, high_v, k_block_mean)
+
+
+def sequence_planes(
+    read: Blocks, kept: Tensor, *, block0_mean: Tensor | None, resident: Tensor | None = None
+) -> Planes:
+    """One sequence of a cache as attention takes it: complete blocks from pages, then the incomplete one, exact on both paths.
+
+    Args:
+        read: its complete blocks, which may be none.
+        kept: K and V of the tokens behind them ``[2, Hkv, 0 to 63, D]``.
+        block0_mean: ``[Hkv, D]``, what the first block is scored by, where the first token is exact and the block complete.
+        resident: bool ``[blocks, Hkv]``, the complete blocks that keep the plane of promoted ones; None: all of them.
+    """
+    low_k, low_v, high_k, high_v = (x.transpose(0, 1).flatten(1, 2) for x in read[:4])  # [Hkv, T, D]
+    k_block_mean = read.k_block_mean.transpose(0, 1)  # [Hkv, N, D]
+    if kept.shape[2]:
+        block = torch.nn.functional.pad(kept.float(), (0, 0, 0, BLOCK - kept.shape[2]))
+        low_k, high_k = (torch.cat([x, block[0]], 1) for x in (low_k, high_k))
+        low_v, high_v = (torch.cat([x, block[1]], 1) for x in (low_v, high_v))
+        k_block_mean = torch.cat([k_block_mean, torch.zeros_like(block[0, :, :1])], 1)
+    if resident is not None:
+        resident = torch.nn.functional.pad(resident.T, (0, k_block_mean.shape[1] - len(resident)))
+    return Planes(
+        low_k,
+        low_v,
+        high_k,
+        high_v,
+        k_block_mean,
+        block0_mean=None if block0_mean is None else block0_mean.float(),
+        exact_tail=True,
+        resident=resident,
+    )
