@@ -18,8 +18,9 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from thrift_attn.decode import attend as decode, tensors
+from thrift_attn.reference.page_layout import plane_size
 
-plane, dim, group, capability = json.loads(sys.argv[1])
+plane, dim, group, capability, record = json.loads(sys.argv[1])
 fn = decode.attend_split_kernel
 tile = decode.column_tile(group, 1, dim)
 tuned = decode.tuning(dim, tile, False, plane)
@@ -27,10 +28,14 @@ high = "*bf16" if plane == "16bit" else "*i32"
 kinds = ["*bf16", "*i32", high, "*bf16", "*fp32", "*i32", "*i32", "*i32", "*fp32", "*fp32", "*fp32", "*fp32"]
 pointers = dict(zip(fn.arg_names, kinds))
 numbers = dict(scale="fp32", stride_qb="i32", stride_qh="i32", stride_qt="i32", window="i32", blocks="i32")
+words, high_words = plane_size(dim, 4).words, 128 * dim if plane == "16bit" else plane_size(dim, 8).words
+strides = dict(BASE_PAGE=8 * words, BASE_HEAD=words, HIGH_PAGE=8 * high_words, HIGH_HEAD=high_words)
+if record:  # base, residual and mean of a head beside each other
+    strides = {name: 8 * (words + high_words + dim // 2) // (1 if "PAGE" in name else 8) for name in strides}
 constants = dict(
     HKV=8, GROUP=group, TQ=1, D=dim, CHUNKS=decode.chunks(dim, tuned.chunk), N=tile,
     RP=tensors.padded_rows(group, 1), HIGH=decode.HIGH[plane], CENTRED=True, WINDOW=False, CAP=0.0, SCALED=True, tq=1,
-    PORTABLE=False, OVERLAP=capability >= 90,
+    PORTABLE=False, OVERLAP=capability >= 90, **strides,
 )
 signature = {n: {**pointers, **numbers}.get(n, "constexpr") for n in fn.arg_names}
 aligned = [*pointers, "stride_qb", "stride_qh", "stride_qt"]
@@ -53,16 +58,21 @@ print(json.dumps(dict(
 
 
 @pytest.mark.parametrize(
-    ("plane", "dim", "group", "capability"),
-    [("nested", 64, 4, 80), ("nested", 128, 4, 90), ("16bit", 64, 12, 100), ("nested8", 80, 4, 120)],
-)
-def test_compiles_without_spills(plane: str, dim: int, group: int, capability: int, tmp_path: Path) -> None:
+    ("plane", "dim", "group", "capability", "record"),
+    [
+        ("nested", 64, 4, 80, False), ("nested", 128, 4, 90, False), ("16bit", 64, 12, 100, False),
+        ("nested8", 80, 4, 120, False), ("nested", 128, 4, 90, True),
+    ],
+)  # fmt: skip
+def test_compiles_without_spills(
+    plane: str, dim: int, group: int, capability: int, record: bool, tmp_path: Path
+) -> None:
     environment = {**os.environ, "TRITON_INTERPRET": "0"}
     command = [
         sys.executable,
         "-c",
         _PROGRAM,
-        json.dumps([plane, dim, group, capability]),
+        json.dumps([plane, dim, group, capability, record]),
         str(tmp_path / "kernel.cubin"),
     ]
     # The compiler reads kernels from files, which `-c` has none of; the kernel itself is imported.

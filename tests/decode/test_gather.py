@@ -72,8 +72,9 @@ for plane, dim, capability in (("nested", 128, 90), ("nested8", 80, 80), ("16bit
     high = ("*bf16", "*bf16") if plane == "16bit" else ("*i16", "*i32")
     scales = ["*fp32", "*fp32", "*i32"]
     kinds = ["*bf16", "*bf16", "*i16", "*i32", "*bf16", *high, "*bf16", "*bf16", "*i32", "*i32", *scales] + ["i32"] * 3
-    signature = dict(zip(fn.arg_names, kinds + ["constexpr"] * 7))
-    constants = dict(HKV=8, D=dim, HIGH=HIGH[plane], CENTRED=True, SINK=True, SCALED=True, POOLED=plane != "nested")
+    signature = dict(zip(fn.arg_names, kinds + ["constexpr"] * 13))
+    strides = {f"{name}_{what}": 16 for name in ("BASE", "HIGH", "MEAN") for what in ("PAGE", "HEAD")}
+    constants = dict(**strides, HKV=8, D=dim, HIGH=HIGH[plane], CENTRED=True, SINK=True, SCALED=True, POOLED=plane != "nested")
     source = ASTSource(fn, signature, constexprs=constants)
     kernel = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=dict(num_warps=1))
     assert len(kernel.asm["cubin"]) > 1000

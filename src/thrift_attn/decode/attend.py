@@ -8,7 +8,7 @@ from thrift_attn.decode.attend_kernel import attend_split_kernel
 from thrift_attn.decode.tensors import DecodeStep, padded_queries
 from thrift_attn.dispatch import interpreted
 from thrift_attn.kernels.arithmetic import LOG2E
-from thrift_attn.kernels.launcher import launch, on_device_of
+from thrift_attn.kernels.launcher import check_planes, launch, on_device_of
 from thrift_attn.reference.page_layout import HIGH, TILE, plane_size
 
 
@@ -96,6 +96,7 @@ def attend_pages(step: DecodeStep, *, tuned: Tuning | None = None) -> None:
     words = plane_size(dim, 4).words
     if cache.base.shape[2] != words:
         raise ValueError(f"expected base [*, {cache.kv_heads}, {words}] for D {dim}, got {list(cache.base.shape)}")
+    check_planes(base=cache.base, high=cache.base if cache.high is None else cache.high)
     plane, tile = numerics.promoted_storage, column_tile(step.group, tq, dim)
     tuned = tuned or tuning_of(step.group, tq, dim, step.window, plane)
     grid = step.partial_out.shape[2], step.q_rows // tile, batch * cache.kv_heads
@@ -120,6 +121,7 @@ def attend_pages(step: DecodeStep, *, tuned: Tuning | None = None) -> None:
             step.window or 0,
             cache.max_blocks,
             tq,
+            **cache.strides("base", "high"),
             HKV=cache.kv_heads,
             GROUP=step.group,
             TQ=padded_queries(tq),

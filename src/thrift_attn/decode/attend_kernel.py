@@ -36,6 +36,7 @@ from thrift_attn.decode.fragments import (
     k_copy_operand,
     load_copy,
     over_rows,
+    page_at,
     query_operand,
     split_order,
     split_query_operand,
@@ -54,8 +55,8 @@ _LOWEST: tl.constexpr = tl.constexpr(-1.0e30)  # below every logit, and still fi
 @triton.jit(do_not_specialize=["window", "blocks", "tq"])
 def attend_split_kernel(
     q_ptr,  # [B, Hq, Tq, D], 16-bit
-    base_ptr,  # int32 [pages, Hkv, words]
-    high_ptr,  # the residual plane, int32 [slots, Hkv, words], or the 16-bit plane [slots, Hkv, 2 * 64 * D]
+    base_ptr,  # int32 [pages, Hkv, words], strides BASE_PAGE and BASE_HEAD
+    high_ptr,  # the residual plane, int32 [slots, Hkv, words], or the 16-bit plane [slots, Hkv, 2 * 64 * D]; likewise
     tail_ptr,  # [2, B, 2, Hkv, 64, D], 16-bit: K and V, block b in tail block b mod 2
     bias_ptr,  # float32 [B, Hkv, NB, RP]: q.c_b in base 2
     block_indices_ptr,  # int32 [B, Hkv, 2, NB]: block numbers, page numbers; with POOLED [B, Hkv, 3, NB]: slots, too
@@ -72,6 +73,10 @@ def attend_split_kernel(
     window,
     blocks,  # NB
     tq,
+    BASE_PAGE: tl.constexpr,
+    BASE_HEAD: tl.constexpr,
+    HIGH_PAGE: tl.constexpr,
+    HIGH_HEAD: tl.constexpr,
     HKV: tl.constexpr,
     GROUP: tl.constexpr,
     TQ: tl.constexpr,  # tq rounded up to a power of two
@@ -168,31 +173,28 @@ def attend_split_kernel(
     at = unpromoted_ptr + nth_unpromoted(0, even_rounds, even, short, split, num_splits)
     block = tl.load(at, mask=count > 0, other=0)
     page = tl.load(at + blocks, mask=count > 0, other=0)
-    page_ptr = base_ptr + (page * HKV + h).to(tl.int64) * (2 * HALF)
+    page_ptr = base_ptr + page_at(page, h, HKV, BASE_PAGE, BASE_HEAD)
     codes = ()
     if RESIDUAL:
         SCALES: tl.constexpr = T * WIDE * 128  # place of the scales in half a residual page
         HALF_R: tl.constexpr = SCALES + HALF - T * 128
         ones = tl.full([N], 1.0, tl.float32)
-        place = (tl.load(pages_ptr + split, mask=split < promoted, other=page) * HKV + h).to(tl.int64)
+        place = tl.load(pages_ptr + split, mask=split < promoted, other=page)
         slot = place
         if POOLED:
-            slot = (tl.load(slots_ptr + split, mask=split < promoted, other=0) * HKV + h).to(tl.int64)
+            slot = tl.load(slots_ptr + split, mask=split < promoted, other=0)
+        b_ptr = base_ptr + page_at(place, h, HKV, BASE_PAGE, BASE_HEAD)
         for j in tl.static_range(PIECES):
-            codes = codes + (load_chunk(base_ptr + place * (2 * HALF), T * 128, 1, CHUNKS[j][0], CHUNKS[j][1]),)
+            codes = codes + (load_chunk(b_ptr, T * 128, 1, CHUNKS[j][0], CHUNKS[j][1]),)
         for i in range(split, promoted, num_splits):
             number = tl.load(blocks_ptr + i)
-            b_ptr = base_ptr + place * (2 * HALF)
+            b_ptr = base_ptr + page_at(place, h, HKV, BASE_PAGE, BASE_HEAD)
             if POOLED:
-                r_ptr = high_ptr + slot * (2 * HALF_R)
-                slot = (tl.load(slots_ptr + i + num_splits, mask=i + num_splits < promoted, other=0) * HKV + h).to(
-                    tl.int64
-                )
+                r_ptr = high_ptr + page_at(slot, h, HKV, HIGH_PAGE, HIGH_HEAD)
+                slot = tl.load(slots_ptr + i + num_splits, mask=i + num_splits < promoted, other=0)
             else:
-                r_ptr = high_ptr + place * (2 * HALF_R)
-            place = (tl.load(pages_ptr + i + num_splits, mask=i + num_splits < promoted, other=page) * HKV + h).to(
-                tl.int64
-            )
+                r_ptr = high_ptr + page_at(place, h, HKV, HIGH_PAGE, HIGH_HEAD)
+            place = tl.load(pages_ptr + i + num_splits, mask=i + num_splits < promoted, other=page)
             s0 = tl.zeros([16, N], tl.float32)
             if CENTRED:
                 s0 = over_rows(bias_start + number.to(tl.int64) * RP, N) * unfactor
@@ -209,9 +211,8 @@ def attend_split_kernel(
             out, rv_codes = add_v(
                 out, bv_codes, decay, b0, b1, b2, b3, r_ptr + HALF_R, 1, SCALES, WIDE, CHUNKS, PORTABLE
             )
-            out, codes = add_v(
-                out, rv_codes, ones, b0, b1, b2, b3, base_ptr + place * (2 * HALF), WIDE, T * 128, 1, CHUNKS, PORTABLE
-            )
+            b_ptr = base_ptr + page_at(place, h, HKV, BASE_PAGE, BASE_HEAD)
+            out, codes = add_v(out, rv_codes, ones, b0, b1, b2, b3, b_ptr, WIDE, T * 128, 1, CHUNKS, PORTABLE)
     else:
         for j in tl.static_range(PIECES):
             codes = codes + (load_chunk(page_ptr, T * 128, 1, CHUNKS[j][0], CHUNKS[j][1]),)
@@ -227,7 +228,7 @@ def attend_split_kernel(
         s0, s1, s2, s3, v_codes = add_k(
             bias, bias, bias, bias, codes, queries, page_ptr + HALF, 1, T * 128, 1, CHUNKS, PORTABLE
         )
-        page_ptr = base_ptr + (page_after * HKV + h).to(tl.int64) * (2 * HALF)
+        page_ptr = base_ptr + page_at(page_after, h, HKV, BASE_PAGE, BASE_HEAD)
         if CENTRED:
             bias = over_rows(bias_start + block_after.to(tl.int64) * RP, N) * unfactor
         s0, s1, s2, s3, left = cap_block(s0, s1, s2, s3, factor, CAP)
@@ -256,7 +257,7 @@ def attend_split_kernel(
     if HIGH == _COPY:
         for i in range(split, promoted, num_splits):
             number = tl.load(blocks_ptr + i)
-            c_ptr = high_ptr + (tl.load(slots_ptr + i) * HKV + h).to(tl.int64) * (128 * D)
+            c_ptr = high_ptr + page_at(tl.load(slots_ptr + i), h, HKV, HIGH_PAGE, HIGH_HEAD)
             s0 = tl.zeros([16, N], tl.float32)
             s1 = tl.zeros([16, N], tl.float32)
             s2 = tl.zeros([16, N], tl.float32)

@@ -74,6 +74,16 @@ _MOVMATRIX_ASM = tl.constexpr("movmatrix.sync.aligned.m8n8.trans.b16 $0, $1;")
 
 
 @triton.jit
+def page_at(page, h, HKV: tl.constexpr, PAGE: tl.constexpr, HEAD: tl.constexpr):
+    """Offset of head ``h`` of a page, or of a slot; PAGE and HEAD are the strides. One product where pages are contiguous."""
+    if PAGE == HKV * HEAD:
+        at = (page * HKV + h).to(tl.int64) * HEAD
+    else:
+        at = page.to(tl.int64) * PAGE + h.to(tl.int64) * HEAD
+    return at
+
+
+@triton.jit
 def load_codes(ptr, C: tl.constexpr):
     """``C`` runs of 128 words, int32 [C * 128], one 16-byte load per lane and run."""
     return tl.load(ptr + tl.arange(0, C * 128))

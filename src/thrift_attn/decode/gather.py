@@ -8,7 +8,7 @@ from torch import Tensor
 from thrift_attn.config import BLOCK
 from thrift_attn.decode.gather_kernel import gather_pages_kernel
 from thrift_attn.decode.tensors import CacheTensors
-from thrift_attn.kernels.launcher import launch, on_device_of
+from thrift_attn.kernels.launcher import check_planes, launch, on_device_of
 from thrift_attn.numerics import DecodeNumerics
 from thrift_attn.reference.page_layout import HIGH
 
@@ -38,6 +38,7 @@ def gather_pages(k: Tensor, v: Tensor, *, cache: CacheTensors, numerics: DecodeN
     plane, k_scale, v_scale = numerics.promoted_storage, cache.k_channel_scale, cache.v_head_scale
     residents = cache.residents
     high = cache.base if cache.high is None else cache.high
+    check_planes(base=cache.base, k_block_mean=cache.k_block_mean, high=high)
     with on_device_of(k):
         launch(
             gather_pages_kernel,
@@ -59,6 +60,7 @@ def gather_pages(k: Tensor, v: Tensor, *, cache: CacheTensors, numerics: DecodeN
             cache.max_blocks,
             capacity,
             batch,
+            **cache.strides("base", "high", "mean"),
             HKV=kv_heads,
             D=dim,
             HIGH=HIGH[plane],

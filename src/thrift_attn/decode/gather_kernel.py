@@ -5,7 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from thrift_attn.decode.fragments import quarter_bits
+from thrift_attn.decode.fragments import page_at, quarter_bits
 from thrift_attn.kernels.powers_of_two import inverse
 
 
@@ -45,9 +45,9 @@ def _decoded(ptr16, ptr32, t, spot, rows, J: tl.constexpr, T: tl.constexpr, EIGH
 def gather_pages_kernel(
     k_ptr,  # [B, Hkv, S, D], contiguous, written up to the length of each sequence
     v_ptr,
-    base16_ptr,  # the base plane in 16-bit and in 32-bit words
+    base16_ptr,  # the base plane in 16-bit and in 32-bit words, which BASE_PAGE and BASE_HEAD count
     base32_ptr,
-    k_block_mean_ptr,  # [pages, Hkv, D]
+    k_block_mean_ptr,  # [pages, Hkv, D], strides MEAN_PAGE and MEAN_HEAD
     high16_ptr,  # the residual plane likewise, or the 16-bit plane
     high32_ptr,
     tail_ptr,  # [2, B, 2, Hkv, 64, D]
@@ -60,6 +60,12 @@ def gather_pages_kernel(
     blocks,  # NB
     capacity,  # S
     batch,  # B
+    BASE_PAGE: tl.constexpr,
+    BASE_HEAD: tl.constexpr,
+    HIGH_PAGE: tl.constexpr,
+    HIGH_HEAD: tl.constexpr,
+    MEAN_PAGE: tl.constexpr,
+    MEAN_HEAD: tl.constexpr,
     HKV: tl.constexpr,
     D: tl.constexpr,
     HIGH: tl.constexpr,
@@ -88,18 +94,19 @@ def gather_pages_kernel(
     turned = 8 * (c // 2) + 2 * q + c % 2 + 0 * a + 0 * s  # the token of a V column
     out = (b.to(tl.int64) * HKV + h) * capacity * D
     if block * 64 + 64 <= length:
-        page = tl.load(page_table_ptr + b.to(tl.int64) * blocks + block).to(tl.int64)
-        where = page * HKV + h
+        page = tl.load(page_table_ptr + b.to(tl.int64) * blocks + block)
         out += block.to(tl.int64) * 64 * D
         slot = page
         if POOLED:
-            slot = tl.load(slot_of_page_ptr + where).to(tl.int64)
+            slot = tl.load(slot_of_page_ptr + page.to(tl.int64) * HKV + h)
         there = slot >= 0
-        high_at = tl.where(there, slot, 0) * HKV + h
+        high_at = page_at(tl.where(there, slot, 0), h, HKV, HIGH_PAGE, HIGH_HEAD)
         mean = 0.0
         if CENTRED:
-            mean = tl.load(k_block_mean_ptr + where * D + t * 16 + column).to(tl.float32)
-        base16, base32 = base16_ptr + where * (4 * HALF), base32_ptr + where * (2 * HALF)
+            mean_at = page_at(page, h, HKV, MEAN_PAGE, MEAN_HEAD)
+            mean = tl.load(k_block_mean_ptr + mean_at + t * 16 + column).to(tl.float32)
+        base_at = page_at(page, h, HKV, BASE_PAGE, BASE_HEAD)
+        base16, base32 = base16_ptr + 2 * base_at, base32_ptr + base_at
         inv_k = 1.0
         inv_v = 1.0
         if SCALED:
@@ -110,7 +117,7 @@ def gather_pages_kernel(
             k_to = out + (16 * j + row) * D + t * 16 + column
             v_to = out + (16 * j + turned) * D + t * 16 + row
             if HIGH == 3 and not POOLED:
-                copy = high16_ptr + high_at * (128 * D) + (t * 4 + j) * 256
+                copy = high16_ptr + high_at + (t * 4 + j) * 256
                 copy += (((a * 4 + q) * 2 + c // 2) * 2 + s) * 2 + c % 2
                 k = tl.load(copy).to(tl.float32)
                 v = tl.load(copy + 64 * D).to(tl.float32)
@@ -118,7 +125,7 @@ def gather_pages_kernel(
                 k = _decoded(base16, base32, t, spot, rows, j, T, False)
                 v = _decoded(base16 + 2 * HALF, base32 + HALF, t, spot, rows, j, T, False)
                 if HIGH == 1 or HIGH == 2:
-                    high16, high32 = high16_ptr + high_at * (4 * SIZE), high32_ptr + high_at * (2 * SIZE)
+                    high16, high32 = high16_ptr + 2 * high_at, high32_ptr + high_at
                     more_k = _decoded(high16, high32, t, spot, rows, j, T, EIGHT)
                     more_v = _decoded(high16 + 2 * SIZE, high32 + SIZE, t, spot, rows, j, T, EIGHT)
                     k += tl.where(there, more_k, 0.0)
@@ -126,7 +133,7 @@ def gather_pages_kernel(
                 k = mean + k * inv_k
                 v = v * inv_v
                 if HIGH == 3:
-                    copy = high16_ptr + high_at * (128 * D) + (t * 4 + j) * 256
+                    copy = high16_ptr + high_at + (t * 4 + j) * 256
                     copy += (((a * 4 + q) * 2 + c // 2) * 2 + s) * 2 + c % 2
                     k = tl.where(there, tl.load(copy).to(tl.float32), k)
                     v = tl.where(there, tl.load(copy + 64 * D).to(tl.float32), v)

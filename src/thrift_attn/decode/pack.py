@@ -12,7 +12,7 @@ from torch import Tensor
 from thrift_attn.config import BLOCK
 from thrift_attn.decode.pack_kernel import pack_blocks_kernel
 from thrift_attn.decode.tensors import CacheTensors
-from thrift_attn.kernels.launcher import check_rows, launch, on_device_of
+from thrift_attn.kernels.launcher import check_planes, check_rows, launch, on_device_of
 from thrift_attn.numerics import DecodeNumerics
 from thrift_attn.reference.page_layout import HIGH, TILE, plane_size
 
@@ -67,6 +67,7 @@ def pack_blocks(
     k_scale, v_scale = cache.k_channel_scale, cache.v_head_scale
     scaled = k_scale is not None and seqs is not None
     high = cache.base if cache.high is None else cache.high
+    check_planes(base=cache.base, k_block_mean=cache.k_block_mean, high=high)
     with on_device_of(k):
         launch(
             pack_blocks_kernel,
@@ -88,6 +89,7 @@ def pack_blocks(
             pages if slots is None else slots,
             *k.stride()[:3],
             *v.stride()[:3],
+            **cache.strides("base", "high", "mean"),
             HKV=kv_heads,
             D=dim,
             HIGH=HIGH[plane],

@@ -9,6 +9,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from thrift_attn.decode.fragments import page_at
 from thrift_attn.dispatch import interpreted
 from thrift_attn.kernels.groups import e4m3_scale as _e4m3_scale
 from thrift_attn.kernels.powers_of_two import k_channel_scale, log_root, v_head_scale, within_reach
@@ -158,8 +159,8 @@ def pack_blocks_kernel(
     k_ptr,  # 16-bit [n, Hkv, 64, D]
     v_ptr,
     pages_ptr,  # int32 [n]; below 0: nothing to pack
-    k_block_mean_ptr,  # 16-bit [pages, Hkv, D]
-    base16_ptr,  # the base plane in 16-bit and in 32-bit words
+    k_block_mean_ptr,  # 16-bit [pages, Hkv, D], strides MEAN_PAGE and MEAN_HEAD
+    base16_ptr,  # the base plane in 16-bit and in 32-bit words, which BASE_PAGE and BASE_HEAD count
     base32_ptr,
     high16_ptr,  # the residual plane likewise, or the 16-bit plane
     high32_ptr,
@@ -176,6 +177,12 @@ def pack_blocks_kernel(
     stride_vn,
     stride_vh,
     stride_vt,
+    BASE_PAGE: tl.constexpr,
+    BASE_HEAD: tl.constexpr,
+    HIGH_PAGE: tl.constexpr,
+    HIGH_HEAD: tl.constexpr,
+    MEAN_PAGE: tl.constexpr,
+    MEAN_HEAD: tl.constexpr,
     HKV: tl.constexpr,
     D: tl.constexpr,
     HIGH: tl.constexpr,
@@ -198,7 +205,6 @@ def pack_blocks_kernel(
         tl.extra.cuda.gdc_wait()
     page = tl.load(pages_ptr + n)
     if page >= 0:
-        where = (page * HKV + head).to(tl.int64)
         a = tl.arange(0, 8)[:, None, None, None]
         q = tl.arange(0, 4)[None, :, None, None]
         h = tl.arange(0, 2)[None, None, :, None]
@@ -208,21 +214,15 @@ def pack_blocks_kernel(
         turned = 8 * (c // 2) + 2 * q + c % 2 + 0 * a + 0 * h  # the token of a V column
         k_start = k_ptr + n.to(tl.int64) * stride_kn + head.to(tl.int64) * stride_kh
         v_start = v_ptr + n.to(tl.int64) * stride_vn + head.to(tl.int64) * stride_vh
-        base16 = base16_ptr + where * (4 * HALF)
-        base32 = base32_ptr + where * (2 * HALF)
+        base_at = page_at(page, head, HKV, BASE_PAGE, BASE_HEAD)
+        base16 = base16_ptr + 2 * base_at
+        base32 = base32_ptr + base_at
         slot = page
         if POOLED:
             slot = tl.load(slots_ptr + n * HKV + head)
-        slot_at = (slot * HKV + head).to(tl.int64)
-        if HIGH == 1:
-            high16 = high16_ptr + slot_at * (4 * HALF)
-            high32 = high32_ptr + slot_at * (2 * HALF)
-        elif HIGH == 2:
-            high16 = high16_ptr + slot_at * (4 * HALF8)
-            high32 = high32_ptr + slot_at * (2 * HALF8)
-        else:
-            high16 = high16_ptr + slot_at * (128 * D)
-            high32 = high32_ptr
+        high_at = page_at(slot, head, HKV, HIGH_PAGE, HIGH_HEAD)
+        high16 = high16_ptr + (high_at if HIGH == 3 else 2 * high_at)
+        high32 = high32_ptr + high_at
 
         seq = page - page
         first = seq - 1  # the sequence whose first block it is, or below 0
@@ -246,7 +246,7 @@ def pack_blocks_kernel(
         DTYPE: tl.constexpr = k_block_mean_ptr.dtype.element_ty
         x0, x1, x2, x3, mean, block0_mean = _k_quarters(k_start, row, column, stride_kt, t, first, CENTRED, SINK, DTYPE)
         four = t * 16 + tl.arange(0, 4)[:, None] * 4 + tl.arange(0, 4)[None, :]
-        tl.store(k_block_mean_ptr + where * D + four, mean)
+        tl.store(k_block_mean_ptr + page_at(page, head, HKV, MEAN_PAGE, MEAN_HEAD) + four, mean)
         if SINK:
             sunk = (first * HKV + head).to(tl.int64) * D + four
             tl.store(block0_mean_ptr + sunk, block0_mean, mask=(first + 0 * four) >= 0)

@@ -8,7 +8,7 @@ from thrift_attn.decode.score_kernel import block_scores_kernel
 from thrift_attn.decode.tensors import DecodeStep
 from thrift_attn.dispatch import interpreted
 from thrift_attn.kernels.arithmetic import LOG2E
-from thrift_attn.kernels.launcher import launch, on_device_of
+from thrift_attn.kernels.launcher import check_planes, launch, on_device_of
 
 BLOCKS_PER_PROGRAM = 64
 
@@ -21,6 +21,7 @@ def score_blocks(step: DecodeStep) -> None:
     """
     q, cache, block0_mean = step.q, step.cache, step.block0_mean
     batch, _, tq, dim = q.shape
+    check_planes(k_block_mean=cache.k_block_mean)
     grid = triton.cdiv(cache.max_blocks, BLOCKS_PER_PROGRAM), batch * cache.kv_heads
     with on_device_of(q):
         launch(
@@ -39,6 +40,7 @@ def score_blocks(step: DecodeStep) -> None:
             *q.stride()[:3],
             cache.max_blocks,
             tq,
+            **cache.strides("mean"),
             HKV=cache.kv_heads,
             GROUP=step.group,
             D=dim,

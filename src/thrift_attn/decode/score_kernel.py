@@ -5,6 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from thrift_attn.decode.fragments import page_at
 from thrift_attn.kernels.arithmetic import dot
 
 
@@ -23,7 +24,7 @@ def _score(s, block, block0_mean, q, inside, scale, SINK: tl.constexpr):
 @triton.jit(do_not_specialize=["blocks", "tq"])
 def block_scores_kernel(
     q_ptr,  # [B, Hq, Tq, D]
-    k_block_mean_ptr,  # 16-bit [pages, Hkv, D]
+    k_block_mean_ptr,  # 16-bit [pages, Hkv, D], strides MEAN_PAGE and MEAN_HEAD
     page_table_ptr,  # int32 [B, NB]
     lengths_ptr,  # int32 [B]
     bias_ptr,  # float32 [B, Hkv, NB, RP]
@@ -37,6 +38,8 @@ def block_scores_kernel(
     stride_qt,
     blocks,  # NB
     tq,
+    MEAN_PAGE: tl.constexpr,
+    MEAN_HEAD: tl.constexpr,
     HKV: tl.constexpr,
     GROUP: tl.constexpr,
     D: tl.constexpr,
@@ -67,7 +70,7 @@ def block_scores_kernel(
     if tl.program_id(0) * BM < full:
         there = block < full
         d = tl.arange(0, DP)
-        mean_at = (page * HKV + h).to(tl.int64)[:, None] * D + d[None, :]
+        mean_at = page_at(page, h, HKV, MEAN_PAGE, MEAN_HEAD)[:, None] + d[None, :]
         mean = tl.load(k_block_mean_ptr + mean_at, mask=there[:, None] & (d < D)[None, :], other=0.0)  # [BM, DP]
         largest = tl.full([BM], float("-inf"), tl.float32)
         of_first = largest

@@ -65,7 +65,8 @@ class CacheTensors:
     """All that a paged cache of one layer holds on its device.
 
     Args:
-        base: the base plane of all pages, int32 ``[pages, Hkv, plane_size(D, 4).words]``.
+        base: the base plane of all pages, int32 ``[pages, Hkv, plane_size(D, 4).words]``. Pages and heads of this and the next
+            two may lie anywhere (each head of a page one record of all three, say), at multiples of 16 bytes.
         k_block_mean: c_b ``[pages, Hkv, D]``, 16-bit.
         high: the plane of promoted blocks: int32 residual words ``[slots, Hkv, words]``, or for the 16-bit copy
             ``[slots, Hkv, 128 * D]`` in the dtype of ``k_block_mean``; None where nothing is promoted. Without ``residents``
@@ -101,6 +102,19 @@ class CacheTensors:
     def kv_heads(self) -> int:
         """Hkv."""
         return self.base.shape[1]
+
+    def strides(self, *planes: str) -> dict[str, int]:
+        """Strides of pages and heads by the names of the kernels' constants, in elements.
+
+        Args:
+            planes: ``"base"``, ``"high"`` or ``"mean"``.
+        """
+        tensors = {"base": self.base, "high": self.base if self.high is None else self.high, "mean": self.k_block_mean}
+        return {
+            f"{name.upper()}_{what}": tensors[name].stride(at)
+            for name in planes
+            for at, what in enumerate(("PAGE", "HEAD"))
+        }
 
     @property
     def max_blocks(self) -> int:

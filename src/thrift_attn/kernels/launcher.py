@@ -40,6 +40,18 @@ def on_device_of(x: Tensor) -> AbstractContextManager[Any]:
     return torch.cuda.device(x.device) if x.is_cuda else nullcontext()
 
 
+def check_planes(**planes: Tensor) -> None:
+    """Raise ValueError unless the last dimension of each plane ``[pages, Hkv, ...]`` is contiguous and every head of every
+    page begins at a multiple of 16 bytes: kernels load that much at a time."""
+    for name, x in planes.items():
+        steps = [stride * x.element_size() for size, stride in zip(x.shape[:-1], x.stride(), strict=False) if size > 1]
+        if any(step % 16 for step in (x.data_ptr(), *steps)) or (x.stride(-1) != 1 and x.shape[-1] > 1):
+            raise ValueError(
+                f"{name} must be contiguous in its last dimension, and its pages and heads must begin at multiples of 16 "
+                f"bytes; got strides {list(x.stride())} of {x.element_size()} bytes, {x.data_ptr() % 16} bytes too far"
+            )
+
+
 def check_rows(**tensors: Tensor) -> None:
     """Raise ValueError unless the last dimension of each tensor is contiguous, as kernels take for granted."""
     for name, x in tensors.items():
