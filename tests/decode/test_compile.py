@@ -25,17 +25,19 @@ fn = decode.attend_split_kernel
 tile = decode.column_tile(group, 1, dim)
 tuned = decode.tuning(dim, tile, False, plane)
 high = "*bf16" if plane == "16bit" else "*i32"
-kinds = ["*bf16", "*i32", high, "*bf16", "*fp32", "*i32", "*i32", "*i32", "*fp32", "*fp32", "*fp32", "*fp32"]
+kinds = ["*bf16", "*i32", high, "*bf16", "*i32", "*fp32", "*i32", "*i32", "*i32", "*fp32", "*fp32", "*fp32", "*fp32"]
 pointers = dict(zip(fn.arg_names, kinds))
 numbers = dict(scale="fp32", stride_qb="i32", stride_qh="i32", stride_qt="i32", window="i32", blocks="i32")
 words, high_words = plane_size(dim, 4).words, 128 * dim if plane == "16bit" else plane_size(dim, 8).words
 strides = dict(BASE_PAGE=8 * words, BASE_HEAD=words, HIGH_PAGE=8 * high_words, HIGH_HEAD=high_words)
+ring = dict(RING=128, TAIL_RING=2048 * dim, TAIL_KV=1024 * dim, TAIL_HEAD=128 * dim, TAIL_TOKEN=dim)
 if record:  # base, residual and mean of a head beside each other
     strides = {name: 8 * (words + high_words + dim // 2) // (1 if "PAGE" in name else 8) for name in strides}
+    ring = dict(RING=73, TAIL_RING=2**20, TAIL_KV=dim, TAIL_HEAD=146 * dim, TAIL_TOKEN=2 * dim)
 constants = dict(
     HKV=8, GROUP=group, TQ=1, D=dim, CHUNKS=decode.chunks(dim, tuned.chunk), N=tile,
     RP=tensors.padded_rows(group, 1), HIGH=decode.HIGH[plane], CENTRED=True, WINDOW=False, CAP=0.0, SCALED=True, tq=1,
-    PORTABLE=False, OVERLAP=capability >= 90, **strides,
+    PORTABLE=False, OVERLAP=capability >= 90, **strides, **ring,
 )
 signature = {n: {**pointers, **numbers}.get(n, "constexpr") for n in fn.arg_names}
 aligned = [*pointers, "stride_qb", "stride_qh", "stride_qt"]

@@ -48,7 +48,7 @@ def test_poisoned_pages_of_others_are_not_read():
     for page in kernels.table.pages(0).tolist():
         kernels.pool.base[page] = kernels.pool.high[page] = -1
         kernels.pool.k_block_mean[page] = torch.nan
-    kernels.tail[:, 0] = torch.nan
+    kernels.tail[0] = torch.nan
     for got, expected in zip(kernels.widen(), want, strict=True):
         assert torch.equal(got[1, :, :66], expected)
 
@@ -71,9 +71,10 @@ from thrift_attn.reference.page_layout import HIGH
 for plane, dim, capability in (("nested", 128, 90), ("nested8", 80, 80), ("16bit", 64, 120)):
     high = ("*bf16", "*bf16") if plane == "16bit" else ("*i16", "*i32")
     scales = ["*fp32", "*fp32", "*i32"]
-    kinds = ["*bf16", "*bf16", "*i16", "*i32", "*bf16", *high, "*bf16", "*bf16", "*i32", "*i32", *scales] + ["i32"] * 3
-    signature = dict(zip(fn.arg_names, kinds + ["constexpr"] * 13))
+    kinds = ["*bf16", "*bf16", "*i16", "*i32", "*bf16", *high, "*bf16", "*i32", "*bf16", "*i32", "*i32", *scales]
+    signature = dict(zip(fn.arg_names, [*kinds, "i32", "i32"] + ["constexpr"] * 18))
     strides = {f"{name}_{what}": 16 for name in ("BASE", "HIGH", "MEAN") for what in ("PAGE", "HEAD")}
+    strides |= dict(RING=73, TAIL_RING=4096, TAIL_KV=16, TAIL_HEAD=32, TAIL_TOKEN=64)
     constants = dict(**strides, HKV=8, D=dim, HIGH=HIGH[plane], CENTRED=True, SINK=True, SCALED=True, POOLED=plane != "nested")
     source = ASTSource(fn, signature, constexprs=constants)
     kernel = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=dict(num_warps=1))

@@ -75,11 +75,11 @@ def test_tokens_with_any_stride_over_the_head_dimension(count):
 def test_launchers_refuse_strides_that_kernels_do_not_take():
     cache = make("triton", heads=1)
     k = torch.zeros(1, 1, 64, 64, dtype=torch.float16, device=DEVICE).transpose(2, 3)
-    pages = torch.full((1, 2), -1, dtype=torch.int32, device=DEVICE)
+    pages = torch.full((1,), -1, dtype=torch.int32, device=DEVICE)
     with pytest.raises(ValueError, match="contiguous"):
-        write_tail(k, k, cache=cache.tensors(), pages=pages, seqs=pages.clone(), numbers=pages.clone())
+        write_tail(k, k, cache=cache.tensors(), pages=pages, numbers=pages.clone())
     with pytest.raises(ValueError, match="contiguous"):
-        pack_blocks(k, k, pages[0, :1], cache=cache.tensors(), numerics=cache.numerics)
+        pack_blocks(k, k, pages, cache=cache.tensors(), numerics=cache.numerics)
     with pytest.raises(ValueError, match="contiguous"):
         poisoned_step(k, cache.tensors(), cache.numerics)
 
@@ -91,11 +91,11 @@ def test_a_step_without_a_page_writes_nothing_and_says_so():
     cache.append(k[:, :, :63], v[:, :, :63], lengths=[63, 20])
     state = cache.tensors()
     cache.table.table.fill_(-1)
-    before = [x.clone() for x in (*cache.pool, cache.tail[:, 0], *cache.per_sequence.given())]
+    before = [x.clone() for x in (*cache.pool, cache.tail[0], *cache.per_sequence.given())]
     ops.append(k[:, :, 63:65], v[:, :, 63:65], state, cache.numerics)
     assert cache.lengths.tolist() == [63, 22]  # the other sequence completes no block
     assert state.overrun.tolist() == [1]
-    for x, old in zip((*cache.pool, cache.tail[:, 0], *cache.per_sequence.given()), before, strict=True):
+    for x, old in zip((*cache.pool, cache.tail[0], *cache.per_sequence.given()), before, strict=True):
         assert torch.equal(x, old)
 
 

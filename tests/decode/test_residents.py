@@ -160,12 +160,12 @@ def test_a_new_block_takes_the_slot_of_the_least_favoured(blocks, shared, quota,
         residents=residents,
     )
     k = torch.randn(1, heads, 1, dim).half().to(DEVICE)
-    written = torch.full((3, 1, 2), -7, dtype=torch.int32, device=DEVICE)
-    taken = torch.full((1, 2, heads), -7, dtype=torch.int32, device=DEVICE)
-    write_tail(k, k, cache=cache, pages=written[0], seqs=written[1], numbers=written[2], slots=taken)
+    pages_of_new, numbers = torch.full((2, 1), -7, dtype=torch.int32, device=DEVICE)
+    taken = torch.full((1, heads), -7, dtype=torch.int32, device=DEVICE)
+    write_tail(k, k, cache=cache, pages=pages_of_new, numbers=numbers, slots=taken)
     after = residents.slot_of_page[pages.to(DEVICE)].T.cpu()  # [heads, blocks + 1]
     assert torch.equal(after >= 0, want)
-    assert torch.equal(taken[0, blocks % 2].cpu(), after[:, blocks])
+    assert torch.equal(taken[0].cpu(), after[:, blocks])
     kept = want[:, :blocks]
     assert torch.equal(after[:, :blocks][kept], slot_of_page[pages[:blocks]].T[kept])  # nobody moves
     for h in range(heads):

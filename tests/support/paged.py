@@ -31,6 +31,7 @@ class Cache:
     high: Tensor | None
     centres: Tensor
     tail: Tensor
+    rings: Tensor
     plane: str | None
     residents: ResidentTensors | None = None
 
@@ -48,7 +49,9 @@ def decoded(plane: Tensor, dim: int, bits: int) -> tuple[Tensor, Tensor]:
     return k.double(), v.double()
 
 
-def make_cache(lengths, kv_heads, dim, *, plane="nested", dtype=torch.float16, capacity=None, seed=0) -> Cache:
+def make_cache(
+    lengths, kv_heads, dim, *, plane="nested", dtype=torch.float16, capacity=None, seed=0, ring=128
+) -> Cache:
     g = torch.Generator().manual_seed(seed)
     capacity = capacity or max(-(-n // 64) for n in lengths)
     pool = sum(n // 64 for n in lengths) + 3
@@ -56,7 +59,8 @@ def make_cache(lengths, kv_heads, dim, *, plane="nested", dtype=torch.float16, c
     page_table = torch.full((len(lengths), capacity), 2**30, dtype=torch.int32)  # unused entries must not be read
     ks, vs = [], []
     base, centres, high = None, torch.randn(pool, kv_heads, dim, generator=g).to(dtype), None
-    tail = torch.full((2, len(lengths), 2, kv_heads, 64, dim), torch.nan, dtype=dtype)
+    rings = torch.arange(len(lengths), 0, -1)
+    tail = torch.full((len(lengths) + 1, 2, kv_heads, ring, dim), torch.nan, dtype=dtype)
     for i, n in enumerate(lengths):
         k = torch.randn(kv_heads, n, dim, generator=g) + 2 * torch.randn(kv_heads, 1, dim, generator=g)
         k += 0.7 * torch.randn(kv_heads, -(-n // 64), dim, generator=g).repeat_interleave(64, 1)[:, :n]
@@ -65,7 +69,8 @@ def make_cache(lengths, kv_heads, dim, *, plane="nested", dtype=torch.float16, c
         vs.append(v)
         full = n // 64
         blocks_k, blocks_v = (x[:, : full * 64].unflatten(1, (full, 64)).transpose(0, 1) for x in (k, v))
-        tail[0, i, full % 2, :, : n % 64], tail[1, i, full % 2, :, : n % 64] = k[:, full * 64 :], v[:, full * 64 :]
+        newest = torch.arange(full * 64, n)
+        tail[rings[i], :, :, newest % ring] = torch.stack([k, v])[:, :, newest]
         if not full:
             continue
         planes = reference_planes(blocks_k, blocks_v, "nvfp4", plane)
@@ -86,7 +91,7 @@ def make_cache(lengths, kv_heads, dim, *, plane="nested", dtype=torch.float16, c
     dev = DEVICE
     return Cache(
         ks, vs, torch.tensor(lengths, dtype=torch.int32, device=dev), page_table.to(dev), base.to(dev),
-        None if high is None else high.to(dev), centres.to(dev), tail.to(dev), plane,
+        None if high is None else high.to(dev), centres.to(dev), tail.to(dev), rings.int().to(dev), plane,
     )  # fmt: skip
 
 
@@ -113,7 +118,7 @@ def run(cache: Cache, q, budget, *, splits=3, scale=None, window=None, softcap=N
     numerics = numerics_of(cache.plane, center=center, sink_token="none", force_first=first, force_last=last)
     tensors = cache_tensors(
         cache.centres, cache.page_table, cache.lengths, budget=budget, base=cache.base, high=cache.high, tail=cache.tail,
-        residents=cache.residents,
+        rings=cache.rings, residents=cache.residents,
     )  # fmt: skip
     scale = scale or q.shape[-1] ** -0.5
     step = poisoned_step(q, tensors, numerics, splits=splits, scale=scale, window=window, softcap=softcap)

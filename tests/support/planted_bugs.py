@@ -34,9 +34,9 @@ def fork_leaves_the_tail(patch: pytest.MonkeyPatch) -> None:
     fork = PagedThriftCache.fork
 
     def planted(self: Any, source: int, target: int) -> None:
-        before = self.tail[:, target].clone()
+        before = self.tail[target].clone()
         fork(self, source, target)
-        self.tail[:, target] = before
+        self.tail[target] = before
 
     patch.setattr(PagedThriftCache, "fork", planted)
 

@@ -24,7 +24,8 @@ def cache_tensors(k_block_mean, page_table, lengths, *, budget=None, block0_mean
     given = {
         "base": torch.zeros(1, kv_heads, 1, dtype=torch.int32, device=device),
         "high": None,
-        "tail": torch.zeros(2, batch, 2, kv_heads, 64, dim, dtype=k_block_mean.dtype, device=device),
+        "tail": torch.zeros(batch, 2, kv_heads, 128, dim, dtype=k_block_mean.dtype, device=device),
+        "rings": torch.arange(batch, dtype=torch.int32, device=device),
         "block0_mean": empty if block0_mean is None else block0_mean,
         "sink_value": empty.clone(),
         "budget": torch.zeros(page_table.shape[1] + 1, dtype=torch.int32, device=device) if budget is None else budget,

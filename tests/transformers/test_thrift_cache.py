@@ -130,7 +130,7 @@ def test_rows_do_not_depend_on_their_neighbours() -> None:
     for layer in together.paged_layers:  # what belongs to row 0 becomes NaN
         layer.paged.pool.base[pages] = layer.paged.pool.high[pages] = -1
         layer.paged.pool.k_block_mean[pages] = torch.nan
-        layer.paged.tail[:, 0] = torch.nan
+        layer.paged.tail[0] = torch.nan
     new = tokens(3, 1, seed=8)
     more = torch.cat([mask, torch.ones(3, 1, dtype=torch.long)], 1)
     step = model(new, attention_mask=more, position_ids=positions[:, -1:] + 1, past_key_values=together).logits

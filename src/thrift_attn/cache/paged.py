@@ -2,7 +2,7 @@
 
 A page is one KV block of 64 tokens. The newest, incomplete block of a sequence stays in 16 bits and is always attended in high
 precision; when its 64th token arrives the block is centred, packed and summarised. The 16-bit data of the block before it
-stays as well (two tail blocks, block b in tail block b mod 2), so that taking back up to 64 tokens is lossless. Where the
+stays as well (a ring of 128 tokens, token t at t mod 128), so that taking back up to 64 tokens is lossless. Where the
 first token of a sequence is exact (``sink_token="exact"``), its key is the centre of its block, and its value lies beside the
 pages, which hold 0.
 With ``smooth`` the 4-bit planes hold K and V times powers of two, which a sequence takes from its first block when that is
@@ -113,12 +113,13 @@ class PagedThriftCache(CacheSequences):
             slots = slots_of_pool(quota, num_pages, batch)
             self.residual_slots = ResidualSlots(slots, num_pages, batch, kv_heads, quota, device)
         self.pool = Pool.empty(num_pages, kv_heads, head_dim, config.promoted_storage, dtype, device, slots)
-        # K and V of the two newest blocks, block b in tail block b mod 2.
-        self.tail = torch.zeros(2, batch, 2, kv_heads, BLOCK, head_dim, dtype=dtype, device=device)
+        # K and V of the newest tokens of each sequence, token t at t mod 128.
+        self.tail = torch.zeros(batch, 2, kv_heads, 2 * BLOCK, head_dim, dtype=dtype, device=device)
+        self.rings = torch.arange(batch, dtype=torch.int32, device=device)
         self.per_sequence = SequenceTensors.empty(
             batch, kv_heads, head_dim, scaled=self.numerics.channel_scales, dtype=dtype, device=device
         )
-        self._tail_blocks = [[-1, -1] for _ in range(batch)]  # by sequence: the block that each tail block holds
+        self._tail_blocks = [[-1, -1] for _ in range(batch)]  # by sequence: the block in each half of its ring
         self.budget = decode_budget(config.budget, sizes["max_pages"]).to(device)  # by the number of complete blocks
         self.overrun = torch.zeros(
             1, dtype=torch.int32, device=device
@@ -134,6 +135,7 @@ class PagedThriftCache(CacheSequences):
         held = [
             *self.pool,
             self.tail,
+            self.rings,
             *self.per_sequence.given(),
             self.table.table,
             self.table.lengths,
@@ -240,20 +242,20 @@ class PagedThriftCache(CacheSequences):
         kv = torch.stack([k, v])  # [2, Hkv, T, D]
         if complete > first:
             if start % BLOCK:  # the incomplete block fills up
-                kv = torch.cat([self.tail[:, seq, first % 2, :, : start % BLOCK], kv], 2)
+                kv = torch.cat([self.tail_of(seq, first)[:, :, : start % BLOCK], kv], 2)
             whole = kv[:, :, : (complete - first) * BLOCK]
             slots = admit_blocks(self, seq, whole[0], queries, scale)
             blocks = whole.unflatten(2, (-1, BLOCK)).transpose(1, 2)  # [2, n, Hkv, 64, D]
             self._pack(seq, first, blocks, slots)
             for block in range(max(first, complete - 2), complete):
-                self.tail[:, seq, block % 2] = blocks[:, block - first]
+                self.tail_of(seq, block).copy_(blocks[:, block - first])
                 self._tail_blocks[seq][block % 2] = block
             kv = kv[:, :, (complete - first) * BLOCK :]
         elif queries is not None:
             note_queries(self, seq, queries, scale)
         if kv.shape[2]:
             at = stop % BLOCK - kv.shape[2]
-            self.tail[:, seq, complete % 2, :, at : stop % BLOCK] = kv
+            self.tail_of(seq, complete)[:, :, at : stop % BLOCK] = kv
             self._tail_blocks[seq][complete % 2] = complete
 
     def _pack(self, seq: int, first: int, blocks: Tensor, slots: Tensor | None) -> None:
@@ -382,6 +384,7 @@ class PagedThriftCache(CacheSequences):
             k_block_mean=self.pool.k_block_mean,
             high=self.pool.high,
             tail=self.tail,
+            rings=self.rings,
             page_table=self.table.table,
             lengths=self.lengths,
             budget=self.budget,
@@ -407,7 +410,7 @@ class PagedThriftCache(CacheSequences):
     def _planes(self, seq: int) -> reference.Planes:
         """One sequence as the reference sees it: pages, then the incomplete block, exact on both paths."""
         tokens, pages = self.table.tokens(seq), self.table.pages(seq)
-        kept = self.tail[:, seq, tokens // BLOCK % 2, :, : tokens % BLOCK]
+        kept = self.tail_of(seq, tokens // BLOCK)[:, :, : tokens % BLOCK]
         others = self.per_sequence.block0_mean[seq] if self.numerics.exact_sink and tokens >= BLOCK else None
         resident = None if self.residual_slots is None else self.residual_slots.of_pages(pages) >= 0
         return sequence_planes(self._read(seq, pages, 0), kept, block0_mean=others, resident=resident)

@@ -1,6 +1,6 @@
 """Which sequences a paged cache holds: their lengths, their pages, and every change but appending.
 
-The host's books (`PageTable`, and the block that each 16-bit tail block holds) move under one lock and as a whole. A change
+The host's books (`PageTable`, and which blocks the rings of 16-bit tokens hold) move under one lock and as a whole. A change
 that is interrupted halfway marks the cache, which then refuses to be used.
 """
 
@@ -37,6 +37,7 @@ class CacheSequences:
     table: PageTable
     pool: Pool
     tail: Tensor
+    rings: Tensor
     per_sequence: SequenceTensors
     residual_slots: ResidualSlots | None
     overrun: Tensor
@@ -215,7 +216,7 @@ class CacheSequences:
             if self.residual_slots is not None:
                 self.residual_slots.share(source, target, self.table.tokens(source) // BLOCK)
                 self._share_slots()
-            self.tail[:, target] = self.tail[:, source]
+            self.tail[target] = self.tail[source]
             for x in self.per_sequence.given():
                 x[target] = x[source]
             self._tail_blocks[target] = list(self._tail_blocks[source])
@@ -238,8 +239,7 @@ class CacheSequences:
         with self._changing():
             if tokens % BLOCK and self._tail_blocks[seq][block % 2] != block:
                 read = self._read(seq, self.table.table[seq, block : block + 1].long(), block)
-                self.tail[0, seq, block % 2] = read.high_k[0].to(self.dtype)
-                self.tail[1, seq, block % 2] = read.high_v[0].to(self.dtype)
+                self.tail_of(seq, block).copy_(torch.stack([read.high_k[0], read.high_v[0]]))
                 self._tail_blocks[seq][block % 2] = block
             # Nothing stays of a block that begins at the new end: whole blocks that follow may not pass through the tail.
             self._tail_blocks[seq] = [held if held * BLOCK < tokens else -1 for held in self._tail_blocks[seq]]
@@ -268,13 +268,14 @@ class CacheSequences:
             check_sizes(len(seqs), self.kv_heads, self.table.table.shape[1])
         with self._changing():
             index = torch.tensor(seqs, device=self.device)
-            tail, per_sequence = self.tail[:, index], self.per_sequence.each(lambda x: x[index])
+            tail, per_sequence = self.tail[index], self.per_sequence.each(lambda x: x[index])
             if len(seqs) == self.batch:
                 self.tail.copy_(tail)
                 for x, new in zip(self.per_sequence.given(), per_sequence.given(), strict=True):
                     x.copy_(new)
             else:
                 self.tail, self.per_sequence = tail, per_sequence
+                self.rings = torch.arange(len(seqs), dtype=torch.int32, device=self.device)
             self._tail_blocks = [list(self._tail_blocks[seq]) for seq in seqs]
             if self.residual_slots is not None:
                 self.residual_slots.select(seqs, self._complete())
@@ -300,6 +301,11 @@ class CacheSequences:
                     with each._changing():
                         each._share_slots()
             return other
+
+    def tail_of(self, seq: int, block: int) -> Tensor:
+        """Where K and V of a block lie in 16 bits while it is one of the two newest: a view ``[2, Hkv, 64, D]``."""
+        at = block % 2 * BLOCK
+        return self.tail[seq, :, :, at : at + BLOCK]
 
     def _read(self, seq: int, pages: Tensor, first: int) -> Blocks:
         """What pages of a sequence decode to, those of the blocks from ``first`` on."""

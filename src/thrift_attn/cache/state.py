@@ -19,8 +19,8 @@ def state_dict(cache: PagedThriftCache) -> dict[str, Tensor]:
     Returns:
         ``base``, ``k_block_mean``, ``high``: the planes ``[n, Hkv, ...]`` of the pages in use; ``blocks``: int64
         ``[B, max_blocks]``, which of them holds each complete block of each sequence, -1 behind the last; ``tokens``: int64
-        ``[B]``; ``tail``: the two tail blocks; ``tail_blocks``: int64 ``[B, 2]``, the number of the block that each of them
-        holds; and what belongs to each sequence, by the names of `thrift_attn.reference.pages.SequenceTensors`. Where not all
+        ``[B]``; ``tail``: ``[2, B, 2, Hkv, 64, D]``, K and V of the two newest blocks, block b at b mod 2; ``tail_blocks``:
+        int64 ``[B, 2]``, the number of the block that each of the two is; and what belongs to each sequence, by the names of `thrift_attn.reference.pages.SequenceTensors`. Where not all
         blocks keep the plane of promoted ones, ``high`` is that of the slots in use, and there are ``residual_slots``: int64
         ``[B, W]``, which of them each sequence has, -1 behind the last; ``slot_of_page``: int64 ``[n, Hkv]``; and
         ``past_mass``: float32 ``[n, Hkv]``.
@@ -34,9 +34,15 @@ def state_dict(cache: PagedThriftCache) -> dict[str, Tensor]:
             blocks[seq, : len(found)] = found
         planes = {"base": cache.pool.base[pages], "k_block_mean": cache.pool.k_block_mean[pages]}
         planes |= _residents(cache, pages)
-        found = {**planes, "blocks": blocks, "tokens": torch.tensor(tokens), "tail": cache.tail}
+        found = {**planes, "blocks": blocks, "tokens": torch.tensor(tokens)}
+        found["tail"] = _blocks_of(cache.tail).contiguous()
         found["tail_blocks"] = torch.tensor(cache._tail_blocks)
         return found | {name: x for name, x in cache.per_sequence._asdict().items() if x is not None}
+
+
+def _blocks_of(tail: Tensor) -> Tensor:
+    """The two blocks that each ring ``[B, 2, Hkv, 128, D]`` holds, as they are saved: a view ``[2, B, 2, Hkv, 64, D]``."""
+    return tail.unflatten(3, (2, BLOCK)).permute(1, 0, 3, 2, 4, 5)
 
 
 def _residents(cache: PagedThriftCache, pages: Tensor) -> dict[str, Tensor]:
@@ -95,7 +101,7 @@ def _load(cache: PagedThriftCache, saved: dict[str, Tensor]) -> None:
         cache.pool.high[given] = saved["high"].to(cache.device)
     else:
         _load_residents(cache, saved, given, held)
-    cache.tail.copy_(saved["tail"])
+    _blocks_of(cache.tail).copy_(saved["tail"])
     if "k_channel_scale" in saved and cache.per_sequence.k_channel_scale is None:
         cache.per_sequence = SequenceTensors.empty(
             cache.batch, cache.kv_heads, cache.head_dim, scaled=True, dtype=cache.dtype, device=cache.device
@@ -157,7 +163,7 @@ def _check_state_dict(cache: PagedThriftCache, saved: dict[str, Tensor]) -> None
     shapes = {
         "tokens": ((batch,), torch.int64),
         "blocks": ((batch, max(tokens) // BLOCK), torch.int64),
-        "tail": (tuple(cache.tail.shape), cache.dtype),
+        "tail": (tuple(_blocks_of(cache.tail).shape), cache.dtype),
         "tail_blocks": ((batch, 2), torch.int64),
         "block0_mean": ((batch, heads, dim), cache.dtype),
         "sink_value": ((batch, heads, dim), cache.dtype),

@@ -17,7 +17,6 @@ def write_tail(
     *,
     cache: CacheTensors,
     pages: Tensor,
-    seqs: Tensor,
     numbers: Tensor,
     slots: Tensor | None = None,
     counts: Tensor | None = None,
@@ -27,25 +26,24 @@ def write_tail(
     A sequence that would complete a block for which it has no page is left as it is, and `CacheTensors.overrun` is set.
 
     Args:
-        k: new tokens ``[B, Hkv, T, D]``, T at most 64, contiguous in D.
+        k: new tokens ``[B, Hkv, T, D]``, contiguous in D; T is at most 64, and leaves room in the ring for the 63 tokens of a
+            block that it completes.
         v: likewise.
         cache: its ``tail`` and ``lengths`` are written, and which blocks are residents.
-        pages: int32 ``[B, 2]``, written: for each tail block the page it goes to if it is complete now, else -1.
-        seqs: int32 ``[B, 2]``, written: the sequence of each tail block.
-        numbers: int32 ``[B, 2]``, written: the number in its sequence of the block that ``pages`` has a page for.
-        slots: int32 ``[B, 2, Hkv]``, written where ``cache`` has residents: the slot for the residual of the block that
+        pages: int32 ``[B]``, written: the page of the block that is complete now, else -1.
+        numbers: int32 ``[B]``, written: the number in its sequence of the block that ``pages`` has a page for.
+        slots: int32 ``[B, Hkv]``, written where ``cache`` has residents: the slot for the residual of the block that
             ``pages`` has a page for, below 0 for none.
         counts: int32 ``[B]``, how many of the T tokens each sequence takes; all by default.
 
     Raises:
-        ValueError: more than 64 tokens, or strides that do not fit.
+        ValueError: more tokens than one step may bring, or shapes and strides that do not fit.
     """
     batch, kv_heads, tokens, dim = k.shape
-    if tokens > BLOCK:
-        raise ValueError(f"one step writes at most {BLOCK} tokens, got {tokens}")
+    cache.check_tail(batch, dim)
+    if tokens > (most := min(BLOCK, cache.tail.shape[3] - BLOCK + 1)):
+        raise ValueError(f"one step writes at most {most} tokens to rings of {cache.tail.shape[3]}, got {tokens}")
     check_rows(k=k, v=v)
-    if not cache.tail.is_contiguous():
-        raise ValueError(f"the tail must be contiguous, got strides {cache.tail.stride()}")
     residents = cache.residents
     if residents is None:
         pooled = (pages,) * 7
@@ -61,10 +59,10 @@ def write_tail(
             k,
             v,
             cache.tail,
+            cache.rings,
             cache.page_table,
             cache.lengths,
             pages,
-            seqs,
             numbers,
             pages if counts is None else counts,
             cache.overrun,
@@ -72,9 +70,9 @@ def write_tail(
             *k.stride()[:3],
             *v.stride()[:3],
             cache.max_blocks,
-            batch,
             tokens,
             0 if residents is None else residents.slots.shape[1],
+            **cache.ring_constants,
             HKV=kv_heads,
             D=dim,
             DP=triton.next_power_of_2(dim),

@@ -62,19 +62,19 @@ def _take_slots(
     tl.store(slots_of_new_ptr + h, slot, mask=inside)
 
 
-@triton.jit(do_not_specialize=["blocks", "batch", "tokens", "width"])
+@triton.jit(do_not_specialize=["blocks", "tokens", "width"])
 def write_tail_kernel(
     k_ptr,  # [B, Hkv, T, D]
     v_ptr,
-    tail_ptr,  # [2, B, 2, Hkv, 64, D], contiguous
+    tail_ptr,  # [rings, 2, Hkv, RING, D], token t at t mod RING
+    rings_ptr,  # int32 [B]: the ring of each sequence
     page_table_ptr,  # int32 [B, NB]
     lengths_ptr,  # int32 [B]
-    pages_ptr,  # int32 [B, 2]: the page of the block that this step completes in each of the two tail blocks, or -1
-    seqs_ptr,  # int32 [B, 2]: the sequence
-    numbers_ptr,  # int32 [B, 2]: the number of that block in its sequence
+    pages_ptr,  # int32 [B]: the page of the block that this step completes, or -1
+    numbers_ptr,  # int32 [B]: the number of that block in its sequence
     counts_ptr,  # int32 [B]: how many of the T tokens each sequence takes, with RAGGED
     overrun_ptr,  # int32 [1], set where a sequence has no page for the block that it would complete
-    slots_of_new_ptr,  # int32 [B, 2, Hkv], with POOLED: the slot for the residual of the block of that page, or -1
+    slots_of_new_ptr,  # int32 [B, Hkv], with POOLED: the slot for the residual of the block of that page, or -1
     slot_of_page_ptr,  # int32 [pages, Hkv]
     block_of_slot_ptr,  # int32 [slots, Hkv]
     past_mass_ptr,  # float32 [pages, Hkv]
@@ -88,9 +88,13 @@ def write_tail_kernel(
     stride_vh,
     stride_vt,
     blocks,  # NB
-    batch,  # B
     tokens,  # T, at most 64
     width,  # W
+    RING: tl.constexpr,
+    TAIL_RING: tl.constexpr,  # strides of the tail
+    TAIL_KV: tl.constexpr,
+    TAIL_HEAD: tl.constexpr,
+    TAIL_TOKEN: tl.constexpr,
     HKV: tl.constexpr,
     D: tl.constexpr,
     DP: tl.constexpr,  # D rounded up to a power of two
@@ -105,6 +109,7 @@ def write_tail_kernel(
     count = tokens
     if RAGGED:
         count = tl.load(counts_ptr + b)
+    ring = tail_ptr + tl.load(rings_ptr + b).to(tl.int64) * TAIL_RING
     # At most 64 tokens complete at most one block: the one that held the old end. Where it has no page, nothing is written or
     # counted, so that the sequence stays what it was.
     entry = length // 64
@@ -120,21 +125,16 @@ def write_tail_kernel(
         k = tl.load(k_ptr + b.to(tl.int64) * stride_kb + head * stride_kh + token * stride_kt + d, mask=there)
         v = tl.load(v_ptr + b.to(tl.int64) * stride_vb + head * stride_vh + token * stride_vt + d, mask=there)
         at = length + token
-        out = (((b.to(tl.int64) * 2 + at // 64 % 2) * HKV + head) * 64 + at % 64) * D + d
+        out = ring + head * TAIL_HEAD + at % RING * TAIL_TOKEN + d
         stored = (row < kept * HKV) & (d < D)
-        tl.store(tail_ptr + out, k, mask=stored)
-        tl.store(tail_ptr + batch.to(tl.int64) * 2 * HKV * 64 * D + out, v, mask=stored)
-    slot = entry % 2
-    tl.store(pages_ptr + b * 2 + slot, page)
-    tl.store(pages_ptr + b * 2 + 1 - slot, -1)
-    tl.store(numbers_ptr + b * 2 + slot, entry)
-    tl.store(numbers_ptr + b * 2 + 1 - slot, entry)
-    tl.store(seqs_ptr + b * 2, b)
-    tl.store(seqs_ptr + b * 2 + 1, b)
+        tl.store(out, k, mask=stored)
+        tl.store(out + TAIL_KV, v, mask=stored)
+    tl.store(pages_ptr + b, page)
+    tl.store(numbers_ptr + b, entry)
     if POOLED:  # noqa: SIM102  (a constant: what is inside is not compiled without)
         if full & (page >= 0):
             _take_slots(
-                b, entry, page, slots_of_new_ptr + (b * 2 + slot) * HKV, page_table_ptr + b.to(tl.int64) * blocks,
+                b, entry, page, slots_of_new_ptr + b * HKV, page_table_ptr + b.to(tl.int64) * blocks,
                 slot_of_page_ptr, block_of_slot_ptr, past_mass_ptr, slots_ptr + b.to(tl.int64) * width, bounds_ptr,
                 quota_ptr, HKV, HP, CHUNK,
             )  # fmt: skip

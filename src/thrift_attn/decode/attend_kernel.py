@@ -37,6 +37,7 @@ from thrift_attn.decode.fragments import (
     load_copy,
     over_rows,
     page_at,
+    place_in_ring,
     query_operand,
     split_order,
     split_query_operand,
@@ -57,7 +58,8 @@ def attend_split_kernel(
     q_ptr,  # [B, Hq, Tq, D], 16-bit
     base_ptr,  # int32 [pages, Hkv, words], strides BASE_PAGE and BASE_HEAD
     high_ptr,  # the residual plane, int32 [slots, Hkv, words], or the 16-bit plane [slots, Hkv, 2 * 64 * D]; likewise
-    tail_ptr,  # [2, B, 2, Hkv, 64, D], 16-bit: K and V, block b in tail block b mod 2
+    tail_ptr,  # [rings, 2, Hkv, RING, D], 16-bit: K and V, token t at t mod RING
+    rings_ptr,  # int32 [B]: the ring of each sequence
     bias_ptr,  # float32 [B, Hkv, NB, RP]: q.c_b in base 2
     block_indices_ptr,  # int32 [B, Hkv, 2, NB]: block numbers, page numbers; with POOLED [B, Hkv, 3, NB]: slots, too
     block_counts_ptr,  # int32 [B, Hkv, 2]: promoted, all listed
@@ -77,6 +79,11 @@ def attend_split_kernel(
     BASE_HEAD: tl.constexpr,
     HIGH_PAGE: tl.constexpr,
     HIGH_HEAD: tl.constexpr,
+    RING: tl.constexpr,
+    TAIL_RING: tl.constexpr,  # strides of the tail
+    TAIL_KV: tl.constexpr,
+    TAIL_HEAD: tl.constexpr,
+    TAIL_TOKEN: tl.constexpr,
     HKV: tl.constexpr,
     GROUP: tl.constexpr,
     TQ: tl.constexpr,  # tq rounded up to a power of two
@@ -287,12 +294,16 @@ def attend_split_kernel(
 
     # -- the newest, incomplete block --
     tail = length % 64
-    tail_start = ((b * 2 + length // 64 % 2) * HKV + h).to(tl.int64) * (64 * D)
-    v_tail_ptr = tail_ptr + (tl.num_programs(2) * 2).to(tl.int64) * (64 * D)
+    tail_start = tl.load(rings_ptr + b).to(tl.int64) * TAIL_RING + h.to(tl.int64) * TAIL_HEAD
+    v_tail_ptr = tail_ptr + TAIL_KV
+    begin = (length - tail) % RING
+    if RING % 64 == 0:  # no block wraps: one offset for all of its tokens
+        tail_start += begin * TAIL_TOKEN
+        begin = 0
     for quarter in range(first_step, steps, num_splits):
         tokens = quarter * 16 + token  # [16]
         there = tokens < tail
-        tail_at = tail_start + tokens * D
+        tail_at = tail_start + place_in_ring(begin, tokens, RING) * TAIL_TOKEN
         s0 = tl.zeros([16, N], tl.float32)
         for j in tl.static_range(PIECES):
             d = CHUNKS[j][0] * 16 + tl.arange(0, 16 * CHUNKS[j][1])

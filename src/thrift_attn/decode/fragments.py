@@ -84,6 +84,15 @@ def page_at(page, h, HKV: tl.constexpr, PAGE: tl.constexpr, HEAD: tl.constexpr):
 
 
 @triton.jit
+def place_in_ring(start, token, RING: tl.constexpr):
+    """Places in a ring of RING tokens of tokens of a block, less than 64, whose first lies at ``start``."""
+    place = start + token
+    if RING % 64 != 0:  # else no block wraps
+        place = tl.where(place >= RING, place - RING, place)
+    return place
+
+
+@triton.jit
 def load_codes(ptr, C: tl.constexpr):
     """``C`` runs of 128 words, int32 [C * 128], one 16-byte load per lane and run."""
     return tl.load(ptr + tl.arange(0, C * 128))

@@ -38,6 +38,7 @@ def gather_pages(k: Tensor, v: Tensor, *, cache: CacheTensors, numerics: DecodeN
     plane, k_scale, v_scale = numerics.promoted_storage, cache.k_channel_scale, cache.v_head_scale
     residents = cache.residents
     high = cache.base if cache.high is None else cache.high
+    cache.check_tail(batch, dim)
     check_planes(base=cache.base, k_block_mean=cache.k_block_mean, high=high)
     with on_device_of(k):
         launch(
@@ -51,6 +52,7 @@ def gather_pages(k: Tensor, v: Tensor, *, cache: CacheTensors, numerics: DecodeN
             high if plane == "16bit" else high.view(torch.int16),
             high,
             cache.tail,
+            cache.rings,
             cache.sink_value,
             cache.page_table,
             cache.lengths,
@@ -59,8 +61,8 @@ def gather_pages(k: Tensor, v: Tensor, *, cache: CacheTensors, numerics: DecodeN
             cache.page_table if residents is None else residents.slot_of_page,
             cache.max_blocks,
             capacity,
-            batch,
             **cache.strides("base", "high", "mean"),
+            **cache.ring_constants,
             HKV=kv_heads,
             D=dim,
             HIGH=HIGH[plane],

@@ -5,7 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from thrift_attn.decode.fragments import page_at, quarter_bits
+from thrift_attn.decode.fragments import page_at, place_in_ring, quarter_bits
 from thrift_attn.kernels.powers_of_two import inverse
 
 
@@ -41,7 +41,7 @@ def _decoded(ptr16, ptr32, t, spot, rows, J: tl.constexpr, T: tl.constexpr, EIGH
         return _half(quarter_bits(word, J)) * _scale(scales, J) * 128.0
 
 
-@triton.jit(do_not_specialize=["blocks", "capacity", "batch"])
+@triton.jit(do_not_specialize=["blocks", "capacity"])
 def gather_pages_kernel(
     k_ptr,  # [B, Hkv, S, D], contiguous, written up to the length of each sequence
     v_ptr,
@@ -50,7 +50,8 @@ def gather_pages_kernel(
     k_block_mean_ptr,  # [pages, Hkv, D], strides MEAN_PAGE and MEAN_HEAD
     high16_ptr,  # the residual plane likewise, or the 16-bit plane
     high32_ptr,
-    tail_ptr,  # [2, B, 2, Hkv, 64, D]
+    tail_ptr,  # [rings, 2, Hkv, RING, D], token t at t mod RING
+    rings_ptr,  # int32 [B]: the ring of each sequence
     sink_value_ptr,  # [B, Hkv, D]: V of the first token, which no page holds
     page_table_ptr,  # int32 [B, NB]
     lengths_ptr,  # int32 [B]
@@ -59,13 +60,17 @@ def gather_pages_kernel(
     slot_of_page_ptr,  # int32 [pages, Hkv], with POOLED: where the plane of promoted blocks lies, below 0 where it is not kept
     blocks,  # NB
     capacity,  # S
-    batch,  # B
     BASE_PAGE: tl.constexpr,
     BASE_HEAD: tl.constexpr,
     HIGH_PAGE: tl.constexpr,
     HIGH_HEAD: tl.constexpr,
     MEAN_PAGE: tl.constexpr,
     MEAN_HEAD: tl.constexpr,
+    RING: tl.constexpr,
+    TAIL_RING: tl.constexpr,  # strides of the tail
+    TAIL_KV: tl.constexpr,
+    TAIL_HEAD: tl.constexpr,
+    TAIL_TOKEN: tl.constexpr,
     HKV: tl.constexpr,
     D: tl.constexpr,
     HIGH: tl.constexpr,
@@ -145,8 +150,8 @@ def gather_pages_kernel(
     elif block * 64 < length:  # the incomplete block
         token, d = tl.arange(0, 64)[:, None], t * 16 + tl.arange(0, 16)[None, :]
         there = (block * 64 + token < length) & (d < D)
-        at = (((b.to(tl.int64) * 2 + block % 2) * HKV + h) * 64 + token) * D + d
+        ring = tail_ptr + tl.load(rings_ptr + b).to(tl.int64) * TAIL_RING + h.to(tl.int64) * TAIL_HEAD
+        at = ring + place_in_ring(block * 64 % RING, token, RING) * TAIL_TOKEN + d
         to = out + (block * 64 + token).to(tl.int64) * D + d
-        tl.store(k_ptr + to, tl.load(tail_ptr + at, mask=there), mask=there)
-        at += batch.to(tl.int64) * 2 * HKV * 64 * D
-        tl.store(v_ptr + to, tl.load(tail_ptr + at, mask=there), mask=there)
+        tl.store(k_ptr + to, tl.load(at, mask=there), mask=there)
+        tl.store(v_ptr + to, tl.load(at + TAIL_KV, mask=there), mask=there)

@@ -13,11 +13,11 @@ from functools import lru_cache, partial
 import torch
 from torch import Tensor
 
-from thrift_attn.config import BLOCK, ThriftConfig
+from thrift_attn.config import ThriftConfig
 from thrift_attn.decode.append import write_tail
 from thrift_attn.decode.attend import attend_pages, choose_splits, column_tile, tuning_of
 from thrift_attn.decode.combine_splits import combine_splits
-from thrift_attn.decode.pack import pack_blocks
+from thrift_attn.decode.pack import pack_tail
 from thrift_attn.decode.score import BLOCKS_PER_PROGRAM, score_blocks
 from thrift_attn.decode.select import select_blocks
 from thrift_attn.decode.tensors import CacheTensors, DecodeStep, ResidentTensors, padded_queries, padded_rows
@@ -131,6 +131,7 @@ def append_step(
     k_block_mean: Tensor,
     high: Tensor,
     tail: Tensor,
+    rings: Tensor,
     block0_mean: Tensor,
     sink_value: Tensor,
     page_table: Tensor,
@@ -150,30 +151,20 @@ def append_step(
 ) -> None:
     """`append` with its bundles taken apart."""
     cache = _bundle(
-        base, k_block_mean, high, tail, block0_mean, sink_value, page_table, lengths, budget, overrun,
+        base, k_block_mean, high, tail, rings, block0_mean, sink_value, page_table, lengths, budget, overrun,
         k_channel_scale, v_head_scale, slot_of_page, block_of_slot, past_mass, slots, bounds, quota,
     )  # fmt: skip
     k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (k, v))
-    batch, kv_heads, _, dim = k.shape
-    pages, seqs, numbers = torch.empty(3, batch, 2, dtype=torch.int32, device=k.device)
-    taken = None if cache.residents is None else pages.new_empty(batch, 2, kv_heads)
-    write_tail(k, v, cache=cache, pages=pages, seqs=seqs, numbers=numbers, slots=taken, counts=counts)
-    blocks = tail.view(2, batch * 2, kv_heads, BLOCK, dim)
-    pack_blocks(
-        blocks[0],
-        blocks[1],
-        pages.view(-1),
-        cache=cache,
-        numerics=_numerics(storage),
-        seqs=seqs.view(-1),
-        numbers=numbers.view(-1),
-        slots=taken,
-        overlap=_overlap(cache),
-    )
+    batch, kv_heads, _, _ = k.shape
+    pages, numbers = torch.empty(2, batch, dtype=torch.int32, device=k.device)
+    taken = None if cache.residents is None else pages.new_empty(batch, kv_heads)
+    write_tail(k, v, cache=cache, pages=pages, numbers=numbers, slots=taken, counts=counts)
+    overlap = _overlap(cache)
+    pack_tail(pages, numbers, cache=cache, numerics=_numerics(storage), slots=taken, overlap=overlap)
 
 
 @append_step.register_fake
-def _(k, v, base, k_block_mean, high, tail, block0_mean, sink_value, page_table, lengths, budget, overrun,
+def _(k, v, base, k_block_mean, high, tail, rings, block0_mean, sink_value, page_table, lengths, budget, overrun,
       k_channel_scale, v_head_scale, slot_of_page, block_of_slot, past_mass, slots, bounds, quota, storage,
       counts=None):  # fmt: skip
     return None
@@ -218,15 +209,15 @@ def _flat(cache: CacheTensors) -> tuple[Tensor, ...]:
             residents.quota,
         )  # fmt: skip
     return (
-        cache.base, cache.k_block_mean, high, cache.tail, cache.block0_mean, cache.sink_value, cache.page_table,
-        cache.lengths, cache.budget, cache.overrun, *scales, *pooled,
+        cache.base, cache.k_block_mean, high, cache.tail, cache.rings, cache.block0_mean, cache.sink_value,
+        cache.page_table, cache.lengths, cache.budget, cache.overrun, *scales, *pooled,
     )  # fmt: skip
 
 
 def _bundle(*flat: Tensor) -> CacheTensors:
     """Return the cache whose tensors `_flat` gave."""
     (
-        base, k_block_mean, high, tail, block0_mean, sink_value, page_table, lengths, budget, overrun,
+        base, k_block_mean, high, tail, rings, block0_mean, sink_value, page_table, lengths, budget, overrun,
         k_channel_scale, v_head_scale, slot_of_page, block_of_slot, past_mass, slots, bounds, quota,
     ) = flat  # fmt: skip
     residents = None
@@ -244,6 +235,7 @@ def _bundle(*flat: Tensor) -> CacheTensors:
         k_block_mean=k_block_mean,
         high=high,
         tail=tail,
+        rings=rings,
         block0_mean=block0_mean,
         sink_value=sink_value,
         page_table=page_table,
@@ -263,6 +255,7 @@ def attend_cache(
     k_block_mean: Tensor,
     high: Tensor,
     tail: Tensor,
+    rings: Tensor,
     block0_mean: Tensor,
     sink_value: Tensor,
     page_table: Tensor,
@@ -284,7 +277,7 @@ def attend_cache(
 ) -> tuple[Tensor, Tensor]:
     """`attend` with its bundles taken apart."""
     cache = _bundle(
-        base, k_block_mean, high, tail, block0_mean, sink_value, page_table, lengths, budget, overrun,
+        base, k_block_mean, high, tail, rings, block0_mean, sink_value, page_table, lengths, budget, overrun,
         k_channel_scale, v_head_scale, slot_of_page, block_of_slot, past_mass, slots, bounds, quota,
     )  # fmt: skip
     step = begin_step(q, cache, _numerics(storage), scale=scale, window=window, softcap=softcap)
@@ -294,7 +287,7 @@ def attend_cache(
 
 
 @attend_cache.register_fake
-def _(q, base, k_block_mean, high, tail, block0_mean, sink_value, page_table, lengths, budget, overrun,
+def _(q, base, k_block_mean, high, tail, rings, block0_mean, sink_value, page_table, lengths, budget, overrun,
       k_channel_scale, v_head_scale, slot_of_page, block_of_slot, past_mass, slots, bounds, quota, storage, scale,
       window, softcap):  # fmt: skip
     return q.new_empty(q.shape), q.new_empty(q.shape[:3], dtype=torch.float32)
@@ -338,7 +331,7 @@ def warm_up(
         window: as for `attend`; there are kernels with and without one.
         softcap: as for `attend`; each value is a kernel of its own.
     """
-    _, batch, _, kv_heads, _, dim = cache.tail.shape
+    batch, kv_heads, dim = len(cache.lengths), cache.kv_heads, cache.tail.shape[-1]
     like = {"dtype": cache.tail.dtype, "device": cache.tail.device}
     if cache.residents is not None:  # nothing is added to what blocks have had
         cache = replace(cache, residents=replace(cache.residents, past_mass=cache.residents.past_mass.clone()))
@@ -349,6 +342,7 @@ def warm_up(
     k = torch.zeros(batch, 1, kv_heads, dim, **like).transpose(1, 2)
     nothing = torch.zeros_like(cache.lengths)
     for counts in (None, nothing):
-        # Beside the cache: no page is complete, and the tail, the lengths and the flag are copies.
-        copied = {name: getattr(cache, name).clone() for name in ("tail", "overrun")}
-        append(k, k, replace(cache, lengths=nothing.clone(), **copied), numerics, counts=counts)
+        # Beside the cache: no page is complete, and the rings, the lengths and the flag are others.
+        rings = torch.empty_strided((batch, *cache.tail.shape[1:]), cache.tail.stride(), **like)
+        copied = {"tail": rings, "lengths": nothing.clone(), "overrun": cache.overrun.clone()}
+        append(k, k, replace(cache, rings=torch.arange(batch).to(cache.rings), **copied), numerics, counts=counts)

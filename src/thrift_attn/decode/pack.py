@@ -50,28 +50,82 @@ def pack_blocks(
         ValueError: shapes or strides that do not fit.
         NotImplementedError: another base format.
     """
+    if k.shape[2] != BLOCK or v.shape != k.shape or pages.shape != k.shape[:1]:
+        raise ValueError(
+            f"expected k and v [n, Hkv, {BLOCK}, D] and pages [n], got {list(k.shape)}, {list(v.shape)}, {list(pages.shape)}"
+        )
+    none = pages  # where nothing is read
+    _pack(
+        k, v, pages, none, none if seqs is None else seqs, none if numbers is None else numbers, slots, cache, numerics,
+        ring=0, of_sequences=seqs is not None, overlap=overlap,
+    )  # fmt: skip
+
+
+def pack_tail(
+    pages: Tensor,
+    numbers: Tensor,
+    *,
+    cache: CacheTensors,
+    numerics: DecodeNumerics,
+    slots: Tensor | None = None,
+    overlap: bool = False,
+) -> None:
+    """Pack a complete block of every sequence from the ring that its tokens lie in: what `write_tail` has found.
+
+    Args:
+        pages: int32 ``[B]``, the page of the block of each sequence; sequences with a negative page are skipped.
+        numbers: int32 ``[B]``, the number of that block in its sequence, contiguous.
+        cache: as in `pack_blocks`.
+        numerics: how blocks are stored.
+        slots: int32 ``[B, Hkv]``, as in `pack_blocks`.
+        overlap: start while the kernel before it ends (programmatic dependent launch).
+
+    Raises:
+        ValueError: shapes or strides that do not fit.
+        NotImplementedError: another base format.
+    """
+    cache.check_tail(len(pages), cache.k_block_mean.shape[-1])
+    _pack(
+        cache.tail[:, 0], cache.tail[:, 1], pages, cache.rings, pages, numbers, slots, cache, numerics,
+        ring=cache.tail.shape[3], of_sequences=True, overlap=overlap,
+    )  # fmt: skip
+
+
+def _pack(
+    k: Tensor,
+    v: Tensor,
+    pages: Tensor,
+    rings: Tensor,
+    seqs: Tensor,
+    numbers: Tensor,
+    slots: Tensor | None,
+    cache: CacheTensors,
+    numerics: DecodeNumerics,
+    *,
+    ring: int,
+    of_sequences: bool,
+    overlap: bool,
+) -> None:
+    """Start the kernel; ``ring`` is R where k and v are rings, else 0."""
     base_format, plane = numerics.base_format, numerics.promoted_storage
     if base_format not in ("nvfp4", "mxfp4"):
         raise NotImplementedError(f"pages hold nvfp4 or mxfp4, not {base_format}")
-    count, kv_heads, tokens, dim = k.shape
+    _, kv_heads, _, dim = k.shape
     words = plane_size(dim, 4).words
-    if tokens != BLOCK or v.shape != k.shape or pages.shape != (count,) or cache.base.shape[1:] != (kv_heads, words):
-        raise ValueError(
-            f"expected k and v [n, Hkv, {BLOCK}, D], pages [n] and base [*, {kv_heads}, {words}]; got {list(k.shape)}, "
-            f"{list(v.shape)}, {list(pages.shape)}, {list(cache.base.shape)}"
-        )
+    if cache.base.shape[1:] != (kv_heads, words):
+        raise ValueError(f"expected base [*, {kv_heads}, {words}], got {list(cache.base.shape)}")
     check_rows(k=k, v=v)
     if base_format == "mxfp4" and dim % 32:
         raise ValueError(f"mxfp4 pages need a head dimension that is a multiple of 32, got {dim}")
-    sink = numerics.exact_sink and seqs is not None
+    sink = numerics.exact_sink and of_sequences
     k_scale, v_scale = cache.k_channel_scale, cache.v_head_scale
-    scaled = k_scale is not None and seqs is not None
+    scaled = k_scale is not None and of_sequences
     high = cache.base if cache.high is None else cache.high
     check_planes(base=cache.base, k_block_mean=cache.k_block_mean, high=high)
     with on_device_of(k):
         launch(
             pack_blocks_kernel,
-            (count, kv_heads, dim // TILE),
+            (len(pages), kv_heads, dim // TILE),
             k,
             v,
             pages,
@@ -80,8 +134,9 @@ def pack_blocks(
             cache.base,
             high.view(torch.int16) if plane != "16bit" else high,
             high,
-            pages if seqs is None else seqs,
-            pages if numbers is None else numbers,
+            rings,
+            seqs,
+            numbers,
             cache.block0_mean,
             cache.sink_value,
             k_scale if scaled else cache.block0_mean,
@@ -90,6 +145,7 @@ def pack_blocks(
             *k.stride()[:3],
             *v.stride()[:3],
             **cache.strides("base", "high", "mean"),
+            RING=ring,
             HKV=kv_heads,
             D=dim,
             HIGH=HIGH[plane],

@@ -9,7 +9,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from thrift_attn.decode.fragments import page_at
+from thrift_attn.decode.fragments import page_at, place_in_ring
 from thrift_attn.dispatch import interpreted
 from thrift_attn.kernels.groups import e4m3_scale as _e4m3_scale
 from thrift_attn.kernels.powers_of_two import k_channel_scale, log_root, v_head_scale, within_reach
@@ -156,7 +156,7 @@ def _store_tile8(ptr, scale_ptr, t, e0, e1, e2, e3, y0, y1, y2, y3):
 
 @triton.jit
 def pack_blocks_kernel(
-    k_ptr,  # 16-bit [n, Hkv, 64, D]
+    k_ptr,  # 16-bit [n, Hkv, 64, D]; with RING [rings, Hkv, RING, D], token t of a sequence at t mod RING
     v_ptr,
     pages_ptr,  # int32 [n]; below 0: nothing to pack
     k_block_mean_ptr,  # 16-bit [pages, Hkv, D], strides MEAN_PAGE and MEAN_HEAD
@@ -164,6 +164,7 @@ def pack_blocks_kernel(
     base32_ptr,
     high16_ptr,  # the residual plane likewise, or the 16-bit plane
     high32_ptr,
+    rings_ptr,  # int32 [n], with RING: the ring of each block; block n is of sequence n then
     seqs_ptr,  # int32 [n], with SINK or SCALED: the sequence of each block
     numbers_ptr,  # int32 [n]: the number of the block in its sequence
     block0_mean_ptr,  # 16-bit [B, Hkv, D]: mean of the first block without its first token
@@ -183,6 +184,7 @@ def pack_blocks_kernel(
     HIGH_HEAD: tl.constexpr,
     MEAN_PAGE: tl.constexpr,
     MEAN_HEAD: tl.constexpr,
+    RING: tl.constexpr,
     HKV: tl.constexpr,
     D: tl.constexpr,
     HIGH: tl.constexpr,
@@ -212,8 +214,16 @@ def pack_blocks_kernel(
         row = 8 * h + a + 0 * q + 0 * c
         column = 4 * q + c + 0 * a + 0 * h
         turned = 8 * (c // 2) + 2 * q + c % 2 + 0 * a + 0 * h  # the token of a V column
-        k_start = k_ptr + n.to(tl.int64) * stride_kn + head.to(tl.int64) * stride_kh
-        v_start = v_ptr + n.to(tl.int64) * stride_vn + head.to(tl.int64) * stride_vh
+        source = n
+        start = 0  # where the first token of the block lies
+        if RING > 0:
+            source = tl.load(rings_ptr + n)
+            start = tl.load(numbers_ptr + n) * 64 % RING
+        k_start = k_ptr + source.to(tl.int64) * stride_kn + head.to(tl.int64) * stride_kh
+        v_start = v_ptr + source.to(tl.int64) * stride_vn + head.to(tl.int64) * stride_vh
+        if RING % 64 == 0:  # the block does not wrap, and from here on nothing knows of the ring
+            k_start += start * stride_kt
+            v_start += start * stride_vt
         base_at = page_at(page, head, HKV, BASE_PAGE, BASE_HEAD)
         base16 = base16_ptr + 2 * base_at
         base32 = base32_ptr + base_at
@@ -227,7 +237,9 @@ def pack_blocks_kernel(
         seq = page - page
         first = seq - 1  # the sequence whose first block it is, or below 0
         if SINK or SCALED:
-            seq = tl.load(seqs_ptr + n)
+            seq = n
+            if RING == 0:
+                seq = tl.load(seqs_ptr + n)
             first = tl.where(tl.load(numbers_ptr + n) == 0, seq, -1)
         of_sequence = (seq * HKV + head).to(tl.int64)
         if SCALED:
@@ -244,7 +256,9 @@ def pack_blocks_kernel(
 
         # -- K: groups along D, the columns of a tile --
         DTYPE: tl.constexpr = k_block_mean_ptr.dtype.element_ty
-        x0, x1, x2, x3, mean, block0_mean = _k_quarters(k_start, row, column, stride_kt, t, first, CENTRED, SINK, DTYPE)
+        x0, x1, x2, x3, mean, block0_mean = _k_quarters(
+            k_start, row, column, stride_kt, t, start, first, RING, CENTRED, SINK, DTYPE
+        )
         four = t * 16 + tl.arange(0, 4)[:, None] * 4 + tl.arange(0, 4)[None, :]
         tl.store(k_block_mean_ptr + page_at(page, head, HKV, MEAN_PAGE, MEAN_HEAD) + four, mean)
         if SINK:
@@ -258,7 +272,7 @@ def pack_blocks_kernel(
         z0, z1, z2, z3 = x0, x1, x2, x3
         if POWER:
             z0, z1, z2, z3, _mean, _block0_mean = _k_quarters(
-                k_start, row, column, stride_kt, t ^ 1, first, CENTRED, SINK, DTYPE
+                k_start, row, column, stride_kt, t ^ 1, start, first, RING, CENTRED, SINK, DTYPE
             )
             if SCALED:
                 z0, z1, z2, z3 = _times(z0, z1, z2, z3, _of_tile(k_scale, t ^ 1, DP)[None, :, None, :])
@@ -278,11 +292,11 @@ def pack_blocks_kernel(
                 _store_residual8(high16, high32 + T * 256, t, x0 - w0, x1 - w1, x2 - w2, x3 - w3)
 
         # -- V: groups along tokens, the columns of a tile again --
-        at = turned * stride_vt + t * 16 + row
-        x0 = tl.load(v_start + at).to(tl.float32)
-        x1 = tl.load(v_start + at + 16 * stride_vt).to(tl.float32)
-        x2 = tl.load(v_start + at + 32 * stride_vt).to(tl.float32)
-        x3 = tl.load(v_start + at + 48 * stride_vt).to(tl.float32)
+        v_tile = v_start + t * 16 + row
+        x0 = tl.load(v_tile + _row_at(turned, 0, stride_vt, start, RING)).to(tl.float32)
+        x1 = tl.load(v_tile + _row_at(turned, 1, stride_vt, start, RING)).to(tl.float32)
+        x2 = tl.load(v_tile + _row_at(turned, 2, stride_vt, start, RING)).to(tl.float32)
+        x3 = tl.load(v_tile + _row_at(turned, 3, stride_vt, start, RING)).to(tl.float32)
         hidden = (first + turned) < 0  # no token
         if SINK:
             hidden = (turned == 0) & (first >= 0)
@@ -312,12 +326,22 @@ def pack_blocks_kernel(
         if HIGH == 3:
             place = (((a * 4 + q) * 2 + c // 2) * 2 + h) * 2 + c % 2
             for j in tl.static_range(4):
-                x = tl.load(k_start + (16 * j + row) * stride_kt + t * 16 + column)
+                x = tl.load(k_start + _row_at(row, j, stride_kt, start, RING) + t * 16 + column)
                 tl.store(high16 + (t * 4 + j) * 256 + place, x, mask=(slot + 0 * place) >= 0)
-                x = tl.load(v_start + (16 * j + turned) * stride_vt + t * 16 + row)
+                x = tl.load(v_tile + _row_at(turned, j, stride_vt, start, RING))
                 if SINK and j == 0:
                     x = tl.where(hidden, 0.0, x)
                 tl.store(high16 + 64 * D + (t * 4 + j) * 256 + place, x, mask=(slot + 0 * place) >= 0)
+
+
+@triton.jit
+def _row_at(row, QUARTER: tl.constexpr, stride, start, RING: tl.constexpr):
+    """Offset of a row of a quarter of the block."""
+    if RING % 64 == 0:
+        at = row * stride + QUARTER * 16 * stride
+    else:
+        at = place_in_ring(start, QUARTER * 16 + row, RING) * stride
+    return at
 
 
 @triton.jit
@@ -386,17 +410,18 @@ def _larger(x, y):
 
 @triton.jit
 def _k_quarters(
-    k_start, row, column, stride_kt, t, first, CENTRED: tl.constexpr, SINK: tl.constexpr, DTYPE: tl.constexpr
+    k_start, row, column, stride_kt, t, start, first, RING: tl.constexpr, CENTRED: tl.constexpr, SINK: tl.constexpr,
+    DTYPE: tl.constexpr,
 ):  # fmt: skip
     """The four quarters of a K tile, less c_b if CENTRED; c_b [4, 4] in DTYPE; the mean of the block without its first token.
 
     c_b is the mean of the block, or its first token if SINK and ``first`` is not below 0.
     """
-    at = row * stride_kt + t * 16 + column
-    x0 = tl.load(k_start + at).to(tl.float32)
-    x1 = tl.load(k_start + at + 16 * stride_kt).to(tl.float32)
-    x2 = tl.load(k_start + at + 32 * stride_kt).to(tl.float32)
-    x3 = tl.load(k_start + at + 48 * stride_kt).to(tl.float32)
+    k_tile = k_start + t * 16 + column
+    x0 = tl.load(k_tile + _row_at(row, 0, stride_kt, start, RING)).to(tl.float32)
+    x1 = tl.load(k_tile + _row_at(row, 1, stride_kt, start, RING)).to(tl.float32)
+    x2 = tl.load(k_tile + _row_at(row, 2, stride_kt, start, RING)).to(tl.float32)
+    x3 = tl.load(k_tile + _row_at(row, 3, stride_kt, start, RING)).to(tl.float32)
     total = tl.sum(tl.sum((x0 + x1) + (x2 + x3), 2), 0)  # [4, 4] (q c)
     mean = (total * 0.015625).to(DTYPE)
     block0_mean = mean

@@ -71,7 +71,9 @@ class CacheTensors:
         high: the plane of promoted blocks: int32 residual words ``[slots, Hkv, words]``, or for the 16-bit copy
             ``[slots, Hkv, 128 * D]`` in the dtype of ``k_block_mean``; None where nothing is promoted. Without ``residents``
             slots are pages.
-        tail: ``[2, B, 2, Hkv, 64, D]``, contiguous: K and V of the two newest blocks, block b in tail block b mod 2.
+        tail: ``[rings, 2, Hkv, R, D]``, contiguous in D: K and V of the newest tokens of a sequence, token t at t mod R. R is at
+            least 64, and as much more as tokens may be taken back or, less one, come in one step.
+        rings: int32 ``[B]``, contiguous: the ring of each sequence.
         block0_mean: ``[B, Hkv, D]``, contiguous: mean of K of the first block without its first token.
         sink_value: ``[B, Hkv, D]``, contiguous: V of the first token.
         page_table: int32 ``[B, NB]``, contiguous: the page of each block, below 0 where there is none.
@@ -88,6 +90,7 @@ class CacheTensors:
     k_block_mean: Tensor
     high: Tensor | None
     tail: Tensor
+    rings: Tensor
     block0_mean: Tensor
     sink_value: Tensor
     page_table: Tensor
@@ -115,6 +118,23 @@ class CacheTensors:
             for name in planes
             for at, what in enumerate(("PAGE", "HEAD"))
         }
+
+    @property
+    def ring_constants(self) -> dict[str, int]:
+        """R and the strides of the tail by the names of the kernels' constants."""
+        ring, kv, head, token, _ = self.tail.stride()
+        size = self.tail.shape[3]
+        return {"RING": size, "TAIL_RING": ring, "TAIL_KV": kv, "TAIL_HEAD": head, "TAIL_TOKEN": token}
+
+    def check_tail(self, batch: int, dim: int) -> None:
+        """Raise ValueError unless the tail has rings for so many sequences of this head dim."""
+        want, tail = (2, self.kv_heads, dim), self.tail
+        if tail.ndim != 5 or (*tail.shape[1:3], tail.shape[4]) != want or tail.shape[3] < BLOCK:
+            shape = f"[rings, 2, {self.kv_heads}, R, {dim}]"
+            raise ValueError(f"expected a tail {shape} with R of at least {BLOCK}, got {list(tail.shape)}")
+        check_rows(tail=tail)
+        if self.rings.shape != (batch,) or not self.rings.is_contiguous():
+            raise ValueError(f"expected contiguous rings [{batch}], got {list(self.rings.shape)}")
 
     @property
     def max_blocks(self) -> int:
@@ -188,9 +208,7 @@ class DecodeStep:
             raise ValueError(f"{kv_heads} KV heads must divide the heads of q, got q {list(self.q.shape)}")
         if self.q.dtype not in (torch.float16, torch.bfloat16) or tail.dtype != self.q.dtype:
             raise TypeError(f"expected 16-bit q and tail of one dtype, got {self.q.dtype} and {tail.dtype}")
-        if tail.shape != (2, batch, 2, kv_heads, BLOCK, dim) or not tail.is_contiguous():
-            want = [2, batch, 2, kv_heads, BLOCK, dim]
-            raise ValueError(f"expected a contiguous tail {want}, got {list(tail.shape)} with strides {tail.stride()}")
+        self.cache.check_tail(batch, dim)
         check_rows(q=self.q, out=self.out)
         rows = padded_rows(heads // kv_heads, tq)
         if self.bias.shape[-1] != rows or self.partial_out.shape[3:] != (rows, dim):

@@ -22,7 +22,7 @@ class Sequence:
         setting: of the episode.
         k: ``[Hkv, T, D]``.
         v: likewise.
-        kept: the block that each of the two tail blocks still holds, or -1: to it a sequence is cut without loss.
+        kept: the block that each half of the ring still holds in 16 bits, or -1: to it a sequence is cut without loss.
         shared: whether it has ever shared complete blocks with another sequence.
     """
 
@@ -70,7 +70,7 @@ class Sequence:
     def cut(self, tokens: int, held: tuple[Tensor, Tensor] | None = None) -> Sequence:
         """The first tokens of the sequence.
 
-        Where the block of the new end is in no tail block any more, what is left of it is what its page decodes to.
+        Where the block of the new end is not kept in 16 bits any more, what is left of it is what its page decodes to.
 
         Args:
             tokens: how many.
@@ -124,7 +124,7 @@ def picture(cache: PagedThriftCache, seq: int, resident: Tensor | None = None) -
     high = torch.where(resident[..., None], high, torch.zeros_like(high))
     found = [torch.tensor([tokens]), cache.pool.base[pages], cache.pool.k_block_mean[pages], high, resident]
     if tokens % BLOCK:
-        found.append(cache.tail[:, seq, tokens // BLOCK % 2, :, : tokens % BLOCK].clone())
+        found.append(cache.tail_of(seq, tokens // BLOCK)[:, :, : tokens % BLOCK].clone())
     of_seq = cache.per_sequence
     if tokens >= BLOCK and cache.numerics.exact_sink:
         found += [of_seq.block0_mean[seq].clone(), of_seq.sink_value[seq].clone()]
