@@ -8,32 +8,15 @@ import pytest
 import torch
 
 from support.device import DEVICE
+from support.engine_layout import in_records
 from support.kernel_caches import make, query, tokens
 from thrift_attn import top_k
 from thrift_attn.config import ThriftConfig
 from thrift_attn.decode import ops
 from thrift_attn.decode.gather import gather_pages
 from thrift_attn.decode.pack import pack_blocks
-from thrift_attn.decode.tensors import CacheTensors
-
-GAP = 48
-"""Bytes behind each record that are not ours."""
 
 REFUSED = r"base must be contiguous.* multiples of 16 bytes"
-
-
-def in_records(cache: CacheTensors) -> tuple[CacheTensors, torch.Tensor]:
-    """The same cache where base, plane of promoted blocks and mean of a head lie beside each other, and what lies behind."""
-    planes = {"base": cache.base, "high": cache.high, "k_block_mean": cache.k_block_mean}
-    pages, heads, size = len(cache.base), cache.kv_heads, 0
-    sizes = {name: x[0, 0].numel() * x.element_size() for name, x in planes.items()}
-    buffer = torch.full((pages, heads, sum(sizes.values()) + GAP), 0x5A, dtype=torch.uint8, device=cache.base.device)
-    views = {}
-    for name, x in planes.items():
-        views[name] = buffer[..., size : size + sizes[name]].view(x.dtype)
-        views[name].copy_(x)
-        size += sizes[name]
-    return dataclasses.replace(cache, **views), buffer[..., size:]
 
 
 @pytest.mark.parametrize(

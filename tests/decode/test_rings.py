@@ -8,28 +8,13 @@ import pytest
 import torch
 
 from support.device import DEVICE
+from support.engine_layout import in_rings
 from support.kernel_caches import make, query, tokens
 from support.paged import expected, make_cache, run
 from thrift_attn import top_k
 from thrift_attn.config import ThriftConfig
 from thrift_attn.decode import ops
 from thrift_attn.decode.gather import gather_pages
-from thrift_attn.decode.tensors import CacheTensors
-
-
-def in_rings(cache: CacheTensors, size: int) -> CacheTensors:
-    """A copy of a cache whose rings hold so many tokens, K and V of a token beside each other, and belong to others."""
-    _, _, heads, before, dim = cache.tail.shape
-    count = len(cache.lengths)
-    places = torch.full((count + 2, heads, size, 2, dim), torch.nan, dtype=cache.tail.dtype, device=DEVICE)
-    tail = places.permute(0, 3, 1, 2, 4)
-    rings = torch.arange(count, 0, -1, dtype=torch.int32, device=DEVICE)
-    for seq, (ring, length) in enumerate(zip(rings.tolist(), cache.lengths.tolist(), strict=True)):
-        newest = torch.arange(max(0, length - min(size, before)), length, device=DEVICE)
-        tail[ring][:, :, newest % size] = cache.tail[seq][:, :, newest % before]
-    names = ("base", "high", "k_block_mean", "block0_mean", "sink_value", "lengths", "overrun")
-    own = {name: getattr(cache, name).clone() for name in (*names, "k_channel_scale", "v_head_scale")}
-    return dataclasses.replace(cache, tail=tail, rings=rings, **own)
 
 
 @pytest.mark.parametrize(("tq", "lengths"), [(1, [64 * 3 + 37, 64 + 40]), (3, [64 * 4 + 50, 70])])
@@ -55,8 +40,7 @@ def test_rings_of_any_size_hold_and_answer_the_same_bits(size: int, plane: str) 
     plain = cache.tensors()
     found = []
     for tensors in (in_rings(plain, size), plain):
-        drafts = [x[:, :, 180:190] for x in (v, k)]
-        ops.append(*drafts, tensors, cache.numerics)  # both sequences complete a block
+        ops.append(v[:, :, 180:190], k[:, :, 180:190], tensors, cache.numerics)  # both sequences complete a block
         tensors.lengths.sub_(7)
         ops.append(k[:, :, 193:], v[:, :, 193:], tensors, cache.numerics)
         out, lse = ops.attend(query(3, batch=2), tensors, cache.numerics, scale=0.125)

@@ -35,9 +35,10 @@ def cache_tensors(k_block_mean, page_table, lengths, *, budget=None, block0_mean
 
 
 def poisoned_step(
-    q, cache: CacheTensors, numerics: DecodeNumerics, *, splits=1, scale=1.0, window=None, softcap=None
-) -> DecodeStep:
-    batch, heads, tq, dim = q.shape
+    q, cache: CacheTensors, numerics: DecodeNumerics, *, splits=1, scale=1.0, window=None, softcap=None,
+    starts=None, most=1,
+) -> DecodeStep:  # fmt: skip
+    batch, heads, dim, tq = len(cache.lengths), q.shape[1], q.shape[-1], q.shape[2] if starts is None else most
     kv_heads, capacity = cache.kv_heads, cache.max_blocks
     rows, pooled = padded_rows(heads // kv_heads, tq), cache.residents is not None
 
@@ -48,6 +49,8 @@ def poisoned_step(
     scores = poison(batch, kv_heads, capacity)
     return DecodeStep(
         q=q,
+        tq=tq,
+        starts=starts,
         cache=cache,
         numerics=numerics,
         scale=scale,
@@ -63,7 +66,7 @@ def poisoned_step(
         partial_out=poison(batch, kv_heads, splits, rows, dim),
         partial_lse=poison(batch, kv_heads, splits, rows),
         out=poison(*q.shape, dtype=q.dtype),
-        lse=poison(batch, heads, tq),
+        lse=poison(batch, heads, tq) if starts is None else poison(len(q), heads),
     )
 
 

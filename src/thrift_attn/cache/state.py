@@ -20,10 +20,10 @@ def state_dict(cache: PagedThriftCache) -> dict[str, Tensor]:
         ``base``, ``k_block_mean``, ``high``: the planes ``[n, Hkv, ...]`` of the pages in use; ``blocks``: int64
         ``[B, max_blocks]``, which of them holds each complete block of each sequence, -1 behind the last; ``tokens``: int64
         ``[B]``; ``tail``: ``[2, B, 2, Hkv, 64, D]``, K and V of the two newest blocks, block b at b mod 2; ``tail_blocks``:
-        int64 ``[B, 2]``, the number of the block that each of the two is; and what belongs to each sequence, by the names of `thrift_attn.reference.pages.SequenceTensors`. Where not all
-        blocks keep the plane of promoted ones, ``high`` is that of the slots in use, and there are ``residual_slots``: int64
-        ``[B, W]``, which of them each sequence has, -1 behind the last; ``slot_of_page``: int64 ``[n, Hkv]``; and
-        ``past_mass``: float32 ``[n, Hkv]``.
+        int64 ``[B, 2]``, the number of the block that each of the two is; and what belongs to each sequence, by the names of
+        `thrift_attn.reference.pages.SequenceTensors`. Where not all blocks keep the plane of promoted ones, ``high`` is that
+        of the slots in use, and there are ``residual_slots``: int64 ``[B, W]``, which of them each sequence has, -1 behind
+        the last; ``slot_of_page``: int64 ``[n, Hkv]``; and ``past_mass``: float32 ``[n, Hkv]``.
     """
     with cache._reading():
         cache._changes.check()

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from thrift_attn.config import BLOCK
 from thrift_attn.decode.append_kernel import write_tail_kernel
-from thrift_attn.decode.tensors import CacheTensors
+from thrift_attn.decode.tensors import CacheTensors, check_starts, row_strides
 from thrift_attn.kernels.launcher import check_rows, launch, on_device_of
 
 
@@ -20,6 +20,8 @@ def write_tail(
     numbers: Tensor,
     slots: Tensor | None = None,
     counts: Tensor | None = None,
+    starts: Tensor | None = None,
+    most: int | None = None,
 ) -> None:
     """Write new tokens into the tail of a cache, count them, and say which pages have become complete.
 
@@ -27,7 +29,7 @@ def write_tail(
 
     Args:
         k: new tokens ``[B, Hkv, T, D]``, contiguous in D; T is at most 64, and leaves room in the ring for the 63 tokens of a
-            block that it completes.
+            block that it completes. With ``starts`` packed, ``[tokens, Hkv, D]``.
         v: likewise.
         cache: its ``tail`` and ``lengths`` are written, and which blocks are residents.
         pages: int32 ``[B]``, written: the page of the block that is complete now, else -1.
@@ -35,12 +37,18 @@ def write_tail(
         slots: int32 ``[B, Hkv]``, written where ``cache`` has residents: the slot for the residual of the block that
             ``pages`` has a page for, below 0 for none.
         counts: int32 ``[B]``, how many of the T tokens each sequence takes; all by default.
+        starts: int32 ``[B + 1]``, contiguous: the first token of each sequence and the end of the last, where they are packed.
+        most: T, the most tokens of a sequence, where they are packed.
 
     Raises:
         ValueError: more tokens than one step may bring, or shapes and strides that do not fit.
     """
-    batch, kv_heads, tokens, dim = k.shape
-    cache.check_tail(batch, dim)
+    batch, kv_heads, dim = len(cache.lengths), k.shape[1], k.shape[-1]
+    check_starts(k, starts, batch)
+    tokens = k.shape[2] if starts is None else most
+    if tokens is None:
+        raise ValueError("packed tokens need most, the largest number of them that one sequence has")
+    cache.check_beside(batch, dim)
     if tokens > (most := min(BLOCK, cache.tail.shape[3] - BLOCK + 1)):
         raise ValueError(f"one step writes at most {most} tokens to rings of {cache.tail.shape[3]}, got {tokens}")
     check_rows(k=k, v=v)
@@ -64,11 +72,12 @@ def write_tail(
             cache.lengths,
             pages,
             numbers,
+            pages if starts is None else starts,
             pages if counts is None else counts,
             cache.overrun,
             *pooled,
-            *k.stride()[:3],
-            *v.stride()[:3],
+            *row_strides(k),
+            *row_strides(v),
             cache.max_blocks,
             tokens,
             0 if residents is None else residents.slots.shape[1],
@@ -77,6 +86,7 @@ def write_tail(
             D=dim,
             DP=triton.next_power_of_2(dim),
             ROWS=16,
+            PACKED=starts is not None,
             RAGGED=counts is not None,
             POOLED=residents is not None,
             HP=triton.next_power_of_2(kv_heads),

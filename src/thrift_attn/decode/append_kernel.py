@@ -5,6 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from thrift_attn.decode.packed_rows import rows_of
 from thrift_attn.reference import residents
 
 _NEWEST = tl.constexpr(residents.NEWEST)
@@ -64,7 +65,7 @@ def _take_slots(
 
 @triton.jit(do_not_specialize=["blocks", "tokens", "width"])
 def write_tail_kernel(
-    k_ptr,  # [B, Hkv, T, D]
+    k_ptr,  # [B, Hkv, T, D], or [tokens, Hkv, D] with PACKED
     v_ptr,
     tail_ptr,  # [rings, 2, Hkv, RING, D], token t at t mod RING
     rings_ptr,  # int32 [B]: the ring of each sequence
@@ -72,6 +73,7 @@ def write_tail_kernel(
     lengths_ptr,  # int32 [B]
     pages_ptr,  # int32 [B]: the page of the block that this step completes, or -1
     numbers_ptr,  # int32 [B]: the number of that block in its sequence
+    starts_ptr,  # int32 [B + 1], with PACKED: the first token of each sequence
     counts_ptr,  # int32 [B]: how many of the T tokens each sequence takes, with RAGGED
     overrun_ptr,  # int32 [1], set where a sequence has no page for the block that it would complete
     slots_of_new_ptr,  # int32 [B, Hkv], with POOLED: the slot for the residual of the block of that page, or -1
@@ -99,6 +101,7 @@ def write_tail_kernel(
     D: tl.constexpr,
     DP: tl.constexpr,  # D rounded up to a power of two
     ROWS: tl.constexpr,  # (token, head) pairs at a time
+    PACKED: tl.constexpr,
     RAGGED: tl.constexpr,
     POOLED: tl.constexpr,
     HP: tl.constexpr,  # Hkv rounded up to a power of two
@@ -106,7 +109,7 @@ def write_tail_kernel(
 ):
     b = tl.program_id(0)
     length = tl.load(lengths_ptr + b)
-    count = tokens
+    first, count = rows_of(starts_ptr, b, tokens, PACKED)
     if RAGGED:
         count = tl.load(counts_ptr + b)
     ring = tail_ptr + tl.load(rings_ptr + b).to(tl.int64) * TAIL_RING
@@ -122,8 +125,8 @@ def write_tail_kernel(
         row = (start + tl.arange(0, ROWS))[:, None]
         token, head = (row // HKV).to(tl.int64), (row % HKV).to(tl.int64)
         there = (row < count * HKV) & (d < D)
-        k = tl.load(k_ptr + b.to(tl.int64) * stride_kb + head * stride_kh + token * stride_kt + d, mask=there)
-        v = tl.load(v_ptr + b.to(tl.int64) * stride_vb + head * stride_vh + token * stride_vt + d, mask=there)
+        k = tl.load(k_ptr + b.to(tl.int64) * stride_kb + head * stride_kh + (first + token) * stride_kt + d, mask=there)
+        v = tl.load(v_ptr + b.to(tl.int64) * stride_vb + head * stride_vh + (first + token) * stride_vt + d, mask=there)
         at = length + token
         out = ring + head * TAIL_HEAD + at % RING * TAIL_TOKEN + d
         stored = (row < kept * HKV) & (d < D)

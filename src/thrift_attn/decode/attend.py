@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from thrift_attn.decode.attend_kernel import attend_split_kernel
-from thrift_attn.decode.tensors import DecodeStep, padded_queries
+from thrift_attn.decode.tensors import DecodeStep, padded_queries, row_strides
 from thrift_attn.dispatch import interpreted
 from thrift_attn.kernels.arithmetic import LOG2E
 from thrift_attn.kernels.launcher import check_planes, launch, on_device_of
@@ -92,19 +92,20 @@ def attend_pages(step: DecodeStep, *, tuned: Tuning | None = None) -> None:
         ValueError: pages that do not fit.
     """
     q, cache, numerics, scaled = step.q, step.cache, step.numerics, step.cache.k_channel_scale is not None
-    batch, _, tq, dim = q.shape
+    tq, dim = step.tq, step.dim
     words = plane_size(dim, 4).words
     if cache.base.shape[2] != words:
         raise ValueError(f"expected base [*, {cache.kv_heads}, {words}] for D {dim}, got {list(cache.base.shape)}")
     check_planes(base=cache.base, high=cache.base if cache.high is None else cache.high)
     plane, tile = numerics.promoted_storage, column_tile(step.group, tq, dim)
     tuned = tuned or tuning_of(step.group, tq, dim, step.window, plane)
-    grid = step.partial_out.shape[2], step.q_rows // tile, batch * cache.kv_heads
+    grid = step.partial_out.shape[2], step.q_rows // tile, step.batch * cache.kv_heads
     with on_device_of(q):
         launch(
             attend_split_kernel,
             grid,
             q,
+            q if step.starts is None else step.starts,
             cache.base,
             cache.base if cache.high is None else cache.high,
             cache.tail,
@@ -118,7 +119,7 @@ def attend_pages(step: DecodeStep, *, tuned: Tuning | None = None) -> None:
             cache.k_channel_scale if scaled else step.bias,
             cache.v_head_scale if scaled else step.bias,
             step.scale * LOG2E,
-            *q.stride()[:3],
+            *row_strides(q),
             step.window or 0,
             cache.max_blocks,
             tq,
@@ -136,6 +137,8 @@ def attend_pages(step: DecodeStep, *, tuned: Tuning | None = None) -> None:
             WINDOW=step.window is not None,
             CAP=(step.softcap or 0.0) * LOG2E,
             SCALED=scaled,
+            FIXED=cache.scales_fixed,
+            PACKED=step.starts is not None,
             POOLED=cache.residents is not None,
             PORTABLE=interpreted(),
             OVERLAP=step.overlap,

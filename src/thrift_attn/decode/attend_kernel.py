@@ -43,6 +43,7 @@ from thrift_attn.decode.fragments import (
     split_query_operand,
     v_copy_operand,
 )
+from thrift_attn.decode.packed_rows import length_seen, rows_of
 from thrift_attn.kernels.arithmetic import dot, softcapped
 from thrift_attn.kernels.powers_of_two import inverse
 from thrift_attn.reference.page_layout import HIGH
@@ -55,7 +56,8 @@ _LOWEST: tl.constexpr = tl.constexpr(-1.0e30)  # below every logit, and still fi
 
 @triton.jit(do_not_specialize=["window", "blocks", "tq"])
 def attend_split_kernel(
-    q_ptr,  # [B, Hq, Tq, D], 16-bit
+    q_ptr,  # [B, Hq, Tq, D], or [tokens, Hq, D] with PACKED, 16-bit
+    starts_ptr,  # int32 [B + 1], with PACKED: the first query of each sequence
     base_ptr,  # int32 [pages, Hkv, words], strides BASE_PAGE and BASE_HEAD
     high_ptr,  # the residual plane, int32 [slots, Hkv, words], or the 16-bit plane [slots, Hkv, 2 * 64 * D]; likewise
     tail_ptr,  # [rings, 2, Hkv, RING, D], 16-bit: K and V, token t at t mod RING
@@ -66,8 +68,8 @@ def attend_split_kernel(
     lengths_ptr,  # int32 [B]
     partial_out_ptr,  # float32 [B, Hkv, num_splits, RP, D]
     partial_lse_ptr,  # float32 [B, Hkv, num_splits, RP], base 2
-    k_channel_scale_ptr,  # float32 [B, Hkv, D], powers of two that K of the 4-bit planes was multiplied by
-    v_head_scale_ptr,  # float32 [B, Hkv]
+    k_channel_scale_ptr,  # float32 [B, Hkv, D], or [Hkv, D] if FIXED: powers of two that K of 4-bit planes was multiplied by
+    v_head_scale_ptr,  # float32 [B, Hkv], or [Hkv]
     scale,  # factor of the logits times log2(e)
     stride_qb,
     stride_qh,
@@ -96,6 +98,8 @@ def attend_split_kernel(
     WINDOW: tl.constexpr,
     CAP: tl.constexpr,
     SCALED: tl.constexpr,
+    FIXED: tl.constexpr,  # all sequences have the same scales
+    PACKED: tl.constexpr,
     POOLED: tl.constexpr,  # residuals lie in slots of their own; else where pages do
     PORTABLE: tl.constexpr,
     OVERLAP: tl.constexpr,  # starts while the choice of blocks is still being made
@@ -110,7 +114,7 @@ def attend_split_kernel(
     MASKED: tl.constexpr = WINDOW or TQ > 1  # some block of the list may be visible in part
     DTYPE: tl.constexpr = q_ptr.dtype.element_ty
 
-    if TQ == 1:
+    if TQ == 1 and not PACKED:
         tq = 1
     split = tl.program_id(0)
     num_splits = tl.num_programs(0)
@@ -121,12 +125,15 @@ def attend_split_kernel(
     # Lengths and scales come from a kernel of this chain, so not from an L1 line of its last replay. Queries are written by an
     # ordinary launch before it.
     length = tl.load(lengths_ptr + b, cache_modifier=".cg")
+    query, tq = rows_of(starts_ptr, b, tq, PACKED)
+    length = length_seen(length, tq, PACKED)
+    scales_of = h if FIXED else bh
 
     # -- queries, scaled by a power of two such that the largest uses the range of fp16 --
-    q_start = q_ptr + b.to(tl.int64) * stride_qb + (h * GROUP).to(tl.int64) * stride_qh
+    q_start = q_ptr + b.to(tl.int64) * stride_qb + query * stride_qt + (h * GROUP).to(tl.int64) * stride_qh
     given = load_queries(q_start, rows, stride_qh, stride_qt, tq, GROUP, N, CHUNKS)
     if SCALED:
-        given = over_scales(given, k_channel_scale_ptr + bh.to(tl.int64) * D, N, CHUNKS)
+        given = over_scales(given, k_channel_scale_ptr + scales_of.to(tl.int64) * D, N, CHUNKS)
     largest = 0.0
     for i in tl.static_range(PIECES):
         largest = tl.maximum(largest, tl.max(tl.abs(given[i].to(tl.float32)), 0))
@@ -259,7 +266,7 @@ def attend_split_kernel(
         raw = raw + (split_query_operand(given[i], CHUNKS[i][1], N),)
     unit = 128.0
     if SCALED:
-        unit *= inverse(tl.load(v_head_scale_ptr + bh, cache_modifier=".cg"))
+        unit *= inverse(tl.load(v_head_scale_ptr + scales_of, cache_modifier=".cg"))
     out = scaled(out, tl.full([N], 1.0, tl.float32) * unit, CHUNKS)
     if HIGH == _COPY:
         for i in range(split, promoted, num_splits):

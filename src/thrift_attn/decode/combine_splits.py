@@ -14,7 +14,7 @@ from __future__ import annotations
 import triton
 
 from thrift_attn.decode.combine_splits_kernel import combine_splits_kernel
-from thrift_attn.decode.tensors import DecodeStep
+from thrift_attn.decode.tensors import DecodeStep, row_strides
 from thrift_attn.kernels.arithmetic import LOG2E
 from thrift_attn.kernels.launcher import launch, on_device_of
 
@@ -29,17 +29,18 @@ def combine_splits(step: DecodeStep) -> None:
     """
     cache, out, sink, residents = step.cache, step.out, step.numerics.exact_sink, step.cache.residents
     pooled = residents is not None
-    batch, _, tq, dim = out.shape
+    dim = step.dim
     num_splits = step.partial_out.shape[2]
     block_d = 32 if num_splits > 16 else min(triton.next_power_of_2(dim), 128)
     with on_device_of(out):
         launch(
             combine_splits_kernel,
-            (step.group * tq + pooled, batch * cache.kv_heads, triton.cdiv(dim, block_d)),
+            (step.group * step.tq + pooled, step.batch * cache.kv_heads, triton.cdiv(dim, block_d)),
             step.partial_out,
             step.partial_lse,
             out,
             step.lse,
+            cache.lengths if step.starts is None else step.starts,
             cache.sink_value,
             step.bias,
             cache.lengths,
@@ -48,11 +49,13 @@ def combine_splits(step: DecodeStep) -> None:
             residents.past_mass if residents is not None else step.bias,
             cache.page_table,
             residents.bounds if residents is not None else cache.lengths,
-            *out.stride()[:3],
+            *row_strides(out),
             num_splits,
             step.window or 0,
             cache.max_blocks,
-            tq,
+            step.tq,
+            **cache.strides("first"),
+            FIRST_IN_PAGE=cache.first_in_page,
             HKV=cache.kv_heads,
             GROUP=step.group,
             D=dim,
@@ -64,6 +67,7 @@ def combine_splits(step: DecodeStep) -> None:
             CAP=(step.softcap or 0.0) * LOG2E if sink else 0.0,
             POOLED=pooled,
             CHUNK=MASS_CHUNK,
+            PACKED=step.starts is not None,
             OVERLAP=step.overlap,
             launch_pdl=step.overlap,
             num_warps=4,

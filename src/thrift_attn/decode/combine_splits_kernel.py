@@ -9,6 +9,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from thrift_attn.decode.fragments import page_at
+from thrift_attn.decode.packed_rows import length_seen, rows_of
 from thrift_attn.kernels.arithmetic import softcapped
 from thrift_attn.reference.residents import fade
 
@@ -17,12 +19,12 @@ _FADE = tl.constexpr(fade(1))
 
 @triton.jit
 def _add_mass(
-    past_mass_ptr, scores_ptr, score_lse_ptr, page_table_ptr, bounds_ptr, lengths_ptr, b, h, bh, blocks,
+    past_mass_ptr, scores_ptr, score_lse_ptr, page_table_ptr, bounds_ptr, length, b, h, bh, blocks,
     first_chunk, chunks, HKV: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
     """Past mass of the blocks that a sequence holds alone: it fades by one query, and the softmax of the scores is added."""
     # What kernels of this chain wrote is not read from an L1 line of its last replay.
-    full = tl.load(lengths_ptr + b, cache_modifier=".cg") // 64
+    full = length // 64
     shared = tl.load(bounds_ptr + b * 3 + 2)
     # The sum of 2^score over all blocks, from those of 64 blocks each.
     parts = (blocks + 63) // 64
@@ -48,9 +50,10 @@ def _add_mass(
 def combine_splits_kernel(
     partial_out_ptr,  # float32 [B, Hkv, num_splits, RP, D]
     partial_lse_ptr,  # float32 [B, Hkv, num_splits, RP], base 2
-    out_ptr,  # [B, Hq, Tq, D]
-    lse_ptr,  # float32 [B, Hq, Tq], natural
-    sink_value_ptr,  # 16-bit [B, Hkv, D]: V of the first token
+    out_ptr,  # [B, Hq, Tq, D], or [tokens, Hq, D] with PACKED
+    lse_ptr,  # float32 [B, Hq, Tq], or [tokens, Hq], natural
+    starts_ptr,  # int32 [B + 1], with PACKED: the first query of each sequence
+    sink_value_ptr,  # 16-bit [B or pages, Hkv, D]: V of the first token
     bias_ptr,  # float32 [B, Hkv, NB, RP], base 2
     lengths_ptr,  # int32 [B]
     first_scores_ptr,  # float32 [B, Hkv, NB], base 2, with POOLED
@@ -64,7 +67,10 @@ def combine_splits_kernel(
     num_splits,
     window,
     blocks,  # NB
-    tq,
+    tq,  # Tq, or the most that a sequence has
+    FIRST_PAGE: tl.constexpr,  # strides of sink_value
+    FIRST_HEAD: tl.constexpr,
+    FIRST_IN_PAGE: tl.constexpr,  # its rows are pages
     HKV: tl.constexpr,
     GROUP: tl.constexpr,
     D: tl.constexpr,
@@ -76,20 +82,26 @@ def combine_splits_kernel(
     CAP: tl.constexpr,
     POOLED: tl.constexpr,  # the last programs of the first axis add past mass
     CHUNK: tl.constexpr,  # blocks at a time
+    PACKED: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):
     row = tl.program_id(0)
     bh = tl.program_id(1)
     b = bh // HKV
+    query, rows = rows_of(starts_ptr, b, tq, PACKED)
     if POOLED:  # noqa: SIM102  (a constant: what is inside is not compiled without)
         if row == GROUP * tq:
+            length = length_seen(tl.load(lengths_ptr + b, cache_modifier=".cg"), rows, PACKED)
             _add_mass(
-                past_mass_ptr, first_scores_ptr, score_lse_ptr, page_table_ptr, bounds_ptr, lengths_ptr,
+                past_mass_ptr, first_scores_ptr, score_lse_ptr, page_table_ptr, bounds_ptr, length,
                 b, bh % HKV, bh, blocks, tl.program_id(2), tl.num_programs(2), HKV, CHUNK,
             )  # fmt: skip
             return
     head = bh % HKV * GROUP + row % GROUP
     step = row // GROUP
+    if PACKED:  # noqa: SIM102
+        if step >= rows:  # a row of nobody, or of the next sequence
+            return
     d = tl.program_id(2) * BLOCK_D + tl.arange(0, BLOCK_D)
     split = tl.arange(0, PAD)
     start = bh.to(tl.int64) * num_splits * RP + row
@@ -99,13 +111,17 @@ def combine_splits_kernel(
         length = tl.load(lengths_ptr + b, cache_modifier=".cg")
         seen = length >= 64
         if WINDOW:
-            seen = seen & (length - tq + step < window)
+            seen = seen & (length - rows + step < window)
         bias_at = bh.to(tl.int64) * blocks * RP + row
         sink_logit = tl.load(bias_ptr + bias_at, mask=seen, other=float("-inf"), cache_modifier=".cg")
         if CAP > 0:
             sink_logit = tl.where(seen, softcapped(sink_logit, CAP), sink_logit)
         visible = d < tl.where(seen, D, 0)
-        sink_value = tl.load(sink_value_ptr + bh.to(tl.int64) * D + d, mask=visible, other=0.0, cache_modifier=".cg")
+        owner = b
+        if FIRST_IN_PAGE:
+            owner = tl.load(page_table_ptr + b.to(tl.int64) * blocks, mask=seen, other=0)
+        first_at = page_at(owner, bh % HKV, HKV, FIRST_PAGE, FIRST_HEAD)
+        sink_value = tl.load(sink_value_ptr + first_at + d, mask=visible, other=0.0, cache_modifier=".cg")
         sink_value = sink_value.to(tl.float32)
     if OVERLAP:
         tl.extra.cuda.gdc_wait()
@@ -123,8 +139,11 @@ def combine_splits_kernel(
     if SINK:
         out += sink_value * tl.exp2(sink_logit - base)
     out = out / tl.where(row_sum > 0, row_sum, 1.0)
-    at = b.to(tl.int64) * stride_ob + head.to(tl.int64) * stride_oh + step * stride_ot
+    at = b.to(tl.int64) * stride_ob + head.to(tl.int64) * stride_oh + (query + step) * stride_ot
     tl.store(out_ptr + at + d, out.to(out_ptr.dtype.element_ty), mask=d < D)
     if tl.program_id(2) == 0:
         natural = tl.where(row_sum > 0, (peak + tl.log2(row_sum)) * 0.6931471805599453, float("-inf"))
-        tl.store(lse_ptr + (b.to(tl.int64) * HKV * GROUP + head) * tq + step, natural)
+        if PACKED:
+            tl.store(lse_ptr + (query + step) * HKV * GROUP + head, natural)
+        else:
+            tl.store(lse_ptr + (b.to(tl.int64) * HKV * GROUP + head) * tq + step, natural)

@@ -38,7 +38,7 @@ def gather_pages(k: Tensor, v: Tensor, *, cache: CacheTensors, numerics: DecodeN
     plane, k_scale, v_scale = numerics.promoted_storage, cache.k_channel_scale, cache.v_head_scale
     residents = cache.residents
     high = cache.base if cache.high is None else cache.high
-    cache.check_tail(batch, dim)
+    cache.check_beside(batch, dim)
     check_planes(base=cache.base, k_block_mean=cache.k_block_mean, high=high)
     with on_device_of(k):
         launch(
@@ -61,7 +61,8 @@ def gather_pages(k: Tensor, v: Tensor, *, cache: CacheTensors, numerics: DecodeN
             cache.page_table if residents is None else residents.slot_of_page,
             cache.max_blocks,
             capacity,
-            **cache.strides("base", "high", "mean"),
+            **cache.strides("base", "high", "mean", "first"),
+            FIRST_IN_PAGE=cache.first_in_page,
             **cache.ring_constants,
             HKV=kv_heads,
             D=dim,
@@ -69,6 +70,7 @@ def gather_pages(k: Tensor, v: Tensor, *, cache: CacheTensors, numerics: DecodeN
             CENTRED=numerics.centred,
             SINK=numerics.exact_sink,
             SCALED=k_scale is not None,
+            FIXED=cache.scales_fixed,
             POOLED=residents is not None,
             num_warps=1,
         )

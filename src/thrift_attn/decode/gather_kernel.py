@@ -52,11 +52,11 @@ def gather_pages_kernel(
     high32_ptr,
     tail_ptr,  # [rings, 2, Hkv, RING, D], token t at t mod RING
     rings_ptr,  # int32 [B]: the ring of each sequence
-    sink_value_ptr,  # [B, Hkv, D]: V of the first token, which no page holds
+    sink_value_ptr,  # [B or pages, Hkv, D]: V of the first token, which no page holds
     page_table_ptr,  # int32 [B, NB]
     lengths_ptr,  # int32 [B]
-    k_channel_scale_ptr,  # float32 [B, Hkv, D], powers of two that packed K was multiplied by
-    v_head_scale_ptr,  # float32 [B, Hkv]
+    k_channel_scale_ptr,  # float32 [B, Hkv, D], or [Hkv, D] if FIXED: powers of two that packed K was multiplied by
+    v_head_scale_ptr,  # float32 [B, Hkv], or [Hkv]
     slot_of_page_ptr,  # int32 [pages, Hkv], with POOLED: where the plane of promoted blocks lies, below 0 where it is not kept
     blocks,  # NB
     capacity,  # S
@@ -66,6 +66,9 @@ def gather_pages_kernel(
     HIGH_HEAD: tl.constexpr,
     MEAN_PAGE: tl.constexpr,
     MEAN_HEAD: tl.constexpr,
+    FIRST_PAGE: tl.constexpr,  # strides of sink_value
+    FIRST_HEAD: tl.constexpr,
+    FIRST_IN_PAGE: tl.constexpr,  # its rows are pages
     RING: tl.constexpr,
     TAIL_RING: tl.constexpr,  # strides of the tail
     TAIL_KV: tl.constexpr,
@@ -77,6 +80,7 @@ def gather_pages_kernel(
     CENTRED: tl.constexpr,
     SINK: tl.constexpr,
     SCALED: tl.constexpr,
+    FIXED: tl.constexpr,  # all sequences have the same scales
     POOLED: tl.constexpr,
 ):
     T: tl.constexpr = D // 16
@@ -115,9 +119,9 @@ def gather_pages_kernel(
         inv_k = 1.0
         inv_v = 1.0
         if SCALED:
-            of_sequence = (b * HKV + h).to(tl.int64)
-            inv_k = inverse(tl.load(k_channel_scale_ptr + of_sequence * D + t * 16 + column))
-            inv_v = inverse(tl.load(v_head_scale_ptr + of_sequence))
+            scales_of = (h if FIXED else b * HKV + h).to(tl.int64)
+            inv_k = inverse(tl.load(k_channel_scale_ptr + scales_of * D + t * 16 + column))
+            inv_v = inverse(tl.load(v_head_scale_ptr + scales_of))
         for j in tl.static_range(4):
             k_to = out + (16 * j + row) * D + t * 16 + column
             v_to = out + (16 * j + turned) * D + t * 16 + row
@@ -143,7 +147,8 @@ def gather_pages_kernel(
                     k = tl.where(there, tl.load(copy).to(tl.float32), k)
                     v = tl.where(there, tl.load(copy + 64 * D).to(tl.float32), v)
             if SINK and j == 0:
-                own = tl.load(sink_value_ptr + (b.to(tl.int64) * HKV + h) * D + t * 16 + row).to(tl.float32)
+                first_at = page_at(page if FIRST_IN_PAGE else b, h, HKV, FIRST_PAGE, FIRST_HEAD)
+                own = tl.load(sink_value_ptr + first_at + t * 16 + row).to(tl.float32)
                 v = tl.where((block == 0) & (turned == 0), own, v)
             tl.store(k_ptr + k_to, k.to(k_ptr.dtype.element_ty))
             tl.store(v_ptr + v_to, v.to(v_ptr.dtype.element_ty))

@@ -20,7 +20,14 @@ from thrift_attn.decode.combine_splits import combine_splits
 from thrift_attn.decode.pack import pack_tail
 from thrift_attn.decode.score import BLOCKS_PER_PROGRAM, score_blocks
 from thrift_attn.decode.select import select_blocks
-from thrift_attn.decode.tensors import CacheTensors, DecodeStep, ResidentTensors, padded_queries, padded_rows
+from thrift_attn.decode.tensors import (
+    CacheTensors,
+    DecodeStep,
+    ResidentTensors,
+    check_starts,
+    padded_queries,
+    padded_rows,
+)
 from thrift_attn.dispatch import multiprocessors, overlaps
 from thrift_attn.numerics import DecodeNumerics
 
@@ -42,10 +49,19 @@ def begin_step(
     scale: float,
     window: int | None = None,
     softcap: float | None = None,
+    starts: Tensor | None = None,
+    most: int = 1,
+    out: Tensor | None = None,
 ) -> DecodeStep:
-    """Return one step of decode with room for what its kernels write; see `DecodeStep` for the arguments."""
+    """Return one step of decode with room for what its kernels write; see `DecodeStep` for the arguments.
+
+    Args:
+        most: the most queries of a sequence where they are packed, that is, there are ``starts``.
+        out: where the output goes; by default a new tensor, in which rows of no sequence are 0.
+    """
+    check_starts(q, starts, len(cache.lengths))
     q = q if q.stride(-1) == 1 else q.contiguous()
-    batch, heads, tq, dim = q.shape
+    batch, heads, dim, tq = len(cache.lengths), q.shape[1], q.shape[-1], q.shape[2] if starts is None else most
     kv_heads, blocks, group = cache.kv_heads, cache.max_blocks, heads // cache.kv_heads
     rows, plane = padded_rows(group, tq), numerics.promoted_storage
     programs = multiprocessors(q.device) * tuning_of(group, tq, dim, window, plane).programs
@@ -54,9 +70,17 @@ def begin_step(
     def empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
         return torch.empty(shape, dtype=dtype, device=q.device)
 
+    if starts is None:
+        lse = empty(batch, heads, tq)
+        out = torch.empty_like(q, memory_format=torch.contiguous_format) if out is None else out
+    else:
+        lse = empty(len(q), heads).fill_(-torch.inf)
+        out = torch.zeros_like(q, memory_format=torch.contiguous_format) if out is None else out
     pooled, scores = cache.residents is not None, empty(batch, kv_heads, blocks)
     return DecodeStep(
         q=q,
+        tq=tq,
+        starts=starts,
         cache=cache,
         numerics=numerics,
         scale=scale,
@@ -71,8 +95,8 @@ def begin_step(
         block_counts=empty(batch, kv_heads, 2, dtype=torch.int32),
         partial_out=empty(batch, kv_heads, splits, rows, dim),
         partial_lse=empty(batch, kv_heads, splits, rows),
-        out=torch.empty_like(q, memory_format=torch.contiguous_format),
-        lse=empty(batch, heads, tq),
+        out=out,
+        lse=lse,
     )
 
 
@@ -147,18 +171,21 @@ def append_step(
     bounds: Tensor,
     quota: Tensor,
     storage: str,
+    first_in_page: bool,
     counts: Tensor | None = None,
+    starts: Tensor | None = None,
+    most: int | None = None,
 ) -> None:
     """`append` with its bundles taken apart."""
     cache = _bundle(
-        base, k_block_mean, high, tail, rings, block0_mean, sink_value, page_table, lengths, budget, overrun,
+        first_in_page, base, k_block_mean, high, tail, rings, block0_mean, sink_value, page_table, lengths, budget, overrun,
         k_channel_scale, v_head_scale, slot_of_page, block_of_slot, past_mass, slots, bounds, quota,
     )  # fmt: skip
     k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (k, v))
-    batch, kv_heads, _, _ = k.shape
+    batch, kv_heads = len(lengths), k.shape[1]
     pages, numbers = torch.empty(2, batch, dtype=torch.int32, device=k.device)
     taken = None if cache.residents is None else pages.new_empty(batch, kv_heads)
-    write_tail(k, v, cache=cache, pages=pages, numbers=numbers, slots=taken, counts=counts)
+    write_tail(k, v, cache=cache, pages=pages, numbers=numbers, slots=taken, counts=counts, starts=starts, most=most)
     overlap = _overlap(cache)
     pack_tail(pages, numbers, cache=cache, numerics=_numerics(storage), slots=taken, overlap=overlap)
 
@@ -166,12 +193,19 @@ def append_step(
 @append_step.register_fake
 def _(k, v, base, k_block_mean, high, tail, rings, block0_mean, sink_value, page_table, lengths, budget, overrun,
       k_channel_scale, v_head_scale, slot_of_page, block_of_slot, past_mass, slots, bounds, quota, storage,
-      counts=None):  # fmt: skip
+      first_in_page, counts=None, starts=None, most=None):  # fmt: skip
     return None
 
 
 def append(
-    k: Tensor, v: Tensor, cache: CacheTensors, numerics: DecodeNumerics, *, counts: Tensor | None = None
+    k: Tensor,
+    v: Tensor,
+    cache: CacheTensors,
+    numerics: DecodeNumerics,
+    *,
+    counts: Tensor | None = None,
+    starts: Tensor | None = None,
+    most: int | None = None,
 ) -> None:
     """Append at most 64 tokens to every sequence of a cache and pack the blocks that are complete now.
 
@@ -184,13 +218,14 @@ def append(
         cache: all of it but ``page_table`` and ``budget`` may change; ``lengths`` grow by T.
         numerics: how blocks are stored.
         counts: int32 ``[B]`` on the device: each sequence takes its first ``counts[b]`` tokens, 0 to T; all T by default.
+        starts: int32 ``[B + 1]`` on the device where tokens are packed, ``[tokens, Hkv, D]``: sequence b takes those from
+            ``starts[b]`` to ``starts[b + 1]``, 0 to ``most``. Those of no sequence are not read.
+        most: T, the most tokens of a sequence, where they are packed.
 
     Raises:
-        ValueError: more than 64 tokens.
+        ValueError: more tokens than one step may bring (`thrift_attn.decode.append.write_tail`).
     """
-    append_step(
-        k, v, *_flat(cache), _storage(numerics), counts
-    )  # fmt: skip
+    append_step(k, v, *_flat(cache), _storage(numerics), cache.first_in_page, counts, starts, most)
 
 
 def _flat(cache: CacheTensors) -> tuple[Tensor, ...]:
@@ -214,7 +249,7 @@ def _flat(cache: CacheTensors) -> tuple[Tensor, ...]:
     )  # fmt: skip
 
 
-def _bundle(*flat: Tensor) -> CacheTensors:
+def _bundle(first_in_page: bool, *flat: Tensor) -> CacheTensors:
     """Return the cache whose tensors `_flat` gave."""
     (
         base, k_block_mean, high, tail, rings, block0_mean, sink_value, page_table, lengths, budget, overrun,
@@ -245,6 +280,7 @@ def _bundle(*flat: Tensor) -> CacheTensors:
         k_channel_scale=k_channel_scale if k_channel_scale.numel() else None,
         v_head_scale=v_head_scale if v_head_scale.numel() else None,
         residents=residents,
+        first_in_page=first_in_page,
     )
 
 
@@ -271,16 +307,20 @@ def attend_cache(
     bounds: Tensor,
     quota: Tensor,
     storage: str,
+    first_in_page: bool,
     scale: float,
     window: int | None,
     softcap: float | None,
+    starts: Tensor | None = None,
+    most: int = 1,
 ) -> tuple[Tensor, Tensor]:
     """`attend` with its bundles taken apart."""
     cache = _bundle(
-        base, k_block_mean, high, tail, rings, block0_mean, sink_value, page_table, lengths, budget, overrun,
+        first_in_page, base, k_block_mean, high, tail, rings, block0_mean, sink_value, page_table, lengths, budget, overrun,
         k_channel_scale, v_head_scale, slot_of_page, block_of_slot, past_mass, slots, bounds, quota,
     )  # fmt: skip
-    step = begin_step(q, cache, _numerics(storage), scale=scale, window=window, softcap=softcap)
+    limits = {"window": window, "softcap": softcap}
+    step = begin_step(q, cache, _numerics(storage), scale=scale, **limits, starts=starts, most=most)
     for launch in step_kernels(step).values():
         launch()
     return step.out, step.lse
@@ -288,9 +328,9 @@ def attend_cache(
 
 @attend_cache.register_fake
 def _(q, base, k_block_mean, high, tail, rings, block0_mean, sink_value, page_table, lengths, budget, overrun,
-      k_channel_scale, v_head_scale, slot_of_page, block_of_slot, past_mass, slots, bounds, quota, storage, scale,
-      window, softcap):  # fmt: skip
-    return q.new_empty(q.shape), q.new_empty(q.shape[:3], dtype=torch.float32)
+      k_channel_scale, v_head_scale, slot_of_page, block_of_slot, past_mass, slots, bounds, quota, storage,
+      first_in_page, scale, window, softcap, starts=None, most=1):  # fmt: skip
+    return q.new_empty(q.shape), q.new_empty(q.shape[:-1], dtype=torch.float32)
 
 
 def attend(
@@ -301,13 +341,18 @@ def attend(
     scale: float,
     window: int | None = None,
     softcap: float | None = None,
+    starts: Tensor | None = None,
+    most: int = 1,
 ) -> tuple[Tensor, Tensor]:
     """Attention of the newest tokens over a cache; see `DecodeStep` for the arguments.
 
     Returns:
-        The output ``[B, Hq, Tq, D]`` in the dtype of ``q``, and the LSE ``[B, Hq, Tq]``, float32, natural logarithm.
+        The output ``[B, Hq, Tq, D]`` in the dtype of ``q``, and the LSE ``[B, Hq, Tq]``, float32, natural logarithm. Of packed
+        queries, ``[tokens, Hq, D]`` with ``starts``, ``[tokens, Hq, D]`` and ``[tokens, Hq]``: 0 and -inf for those of no
+        sequence.
     """
-    return attend_cache(q, *_flat(cache), _storage(numerics), scale, window, softcap)
+    flat = _flat(cache)
+    return attend_cache(q, *flat, _storage(numerics), cache.first_in_page, scale, window, softcap, starts, most)
 
 
 def warm_up(

@@ -84,7 +84,7 @@ def pack_tail(
         ValueError: shapes or strides that do not fit.
         NotImplementedError: another base format.
     """
-    cache.check_tail(len(pages), cache.k_block_mean.shape[-1])
+    cache.check_beside(len(pages), cache.k_block_mean.shape[-1])
     _pack(
         cache.tail[:, 0], cache.tail[:, 1], pages, cache.rings, pages, numbers, slots, cache, numerics,
         ring=cache.tail.shape[3], of_sequences=True, overlap=overlap,
@@ -144,7 +144,8 @@ def _pack(
             pages if slots is None else slots,
             *k.stride()[:3],
             *v.stride()[:3],
-            **cache.strides("base", "high", "mean"),
+            **cache.strides("base", "high", "mean", "first"),
+            FIRST_IN_PAGE=cache.first_in_page,
             RING=ring,
             HKV=kv_heads,
             D=dim,
@@ -152,6 +153,7 @@ def _pack(
             CENTRED=numerics.centred,
             SINK=sink,
             SCALED=scaled,
+            FIXED=cache.scales_fixed,
             POWER=base_format == "mxfp4",
             BEST=numerics.best_scales,
             POOLED=slots is not None,

@@ -167,10 +167,10 @@ def pack_blocks_kernel(
     rings_ptr,  # int32 [n], with RING: the ring of each block; block n is of sequence n then
     seqs_ptr,  # int32 [n], with SINK or SCALED: the sequence of each block
     numbers_ptr,  # int32 [n]: the number of the block in its sequence
-    block0_mean_ptr,  # 16-bit [B, Hkv, D]: mean of the first block without its first token
-    sink_value_ptr,  # 16-bit [B, Hkv, D]: V of the first token
-    k_channel_scale_ptr,  # float32 [B, Hkv, D], powers of two; written with the first block
-    v_head_scale_ptr,  # float32 [B, Hkv]
+    block0_mean_ptr,  # 16-bit [B or pages, Hkv, D]: mean of the first block without its first token
+    sink_value_ptr,  # 16-bit [B or pages, Hkv, D]: V of the first token
+    k_channel_scale_ptr,  # float32 [B, Hkv, D], powers of two, written with the first block; [Hkv, D] if FIXED, only read
+    v_head_scale_ptr,  # float32 [B, Hkv], or [Hkv]
     slots_ptr,  # int32 [n, Hkv], with POOLED: where the plane of promoted blocks goes, below 0 where it is not kept
     stride_kn,
     stride_kh,
@@ -184,6 +184,9 @@ def pack_blocks_kernel(
     HIGH_HEAD: tl.constexpr,
     MEAN_PAGE: tl.constexpr,
     MEAN_HEAD: tl.constexpr,
+    FIRST_PAGE: tl.constexpr,  # strides of block0_mean and sink_value
+    FIRST_HEAD: tl.constexpr,
+    FIRST_IN_PAGE: tl.constexpr,  # their rows are pages
     RING: tl.constexpr,
     HKV: tl.constexpr,
     D: tl.constexpr,
@@ -191,6 +194,7 @@ def pack_blocks_kernel(
     CENTRED: tl.constexpr,
     SINK: tl.constexpr,  # the first token of a first block is its c_b, and its V is left out
     SCALED: tl.constexpr,  # K and V are packed times powers of two
+    FIXED: tl.constexpr,  # which all sequences share
     POWER: tl.constexpr,  # mxfp4: powers of two as scales, shared by 32
     BEST: tl.constexpr,  # the better of the format's two scales
     POOLED: tl.constexpr,  # not all blocks keep the plane of promoted ones
@@ -243,9 +247,11 @@ def pack_blocks_kernel(
             first = tl.where(tl.load(numbers_ptr + n) == 0, seq, -1)
         of_sequence = (seq * HKV + head).to(tl.int64)
         if SCALED:
-            k_scale_ptr, v_scale_ptr = k_channel_scale_ptr + of_sequence * D, v_head_scale_ptr + of_sequence
+            scales_of = head.to(tl.int64) if FIXED else of_sequence
+            k_scale_ptr, v_scale_ptr = k_channel_scale_ptr + scales_of * D, v_head_scale_ptr + scales_of
             d = tl.arange(0, DP)
-            if first >= 0:
+            of_block = -1 if FIXED else first
+            if of_block >= 0:
                 k_scale, v_scale = _scales_of_block(k_start, v_start, stride_kt, stride_vt, CENTRED, SINK, D, DP)
                 if t == 0:
                     tl.store(k_scale_ptr + d, k_scale, mask=d < D)
@@ -262,7 +268,7 @@ def pack_blocks_kernel(
         four = t * 16 + tl.arange(0, 4)[:, None] * 4 + tl.arange(0, 4)[None, :]
         tl.store(k_block_mean_ptr + page_at(page, head, HKV, MEAN_PAGE, MEAN_HEAD) + four, mean)
         if SINK:
-            sunk = (first * HKV + head).to(tl.int64) * D + four
+            sunk = page_at(page if FIRST_IN_PAGE else first, head, HKV, FIRST_PAGE, FIRST_HEAD) + four
             tl.store(block0_mean_ptr + sunk, block0_mean, mask=(first + 0 * four) >= 0)
             value = tl.load(v_start + four)
             tl.store(sink_value_ptr + sunk, value, mask=(first + 0 * four) >= 0)

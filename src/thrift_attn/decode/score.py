@@ -5,7 +5,7 @@ from __future__ import annotations
 import triton
 
 from thrift_attn.decode.score_kernel import block_scores_kernel
-from thrift_attn.decode.tensors import DecodeStep
+from thrift_attn.decode.tensors import DecodeStep, row_strides
 from thrift_attn.dispatch import interpreted
 from thrift_attn.kernels.arithmetic import LOG2E
 from thrift_attn.kernels.launcher import check_planes, launch, on_device_of
@@ -20,14 +20,15 @@ def score_blocks(step: DecodeStep) -> None:
     (`thrift_attn.reference.budget.promoted_in_decode`).
     """
     q, cache, block0_mean = step.q, step.cache, step.block0_mean
-    batch, _, tq, dim = q.shape
+    dim = step.dim
     check_planes(k_block_mean=cache.k_block_mean)
-    grid = triton.cdiv(cache.max_blocks, BLOCKS_PER_PROGRAM), batch * cache.kv_heads
+    grid = triton.cdiv(cache.max_blocks, BLOCKS_PER_PROGRAM), step.batch * cache.kv_heads
     with on_device_of(q):
         launch(
             block_scores_kernel,
             grid,
             q,
+            q if step.starts is None else step.starts,
             cache.k_block_mean,
             cache.page_table,
             cache.lengths,
@@ -37,10 +38,11 @@ def score_blocks(step: DecodeStep) -> None:
             step.first_scores,
             step.score_lse,
             step.scale * LOG2E,
-            *q.stride()[:3],
+            *row_strides(q),
             cache.max_blocks,
-            tq,
-            **cache.strides("mean"),
+            step.tq,
+            **cache.strides("mean", "first"),
+            FIRST_IN_PAGE=cache.first_in_page,
             HKV=cache.kv_heads,
             GROUP=step.group,
             D=dim,
@@ -50,7 +52,8 @@ def score_blocks(step: DecodeStep) -> None:
             BM=BLOCKS_PER_PROGRAM,
             SINK=block0_mean is not None,
             POOLED=cache.residents is not None,
-            ONE=tq == 1,
+            ONE=step.tq == 1,
+            PACKED=step.starts is not None,
             PORTABLE=interpreted(),
             OVERLAP=step.overlap,
             launch_pdl=step.overlap,

@@ -6,6 +6,7 @@ import triton
 import triton.language as tl
 
 from thrift_attn.decode.fragments import page_at
+from thrift_attn.decode.packed_rows import length_seen, rows_of
 from thrift_attn.kernels.arithmetic import dot
 
 
@@ -23,13 +24,14 @@ def _score(s, block, block0_mean, q, inside, scale, SINK: tl.constexpr):
 
 @triton.jit(do_not_specialize=["blocks", "tq"])
 def block_scores_kernel(
-    q_ptr,  # [B, Hq, Tq, D]
+    q_ptr,  # [B, Hq, Tq, D], or [tokens, Hq, D] with PACKED
+    starts_ptr,  # int32 [B + 1], with PACKED: the first query of each sequence
     k_block_mean_ptr,  # 16-bit [pages, Hkv, D], strides MEAN_PAGE and MEAN_HEAD
     page_table_ptr,  # int32 [B, NB]
     lengths_ptr,  # int32 [B]
     bias_ptr,  # float32 [B, Hkv, NB, RP]
     score_ptr,  # float32 [B, Hkv, NB]
-    block0_mean_ptr,  # 16-bit [B, Hkv, D], what block 0 is scored by in place of c_0
+    block0_mean_ptr,  # 16-bit [B or pages, Hkv, D], what block 0 is scored by in place of c_0
     first_score_ptr,  # float32 [B, Hkv, NB], with POOLED: the largest logits of the first query
     score_lse_ptr,  # float32 [B, Hkv, NB / BM], with POOLED: log2 of the sum of 2^ these
     scale,  # factor of the logits times log2(e)
@@ -40,6 +42,9 @@ def block_scores_kernel(
     tq,
     MEAN_PAGE: tl.constexpr,
     MEAN_HEAD: tl.constexpr,
+    FIRST_PAGE: tl.constexpr,  # strides of block0_mean
+    FIRST_HEAD: tl.constexpr,
+    FIRST_IN_PAGE: tl.constexpr,  # its rows are pages
     HKV: tl.constexpr,
     GROUP: tl.constexpr,
     D: tl.constexpr,
@@ -50,6 +55,7 @@ def block_scores_kernel(
     SINK: tl.constexpr,
     POOLED: tl.constexpr,  # some blocks have no residual: what decides which is written too
     ONE: tl.constexpr,  # one query
+    PACKED: tl.constexpr,
     PORTABLE: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):
@@ -62,7 +68,8 @@ def block_scores_kernel(
     block = tl.program_id(0) * BM + tl.arange(0, BM)
     # Page numbers do not wait for the length; what stands behind its end is not used.
     page = tl.load(page_table_ptr + b.to(tl.int64) * blocks + block, mask=block < blocks, other=0)
-    full = tl.load(lengths_ptr + b) // 64  # complete blocks
+    query, tq = rows_of(starts_ptr, b, tq, PACKED)
+    full = length_seen(tl.load(lengths_ptr + b), tq, PACKED) // 64  # complete blocks
     if POOLED:
         lse_at = bh.to(tl.int64) * tl.num_programs(0) + tl.program_id(0)
         if tl.program_id(0) * BM >= full:
@@ -76,8 +83,12 @@ def block_scores_kernel(
         of_first = largest
         block0_mean = tl.full([DP], 0.0, tl.float32)
         if SINK:
-            block0_mean = tl.load(block0_mean_ptr + bh.to(tl.int64) * D + d, mask=d < D, other=0.0).to(tl.float32)
-        q_start = q_ptr + b.to(tl.int64) * stride_qb + (h * GROUP).to(tl.int64) * stride_qh
+            owner = b
+            if FIRST_IN_PAGE:
+                owner = tl.load(page_table_ptr + b.to(tl.int64) * blocks)
+            first_at = page_at(owner, h, HKV, FIRST_PAGE, FIRST_HEAD)
+            block0_mean = tl.load(block0_mean_ptr + first_at + d, mask=d < D, other=0.0).to(tl.float32)
+        q_start = q_ptr + b.to(tl.int64) * stride_qb + query * stride_qt + (h * GROUP).to(tl.int64) * stride_qh
         for first in tl.static_range(0, RP, N):
             row = first + tl.arange(0, N)
             at = row // GROUP * stride_qt + row % GROUP * stride_qh

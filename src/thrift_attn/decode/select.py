@@ -51,8 +51,8 @@ def select_blocks(step: DecodeStep) -> None:
     batch, kv_heads, capacity = step.scores.shape
     slot_of_page = cache.page_table if residents is None else residents.slot_of_page
     tensors = (
-        step.scores, cache.page_table, cache.lengths, cache.budget, slot_of_page, step.block_indices, step.block_counts,
-        capacity, step.window or 0, step.q.shape[2],
+        step.scores, cache.page_table, cache.lengths, cache.lengths if step.starts is None else step.starts, cache.budget,
+        slot_of_page, step.block_indices, step.block_counts, capacity, step.window or 0, step.tq,
     )  # fmt: skip
     options = {
         "FIRST": numerics.force_first,
@@ -60,6 +60,7 @@ def select_blocks(step: DecodeStep) -> None:
         "HKV": kv_heads,
         "WINDOW": step.window is not None,
         "POOLED": residents is not None,
+        "PACKED": step.starts is not None,
         "OVERLAP": step.overlap,
         "launch_pdl": step.overlap,
     }

@@ -5,6 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from thrift_attn.decode.packed_rows import length_seen, rows_of
 from thrift_attn.kernels.arithmetic import threshold_of_largest
 
 
@@ -50,6 +51,7 @@ def select_blocks_kernel(
     score_ptr,  # float32 [B, Hkv, NB]
     page_table_ptr,  # int32 [B, NB]
     lengths_ptr,  # int32 [B]
+    starts_ptr,  # int32 [B + 1], with PACKED: the first query of each sequence
     budget_ptr,  # int32 [NB + 1]: promoted blocks where so many are listed
     slot_of_page_ptr,  # int32 [pages, Hkv], with POOLED: slot of the residual, below 0 for blocks that cannot be promoted
     block_indices_ptr,  # int32 [B, Hkv, 2, NB]: block numbers and page numbers, promoted ones first, each part in order; with
@@ -68,11 +70,14 @@ def select_blocks_kernel(
     SEARCH: tl.constexpr,  # `_search_asm`, and its registers
     REGISTERS: tl.constexpr,
     PORTABLE: tl.constexpr,
+    PACKED: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):
     bh = tl.program_id(0)
     b = bh // HKV
     length = tl.load(lengths_ptr + b, cache_modifier=".cg")  # not from an L1 line of the last replay of this chain
+    _query, tq = rows_of(starts_ptr, b, tq, PACKED)
+    length = length_seen(length, tq, PACKED)
     start, full, total, listed = _blocks_listed(length, tq, window, WINDOW)
     block = tl.arange(0, PAD)
     there = (block >= start) & (block < full)
@@ -123,6 +128,7 @@ def select_many_blocks_kernel(
     score_ptr,  # float32 [B, Hkv, NB]
     page_table_ptr,  # int32 [B, NB]
     lengths_ptr,  # int32 [B]
+    starts_ptr,  # int32 [B + 1], with PACKED: the first query of each sequence
     budget_ptr,  # int32 [NB + 1]: promoted blocks where so many are listed
     slot_of_page_ptr,  # int32 [pages, Hkv], with POOLED
     block_indices_ptr,  # int32 [B, Hkv, 2, NB]: as `select_blocks_kernel` writes it
@@ -136,12 +142,15 @@ def select_many_blocks_kernel(
     WINDOW: tl.constexpr,
     POOLED: tl.constexpr,
     CHUNK: tl.constexpr,  # blocks at a time
+    PACKED: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):
     """`select_blocks_kernel` for more blocks than a program holds: every round reads the scores again, chunk by chunk."""
     bh = tl.program_id(0)
     b = bh // HKV
     length = tl.load(lengths_ptr + b, cache_modifier=".cg")
+    _query, tq = rows_of(starts_ptr, b, tq, PACKED)
+    length = length_seen(length, tq, PACKED)
     start, full, total, listed = _blocks_listed(length, tq, window, WINDOW)
     wanted = tl.minimum(tl.maximum(tl.load(budget_ptr + listed), 0), listed)
     begin = start // CHUNK * CHUNK

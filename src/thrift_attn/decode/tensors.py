@@ -71,19 +71,22 @@ class CacheTensors:
         high: the plane of promoted blocks: int32 residual words ``[slots, Hkv, words]``, or for the 16-bit copy
             ``[slots, Hkv, 128 * D]`` in the dtype of ``k_block_mean``; None where nothing is promoted. Without ``residents``
             slots are pages.
-        tail: ``[rings, 2, Hkv, R, D]``, contiguous in D: K and V of the newest tokens of a sequence, token t at t mod R. R is at
-            least 64, and as much more as tokens may be taken back or, less one, come in one step.
+        tail: ``[rings, 2, Hkv, R, D]``, contiguous in D: K and V of the newest tokens of a sequence, token t at t mod R. R is
+            at least 64, and as much more as tokens may be taken back or, less one, come in one step.
         rings: int32 ``[B]``, contiguous: the ring of each sequence.
-        block0_mean: ``[B, Hkv, D]``, contiguous: mean of K of the first block without its first token.
-        sink_value: ``[B, Hkv, D]``, contiguous: V of the first token.
+        block0_mean: ``[B, Hkv, D]``: mean of K of the first block without its first token; with ``first_in_page``
+            ``[pages, Hkv, D]``, in the row of that block's page. Contiguous in D.
+        sink_value: V of the first token, with the shape and strides of ``block0_mean``.
         page_table: int32 ``[B, NB]``, contiguous: the page of each block, below 0 where there is none.
         lengths: int32 ``[B]``: tokens of each sequence.
         budget: int32 ``[NB + 1]``: how many blocks to promote where so many complete ones are seen
             (`thrift_attn.reference.budget.promoted_in_decode`).
         overrun: int32 ``[1]``, 1 after a step for which a sequence had no page; what that step brought is lost.
         k_channel_scale: float32 ``[B, Hkv, D]``, contiguous, powers of two that K is multiplied by when it is packed to 4 bits,
-            and Q divided by; written with the first block of a sequence. None for neither K nor V.
-        v_head_scale: float32 ``[B, Hkv]``, contiguous, likewise for V and what is summed of it.
+            and Q divided by; written with the first block of a sequence. ``[Hkv, D]`` for one set of all sequences, which is
+            never written. None for neither K nor V.
+        v_head_scale: float32 ``[B, Hkv]`` or ``[Hkv]``, contiguous, likewise for V and what is summed of it.
+        first_in_page: whether pages hold what else belongs to the first token, so that sequences that share them share it.
     """
 
     base: Tensor
@@ -100,6 +103,7 @@ class CacheTensors:
     k_channel_scale: Tensor | None = None
     v_head_scale: Tensor | None = None
     residents: ResidentTensors | None = None
+    first_in_page: bool = False
 
     @property
     def kv_heads(self) -> int:
@@ -110,9 +114,10 @@ class CacheTensors:
         """Strides of pages and heads by the names of the kernels' constants, in elements.
 
         Args:
-            planes: ``"base"``, ``"high"`` or ``"mean"``.
+            planes: ``"base"``, ``"high"``, ``"mean"`` or ``"first"`` (``block0_mean`` and ``sink_value``).
         """
-        tensors = {"base": self.base, "high": self.base if self.high is None else self.high, "mean": self.k_block_mean}
+        high = self.base if self.high is None else self.high
+        tensors = {"base": self.base, "high": high, "mean": self.k_block_mean, "first": self.block0_mean}
         return {
             f"{name.upper()}_{what}": tensors[name].stride(at)
             for name in planes
@@ -126,7 +131,34 @@ class CacheTensors:
         size = self.tail.shape[3]
         return {"RING": size, "TAIL_RING": ring, "TAIL_KV": kv, "TAIL_HEAD": head, "TAIL_TOKEN": token}
 
-    def check_tail(self, batch: int, dim: int) -> None:
+    @property
+    def scales_fixed(self) -> bool:
+        """Whether all sequences have one set of scales, which is not taken from their first blocks."""
+        return self.k_channel_scale is not None and self.k_channel_scale.ndim == 2
+
+    def check_beside(self, batch: int, dim: int) -> None:
+        """Raise ValueError unless what does not lie in planes fits so many sequences of this head dim."""
+        rows, heads = len(self.base) if self.first_in_page else batch, self.kv_heads
+        first, value = self.block0_mean, self.sink_value
+        if first.shape[1:] != (heads, dim) or len(first) < rows or value.stride() != first.stride():
+            raise ValueError(
+                f"expected block0_mean and sink_value [{rows}, {heads}, {dim}] of the same strides, got {list(first.shape)} "
+                f"and {list(value.shape)} with strides {first.stride()} and {value.stride()}"
+            )
+        check_rows(block0_mean=first, sink_value=value)
+        k_scale, v_scale = self.k_channel_scale, self.v_head_scale
+        if k_scale is not None and v_scale is not None:
+            want = (heads, dim) if self.scales_fixed else (batch, heads, dim)
+            dense = k_scale.is_contiguous() and v_scale.is_contiguous()
+            if k_scale.shape != want or v_scale.shape != want[:-1] or not dense:
+                raise ValueError(
+                    f"expected contiguous scales [{batch}, {heads}, {dim}] and [{batch}, {heads}], or [{heads}, {dim}] and "
+                    f"[{heads}] for all sequences, got {list(k_scale.shape)} with strides {k_scale.stride()} and "
+                    f"{list(v_scale.shape)} with {v_scale.stride()}"
+                )
+        self._check_tail(batch, dim)
+
+    def _check_tail(self, batch: int, dim: int) -> None:
         """Raise ValueError unless the tail has rings for so many sequences of this head dim."""
         want, tail = (2, self.kv_heads, dim), self.tail
         if tail.ndim != 5 or (*tail.shape[1:3], tail.shape[4]) != want or tail.shape[3] < BLOCK:
@@ -140,6 +172,20 @@ class CacheTensors:
     def max_blocks(self) -> int:
         """NB, entries of the page table for one sequence."""
         return self.page_table.shape[1]
+
+
+def row_strides(x: Tensor) -> tuple[int, int, int]:
+    """Strides of sequences, heads and tokens of rows ``[B, H, T, D]``, or packed ones ``[tokens, H, D]``."""
+    return x.stride()[:3] if x.ndim == 4 else (0, x.stride(1), x.stride(0))  # pyright: ignore[reportReturnType]
+
+
+def check_starts(x: Tensor, starts: Tensor | None, batch: int) -> None:
+    """Raise ValueError unless rows are packed where they have starts, for so many sequences, and only there."""
+    if x.ndim != (4 if starts is None else 3):
+        want = "[B, H, T, D]" if starts is None else "[tokens, H, D], as there are starts"
+        raise ValueError(f"expected {want}, got {list(x.shape)}")
+    if starts is not None and (starts.shape != (batch + 1,) or not starts.is_contiguous()):
+        raise ValueError(f"expected contiguous starts [{batch + 1}], got {list(starts.shape)}")
 
 
 def padded_queries(tq: int) -> int:
@@ -158,7 +204,11 @@ class DecodeStep:
     """One step of decode: queries, cache, options, and what each kernel leaves for those after it.
 
     Args:
-        q: queries ``[B, Hq, Tq, D]``, 16-bit, contiguous in D; query i of a sequence sits at position length - Tq + i.
+        q: queries ``[B, Hq, Tq, D]``, 16-bit, contiguous in D; query i of a sequence sits at position length - Tq + i. With
+            ``starts`` packed, ``[tokens, Hq, D]``.
+        tq: Tq; with ``starts`` the most queries of a sequence.
+        starts: int32 ``[B + 1]``, contiguous: the first query of each sequence and the end of the last. A sequence may have no
+            query: then nothing is read or written for it. None: queries are not packed.
         cache: the tensors of the cache.
         numerics: what is stored and computed.
         scale: factor of the logits.
@@ -175,8 +225,9 @@ class DecodeStep:
         block_counts: int32 ``[B, Hkv, 2]``: how many are promoted, and how many are listed.
         partial_out: float32 ``[B, Hkv, splits, RP, D]``.
         partial_lse: float32 ``[B, Hkv, splits, RP]``, base 2, -inf for an empty split.
-        out: ``[B, Hq, Tq, D]``, contiguous in D; zeros for a row that sees no token.
-        lse: float32 ``[B, Hq, Tq]``, contiguous, natural logarithm; -inf for a row that sees no token.
+        out: shape of ``q``, contiguous in D; zeros for a row that sees no token. Rows of no sequence are not written.
+        lse: float32 ``[B, Hq, Tq]``, or ``[tokens, Hq]`` where queries are packed, contiguous, natural logarithm; -inf for a
+            row that sees no token.
 
     Raises:
         ValueError: shapes or strides that do not fit.
@@ -184,6 +235,8 @@ class DecodeStep:
     """
 
     q: Tensor
+    tq: int
+    starts: Tensor | None
     cache: CacheTensors
     numerics: DecodeNumerics
     scale: float
@@ -202,15 +255,18 @@ class DecodeStep:
     lse: Tensor
 
     def __post_init__(self) -> None:
-        batch, heads, tq, dim = self.q.shape
+        check_starts(self.q, self.starts, len(self.cache.lengths))
+        batch, heads, dim = self.batch, self.heads, self.dim
         kv_heads, tail = self.cache.kv_heads, self.cache.tail
         if heads % kv_heads:
             raise ValueError(f"{kv_heads} KV heads must divide the heads of q, got q {list(self.q.shape)}")
         if self.q.dtype not in (torch.float16, torch.bfloat16) or tail.dtype != self.q.dtype:
             raise TypeError(f"expected 16-bit q and tail of one dtype, got {self.q.dtype} and {tail.dtype}")
-        self.cache.check_tail(batch, dim)
+        self.cache.check_beside(batch, dim)
         check_rows(q=self.q, out=self.out)
-        rows = padded_rows(heads // kv_heads, tq)
+        if self.out.shape != self.q.shape or self.out.dtype != self.q.dtype:
+            raise ValueError(f"expected out {list(self.q.shape)} like q, got {list(self.out.shape)} {self.out.dtype}")
+        rows = padded_rows(heads // kv_heads, self.tq)
         if self.bias.shape[-1] != rows or self.partial_out.shape[3:] != (rows, dim):
             raise ValueError(
                 f"expected bias [B, {kv_heads}, NB, {rows}] and partial_out [B, {kv_heads}, splits, {rows}, {dim}] for q "
@@ -218,9 +274,24 @@ class DecodeStep:
             )
 
     @property
+    def batch(self) -> int:
+        """B."""
+        return len(self.q) if self.starts is None else len(self.starts) - 1
+
+    @property
+    def heads(self) -> int:
+        """Hq, the second dimension of both forms of queries."""
+        return self.q.shape[1]
+
+    @property
+    def dim(self) -> int:
+        """D."""
+        return self.q.shape[-1]
+
+    @property
     def group(self) -> int:
         """Query heads per KV head."""
-        return self.q.shape[1] // self.cache.kv_heads
+        return self.heads // self.cache.kv_heads
 
     @property
     def q_rows(self) -> int:
