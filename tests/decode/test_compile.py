@@ -25,7 +25,7 @@ fn = decode.attend_split_kernel
 tile = decode.column_tile(group, 1, dim)
 tuned = decode.tuning(dim, tile, False, plane)
 high = "*bf16" if plane == "16bit" else "*i32"
-kinds = ["*bf16", "*i32", high, "*bf16", "*i32", "*fp32", "*i32", "*i32", "*i32", "*fp32", "*fp32", "*fp32", "*fp32"]
+kinds = ["*bf16", "*i32", "*i32", high, "*bf16", "*i32", "*fp32", "*i32", "*i32", "*i32", "*fp32", "*fp32", "*fp32", "*fp32"]
 pointers = dict(zip(fn.arg_names, kinds))
 numbers = dict(scale="fp32", stride_qb="i32", stride_qh="i32", stride_qt="i32", window="i32", blocks="i32")
 words, high_words = plane_size(dim, 4).words, 128 * dim if plane == "16bit" else plane_size(dim, 8).words
@@ -100,6 +100,7 @@ fn, keys = kernels.select_blocks_kernel, pad // 32 // warps
 constants = dict(
     FIRST=1, LAST=1, HKV=8, WINDOW=False, PAD=pad, KEYS=keys, SEARCH=kernels._search_asm(keys),
     REGISTERS=",".join(["=r"] * keys + ["r"] * 2 * keys), PORTABLE=False, OVERLAP=capability >= 90,
+    SHORT=pad, SHORT_KEYS=keys, SHORT_SEARCH="", SHORT_REGISTERS="", PACKED=False, POOLED=False,
 )
 types = {n: "*fp32" if n == "score_ptr" else "*i32" if n.endswith("_ptr") else "i32" for n in fn.arg_names}
 signature = {n: "constexpr" if n in constants else t for n, t in types.items()}

@@ -72,8 +72,9 @@ for plane, dim, capability in (("nested", 128, 90), ("nested8", 80, 80), ("16bit
     high = ("*bf16", "*bf16") if plane == "16bit" else ("*i16", "*i32")
     scales = ["*fp32", "*fp32", "*i32"]
     kinds = ["*bf16", "*bf16", "*i16", "*i32", "*bf16", *high, "*bf16", "*i32", "*bf16", "*i32", "*i32", *scales]
-    signature = dict(zip(fn.arg_names, [*kinds, "i32", "i32"] + ["constexpr"] * 18))
+    signature = dict(zip(fn.arg_names, [*kinds, "i32", "i32"] + ["constexpr"] * 22))
     strides = {f"{name}_{what}": 16 for name in ("BASE", "HIGH", "MEAN") for what in ("PAGE", "HEAD")}
+    strides |= dict(FIRST_PAGE=4672, FIRST_HEAD=16, FIRST_IN_PAGE=True, FIXED=True)
     strides |= dict(RING=73, TAIL_RING=4096, TAIL_KV=16, TAIL_HEAD=32, TAIL_TOKEN=64)
     constants = dict(**strides, HKV=8, D=dim, HIGH=HIGH[plane], CENTRED=True, SINK=True, SCALED=True, POOLED=plane != "nested")
     source = ASTSource(fn, signature, constexprs=constants)

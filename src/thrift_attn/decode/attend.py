@@ -61,7 +61,8 @@ def choose_splits(max_blocks: int, batch: int, kv_heads: int, row_tiles: int, ma
     """Splits per (sequence, KV head) such that no more than ``max_programs`` programs run.
 
     A short sequence is a matter of latency: every block gets a program, up to `SINGLE_BLOCKS` of them. Beyond, two blocks a
-    program save what the combination of more splits would cost (docs/log.md).
+    program save what the combination of more splits would cost (docs/log.md). Lengths are not known here: a longer table never
+    means fewer splits, and those that a sequence has no work for end at once.
 
     Args:
         max_blocks: most blocks of a sequence.

@@ -67,7 +67,7 @@ def attend_split_kernel(
     block_counts_ptr,  # int32 [B, Hkv, 2]: promoted, all listed
     lengths_ptr,  # int32 [B]
     partial_out_ptr,  # float32 [B, Hkv, num_splits, RP, D]
-    partial_lse_ptr,  # float32 [B, Hkv, num_splits, RP], base 2
+    partial_lse_ptr,  # float32 [B, Hkv, num_splits, RP], base 2; of the first splits that a sequence has work for
     k_channel_scale_ptr,  # float32 [B, Hkv, D], or [Hkv, D] if FIXED: powers of two that K of 4-bit planes was multiplied by
     v_head_scale_ptr,  # float32 [B, Hkv], or [Hkv]
     scale,  # factor of the logits times log2(e)
@@ -127,6 +127,8 @@ def attend_split_kernel(
     length = tl.load(lengths_ptr + b, cache_modifier=".cg")
     query, tq = rows_of(starts_ptr, b, tq, PACKED)
     length = length_seen(length, tq, PACKED)
+    if split >= length // 64 + 4:  # neither a block nor a step of the incomplete one is left for it
+        return
     scales_of = h if FIXED else bh
 
     # -- queries, scaled by a power of two such that the largest uses the range of fp16 --

@@ -27,10 +27,9 @@ def _add_mass(
     full = length // 64
     shared = tl.load(bounds_ptr + b * 3 + 2)
     # The sum of 2^score over all blocks, from those of 64 blocks each.
-    parts = (blocks + 63) // 64
-    lse_start = score_lse_ptr + bh.to(tl.int64) * parts
+    lse_start = score_lse_ptr + bh.to(tl.int64) * ((blocks + 63) // 64)
     part = tl.arange(0, 1024)  # 65,536 blocks at most
-    lse = tl.load(lse_start + part, mask=part < parts, other=float("-inf"), cache_modifier=".cg")
+    lse = tl.load(lse_start + part, mask=part < (full + 63) // 64, other=float("-inf"), cache_modifier=".cg")
     peak = tl.max(lse, 0)
     peak = tl.where(peak == float("-inf"), 0.0, peak)
     whole = peak + tl.log2(tl.sum(tl.exp2(lse - peak), 0))
@@ -89,9 +88,10 @@ def combine_splits_kernel(
     bh = tl.program_id(1)
     b = bh // HKV
     query, rows = rows_of(starts_ptr, b, tq, PACKED)
+    # Written before the splits began, perhaps by a kernel of this chain: not from an L1 line of its last replay.
+    length = length_seen(tl.load(lengths_ptr + b, cache_modifier=".cg"), rows, PACKED)
     if POOLED:  # noqa: SIM102  (a constant: what is inside is not compiled without)
         if row == GROUP * tq:
-            length = length_seen(tl.load(lengths_ptr + b, cache_modifier=".cg"), rows, PACKED)
             _add_mass(
                 past_mass_ptr, first_scores_ptr, score_lse_ptr, page_table_ptr, bounds_ptr, length,
                 b, bh % HKV, bh, blocks, tl.program_id(2), tl.num_programs(2), HKV, CHUNK,
@@ -107,8 +107,7 @@ def combine_splits_kernel(
     start = bh.to(tl.int64) * num_splits * RP + row
     sink_logit = float("-inf")
     sink_value = tl.zeros([BLOCK_D], tl.float32)
-    if SINK:  # written before the splits began, some by kernels of this chain: not from an L1 line of its last replay
-        length = tl.load(lengths_ptr + b, cache_modifier=".cg")
+    if SINK:
         seen = length >= 64
         if WINDOW:
             seen = seen & (length - rows + step < window)
@@ -125,10 +124,11 @@ def combine_splits_kernel(
         sink_value = sink_value.to(tl.float32)
     if OVERLAP:
         tl.extra.cuda.gdc_wait()
-    lse = tl.load(partial_lse_ptr + start + split * RP, mask=split < num_splits, other=float("-inf"))  # [PAD]
+    there = split < tl.minimum(num_splits, length // 64 + 4)  # those that had something to do
+    lse = tl.load(partial_lse_ptr + start + split * RP, mask=there, other=float("-inf"))  # [PAD]
     part = tl.load(
         partial_out_ptr + (start + split[:, None].to(tl.int64) * RP) * D + d[None, :],
-        mask=(split[:, None] < num_splits) & (d[None, :] < D),
+        mask=there[:, None] & (d[None, :] < D),
         other=0.0,
     )  # [PAD, BLOCK_D]
     peak = tl.max(lse, 0)

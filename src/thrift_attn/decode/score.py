@@ -5,7 +5,7 @@ from __future__ import annotations
 import triton
 
 from thrift_attn.decode.score_kernel import block_scores_kernel
-from thrift_attn.decode.tensors import DecodeStep, row_strides
+from thrift_attn.decode.tensors import WIDE_BLOCKS, DecodeStep, row_strides
 from thrift_attn.dispatch import interpreted
 from thrift_attn.kernels.arithmetic import LOG2E
 from thrift_attn.kernels.launcher import check_planes, launch, on_device_of
@@ -54,6 +54,7 @@ def score_blocks(step: DecodeStep) -> None:
             POOLED=cache.residents is not None,
             ONE=step.tq == 1,
             PACKED=step.starts is not None,
+            WIDE=cache.max_blocks > WIDE_BLOCKS,
             PORTABLE=interpreted(),
             OVERLAP=step.overlap,
             launch_pdl=step.overlap,

@@ -56,6 +56,7 @@ def block_scores_kernel(
     POOLED: tl.constexpr,  # some blocks have no residual: what decides which is written too
     ONE: tl.constexpr,  # one query
     PACKED: tl.constexpr,
+    WIDE: tl.constexpr,  # most of the table may lie behind the end of a sequence
     PORTABLE: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):
@@ -66,14 +67,11 @@ def block_scores_kernel(
     b = bh // HKV
     h = bh % HKV
     block = tl.program_id(0) * BM + tl.arange(0, BM)
-    # Page numbers do not wait for the length; what stands behind its end is not used.
-    page = tl.load(page_table_ptr + b.to(tl.int64) * blocks + block, mask=block < blocks, other=0)
     query, tq = rows_of(starts_ptr, b, tq, PACKED)
     full = length_seen(tl.load(lengths_ptr + b), tq, PACKED) // 64  # complete blocks
-    if POOLED:
-        lse_at = bh.to(tl.int64) * tl.num_programs(0) + tl.program_id(0)
-        if tl.program_id(0) * BM >= full:
-            tl.store(score_lse_ptr + lse_at, float("-inf"))
+    # Page numbers do not wait for the length, what stands behind its end is not used; of a wide table that would be too much.
+    known = full if WIDE else blocks
+    page = tl.load(page_table_ptr + b.to(tl.int64) * blocks + block, mask=block < known, other=0)
     if tl.program_id(0) * BM < full:
         there = block < full
         d = tl.arange(0, DP)
@@ -108,6 +106,7 @@ def block_scores_kernel(
                 of_first = largest
             else:
                 tl.store(first_score_ptr + score_at, of_first, mask=there)
+            lse_at = bh.to(tl.int64) * tl.num_programs(0) + tl.program_id(0)
             of_first = tl.where(there, of_first, float("-inf"))
             peak = tl.max(of_first, 0)
             finite = tl.where(peak == float("-inf"), 0.0, peak)

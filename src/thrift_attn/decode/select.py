@@ -5,12 +5,15 @@ from __future__ import annotations
 import triton
 
 from thrift_attn.decode.select_kernel import select_blocks_kernel, select_many_blocks_kernel
-from thrift_attn.decode.tensors import DecodeStep
+from thrift_attn.decode.tensors import WIDE_BLOCKS, DecodeStep
 from thrift_attn.dispatch import interpreted
 from thrift_attn.kernels.launcher import launch, on_device_of
 
 HELD_BLOCKS = 16384
 """Most entries of a page table whose scores one program holds in registers; for more it reads them in every round."""
+
+SHORT_BLOCKS = 1024
+"""Blocks up to which a sequence in a page table of more than `WIDE_BLOCKS` entries is chosen among as in a short table."""
 
 CHUNK = 4096
 """Blocks of a longer page table at a time."""
@@ -40,6 +43,11 @@ def _search_asm(keys: int) -> str:
             "}",
         ]
     )
+
+
+def _registers(keys: int) -> str:
+    """Registers of `_search_asm`."""
+    return ",".join(["=r"] * keys + ["r"] * (2 * keys))
 
 
 def select_blocks(step: DecodeStep) -> None:
@@ -72,6 +80,8 @@ def select_blocks(step: DecodeStep) -> None:
         pad = max(32, triton.next_power_of_2(capacity))
         warps = max(1, min(16, pad // 64))
         keys = pad // (32 * warps)
+        short = SHORT_BLOCKS if pad > WIDE_BLOCKS else pad
+        short_keys = short // (32 * warps)
         launch(
             select_blocks_kernel,
             grid,
@@ -80,7 +90,11 @@ def select_blocks(step: DecodeStep) -> None:
             PAD=pad,
             KEYS=keys,
             SEARCH=_search_asm(keys),
-            REGISTERS=",".join(["=r"] * keys + ["r"] * (2 * keys)),
+            REGISTERS=_registers(keys),
+            SHORT=short,
+            SHORT_KEYS=short_keys,
+            SHORT_SEARCH=_search_asm(short_keys),
+            SHORT_REGISTERS=_registers(short_keys),
             PORTABLE=interpreted(),
             num_warps=warps,
         )

@@ -46,39 +46,14 @@ def _keys(score_ptr, block, start, full, total, FIRST: tl.constexpr, LAST: tl.co
     return tl.where(there, tl.maximum(key, -0x7FFFFFF0), -0x7FFFFFFF)
 
 
-@triton.jit(do_not_specialize=["blocks", "window", "tq"])
-def select_blocks_kernel(
-    score_ptr,  # float32 [B, Hkv, NB]
-    page_table_ptr,  # int32 [B, NB]
-    lengths_ptr,  # int32 [B]
-    starts_ptr,  # int32 [B + 1], with PACKED: the first query of each sequence
-    budget_ptr,  # int32 [NB + 1]: promoted blocks where so many are listed
-    slot_of_page_ptr,  # int32 [pages, Hkv], with POOLED: slot of the residual, below 0 for blocks that cannot be promoted
-    block_indices_ptr,  # int32 [B, Hkv, 2, NB]: block numbers and page numbers, promoted ones first, each part in order; with
-    # POOLED [B, Hkv, 3, NB]: slots, too
-    block_counts_ptr,  # int32 [B, Hkv, 2]: promoted, all listed
-    blocks,  # NB
-    window,
-    tq,
-    FIRST: tl.constexpr,  # forced first and last blocks
-    LAST: tl.constexpr,
-    HKV: tl.constexpr,
-    WINDOW: tl.constexpr,
-    POOLED: tl.constexpr,  # not all blocks have a residual
-    PAD: tl.constexpr,  # NB rounded up to a power of two
-    KEYS: tl.constexpr,  # of one thread
-    SEARCH: tl.constexpr,  # `_search_asm`, and its registers
-    REGISTERS: tl.constexpr,
-    PORTABLE: tl.constexpr,
-    PACKED: tl.constexpr,
-    OVERLAP: tl.constexpr,
-):
-    bh = tl.program_id(0)
+@triton.jit
+def _choose(
+    score_ptr, page_table_ptr, budget_ptr, slot_of_page_ptr, block_indices_ptr, block_counts_ptr, blocks, bh, start, full,
+    total, listed, FIRST: tl.constexpr, LAST: tl.constexpr, HKV: tl.constexpr, POOLED: tl.constexpr, PAD: tl.constexpr,
+    KEYS: tl.constexpr, SEARCH: tl.constexpr, REGISTERS: tl.constexpr, PORTABLE: tl.constexpr, OVERLAP: tl.constexpr,
+):  # fmt: skip
+    """The choice among no more than PAD blocks."""
     b = bh // HKV
-    length = tl.load(lengths_ptr + b, cache_modifier=".cg")  # not from an L1 line of the last replay of this chain
-    _query, tq = rows_of(starts_ptr, b, tq, PACKED)
-    length = length_seen(length, tq, PACKED)
-    start, full, total, listed = _blocks_listed(length, tq, window, WINDOW)
     block = tl.arange(0, PAD)
     there = (block >= start) & (block < full)
     page = tl.load(page_table_ptr + b.to(tl.int64) * blocks + block, mask=there, other=0)
@@ -121,6 +96,57 @@ def select_blocks_kernel(
         tl.store(out + 2 * blocks, slot, mask=there & (place < wanted))
     tl.store(block_counts_ptr + bh * 2, wanted)
     tl.store(block_counts_ptr + bh * 2 + 1, listed)
+
+
+@triton.jit(do_not_specialize=["blocks", "window", "tq"])
+def select_blocks_kernel(
+    score_ptr,  # float32 [B, Hkv, NB]
+    page_table_ptr,  # int32 [B, NB]
+    lengths_ptr,  # int32 [B]
+    starts_ptr,  # int32 [B + 1], with PACKED: the first query of each sequence
+    budget_ptr,  # int32 [NB + 1]: promoted blocks where so many are listed
+    slot_of_page_ptr,  # int32 [pages, Hkv], with POOLED: slot of the residual, below 0 for blocks that cannot be promoted
+    block_indices_ptr,  # int32 [B, Hkv, 2, NB]: block numbers and page numbers, promoted ones first, each part in order; with
+    # POOLED [B, Hkv, 3, NB]: slots, too
+    block_counts_ptr,  # int32 [B, Hkv, 2]: promoted, all listed
+    blocks,  # NB
+    window,
+    tq,
+    FIRST: tl.constexpr,  # forced first and last blocks
+    LAST: tl.constexpr,
+    HKV: tl.constexpr,
+    WINDOW: tl.constexpr,
+    POOLED: tl.constexpr,  # not all blocks have a residual
+    PAD: tl.constexpr,  # NB rounded up to a power of two
+    KEYS: tl.constexpr,  # of one thread
+    SEARCH: tl.constexpr,  # `_search_asm`, and its registers
+    REGISTERS: tl.constexpr,
+    SHORT: tl.constexpr,  # PAD for sequences of no more blocks, with the next three of its own
+    SHORT_KEYS: tl.constexpr,
+    SHORT_SEARCH: tl.constexpr,
+    SHORT_REGISTERS: tl.constexpr,
+    PORTABLE: tl.constexpr,
+    PACKED: tl.constexpr,
+    OVERLAP: tl.constexpr,
+):
+    bh = tl.program_id(0)
+    b = bh // HKV
+    length = tl.load(lengths_ptr + b, cache_modifier=".cg")  # not from an L1 line of the last replay of this chain
+    _query, tq = rows_of(starts_ptr, b, tq, PACKED)
+    length = length_seen(length, tq, PACKED)
+    start, full, total, listed = _blocks_listed(length, tq, window, WINDOW)
+    if SHORT < PAD:  # noqa: SIM102  (a constant: what is inside is not compiled without)
+        if full <= SHORT:
+            _choose(
+                score_ptr, page_table_ptr, budget_ptr, slot_of_page_ptr, block_indices_ptr, block_counts_ptr, blocks, bh, start,
+                full, total, listed, FIRST, LAST, HKV, POOLED, SHORT, SHORT_KEYS, SHORT_SEARCH, SHORT_REGISTERS, PORTABLE,
+                OVERLAP,
+            )  # fmt: skip
+            return
+    _choose(
+        score_ptr, page_table_ptr, budget_ptr, slot_of_page_ptr, block_indices_ptr, block_counts_ptr, blocks, bh, start,
+        full, total, listed, FIRST, LAST, HKV, POOLED, PAD, KEYS, SEARCH, REGISTERS, PORTABLE, OVERLAP,
+    )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["blocks", "window", "tq"])

@@ -14,6 +14,9 @@ from thrift_attn.numerics import DecodeNumerics
 MAX_BLOCKS = 65536
 """Most KV blocks of one sequence that promoted ones are chosen among."""
 
+WIDE_BLOCKS = 2048
+"""Entries of a page table (131,072 tokens) beyond which kernels look at the length first: most entries may lie behind it."""
+
 MAX_HEADS = MAX_GRID
 """Most (sequence, KV head) pairs of one launch: they lie along the second or third axis of a grid."""
 
