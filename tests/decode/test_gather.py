@@ -53,11 +53,22 @@ def test_poisoned_pages_of_others_are_not_read():
         assert torch.equal(got[1, :, :66], expected)
 
 
+@pytest.mark.parametrize("config", [case[0] for case in CASES[:3]], ids=["nested", "nested8", "16bit"])
+def test_tiles_equal_the_whole(config):
+    kernels, _ = filled([140, 66], config=config)
+    every = kernels.widen()
+    for start, most in ((0, 64), (64, 64), (64, 128), (128, None)):
+        for got, want in zip(kernels.widen(start=start, most=most), every, strict=True):
+            assert torch.equal(got, want[:, :, start : None if most is None else start + most])
+
+
 def test_too_little_room_is_an_error():
     kernels, _ = filled([70])
     out = torch.zeros(1, 1, 69, 64, dtype=torch.float16, device=kernels.device)
     with pytest.raises(ValueError, match="room for 70"):
         gather_pages(out, out, cache=kernels.tensors(), numerics=kernels.numerics, tokens=70)
+    with pytest.raises(ValueError, match="start at a multiple of 64"):
+        gather_pages(out, out, cache=kernels.tensors(), numerics=kernels.numerics, tokens=64, start=6)
 
 
 # Kernels that were imported for the interpreter cannot be compiled, so this runs in a process of its own.
@@ -72,7 +83,7 @@ for plane, dim, capability in (("nested", 128, 90), ("nested8", 80, 80), ("16bit
     high = ("*bf16", "*bf16") if plane == "16bit" else ("*i16", "*i32")
     scales = ["*fp32", "*fp32", "*i32"]
     kinds = ["*bf16", "*bf16", "*i16", "*i32", "*bf16", *high, "*bf16", "*i32", "*bf16", "*i32", "*i32", *scales]
-    signature = dict(zip(fn.arg_names, [*kinds, "i32", "i32"] + ["constexpr"] * 22))
+    signature = dict(zip(fn.arg_names, [*kinds, "i32", "i32", "i32"] + ["constexpr"] * 22))
     strides = {f"{name}_{what}": 16 for name in ("BASE", "HIGH", "MEAN") for what in ("PAGE", "HEAD")}
     strides |= dict(FIRST_PAGE=4672, FIRST_HEAD=16, FIRST_IN_PAGE=True, FIXED=True)
     strides |= dict(RING=73, TAIL_RING=4096, TAIL_KV=16, TAIL_HEAD=32, TAIL_TOKEN=64)

@@ -29,12 +29,12 @@ def test_attention_reads_blocks_that_wrap(tq: int, lengths: list[int]) -> None:
     torch.testing.assert_close(lse.cpu().double(), want_lse, rtol=0, atol=3e-3)
 
 
-@pytest.mark.parametrize("size", [64 + 9, 192])
-@pytest.mark.parametrize("plane", ["nested", "16bit"])
+@pytest.mark.parametrize(("size", "plane"), [(64 + 9, "nested"), (192, "16bit")])
 def test_rings_of_any_size_hold_and_answer_the_same_bits(size: int, plane: str) -> None:
     """Blocks that are packed from a ring, wrapped or not, and tokens that are taken back and come again as others."""
-    cache = make("triton", batch=2, pages=8, config=ThriftConfig.for_cache(promoted_storage=plane, budget=top_k(1)))
-    k, v = tokens(200, batch=2)
+    config = ThriftConfig.for_cache(promoted_storage=plane, budget=top_k(1))
+    cache = make("triton", batch=2, heads=1, pages=8, config=config)
+    k, v = tokens(200, batch=2, heads=1)
     cache.append(k[:, :, :190], v[:, :, :190], lengths=[190, 60])
     cache.reserve(10)
     plain = cache.tensors()
@@ -43,8 +43,8 @@ def test_rings_of_any_size_hold_and_answer_the_same_bits(size: int, plane: str) 
         ops.append(v[:, :, 180:190], k[:, :, 180:190], tensors, cache.numerics)  # both sequences complete a block
         tensors.lengths.sub_(7)
         ops.append(k[:, :, 193:], v[:, :, 193:], tensors, cache.numerics)
-        out, lse = ops.attend(query(3, batch=2), tensors, cache.numerics, scale=0.125)
-        wide = torch.zeros(2, 2, 2, 200, 64, dtype=out.dtype, device=DEVICE)
+        out, lse = ops.attend(query(3, batch=2, heads=2), tensors, cache.numerics, scale=0.125)
+        wide = torch.zeros(2, 2, 1, 200, 64, dtype=out.dtype, device=DEVICE)
         gather_pages(wide[0], wide[1], cache=tensors, numerics=cache.numerics, tokens=200)
         assert tensors.lengths.tolist() == [200, 70]
         found.append((out, lse, wide, tensors.base, tensors.high, tensors.k_block_mean, tensors.sink_value))

@@ -287,39 +287,41 @@ class PagedThriftCache(CacheSequences):
 
     # -- reading -------------------------------------------------------------------------------------------------------
 
-    def widen(self, room: int = 0) -> tuple[Tensor, Tensor]:
+    def widen(self, room: int = 0, *, start: int = 0, most: int | None = None) -> tuple[Tensor, Tensor]:
         """K and V of all sequences in 16 bits, from the plane of high precision, for attention of many new tokens.
 
         Args:
             room: tokens of room behind the longest sequence.
+            start: the first token, a multiple of 64.
+            most: most tokens of a sequence, a multiple of 64; all by default.
 
         Returns:
-            K and V ``[B, Hkv, longest + room, D]`` in the dtype of the cache, 0 behind the end of a sequence.
+            K and V ``[B, Hkv, longest + room, D]`` in the dtype of the cache, 0 behind the end of a sequence; ``longest`` is
+            what the longest sequence has of the tokens that are asked for.
+
+        Raises:
+            ValueError: a tile that does not begin and end where blocks do.
         """
+        if start % BLOCK or start < 0 or (most is not None and (most % BLOCK or most < 0)):
+            raise ValueError(
+                f"a tile must start and end at multiples of {BLOCK}, got {start} and {most} tokens from there"
+            )
         with self._reading():
             self._changes.check()
-            longest = max(self.table.tokens(seq) for seq in range(self.batch))
+            longest = max(0, max(self.table.tokens(seq) for seq in range(self.batch)) - start)
+            longest = longest if most is None else min(longest, most)
             shape = (2, self.batch, self.kv_heads, longest + room, self.head_dim)
             out = torch.zeros(shape, dtype=self.dtype, device=self.device)
             if self.backend == "triton":
                 from thrift_attn.decode.gather import gather_pages
 
-                gather_pages(out[0], out[1], cache=self.tensors(), numerics=self.numerics, tokens=longest)
+                tile = {"tokens": longest, "start": start}
+                gather_pages(out[0], out[1], cache=self.tensors(), numerics=self.numerics, **tile)
             else:
                 for seq in range(self.batch):
-                    for which, x in enumerate(self.read(seq)):
+                    for which, x in enumerate(self.read(seq, start, start + longest)):
                         out[which, seq, :, : x.shape[1]] = x
             return out[0], out[1]
-
-    def read(self, seq: int) -> tuple[Tensor, Tensor]:
-        """K and V of one sequence in high precision, ``[Hkv, T, D]`` in the dtype of the cache."""
-        with self._reading():
-            self._changes.check()
-            self._check_seq(seq)
-            planes = self._planes(seq)
-            tokens = self.table.tokens(seq)
-            k, v = planes.high_k[:, :tokens], planes.high_v[:, :tokens]
-            return k.to(self.dtype), v.to(self.dtype)
 
     def attend(
         self,

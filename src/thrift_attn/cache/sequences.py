@@ -307,6 +307,26 @@ class CacheSequences:
         at = block % 2 * BLOCK
         return self.tail[seq, :, :, at : at + BLOCK]
 
+    def read(self, seq: int, start: int = 0, stop: int | None = None) -> tuple[Tensor, Tensor]:
+        """K and V of one sequence in high precision, ``[Hkv, T, D]`` in the dtype of the cache.
+
+        Args:
+            seq: the sequence.
+            start: the first token, a multiple of 64.
+            stop: the token behind the last; by default, and at most, the end of the sequence.
+        """
+        with self._reading():
+            self._changes.check()
+            self._check_seq(seq)
+            tokens, pages = self.table.tokens(seq), self.table.pages(seq)
+            stop = tokens if stop is None else min(stop, tokens)
+            first, last = start // BLOCK, -(-stop // BLOCK)
+            read = self._read(seq, pages[first:last], first)
+            kv = torch.stack([read.high_k, read.high_v]).to(self.dtype).transpose(1, 2).flatten(2, 3)  # [2, Hkv, T, D]
+            if len(pages) < last:
+                kv = torch.cat([kv, self.tail_of(seq, len(pages))[:, :, : tokens % BLOCK]], 2)
+            return kv[0, :, : max(0, stop - start)], kv[1, :, : max(0, stop - start)]
+
     def _read(self, seq: int, pages: Tensor, first: int) -> Blocks:
         """What pages of a sequence decode to, those of the blocks from ``first`` on."""
         sequence = self._sequence(seq)

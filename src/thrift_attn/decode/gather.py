@@ -13,24 +13,31 @@ from thrift_attn.numerics import DecodeNumerics
 from thrift_attn.reference.page_layout import HIGH
 
 
-def gather_pages(k: Tensor, v: Tensor, *, cache: CacheTensors, numerics: DecodeNumerics, tokens: int) -> None:
+def gather_pages(
+    k: Tensor, v: Tensor, *, cache: CacheTensors, numerics: DecodeNumerics, tokens: int, start: int = 0
+) -> None:
     """Write K and V of every sequence up to its length, from its pages and from the tail, without channel scales.
 
     Blocks without a residual are what the base decodes to.
 
     Args:
-        k: ``[B, Hkv, S, D]`` in the dtype of the cache, contiguous, written; S is at least ``tokens``.
+        k: ``[B, Hkv, S, D]`` in the dtype of the cache, contiguous, written up to the length of each sequence; S is at least
+            ``tokens``.
         v: likewise.
         cache: what is read.
         numerics: how blocks are stored.
-        tokens: the longest of the lengths, known to the caller.
+        tokens: how many tokens from ``start`` on: up to the longest of the lengths, which the caller knows, or a multiple of
+            64, for a tile.
+        start: the first token, a multiple of 64.
 
     Raises:
-        ValueError: too little room, or tensors that are not contiguous.
+        ValueError: too little room, tensors that are not contiguous, or a start within a block.
     """
     batch, kv_heads, capacity, dim = k.shape
     if capacity < tokens:
         raise ValueError(f"k and v must have room for {tokens} tokens, got {capacity}")
+    if start % BLOCK:
+        raise ValueError(f"a tile must start at a multiple of {BLOCK}, got {start}")
     if not (k.is_contiguous() and v.is_contiguous()):
         raise ValueError(f"k and v must be contiguous, got strides {k.stride()} and {v.stride()}")
     if not tokens:
@@ -61,6 +68,7 @@ def gather_pages(k: Tensor, v: Tensor, *, cache: CacheTensors, numerics: DecodeN
             cache.page_table if residents is None else residents.slot_of_page,
             cache.max_blocks,
             capacity,
+            start // BLOCK,
             **cache.strides("base", "high", "mean", "first"),
             FIRST_IN_PAGE=cache.first_in_page,
             **cache.ring_constants,

@@ -41,9 +41,9 @@ def _decoded(ptr16, ptr32, t, spot, rows, J: tl.constexpr, T: tl.constexpr, EIGH
         return _half(quarter_bits(word, J)) * _scale(scales, J) * 128.0
 
 
-@triton.jit(do_not_specialize=["blocks", "capacity"])
+@triton.jit(do_not_specialize=["blocks", "capacity", "first"])
 def gather_pages_kernel(
-    k_ptr,  # [B, Hkv, S, D], contiguous, written up to the length of each sequence
+    k_ptr,  # [B, Hkv, S, D], contiguous, written from block ``first`` up to the length of each sequence
     v_ptr,
     base16_ptr,  # the base plane in 16-bit and in 32-bit words, which BASE_PAGE and BASE_HEAD count
     base32_ptr,
@@ -60,6 +60,7 @@ def gather_pages_kernel(
     slot_of_page_ptr,  # int32 [pages, Hkv], with POOLED: where the plane of promoted blocks lies, below 0 where it is not kept
     blocks,  # NB
     capacity,  # S
+    first,  # the block that comes first
     BASE_PAGE: tl.constexpr,
     BASE_HEAD: tl.constexpr,
     HIGH_PAGE: tl.constexpr,
@@ -88,7 +89,7 @@ def gather_pages_kernel(
     HALF8: tl.constexpr = T * 256 + (T + 1) // 2 * 32
     EIGHT: tl.constexpr = HIGH == 2
     SIZE: tl.constexpr = HALF8 if EIGHT else HALF
-    block = tl.program_id(0)
+    block = first + tl.program_id(0)
     t = tl.program_id(1)  # tile
     b, h = tl.program_id(2) // HKV, tl.program_id(2) % HKV
     length = tl.load(lengths_ptr + b)
@@ -101,7 +102,7 @@ def gather_pages_kernel(
     row = 8 * s + a + 0 * q + 0 * c
     column = 4 * q + c + 0 * a + 0 * s
     turned = 8 * (c // 2) + 2 * q + c % 2 + 0 * a + 0 * s  # the token of a V column
-    out = (b.to(tl.int64) * HKV + h) * capacity * D
+    out = ((b.to(tl.int64) * HKV + h) * capacity - first * 64) * D
     if block * 64 + 64 <= length:
         page = tl.load(page_table_ptr + b.to(tl.int64) * blocks + block)
         out += block.to(tl.int64) * 64 * D

@@ -74,7 +74,7 @@ def pack_tail(
 
     Args:
         pages: int32 ``[B]``, the page of the block of each sequence; sequences with a negative page are skipped.
-        numbers: int32 ``[B]``, the number of that block in its sequence, contiguous.
+        numbers: int32 ``[B]``, the number of that block in its sequence.
         cache: as in `pack_blocks`.
         numerics: how blocks are stored.
         slots: int32 ``[B, Hkv]``, as in `pack_blocks`.
@@ -84,7 +84,9 @@ def pack_tail(
         ValueError: shapes or strides that do not fit.
         NotImplementedError: another base format.
     """
-    cache.check_beside(len(pages), cache.k_block_mean.shape[-1])
+    if pages.shape != cache.rings.shape or numbers.shape != pages.shape:
+        want = list(cache.rings.shape)
+        raise ValueError(f"expected pages and numbers {want}, got {list(pages.shape)} and {list(numbers.shape)}")
     _pack(
         cache.tail[:, 0], cache.tail[:, 1], pages, cache.rings, pages, numbers, slots, cache, numerics,
         ring=cache.tail.shape[3], of_sequences=True, overlap=overlap,

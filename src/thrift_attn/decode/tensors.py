@@ -121,11 +121,11 @@ class CacheTensors:
         """
         high = self.base if self.high is None else self.high
         tensors = {"base": self.base, "high": high, "mean": self.k_block_mean, "first": self.block0_mean}
-        return {
-            f"{name.upper()}_{what}": tensors[name].stride(at)
-            for name in planes
-            for at, what in enumerate(("PAGE", "HEAD"))
-        }
+        found = {}
+        for plane in planes:
+            page, head, _ = tensors[plane].stride()
+            found |= {f"{plane.upper()}_PAGE": page, f"{plane.upper()}_HEAD": head}
+        return found
 
     @property
     def ring_constants(self) -> dict[str, int]:

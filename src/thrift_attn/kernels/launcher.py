@@ -44,8 +44,10 @@ def check_planes(**planes: Tensor) -> None:
     """Raise ValueError unless the last dimension of each plane ``[pages, Hkv, ...]`` is contiguous and every head of every
     page begins at a multiple of 16 bytes: kernels load that much at a time."""
     for name, x in planes.items():
-        steps = [stride * x.element_size() for size, stride in zip(x.shape[:-1], x.stride(), strict=False) if size > 1]
-        if any(step % 16 for step in (x.data_ptr(), *steps)) or (x.stride(-1) != 1 and x.shape[-1] > 1):
+        page, head, last = x.stride()
+        pages, heads, _ = x.shape
+        steps = page * (pages > 1) | head * (heads > 1)
+        if last != 1 or (steps * x.element_size() | x.data_ptr()) & 15:
             raise ValueError(
                 f"{name} must be contiguous in its last dimension, and its pages and heads must begin at multiples of 16 "
                 f"bytes; got strides {list(x.stride())} of {x.element_size()} bytes, {x.data_ptr() % 16} bytes too far"
