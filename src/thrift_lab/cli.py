@@ -13,7 +13,18 @@ try:
     from rich.console import Console
 
     from thrift_lab.bench.bench_cli import app as bench
-    from thrift_lab.console import Device, Dtype, Model, Promoted, Storage, errors, hush, logging_to, shown
+    from thrift_lab.console import (
+        Device,
+        Dtype,
+        Model,
+        Promoted,
+        Storage,
+        TextSource,
+        errors,
+        hush,
+        logging_to,
+        shown,
+    )
     from thrift_lab.eval.eval_cli import METHODS, run_nll, table_console
     from thrift_lab.eval.eval_cli import app as evals
     from thrift_lab.eval.reproduce_cli import app as reproduce
@@ -150,6 +161,28 @@ def _find_needle(model: str, device: str, dtype: str, console: Console) -> None:
     found = {one.way: one.found for one in haystack.ask(loaded, text, _show, log)}
     if found[haystack.PLAIN] and not found[haystack.THRIFT]:
         raise typer.Exit(1)
+
+
+@app.command()
+def calibrate(
+    model: Annotated[str, typer.Argument(help="Name, local folder, .gguf file or hub id.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="The file.")] = Path("scales.safetensors"),
+    text: TextSource = "shakespeare",
+    tokens: Annotated[int, typer.Option(help="Of the text that are read.")] = 2048,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+) -> None:
+    """Write the powers of two that vLLM's pages of a model are packed with, for the plugin's option "scales" (docs/vllm.md)."""
+    with errors():
+        from thrift_lab.calibrate import calibrate as measured
+        from thrift_lab.calibrate import write
+        from thrift_lab.models import load_model
+
+        console = Console(stderr=True)
+        with shown(console) as (report, _):
+            loaded = load_model(model, device=device, dtype=dtype, log=report)
+            scales = measured(loaded, text, tokens, report)
+        logging_to(console)(write(loaded, scales, text, output))
 
 
 @app.command()

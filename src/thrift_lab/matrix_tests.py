@@ -18,11 +18,15 @@ FOLDERS = ("tests/reference", "tests/cache", "tests/transformers")
 """What depends on the versions of Python, torch and transformers."""
 
 ASK = """
-import importlib.metadata as m, json, platform
-names = ("torch", "transformers", "triton", "numpy", "safetensors")
+import importlib.metadata as m, json, platform, sys
+names = sys.argv[1:]
 found = {d.metadata["Name"]: d.version for d in m.distributions()}
 print(json.dumps({"python": platform.python_version(), **{n: found.get(n) for n in names}}))
 """
+
+
+PACKAGES = ("torch", "transformers", "triton", "numpy", "safetensors")
+"""Whose versions a row tells."""
 
 
 class Versions(BaseModel):
@@ -35,6 +39,14 @@ class Versions(BaseModel):
 
     versions: dict[str, str | None]
     steps: list[Step] = Field(default_factory=list)
+
+    @classmethod
+    def of(cls, python: str, packages: tuple[str, ...] = PACKAGES) -> Versions:
+        """Return an empty row of a Python, and tell what it has."""
+        told = subprocess.run([python, "-c", ASK, *packages], capture_output=True, text=True, check=True).stdout
+        row = cls(versions=json.loads(told))
+        print(", ".join(f"{name} {version}" for name, version in row.versions.items()), flush=True)
+        return row
 
 
 class MatrixRecord(Record):
@@ -56,10 +68,8 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     record = MatrixRecord(context=make_context(("torch", "transformers")))
     for python in options.pythons:
-        told = subprocess.run([python, "-c", ASK], capture_output=True, text=True, check=True).stdout
-        row = Versions(versions=json.loads(told))
+        row = Versions.of(python)
         record.rows.append(row)
-        print(", ".join(f"{name} {version}" for name, version in row.versions.items()), flush=True)
         for folder in options.tests:
             quiet = ["-q", "-n", "0", "-m", "not gpu", "-W", "ignore"]
             step, _ = run_pytest(folder, [folder, *quiet], seconds=options.seconds, python=python)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from vllm.config import get_current_vllm_config
 from vllm.forward_context import get_forward_context
+from vllm.logger import init_logger
 from vllm.v1.attention.backend import AttentionImpl
 
 from thrift_attn.config import ThriftConfig
@@ -23,6 +24,8 @@ from thrift_attn.vllm.scale_files import LayerScales, measure
 from thrift_attn.vllm.start_scales import scale_before_pages
 from thrift_attn.vllm.tail_ring import SUFFIX, ThriftTail, hang_tails
 from thrift_attn.vllm.unserved import check_layer, check_model
+
+_log = init_logger("vllm.thrift_attn")
 
 EXACT = ThriftConfig(exact_below=EVERYWHERE, budget=1.0)
 """What is computed while a model is calibrated."""
@@ -106,8 +109,18 @@ class ThriftImpl(AttentionImpl):
         context = self._vllm_config.compilation_config.static_forward_context
         layers = {name: one for name, one in context.items() if isinstance(getattr(one, "impl", None), ThriftImpl)}
         hang_tails(self._vllm_config, layers)
+        _log.info_once("%s", self._told())
         if self._computes.pages.channel_scales:
             scale_before_pages(self._vllm_config, layers, self.options)
+
+    def _told(self) -> str:
+        """What a server's log says of thrift."""
+        stored, plain = self.record.token_bytes, 4 * self.head_size
+        scales = "calibrated now" if self.options.scales is None else self.options.scales
+        return (
+            f"thrift: pages of {stored} bytes a token and KV head, {stored / plain:.1%} of 16 bits; "
+            f"budget {self.options.budget}, sink_token {self.options.sink_token}, scales {scales}"
+        )
 
     def forward(
         self,

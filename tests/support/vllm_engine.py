@@ -1,0 +1,132 @@
+"""The real engine on a CPU, in this process or in one of its own, and how answers are compared."""
+
+from __future__ import annotations
+
+import functools
+import gc
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+ENVIRONMENT = {
+    "HF_HUB_OFFLINE": "1",
+    "OMP_NUM_THREADS": "1",
+    "VLLM_CPU_KVCACHE_SPACE": "1",
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+    "VLLM_LOGGING_LEVEL": "WARNING",
+    "VLLM_NO_USAGE_STATS": "1",
+}
+for name, value in ENVIRONMENT.items():  # vLLM looks at it when it is imported
+    os.environ.setdefault(name, value)
+
+
+class Output(NamedTuple):
+    """What one request got: its tokens, the largest logprobs of each by token, and how many tokens were in pages already."""
+
+    tokens: list[int]
+    logprobs: list[dict[int, float]]
+    cached: int
+
+
+@contextmanager
+def engine(model: str, thrift: dict[str, Any] | None, **options: Any) -> Iterator[Any]:
+    """Start vLLM in this process, with thrift for its attention or without."""
+    from vllm import LLM
+    from vllm.distributed import cleanup_dist_env_and_memory
+    from vllm.platforms import current_platform
+    from vllm.v1.attention import selector
+    from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
+
+    from thrift_attn.vllm import CPU_BACKEND
+
+    AttentionBackendEnum.CPU_ATTN.clear_override()
+    if thrift is not None:
+        register_backend(AttentionBackendEnum.CPU_ATTN, CPU_BACKEND)
+        options["additional_config"] = {"thrift": thrift}
+    selector._cached_get_attn_backend.cache_clear()
+    overrides = getattr(current_platform, "register_triton_kernel_overrides", None)
+    if overrides is not None and not hasattr(overrides, "cache_info"):
+        # vLLM makes one worker a process and stumbles over a second one here; once is enough.
+        current_platform.register_triton_kernel_overrides = functools.cache(overrides)
+    defaults = {"dtype": "float16", "max_model_len": 1024, "enforce_eager": True, "seed": 0, "disable_log_stats": False}
+    llm = LLM(model, **{**defaults, **options})
+    try:
+        yield llm
+    finally:
+        llm.llm_engine.engine_core.shutdown()
+        del llm
+        gc.collect()
+        cleanup_dist_env_and_memory()
+
+
+def ask(llm: Any, prompts: list[list[int]], tokens: int = 40) -> list[Output]:
+    """Let an engine answer prompts, the likeliest token each time."""
+    from vllm import SamplingParams
+
+    how = SamplingParams(temperature=0, max_tokens=tokens, ignore_eos=True, logprobs=5)
+    answers = llm.generate([{"prompt_token_ids": ids} for ids in prompts], how, use_tqdm=False)
+    return [
+        Output(
+            list(one.outputs[0].token_ids),
+            [{token: seen.logprob for token, seen in step.items()} for step in one.outputs[0].logprobs],
+            one.num_cached_tokens,
+        )
+        for one in answers
+    ]
+
+
+def count(llm: Any, name: str) -> float:
+    """A counter of the engine."""
+    return sum(metric.value for metric in llm.get_metrics() if metric.name == name)
+
+
+def check_alike(found: list[Output], wanted: list[Output], noise: float, least: float = 0.6) -> None:
+    """Check that tokens are the same as long as logits are not tied within ``noise``, and logprobs up to it.
+
+    Behind a tie both go on with texts of their own, and nothing more is to be compared: of all tokens at least a share
+    ``least`` must come before.
+    """
+    compared = 0
+    for number, (got, want) in enumerate(zip(found, wanted, strict=True)):
+        for step, (seen, there) in enumerate(zip(got.logprobs, want.logprobs, strict=True)):
+            both = seen.keys() & there.keys()
+            worst = max(abs(seen[token] - there[token]) for token in both)
+            assert worst <= noise, f"request {number}, token {step}: logprobs differ by {worst}"
+            compared += 1
+            if got.tokens[step] != want.tokens[step]:
+                best, second, *_ = sorted(there.values(), reverse=True)
+                assert best - second <= 2 * noise, f"request {number}, token {step}: not tied, {best - second} apart"
+                break
+    total = sum(len(one.tokens) for one in wanted)
+    assert compared >= least * total, f"only {compared} of {total} tokens could be compared"
+
+
+def ask_in_process(environment: dict[str, str] | None = None, **given: Any) -> subprocess.Popen[str]:
+    """Start an engine in a process of its own; `answers` waits for it.
+
+    Args:
+        environment: changes to this process's.
+        **given: model, prompts, thrift, options of the engine, and the version that vLLM says it is.
+    """
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1]), **(environment or {})}
+    return subprocess.Popen(
+        [sys.executable, "-m", "support.ask_vllm", json.dumps(given)],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment,
+    )  # fmt: skip
+
+
+def answers(process: subprocess.Popen[str]) -> list[Output]:
+    """What an engine in a process of its own has answered."""
+    out, err = process.communicate(timeout=300)
+    assert process.returncode == 0, err[-3000:]
+    said = next(line for line in out.splitlines() if line.startswith("[["))  # among what vLLM has to say
+    return [
+        Output(tokens, [{int(token): value for token, value in step.items()} for step in logprobs], cached)
+        for tokens, logprobs, cached in json.loads(said)
+    ]

@@ -1,0 +1,116 @@
+"""One engine in this process: the answers are those of vLLM's own attention, whatever its scheduler does."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from support.vllm_engine import Output, ask, check_alike, count, engine
+from thrift_attn.vllm.scale_files import LayerScales, write_scales
+
+WHOLE = {"budget": 1}
+NOISE = 0.06
+"""Of logprobs: of 16-bit numbers and of residuals, in a model of two random layers whose logits spread over some 10 nats."""
+
+
+def test_every_block_promoted_is_vllms_own_attention(of_thrift: list[Output], of_vllm: list[Output]) -> None:
+    check_alike(of_thrift, of_vllm, NOISE, least=0.4)
+
+
+def test_prefix_hits_are_what_misses_are(model: str, prompts: list[list[int]], of_thrift: list[Output]) -> None:
+    with engine(model, WHOLE) as llm:
+        first, second = (ask(llm, prompts[:3] + prompts[4:]) for _ in range(2))
+        pages = llm.llm_engine.vllm_config.cache_config
+    assert pages.block_size == 128
+    assert [one.cached for one in second] == [0, 256, 128, 128, 128]
+    wanted = of_thrift[:3] + of_thrift[4:]
+    check_alike(first, wanted, NOISE)
+    check_alike(second, wanted, NOISE)
+
+
+def test_parts_of_a_prompt_are_what_the_whole_is(model: str, prompts: list[list[int]], of_thrift: list[Output]) -> None:
+    with engine(model, WHOLE, max_num_batched_tokens=96, max_num_seqs=8) as llm:
+        check_alike(ask(llm, prompts), of_thrift, NOISE)
+
+
+def test_preempted_requests_are_computed_again(model: str, prompts: list[list[int]], of_thrift: list[Output]) -> None:
+    with engine(model, WHOLE, num_gpu_blocks_override=9, max_model_len=512, enable_prefix_caching=False) as llm:
+        found = ask(llm, prompts)
+        assert count(llm, "vllm:num_preemptions") >= 1
+    check_alike(found, of_thrift, NOISE)
+
+
+def test_drafts_that_are_taken_back_leave_nothing(
+    model: str, prompts: list[list[int]], of_thrift: list[Output]
+) -> None:
+    """As many as a ring has room for; of n-grams in random text most are wrong."""
+    guess = {"method": "ngram", "num_speculative_tokens": 11, "prompt_lookup_max": 2, "prompt_lookup_min": 1}
+    with engine(model, WHOLE, speculative_config=guess) as llm:
+        found = ask(llm, prompts)
+        drafted, accepted = (count(llm, f"vllm:spec_decode_num_{what}_tokens") for what in ("draft", "accepted"))
+    assert drafted > accepted
+    assert drafted > 30
+    check_alike(found, of_thrift, NOISE)
+
+
+def test_the_default_budget_promotes_all_of_short_texts(
+    model: str, prompts: list[list[int]], of_thrift: list[Output]
+) -> None:
+    with engine(model, {}) as llm:
+        check_alike(ask(llm, prompts[:2]), of_thrift[:2], NOISE)
+
+
+def test_a_small_budget_is_another_answer(model: str, prompts: list[list[int]], of_thrift: list[Output]) -> None:
+    """So that the tests above can fail: 4-bit noise is far larger than what they allow."""
+    with engine(model, {"budget": 0}) as llm:
+        found = ask(llm, prompts[:3])
+    with pytest.raises(AssertionError):
+        check_alike(found, of_thrift[:3], NOISE)
+
+
+def scales_of(llm: Any) -> dict[int, LayerScales]:
+    layers = llm.llm_engine.vllm_config.compilation_config.static_forward_context
+    return {number: layers[f"model.layers.{number}.self_attn.attn"].impl.scales for number in range(2)}
+
+
+def test_scales_are_the_same_at_every_start_or_those_of_a_file(
+    model: str, prompts: list[list[int]], of_thrift: list[Output], tmp_path: Path
+) -> None:
+    started = []
+    for _ in range(2):
+        with engine(model, WHOLE) as llm:
+            started.append(scales_of(llm))
+    for number in range(2):
+        assert all(map(torch.equal, started[0][number], started[1][number]))
+        assert not torch.equal(started[0][number].k_channel_scale, torch.ones(2, 64))
+    own = {n: LayerScales(one.k_channel_scale * 2, one.v_head_scale / 2) for n, one in started[0].items()}
+    write_scales(tmp_path / "own.safetensors", own)
+    with engine(model, {**WHOLE, "scales": str(tmp_path / "own.safetensors")}) as llm:
+        assert all(map(torch.equal, scales_of(llm)[1], own[1]))
+        check_alike(ask(llm, prompts[:2]), of_thrift[:2], NOISE)
+    with engine(model, {**WHOLE, "scales": "ones"}) as llm:
+        assert scales_of(llm)[1] is None
+        check_alike(ask(llm, prompts[:2]), of_thrift[:2], NOISE)
+
+
+def refusal(model: str, thrift: dict[str, Any], **options: Any) -> str:
+    with pytest.raises((ValueError, NotImplementedError, RuntimeError)) as caught, engine(model, thrift, **options):
+        pass
+    return str(caught.value)
+
+
+def test_another_version_is_refused_when_thrift_is_chosen(model: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("vllm.__version__", "0.99.0")
+    assert "serves vLLM 0.29 to 0.32, this is 0.99.0" in refusal(model, WHOLE)
+
+
+def test_what_is_not_served_is_refused_when_the_engine_starts(model: str) -> None:
+    assert "unknown option 'buget'" in refusal(model, {"buget": 1})
+    assert "residual_share must be 1" in refusal(model, {"residual_share": 0.15})
+    assert "--kv-cache-dtype fp8" in refusal(model, {}, kv_cache_dtype="fp8")
+    assert "multiple of 128, got 64" in refusal(model, {}, block_size=64)
+    guess = {"method": "ngram", "num_speculative_tokens": 12, "prompt_lookup_max": 2}
+    assert "64 tokens and 12 drafts" in refusal(model, {}, speculative_config=guess)
