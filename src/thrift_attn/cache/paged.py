@@ -242,20 +242,20 @@ class PagedThriftCache(CacheSequences):
         kv = torch.stack([k, v])  # [2, Hkv, T, D]
         if complete > first:
             if start % BLOCK:  # the incomplete block fills up
-                kv = torch.cat([self.tail_of(seq, first)[:, :, : start % BLOCK], kv], 2)
+                kv = torch.cat([self._tail_of(seq, first)[:, :, : start % BLOCK], kv], 2)
             whole = kv[:, :, : (complete - first) * BLOCK]
             slots = admit_blocks(self, seq, whole[0], queries, scale)
             blocks = whole.unflatten(2, (-1, BLOCK)).transpose(1, 2)  # [2, n, Hkv, 64, D]
             self._pack(seq, first, blocks, slots)
             for block in range(max(first, complete - 2), complete):
-                self.tail_of(seq, block).copy_(blocks[:, block - first])
+                self._tail_of(seq, block).copy_(blocks[:, block - first])
                 self._tail_blocks[seq][block % 2] = block
             kv = kv[:, :, (complete - first) * BLOCK :]
         elif queries is not None:
             note_queries(self, seq, queries, scale)
         if kv.shape[2]:
             at = stop % BLOCK - kv.shape[2]
-            self.tail_of(seq, complete)[:, :, at : stop % BLOCK] = kv
+            self._tail_of(seq, complete)[:, :, at : stop % BLOCK] = kv
             self._tail_blocks[seq][complete % 2] = complete
 
     def _pack(self, seq: int, first: int, blocks: Tensor, slots: Tensor | None) -> None:
@@ -412,7 +412,7 @@ class PagedThriftCache(CacheSequences):
     def _planes(self, seq: int) -> reference.Planes:
         """One sequence as the reference sees it: pages, then the incomplete block, exact on both paths."""
         tokens, pages = self.table.tokens(seq), self.table.pages(seq)
-        kept = self.tail_of(seq, tokens // BLOCK)[:, :, : tokens % BLOCK]
+        kept = self._tail_of(seq, tokens // BLOCK)[:, :, : tokens % BLOCK]
         others = self.per_sequence.block0_mean[seq] if self.numerics.exact_sink and tokens >= BLOCK else None
         resident = None if self.residual_slots is None else self.residual_slots.of_pages(pages) >= 0
         return sequence_planes(self._read(seq, pages, 0), kept, block0_mean=others, resident=resident)

@@ -239,7 +239,7 @@ class CacheSequences:
         with self._changing():
             if tokens % BLOCK and self._tail_blocks[seq][block % 2] != block:
                 read = self._read(seq, self.table.table[seq, block : block + 1].long(), block)
-                self.tail_of(seq, block).copy_(torch.stack([read.high_k[0], read.high_v[0]]))
+                self._tail_of(seq, block).copy_(torch.stack([read.high_k[0], read.high_v[0]]))
                 self._tail_blocks[seq][block % 2] = block
             # Nothing stays of a block that begins at the new end: whole blocks that follow may not pass through the tail.
             self._tail_blocks[seq] = [held if held * BLOCK < tokens else -1 for held in self._tail_blocks[seq]]
@@ -302,7 +302,7 @@ class CacheSequences:
                         each._share_slots()
             return other
 
-    def tail_of(self, seq: int, block: int) -> Tensor:
+    def _tail_of(self, seq: int, block: int) -> Tensor:
         """Where K and V of a block lie in 16 bits while it is one of the two newest: a view ``[2, Hkv, 64, D]``."""
         at = block % 2 * BLOCK
         return self.tail[seq, :, :, at : at + BLOCK]
@@ -324,7 +324,7 @@ class CacheSequences:
             read = self._read(seq, pages[first:last], first)
             kv = torch.stack([read.high_k, read.high_v]).to(self.dtype).transpose(1, 2).flatten(2, 3)  # [2, Hkv, T, D]
             if len(pages) < last:
-                kv = torch.cat([kv, self.tail_of(seq, len(pages))[:, :, : tokens % BLOCK]], 2)
+                kv = torch.cat([kv, self._tail_of(seq, len(pages))[:, :, : tokens % BLOCK]], 2)
             return kv[0, :, : max(0, stop - start)], kv[1, :, : max(0, stop - start)]
 
     def _read(self, seq: int, pages: Tensor, first: int) -> Blocks:

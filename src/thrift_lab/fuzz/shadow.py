@@ -124,7 +124,7 @@ def picture(cache: PagedThriftCache, seq: int, resident: Tensor | None = None) -
     high = torch.where(resident[..., None], high, torch.zeros_like(high))
     found = [torch.tensor([tokens]), cache.pool.base[pages], cache.pool.k_block_mean[pages], high, resident]
     if tokens % BLOCK:
-        found.append(cache.tail_of(seq, tokens // BLOCK)[:, :, : tokens % BLOCK].clone())
+        found.append(cache._tail_of(seq, tokens // BLOCK)[:, :, : tokens % BLOCK].clone())
     of_seq = cache.per_sequence
     if tokens >= BLOCK and cache.numerics.exact_sink:
         found += [of_seq.block0_mean[seq].clone(), of_seq.sink_value[seq].clone()]
