@@ -16,6 +16,7 @@ from support.steps import cache_tensors, numerics_of, poisoned_step
 from thrift_attn import top_k
 from thrift_attn.config import ThriftConfig
 from thrift_attn.decode import ops
+from thrift_attn.decode.pack import pack_blocks
 from thrift_attn.decode.tensors import CacheTensors
 from thrift_attn.numerics import DecodeNumerics
 
@@ -136,6 +137,37 @@ def test_the_past_mass_of_a_sequence_without_queries_stays() -> None:
     assert not out.isnan().any()
     assert (mass[0] != 1).all()
     assert (mass[1] == 1).all()
+
+
+def test_a_part_of_a_prompt_is_packed_at_once() -> None:
+    """Its first block among others, where scales are fixed: the pages are those of steps."""
+    cache, k, v = filled("nested")
+    steps, bulk = engine(cache.tensors()), engine(cache.tensors())
+    pages = cache.table.table[0, :2]
+    for tensors in (steps, bulk):
+        tensors.base[pages.long()] = 0
+        tensors.sink_value[pages.long()] = 0
+    for number in range(2):
+        blocks = [x[:1, :, 64 * number : 64 * number + 64] for x in (k, v)]
+        at = torch.tensor([number], dtype=torch.int32, device=DEVICE)
+        pack_blocks(
+            blocks[0], blocks[1], pages[at.long()], cache=steps, numerics=cache.numerics, seqs=at - at, numbers=at
+        )
+    blocks = [x[0, :, :128].unflatten(1, (2, 64)).transpose(0, 1) for x in (k, v)]
+    numbers = torch.arange(2, dtype=torch.int32, device=DEVICE)
+    pack_blocks(
+        blocks[0],
+        blocks[1],
+        pages,
+        cache=bulk,
+        numerics=cache.numerics,
+        seqs=torch.zeros_like(numbers),
+        numbers=numbers,
+    )
+    for name in ("base", "high", "k_block_mean"):
+        assert torch.equal(getattr(bulk, name), getattr(steps, name))
+    assert torch.equal(bulk.sink_value[pages[:1].long()], v[:1, :, 0])
+    assert bulk.base[pages.long()].any()
 
 
 def _only(cache: CacheTensors, seq: int) -> CacheTensors:

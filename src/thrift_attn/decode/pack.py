@@ -41,7 +41,8 @@ def pack_blocks(
         numerics: how blocks are stored.
         seqs: int32 ``[n]``, the sequence of each block. None: blocks of no sequence, without scales and first tokens.
         numbers: int32 ``[n]``, the number of each block in its sequence. Where the first token is exact, it is the c_b of block
-            0, and its V counts as zero. No launch may pack block 0 and others of one sequence, which need its scales.
+            0, and its V counts as zero. No launch may pack block 0 and others of one sequence, which need its scales, unless
+            all sequences have one set of them.
         slots: int32 ``[n, Hkv]``, contiguous: where the plane of promoted blocks goes for each head, below 0 where it is not
             kept; by default to the pages.
         overlap: start while the kernel before it ends (programmatic dependent launch).
