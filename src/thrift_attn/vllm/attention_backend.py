@@ -26,18 +26,22 @@ class ThriftBuilder(AttentionMetadataBuilder[StepRows]):  # type: ignore[type-va
 
     def __init__(self, kv_cache_spec: Any, layer_names: list[str], vllm_config: Any, device: torch.device):
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
-        self._init_reorder_batch_threshold(DECODE_ROWS)  # those that decode come first
+        block_tokens = vllm_config.cache_config.block_size
+        # Those that decode come first: as many tokens as a ring takes while it holds what a block lacks.
+        self._decodes = min(DECODE_ROWS, PageRecord(kv_cache_spec.head_size).ring_tokens(block_tokens) - BLOCK + 1)
+        self._init_reorder_batch_threshold(self._decodes)
 
     def build(self, common_prefix_len: int, common_attn_metadata: Any, fast_build: bool = False) -> StepRows:
         """Return the sequences of a step."""
         common = common_attn_metadata
         if common.causal is not True:
             raise NotImplementedError("the thrift backend serves causal attention")
-        decoding, prompts, *_ = split_decodes_and_prefills(common, decode_threshold=DECODE_ROWS)
-        rows: list[PromptRow] = []
+        decoding, prompts, *_ = split_decodes_and_prefills(common, decode_threshold=self._decodes)
+        most, rows = common.max_query_len, []
         if prompts:
             starts, lengths = common.query_start_loc_cpu.tolist(), host_lengths(common)
             counts = [end - start for start, end in pairwise(starts)]
+            most = max(counts[:decoding], default=0)
             rows = [
                 PromptRow(row, starts[row], counts[row], lengths[row] - counts[row])
                 for row in range(decoding, decoding + prompts)
@@ -48,6 +52,7 @@ class ThriftBuilder(AttentionMetadataBuilder[StepRows]):  # type: ignore[type-va
             lengths=common.seq_lens,
             page_table=common.block_table_tensor,
             decoding=decoding,
+            most=most,
             prompts=rows,
         )
 

@@ -11,24 +11,20 @@ from vllm.forward_context import get_forward_context
 from vllm.logger import init_logger
 from vllm.v1.attention.backend import AttentionImpl
 
-from thrift_attn.config import ThriftConfig
-from thrift_attn.crossovers import EVERYWHERE
 from thrift_attn.dispatch import cache_config, check_cache
 from thrift_attn.interface import attend
 from thrift_attn.numerics import DecodeNumerics
 from thrift_attn.reference.paged_rows import SharedPages
 from thrift_attn.vllm.engine_options import EngineOptions
-from thrift_attn.vllm.engine_step import LayerOptions, StepRows, attend_step
-from thrift_attn.vllm.page_record import PageRecord, PageViews
+from thrift_attn.vllm.engine_step import EXACT, LayerOptions, StepPages, StepRows, attend_step, rehearse
+from thrift_attn.vllm.page_record import PageRecord
+from thrift_attn.vllm.plain_pages import PlainPages
 from thrift_attn.vllm.scale_files import LayerScales, measure
 from thrift_attn.vllm.start_scales import scale_before_pages
 from thrift_attn.vllm.tail_ring import SUFFIX, ThriftTail, hang_tails
 from thrift_attn.vllm.unserved import check_layer, check_model
 
 _log = init_logger("vllm.thrift_attn")
-
-EXACT = ThriftConfig(exact_below=EVERYWHERE, budget=1.0)
-"""What is computed while a model is calibrated."""
 
 
 class ThriftImpl(AttentionImpl):
@@ -82,7 +78,7 @@ class ThriftImpl(AttentionImpl):
         stored = cache_config(self.options.for_pages())
         self.device = torch.device(self._vllm_config.device_config.device)
         self._dtype = self._vllm_config.model_config.dtype
-        check_cache(stored, head_size, self._dtype, self.device)
+        self._by = check_cache(stored, head_size, self._dtype, self.device)
         self.record = PageRecord(head_size, stored.promoted_storage)
         self._computes = LayerOptions(
             prompts=self.options.for_prompts(),
@@ -93,7 +89,8 @@ class ThriftImpl(AttentionImpl):
         self.tail: ThriftTail | None = None
         self.scales: LayerScales | None = None
         self.calibrating = False
-        self._views: tuple[Tensor, PageViews] | None = None
+        self._budget: Tensor | None = None
+        self._held: tuple[Tensor, Any] | None = None
 
     @property
     def lacks_scales(self) -> bool:
@@ -109,6 +106,10 @@ class ThriftImpl(AttentionImpl):
         context = self._vllm_config.compilation_config.static_forward_context
         layers = {name: one for name, one in context.items() if isinstance(getattr(one, "impl", None), ThriftImpl)}
         hang_tails(self._vllm_config, layers)
+        if self._by == "triton":
+            from thrift_attn.vllm.kernel_pages import step_budget
+
+            self._budget = step_budget(self._computes, self._vllm_config.model_config.max_model_len, self.device)
         _log.info_once("%s", self._told())
         if self._computes.pages.channel_scales:
             scale_before_pages(self._vllm_config, layers, self.options)
@@ -151,32 +152,43 @@ class ThriftImpl(AttentionImpl):
             raise NotImplementedError("the thrift backend returns its output in 16 bits, not quantised")
         if attn_metadata is None:
             return self._attend_without_pages(query, key, value, output)
-        tail = self._tail_of(layer)
-        rings = get_forward_context().attn_metadata[tail.layer_name].rings  # type: ignore[index]
-        attend_step(
-            query, key, value, output,
-            rows=attn_metadata, rings=rings, layer=self._pages(kv_cache, tail), options=self._computes,
-        )  # fmt: skip
+        if self.tail is None:
+            raise RuntimeError(f"{layer.layer_name} has no {layer.layer_name + SUFFIX}: its weights were never loaded")
+        rings = get_forward_context().attn_metadata[self.tail.layer_name].rings  # type: ignore[index]
+        pages = self._pages(kv_cache, self.tail, attn_metadata, rings)
+        attend_step(query, key, value, output, rows=attn_metadata, pages=pages, options=self._computes)
         return output
 
     def _attend_without_pages(self, query: Tensor, key: Tensor, value: Tensor, output: Tensor) -> Tensor:
-        """One prompt of all tokens, exactly, where someone looks; else there is nothing to compute."""
+        """One prompt of all tokens: exactly while the model is calibrated, else for the memory that it takes on a GPU."""
         if not self.calibrating:
+            if self._by == "triton":
+                rehearse(query, key, value, self._computes)
             return output.zero_()
         q, k, v = (x.transpose(0, 1)[None] for x in (query, key, value))
         self.scales = measure(k[0], v[0], centred=self._computes.pages.centred)
         found = attend(q, k, v, config=EXACT, scale=self.scale, softcap=self._computes.softcap).out
         return output.copy_(found[0].transpose(0, 1))
 
-    def _tail_of(self, layer: Any) -> ThriftTail:
-        if self.tail is None:
-            raise RuntimeError(f"{layer.layer_name} has no {layer.layer_name + SUFFIX}: its weights were never loaded")
-        return self.tail
+    def _pages(self, kv_cache: Tensor, tail: ThriftTail, rows: StepRows, rings: Tensor) -> StepPages:
+        """What the sequences of a step lie in."""
+        if self._by == "reference":
+            return PlainPages(self._layer(kv_cache, tail), rows, rings, self._computes)
+        from thrift_attn.vllm.kernel_pages import KernelPages
 
-    def _pages(self, kv_cache: Tensor, tail: ThriftTail) -> SharedPages:
+        return KernelPages(self._layer(kv_cache, tail), rows, rings)
+
+    def _layer(self, kv_cache: Tensor, tail: ThriftTail) -> Any:
         """What the layer's sequences lie in. vLLM may bind other blocks after it has measured memory."""
-        if self._views is None or self._views[0] is not kv_cache:
-            self._views = kv_cache, self.record.pages(kv_cache.view(torch.uint8), self._dtype)
-        if self.lacks_scales:
-            raise RuntimeError(f"{tail.layer_name.removesuffix(SUFFIX)} was not calibrated before its first page")
-        return SharedPages(*self._views[1], tail.rings, *(self.scales or (None, None)))
+        if self._held is None or self._held[0] is not kv_cache:
+            if self.lacks_scales:
+                raise RuntimeError(f"{tail.layer_name.removesuffix(SUFFIX)} was not calibrated before its first page")
+            views = self.record.pages(kv_cache.view(torch.uint8), self._dtype)
+            layer: Any = SharedPages(*views, tail.rings, *(self.scales or (None, None)))
+            if self._by == "triton":
+                from thrift_attn.vllm.kernel_pages import KernelLayer
+
+                assert self._budget is not None
+                layer = KernelLayer(layer, self._computes, self._budget)
+            self._held = kv_cache, layer
+        return self._held[1]

@@ -1,25 +1,34 @@
 """One step of one layer over a batch as an engine packs it: some sequences decode, others bring a part of their prompt.
 
 All K and V of the step are written before anything is read: a sequence may share pages that another of the same step completes.
+
+A first part of a prompt is attended as `thrift_attn.attention` does, over its K and V as they came. A later one is attended
+exactly, its own tokens as they came and those before them tile by tile from pages, and merged: which blocks are worth promoting
+is no question of one tile (`thrift_attn.cache.tiles`).
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from itertools import pairwise
-from typing import NamedTuple
+from functools import cached_property
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
 from thrift_attn.combine import merge
 from thrift_attn.config import BLOCK, ThriftConfig
+from thrift_attn.crossovers import EVERYWHERE
 from thrift_attn.interface import attend
 from thrift_attn.numerics import DecodeNumerics
-from thrift_attn.reference.paged_rows import SharedPages, append_row, attend_row, read_row
 
 TILE_BLOCKS = 128
-"""Blocks of the context that are widened to 16 bits at a time when a later part of a prompt is attended: 8,192 tokens."""
+"""Blocks of the context that are widened to 16 bits at a time: 8,192 tokens."""
+
+EXACT = ThriftConfig(
+    budget=1.0, center="none", smooth="none", sink_token="none", normalize="exact", exact_below=EVERYWHERE
+)
+"""Every block in 16 bits."""
 
 
 class PromptRow(NamedTuple):
@@ -37,6 +46,16 @@ class PromptRow(NamedTuple):
     count: int
     before: int
 
+    @property
+    def tokens(self) -> slice:
+        """Its tokens in the step."""
+        return slice(self.start, self.start + self.count)
+
+    @property
+    def complete(self) -> int:
+        """Its complete blocks before the step."""
+        return self.before // BLOCK
+
 
 @dataclass(frozen=True, kw_only=True)
 class StepRows:
@@ -46,7 +65,8 @@ class StepRows:
         starts: int32 ``[B + 1]``, where the tokens of each sequence start, and where the last ones end.
         lengths: int32 ``[B]``, tokens of each sequence, the new ones included. A padded row has none.
         page_table: int32 ``[B, NB]``, the page of each block of 64 tokens.
-        decoding: sequences that decode: up to `thrift_attn.config.DECODE_ROWS` tokens each.
+        decoding: sequences that decode.
+        most: the most tokens of one of them.
         prompts: the others.
     """
 
@@ -54,7 +74,13 @@ class StepRows:
     lengths: Tensor
     page_table: Tensor
     decoding: int
+    most: int
     prompts: list[PromptRow]
+
+    @cached_property
+    def before(self) -> Tensor:
+        """Tokens of those that decode without the new ones, int32 ``[decoding]``: worked out once for all layers."""
+        return self.lengths[: self.decoding] - self.starts[: self.decoding + 1].diff()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,81 +100,98 @@ class LayerOptions:
     softcap: float | None
 
 
-class Prompt(NamedTuple):
-    """What a part of a prompt attends to: its own tokens, those before them in their block, and complete blocks in pages."""
+class StepPages(Protocol):
+    """The pages and rings of a step's sequences: `thrift_attn.vllm.plain_pages` or `thrift_attn.vllm.kernel_pages`."""
 
-    at: slice  # its tokens in the step
-    k: Tensor  # [Hkv, T, D] of the tokens behind complete blocks
-    v: Tensor
-    complete: int  # blocks
-    pages: Tensor  # int64 [NB]
+    def kept(self, prompt: PromptRow) -> Tensor:
+        """K and V of a sequence behind its complete blocks before the step, ``[2, Hkv, 0 to 63, D]``: a copy."""
+        ...
+
+    def append_prompt(self, prompt: PromptRow, k: Tensor, v: Tensor) -> None:
+        """Write the K and V of a prompt's new tokens, ``[count, Hkv, D]``."""
+        ...
+
+    def append_decoding(self, k: Tensor, v: Tensor) -> None:
+        """Write the K and V of all that decode, from packed tokens ``[tokens, Hkv, D]``."""
+        ...
+
+    def attend_decoding(self, q: Tensor, out: Tensor) -> None:
+        """Attend to all that they hold, from packed queries ``[tokens, Hq, D]`` into an output of that shape."""
+        ...
+
+    def tile(self, prompt: PromptRow, blocks: range) -> tuple[Tensor, Tensor]:
+        """K and V of some of a sequence's complete blocks in 16 bits, ``[Hkv, tokens, D]`` each."""
+        ...
 
 
 def attend_step(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    out: Tensor,
-    *,
-    rows: StepRows,
-    rings: Tensor,
-    layer: SharedPages,
-    options: LayerOptions,
+    q: Tensor, k: Tensor, v: Tensor, out: Tensor, *, rows: StepRows, pages: StepPages, options: LayerOptions
 ) -> None:
-    """Write the K and V of a step and attend, on a CPU.
+    """Write the K and V of a step and attend.
 
     Args:
-        q: ``[tokens, Hq, D]``; tokens behind the last sequence are padding.
+        q: ``[tokens, Hq, D]``; tokens behind those of the last sequence are padding.
         k: ``[tokens, Hkv, D]``.
         v: likewise.
-        out: the output, the shape of ``q``; padding is left alone.
+        out: the output, the shape of ``q``; what it holds of padding means nothing.
         rows: which sequence has which tokens.
-        rings: int32 ``[B]``, the ring of each sequence.
-        layer: what the sequences lie in.
+        pages: what they lie in.
         options: what is computed.
     """
-    starts, lengths, ring_of = rows.starts.tolist(), rows.lengths.tolist(), rings.tolist()
-    pages = rows.page_table.long()
-    prompts = [_gather(k, v, one, pages[one.row], ring_of[one.row], layer) for one in rows.prompts]
-    for row, (first, last) in enumerate(pairwise(starts)):
-        if last > first:
-            new_k, new_v = (x[first:last].transpose(0, 1) for x in (k, v))
-            before = lengths[row] - (last - first)
-            append_row(layer, pages[row], ring_of[row], new_k, new_v, before=before, numerics=options.pages)
-    for row in range(rows.decoding):
-        first, last = starts[row : row + 2]
-        if last > first:
-            queries = q[first:last].transpose(0, 1)
-            found, _ = attend_row(
-                queries, layer, pages[row], ring_of[row],
-                tokens=lengths[row], numerics=options.pages, scale=options.scale, softcap=options.softcap,
-            )  # fmt: skip
-            out[first:last] = found.transpose(0, 1)
-    for prompt in prompts:
-        out[prompt.at] = _attend_prompt(q[prompt.at].transpose(0, 1), prompt, layer, options).transpose(0, 1)
+    kept = [pages.kept(prompt) for prompt in rows.prompts]  # before the ring goes on
+    for prompt in rows.prompts:
+        pages.append_prompt(prompt, k[prompt.tokens], v[prompt.tokens])
+    if rows.decoding:
+        pages.append_decoding(k, v)
+        pages.attend_decoding(q, out)
+    for prompt, before in zip(rows.prompts, kept, strict=True):
+        own_k, own_v = (
+            torch.cat([held, new[prompt.tokens].transpose(0, 1)], 1) for held, new in zip(before, (k, v), strict=True)
+        )
+        queries = q[prompt.tokens].transpose(0, 1)
+        out[prompt.tokens] = _attend_prompt(queries, own_k, own_v, prompt, pages, options).transpose(0, 1)
 
 
-def _gather(k: Tensor, v: Tensor, one: PromptRow, pages: Tensor, ring: int, layer: SharedPages) -> Prompt:
-    """Take what a prompt attends to in 16 bits, while its ring still holds what came before."""
-    at, kept = slice(one.start, one.start + one.count), layer.kept(ring, one.before)
-    own_k, own_v = (torch.cat([old, new[at].transpose(0, 1)], 1) for old, new in zip(kept, (k, v), strict=True))
-    return Prompt(at, own_k, own_v, one.before // BLOCK, pages)
-
-
-def _attend_prompt(q: Tensor, prompt: Prompt, layer: SharedPages, options: LayerOptions) -> Tensor:
-    """Attend ``[Hq, T, D]``: to own tokens as they came, to complete blocks tile by tile, merged."""
+def _attend_prompt(
+    q: Tensor, k: Tensor, v: Tensor, prompt: PromptRow, pages: StepPages, options: LayerOptions
+) -> Tensor:
+    """Attend ``[Hq, T, D]`` to K and V of the tokens behind complete blocks, and to those blocks."""
     logits = {"scale": options.scale, "softcap": options.softcap}
     if not prompt.complete:
-        return attend(q[None], prompt.k[None], prompt.v[None], config=options.prompts, **logits).out[0]
-    others = options.prompts.with_(
-        sink_token="none"
-    )  # the first token of a tile is that of its sequence in one tile only
-    parts = [attend(q[None], prompt.k[None], prompt.v[None], config=others, return_lse=True, **logits)]
+        return attend(q[None], k[None], v[None], config=options.prompts, **logits).out[0]
+    out, lse = _part(q, k, v, causal=True, **logits)
     for first in range(0, prompt.complete, TILE_BLOCKS):
-        blocks = range(first, min(first + TILE_BLOCKS, prompt.complete))
-        read = read_row(layer, prompt.pages, blocks, options.pages)
-        k, v = (x.transpose(0, 1).flatten(1, 2).to(q.dtype) for x in (read.high_k, read.high_v))
-        config = options.prompts if first == 0 else others
-        parts.append(attend(q[None], k[None], v[None], config=config, causal=False, return_lse=True, **logits))
-    lses = [part.lse for part in parts if part.lse is not None]
-    return merge([part.out for part in parts], lses)[0][0]
+        keys, values = pages.tile(prompt, range(first, min(first + TILE_BLOCKS, prompt.complete)))
+        part = _part(q, keys, values, causal=False, **logits)
+        out, lse = merge([out, part[0]], [lse, part[1]])
+    return out.to(q.dtype)
+
+
+def _part(
+    q: Tensor, k: Tensor, v: Tensor, *, causal: bool, scale: float, softcap: float | None
+) -> tuple[Tensor, Tensor]:
+    """Exact attention to some keys, to be merged: float32, so that parts are rounded to 16 bits once each."""
+    found = attend(
+        q[None], k[None], v[None], config=EXACT, causal=causal, scale=scale, softcap=softcap, return_lse=True
+    )
+    if found.lse is None:
+        raise RuntimeError("attention was asked for its log-sum-exp and gave none")
+    return found.out[0].float(), found.lse[0]
+
+
+def rehearse(q: Tensor, k: Tensor, v: Tensor, options: LayerOptions) -> None:
+    """Attend as the largest part of a prompt does, so that the engine measures the memory it takes, and its kernels are there.
+
+    Args:
+        q: ``[tokens, Hq, D]``, as many as a step may have.
+        k: ``[tokens, Hkv, D]``.
+        v: likewise.
+        options: what is computed.
+    """
+    logits = {"scale": options.scale, "softcap": options.softcap}
+    q, k, v = (x.transpose(0, 1) for x in (q, k, v))
+    attend(q[None], k[None], v[None], config=options.prompts, **logits)
+    out, lse = _part(q, k, v, causal=True, **logits)
+    tile = k.new_zeros(2, len(k), TILE_BLOCKS * BLOCK, k.shape[2])
+    part = _part(q, tile[0], tile[1], causal=False, **logits)
+    merge([out, part[0]], [lse, part[1]])
