@@ -10,7 +10,8 @@ import sys
 import pytest
 import torch
 
-from support.kernel_caches import make, tokens
+from support.kernel_caches import make, query, tokens
+from thrift_attn.cache.tiles import attend_in_tiles
 from thrift_attn.config import ThriftConfig
 from thrift_attn.decode.gather import gather_pages
 
@@ -60,6 +61,18 @@ def test_tiles_equal_the_whole(config):
     for start, most in ((0, 64), (64, 64), (64, 128), (128, None)):
         for got, want in zip(kernels.widen(start=start, most=most), every, strict=True):
             assert torch.equal(got, want[:, :, start : None if most is None else start + most])
+
+
+def test_a_chunk_in_tiles_by_kernels_and_in_pytorch():
+    """Sequences that end in other tiles; what this device computes exact attention with, kernels, and the reference."""
+    cache, _ = filled([140, 66], config=ThriftConfig.for_cache())
+    k, v = tokens(180, batch=2, heads=1)
+    new, q = [x[:, :, 140:] for x in (k, v)], query(40, batch=2, heads=2)
+    want, want_lse = attend_in_tiles(cache, q, new[0], new[1], tile=64, backend="reference")
+    for backend in ("auto", "triton"):
+        out, lse = attend_in_tiles(cache, q, new[0], new[1], tile=64, backend=backend)
+        assert (out.float() - want.float()).norm() <= 2e-3 * want.float().norm()
+        assert (lse - want_lse).abs().max() < 3e-3
 
 
 def test_too_little_room_is_an_error():

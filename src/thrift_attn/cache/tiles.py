@@ -13,13 +13,21 @@ from torch import Tensor
 from thrift_attn.cache.paged import PagedThriftCache
 from thrift_attn.combine import merge
 from thrift_attn.config import BLOCK, ThriftConfig, fraction
+from thrift_attn.crossovers import EVERYWHERE
 from thrift_attn.interface import Attended, attend
 
 TILE = 8192
 """Tokens of a sequence that are widened to 16 bits at a time: 32 MiB of K and V for 8 heads of 128."""
 
-EXACT = ThriftConfig(budget=fraction(1.0), promoted_storage="16bit", center="none", smooth="none", sink_token="none")
-"""Every block in 16 bits: nothing is quantised."""
+EXACT = ThriftConfig(
+    budget=fraction(1.0),
+    promoted_storage="16bit",
+    center="none",
+    smooth="none",
+    sink_token="none",
+    exact_below=EVERYWHERE,
+)
+"""Every block in 16 bits, by whoever computes exact attention with its log-sum-exp: nothing is quantised."""
 
 
 def attend_in_tiles(
