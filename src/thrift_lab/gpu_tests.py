@@ -77,7 +77,7 @@ class GPUTestRecord(Record):
 
 
 def digest_of_kernels(package: Path) -> str:
-    """Return the SHA-256 of the sources of the kernels and their launchers, without imports, comments and layout.
+    """Return the SHA-256 of the sources of the kernels and their launchers, without imports, docstrings, comments and layout.
 
     Args:
         package: the folder of ``thrift_attn``.
@@ -132,7 +132,7 @@ def run_pytest(
                 step.failed, step.skipped, step.passed = bad, skipped, total - bad - skipped
         elif not step.problems:
             step.problems.append("pytest wrote no report: " + " ".join(output.split()[-30:]))
-        step.problems += re.findall(r"^FAILED (\S+)", output, re.MULTILINE)[:20]
+        step.problems += re.findall(r"^(?:FAILED|ERROR) (\S+)", output, re.MULTILINE)[:20]
     step.seconds = round(time.monotonic() - began, 1)
     return step, output
 
@@ -255,15 +255,8 @@ def main(arguments: list[str] | None = None) -> int:
         ("graphs of models", ["tests/transformers/test_generate.py", "-q"], None, 200),
     ]
     if torch.cuda.device_count() > 1:
-        more = [
-            "tests/prefill",
-            "tests/decode",
-            "tests/cache",
-            "tests/transformers",
-            "-q",
-            "-k",
-            "not_the_current or two_gpus",
-        ]
+        places = ["tests/decode/test_hazards.py", "tests/transformers/test_two_gpus.py"]
+        more = [*places, "-q", "-n", "0", "-k", "not_the_current or two_gpus"]
         steps.append(("two GPUs", more, None, 200))
     few = ["-q", "-n", "0", *(f"tests/laws/test_laws.py::{name}[{n}]" for name in LAWS for n in range(2))]
     memcheck = ["compute-sanitizer", "--tool", "memcheck", "--error-exitcode", "9", "--target-processes", "all"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import hashlib
 import importlib.metadata
 import json
@@ -107,7 +108,7 @@ def commit() -> str | None:
 
 
 def digest_of_sources(package: Path, rooms: Iterable[str]) -> str:
-    """Return the SHA-256 of the sources of some folders of a package, without imports, comments and layout.
+    """Return the SHA-256 of the sources of some folders of a package, without imports, docstrings, comments and layout.
 
     Args:
         package: the folder of the package.
@@ -116,10 +117,21 @@ def digest_of_sources(package: Path, rooms: Iterable[str]) -> str:
     total = hashlib.sha256()
     for room in rooms:
         for path in sorted((package / room).rglob("*.py")):
-            lines = (line.strip() for line in path.read_text().splitlines())
-            code = [line for line in lines if line and not line.startswith(("#", "import ", "from "))]
-            total.update("\n".join([str(path.relative_to(package)), *code]).encode())
+            total.update("\n".join([str(path.relative_to(package)), *_code(path.read_text(encoding="utf-8"))]).encode())
     return total.hexdigest()
+
+
+def _code(text: str) -> list[str]:
+    """The lines of a source that say what it does, without indentation."""
+    said: set[int] = set()  # lines of statements that do nothing
+    for node in ast.walk(ast.parse(text)):
+        if not isinstance(node, (ast.Expr, ast.Import, ast.ImportFrom)):
+            continue
+        value = node.value if isinstance(node, ast.Expr) else None
+        if value is None or (isinstance(value, ast.Constant) and isinstance(value.value, str)):
+            said.update(range(node.lineno, (node.end_lineno or node.lineno) + 1))
+    lines = (line.strip() for at, line in enumerate(text.splitlines(), 1) if at not in said)
+    return [line for line in lines if line and not line.startswith("#")]
 
 
 def versions(packages: Iterable[str]) -> dict[str, str | None]:

@@ -625,7 +625,7 @@ def test_records_of_kernels_make_chapters_on_speed_and_memory(tmp_path: Path) ->
     text = page.markdown([], paths)
     assert "| `1 x 131,072` | " in text
     assert f"{MARK} {OLDER}." in text
-    assert "879,744 tokens of context fit" in text
+    assert "877,056 tokens of context fit" in text
     assert speed.speed([]) is None
     assert load_runs(paths) == []  # they are no runs
 

@@ -8,6 +8,7 @@ import pytest
 
 import thrift_attn
 from thrift_lab.gpu_tests import GPUTestRecord, Mailbox, Step, digest_of_kernels, join
+from thrift_lab.provenance import digest_of_sources
 
 ROOT = Path(__file__).parents[2]
 PACKAGE = Path(thrift_attn.__file__).parent
@@ -22,6 +23,25 @@ def test_the_record_speaks_for_these_kernels() -> None:
         assert step.passed > 0, step.name
         assert set(step.problems) == set(step.mended), step.name
         assert step.failed == len(step.mended), step.name
+
+
+def test_a_digest_is_of_what_sources_do(tmp_path: Path) -> None:
+    room = tmp_path / "room"
+    room.mkdir()
+
+    def digest(text: str) -> str:
+        (room / "x.py").write_text(text)
+        return digest_of_sources(tmp_path, ["room"])
+
+    plain = digest("def f(x):\n    return x + 1\n")
+    assert (
+        digest(
+            '"""Said."""\n\nfrom a import (\n    b,\n)\n\n\ndef f(x):\n    """Says\n    more."""\n    # why\n    return x + 1\n'
+        )
+        == plain
+    )
+    assert digest("def f(x):\n    return x + 2\n") != plain
+    assert digest('def f(x):\n    y = """kept"""\n    return x + 1\n') != plain
 
 
 REPORT = "========= Error: Race reported between Read access at {}\n=========  and Write access at {} hazard\n"

@@ -97,7 +97,7 @@ class ModelRecord(Record):
     model: str
     check: dict[str, float] = Field(default_factory=dict)
     rows: list[ModelRow] = Field(default_factory=list)
-    largest: dict[str, dict[str, float]] = Field(default_factory=dict)
+    largest: dict[str, dict[str, int | float]] = Field(default_factory=dict)
 
     @classmethod
     def from_json(cls, found: dict[str, Any], path: Path) -> ModelRecord:

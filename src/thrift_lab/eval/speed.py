@@ -327,6 +327,8 @@ def _model(found: dict[str, Any], old: bool) -> tuple[Chart, dict[str, Any], lis
     said = []
     if found.get("largest"):
         ours, other = found["largest"]["thrift"]["tokens"], found["largest"]["bf16"]["tokens"]
-        said.append(f"{found['model']}{mark}: {ours:,} tokens of context fit beside the weights, {other:,} in BF16.")
+        said.append(
+            f"{found['model']}{mark}: {ours:,.0f} tokens of context fit beside the weights, {other:,.0f} in BF16."
+        )
     table = {"head": head, "body": body, "caption": words}
     return chart, {"title": f"{found['model']}, whole model", "tables": [table]}, said
