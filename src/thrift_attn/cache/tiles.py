@@ -7,6 +7,8 @@ attended exactly, over the plane of high precision, and no budget is spent; part
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -14,7 +16,7 @@ from thrift_attn.cache.paged import PagedThriftCache
 from thrift_attn.combine import merge
 from thrift_attn.config import BLOCK, ThriftConfig, fraction
 from thrift_attn.crossovers import EVERYWHERE
-from thrift_attn.interface import Attended, attend
+from thrift_attn.interface import attend
 
 TILE = 8192
 """Tokens of a sequence that are widened to 16 bits at a time: 32 MiB of K and V for 8 heads of 128."""
@@ -66,22 +68,33 @@ def attend_in_tiles(
     if k.shape[:2] != (cache.batch, cache.kv_heads) or k.shape[3] != cache.head_dim:
         want = f"[{cache.batch}, {cache.kv_heads}, T, {cache.head_dim}]"
         raise ValueError(f"k must have shape {want}, got {list(k.shape)}")
-    options = {"config": EXACT, "scale": scale, "softcap": softcap, "backend": backend, "return_lse": True}
+    options = {"scale": scale, "softcap": softcap, "backend": backend}
     before = [cache.tokens(seq) for seq in range(cache.batch)]
-    out, lse = _wide(attend(q, k, v, **options))
+    out, lse = attend_part(q, k, v, causal=True, **options)
     for start in range(0, max(before), tile):
         seqs = [seq for seq, tokens in enumerate(before) if tokens > start]
         held = [min(before[seq] - start, tile) for seq in seqs]
         index = torch.tensor(seqs, device=q.device)
         keys, values = (x[index] for x in cache.widen(start=start, most=tile))
         lengths = None if min(held) == keys.shape[2] else torch.tensor(held, device=q.device)
-        part = _wide(attend(q[index], keys, values, kv_lengths=lengths, causal=False, **options))
+        part = attend_part(q[index], keys, values, kv_lengths=lengths, causal=False, **options)
         out[index], lse[index] = merge([out[index], part[0]], [lse[index], part[1]])
     return out.to(q.dtype), lse
 
 
-def _wide(found: Attended) -> tuple[Tensor, Tensor]:
-    """Output and log-sum-exp of a call that was asked for it, at least in float32: parts are rounded to 16 bits once each."""
+def attend_part(q: Tensor, k: Tensor, v: Tensor, **options: Any) -> tuple[Tensor, Tensor]:
+    """Exact attention to some of the keys, to be merged: at least in float32, so that parts are rounded to 16 bits once each.
+
+    Args:
+        q: ``[B, Hq, T, D]``.
+        k: ``[B, Hkv, Tk, D]``.
+        v: likewise.
+        **options: of `thrift_attn.interface.attend`.
+
+    Returns:
+        The output ``[B, Hq, T, D]``, and the log-sum-exp ``[B, Hq, T]``, natural logarithm.
+    """
+    found = attend(q, k, v, config=EXACT, return_lse=True, **options)
     if found.lse is None:
         raise RuntimeError("attention was asked for its log-sum-exp and gave none")
     return found.out.to(torch.promote_types(found.out.dtype, torch.float32)), found.lse

@@ -11,12 +11,12 @@ from vllm.forward_context import get_forward_context
 from vllm.logger import init_logger
 from vllm.v1.attention.backend import AttentionImpl
 
+from thrift_attn.cache.tiles import attend_part
 from thrift_attn.dispatch import cache_config, check_cache
-from thrift_attn.interface import attend
 from thrift_attn.numerics import DecodeNumerics
 from thrift_attn.reference.paged_rows import SharedPages
 from thrift_attn.vllm.engine_options import EngineOptions
-from thrift_attn.vllm.engine_step import EXACT, LayerOptions, StepPages, StepRows, attend_step, rehearse
+from thrift_attn.vllm.engine_step import LayerOptions, StepPages, StepRows, attend_step, rehearse
 from thrift_attn.vllm.page_record import PageRecord
 from thrift_attn.vllm.plain_pages import PlainPages
 from thrift_attn.vllm.scale_files import LayerScales, measure
@@ -167,7 +167,7 @@ class ThriftImpl(AttentionImpl):
             return output.zero_()
         q, k, v = (x.transpose(0, 1)[None] for x in (query, key, value))
         self.scales = measure(k[0], v[0], centred=self._computes.pages.centred)
-        found = attend(q, k, v, config=EXACT, scale=self.scale, softcap=self._computes.softcap).out
+        found, _ = attend_part(q, k, v, scale=self.scale, softcap=self._computes.softcap)
         return output.copy_(found[0].transpose(0, 1))
 
     def _pages(self, kv_cache: Tensor, tail: ThriftTail, rows: StepRows, rings: Tensor) -> StepPages:

@@ -16,19 +16,14 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from thrift_attn.cache.tiles import TILE, attend_part
 from thrift_attn.combine import merge
 from thrift_attn.config import BLOCK, ThriftConfig
-from thrift_attn.crossovers import EVERYWHERE
 from thrift_attn.interface import attend
 from thrift_attn.numerics import DecodeNumerics
 
-TILE_BLOCKS = 128
-"""Blocks of the context that are widened to 16 bits at a time: 8,192 tokens."""
-
-EXACT = ThriftConfig(
-    budget=1.0, center="none", smooth="none", sink_token="none", normalize="exact", exact_below=EVERYWHERE
-)
-"""Every block in 16 bits."""
+TILE_BLOCKS = TILE // BLOCK
+"""Blocks of the context that are widened to 16 bits at a time."""
 
 
 class PromptRow(NamedTuple):
@@ -159,24 +154,12 @@ def _attend_prompt(
     logits = {"scale": options.scale, "softcap": options.softcap}
     if not prompt.complete:
         return attend(q[None], k[None], v[None], config=options.prompts, **logits).out[0]
-    out, lse = _part(q, k, v, causal=True, **logits)
+    out, lse = attend_part(q[None], k[None], v[None], causal=True, **logits)
     for first in range(0, prompt.complete, TILE_BLOCKS):
         keys, values = pages.tile(prompt, range(first, min(first + TILE_BLOCKS, prompt.complete)))
-        part = _part(q, keys, values, causal=False, **logits)
+        part = attend_part(q[None], keys[None], values[None], causal=False, **logits)
         out, lse = merge([out, part[0]], [lse, part[1]])
-    return out.to(q.dtype)
-
-
-def _part(
-    q: Tensor, k: Tensor, v: Tensor, *, causal: bool, scale: float, softcap: float | None
-) -> tuple[Tensor, Tensor]:
-    """Exact attention to some keys, to be merged: float32, so that parts are rounded to 16 bits once each."""
-    found = attend(
-        q[None], k[None], v[None], config=EXACT, causal=causal, scale=scale, softcap=softcap, return_lse=True
-    )
-    if found.lse is None:
-        raise RuntimeError("attention was asked for its log-sum-exp and gave none")
-    return found.out[0].float(), found.lse[0]
+    return out[0].to(q.dtype)
 
 
 def rehearse(q: Tensor, k: Tensor, v: Tensor, options: LayerOptions) -> None:
@@ -189,9 +172,9 @@ def rehearse(q: Tensor, k: Tensor, v: Tensor, options: LayerOptions) -> None:
         options: what is computed.
     """
     logits = {"scale": options.scale, "softcap": options.softcap}
-    q, k, v = (x.transpose(0, 1) for x in (q, k, v))
-    attend(q[None], k[None], v[None], config=options.prompts, **logits)
-    out, lse = _part(q, k, v, causal=True, **logits)
-    tile = k.new_zeros(2, len(k), TILE_BLOCKS * BLOCK, k.shape[2])
-    part = _part(q, tile[0], tile[1], causal=False, **logits)
+    q, k, v = (x.transpose(0, 1)[None] for x in (q, k, v))
+    attend(q, k, v, config=options.prompts, **logits)
+    out, lse = attend_part(q, k, v, causal=True, **logits)
+    keys, values = k.new_zeros(2, *k.shape[:2], TILE, k.shape[3])
+    part = attend_part(q, keys, values, causal=False, **logits)
     merge([out, part[0]], [lse, part[1]])
