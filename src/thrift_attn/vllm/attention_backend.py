@@ -105,6 +105,11 @@ class ThriftBackend(AttentionBackend):
         return False
 
     @classmethod
+    def supports_device_cpu_query_lens_mismatch(cls) -> bool:
+        """Which tokens are whose is planned on the host where prompts are among them."""
+        return False
+
+    @classmethod
     def supported_kv_cache_layouts(cls) -> tuple[KVCacheLayout, ...]:
         """Each page of a layer in one run of bytes, each head of it as well."""
         return (KVCacheLayout.LBHNC,)

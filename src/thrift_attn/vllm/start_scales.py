@@ -36,8 +36,10 @@ def scale_before_pages(vllm_config: Any, layers: dict[str, Any], options: Engine
     Raises:
         NotImplementedError: no file, and a model of which each rank has some layers only.
     """
+    lacking = {name: one for name, one in layers.items() if one.impl.lacks_scales}
     if options.scales is not None:
-        _read_for(vllm_config, layers, options.scales)
+        if lacking:
+            _read_for(vllm_config, lacking, options.scales)
         return
     if vllm_config.parallel_config.pipeline_parallel_size > 1:
         raise NotImplementedError(
@@ -70,7 +72,7 @@ def _calibrate_in_time() -> None:
     from vllm.v1.worker.gpu_worker import Worker  # also the base of workers on a CPU
 
     original = Worker.get_kv_cache_spec
-    if hasattr(original, "__wrapped__"):
+    if getattr(original, "calibrates", False):
         return
 
     @functools.wraps(original)
@@ -78,6 +80,7 @@ def _calibrate_in_time() -> None:
         calibrate(worker.get_model(), worker.vllm_config, worker.device)
         return original(worker)
 
+    get_kv_cache_spec.calibrates = True
     Worker.get_kv_cache_spec = get_kv_cache_spec
 
 
