@@ -1,4 +1,4 @@
-"""The real engine on a CPU, in this process or in one of its own, and how answers are compared."""
+"""The real engine on what is there, in this process or in one of its own, and how answers are compared."""
 
 from __future__ import annotations
 
@@ -47,8 +47,11 @@ def engine(model: str, thrift: dict[str, Any] | None, **options: Any) -> Iterato
 
     AttentionBackendEnum.CPU_ATTN.clear_override()
     if thrift is not None:
-        register_backend(AttentionBackendEnum.CPU_ATTN, CPU_BACKEND)
         options["additional_config"] = {"thrift": thrift}
+        if current_platform.is_cpu():
+            register_backend(AttentionBackendEnum.CPU_ATTN, CPU_BACKEND)
+        else:
+            options["attention_backend"] = "CUSTOM"
     selector._cached_get_attn_backend.cache_clear()
     overrides = getattr(current_platform, "register_triton_kernel_overrides", None)
     if overrides is not None and not hasattr(overrides, "cache_info"):
