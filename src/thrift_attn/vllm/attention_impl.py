@@ -162,7 +162,8 @@ class ThriftImpl(AttentionImpl):
     def _attend_without_pages(self, query: Tensor, key: Tensor, value: Tensor, output: Tensor) -> Tensor:
         """One prompt of all tokens: exactly while the model is calibrated, else for the memory that it takes on a GPU."""
         if not self.calibrating:
-            if self._by == "triton":
+            most = self._vllm_config.scheduler_config.max_num_batched_tokens
+            if self._by == "triton" and len(query) >= most:  # not for each size of graphs
                 rehearse(query, key, value, self._computes)
             return output.zero_()
         q, k, v = (x.transpose(0, 1)[None] for x in (query, key, value))
