@@ -28,7 +28,16 @@ CLASSES: tuple[type[Record], ...] = (
     *(BenchRecord, CrossoverRecord, ModelRecord, DecodeRecord, NLLRecord, ThroughCacheRecord, FuzzRecord),
 )
 BY_KIND = {kind: made for made in CLASSES for kind in made.KINDS}
-OTHER_KINDS = ("compile", "exploration", "gpu-tests", "kvpress-snapkv", None)
+OTHER_KINDS = (
+    "compile",
+    "exploration",
+    "gpu-tests",
+    "install-tests",
+    "kvpress-snapkv",
+    "test-matrix",
+    "vllm-tests",
+    None,
+)
 """Kinds of records that another tool reads, and files of runs and of explorations that have none."""
 
 COMMITTED = sorted(RESULTS.rglob("*.json"))

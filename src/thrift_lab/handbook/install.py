@@ -1,18 +1,28 @@
-"""``make test-install``: a fresh environment for every documented install line, and in it what the docs say it runs."""
+"""``make test-install``: a fresh environment for every documented install line, and in it what the docs say it runs.
+
+The dated record knows the digest of what is installed and run: a test fails when that has changed since.
+"""
 
 from __future__ import annotations
 
 import argparse
+import hashlib
 import os
 import subprocess
 import sys
 import tempfile
+import time
 import venv
 from dataclasses import dataclass
 from pathlib import Path
+from typing import ClassVar
 
+from pydantic import Field
+
+from thrift_lab.gpu_tests import Step
 from thrift_lab.handbook.code_blocks import HUB_ID, blocks, same
 from thrift_lab.handbook.measured import ROOT
+from thrift_lab.records import Record, make_context
 
 
 @dataclass(frozen=True)
@@ -24,12 +34,14 @@ class Case:
         pages: whose blocks of Python run.
         commands: of ``thrift``.
         notebooks: whose cells run.
+        imports: modules that are there.
     """
 
     extras: str
     pages: tuple[str, ...] = ()
     commands: tuple[str, ...] = ()
     notebooks: tuple[str, ...] = ()
+    imports: tuple[str, ...] = ()
 
 
 CASES = (
@@ -37,6 +49,7 @@ CASES = (
     Case("hf,kernels", pages=("README.md", "docs/index.md", "docs/elsewhere.md", "docs/transformers.md")),
     Case("eval", commands=("--version", "doctor", "generate --help", "eval methods")),
     Case("eval,plot", commands=("doctor",), notebooks=("a_million_tokens",)),
+    Case("eval,harness", commands=("eval harness --help",), imports=("lm_eval", "thrift_lab.eval.harness")),
 )
 """Every form of the install line in README and docs, and what stands below it."""
 
@@ -48,26 +61,62 @@ for cell in json.load(open(sys.argv[1]))["cells"]:
 """
 
 
+class InstallRecord(Record):
+    """What was found in each environment.
+
+    Args:
+        sources: `digest_of_lines` when it was made.
+        steps: one for each case; what ran counts as passed.
+    """
+
+    KINDS: ClassVar[tuple[str, ...]] = ("install-tests",)
+
+    kind: str = "install-tests"
+    sources: str = ""
+    steps: list[Step] = Field(default_factory=list)
+
+
+def digest_of_lines() -> str:
+    """Return the SHA-256 of what decides whether an installation serves: requirements, and the code below the lines."""
+    total = hashlib.sha256((ROOT / "pyproject.toml").read_bytes())
+    for case in CASES:
+        total.update(repr(case).encode())
+        for page in case.pages:
+            total.update("".join(block.code for block in blocks(ROOT / page)).encode())
+        for notebook in case.notebooks:
+            total.update((ROOT / "notebooks" / f"{notebook}.ipynb").read_bytes())
+    return total.hexdigest()
+
+
 def main(arguments: list[str] | None = None) -> int:
-    """Install and run every case; 0 if all of them do what they should."""
+    """Install and run every case and write the record; 0 if all of them do what they should."""
     parser = argparse.ArgumentParser(prog="python -m thrift_lab.handbook.install", description=__doc__)
     parser.add_argument("model", help="a local folder that stands in for the model of the hub")
-    parser.add_argument("--only", help="the extras of one case")
+    parser.add_argument("--only", help="the extras of one case; the others stay as the record has them")
+    parser.add_argument("-o", "--out", type=Path, default=ROOT / "benchmarks/results/install-tests.json")
     options = parser.parse_args(arguments)
-    problems = []
+    record = InstallRecord(context=make_context(("torch", "transformers")), sources=digest_of_lines())
+    if options.only is not None and options.out.exists():
+        earlier = InstallRecord.load(options.out)
+        record.steps = earlier.steps if earlier.sources == record.sources else []
+    cases = [case for case in CASES if options.only is None or options.only == case.extras]
+    record.steps = [step for step in record.steps if step.name not in {f"[{case.extras}]" for case in cases}]
     with tempfile.TemporaryDirectory(prefix="thrift-install-") as folder:
-        for number, case in enumerate(CASES):
-            if options.only is None or options.only == case.extras:
-                print(f"[{case.extras}]", flush=True)
-                problems += [
-                    f"[{case.extras}] {problem}" for problem in _try(case, Path(folder) / str(number), options.model)
-                ]
+        for number, case in enumerate(cases):
+            print(f"[{case.extras}]", flush=True)
+            began = time.monotonic()
+            ran, problems = _try(case, Path(folder) / str(number), options.model)
+            step = Step(name=f"[{case.extras}]", passed=ran - len(problems), failed=len(problems), problems=problems)
+            step.seconds = round(time.monotonic() - began, 1)
+            record.steps.append(step)
+            record.save(options.out)
+    problems = [f"{step.name} {problem}" for step in record.steps for problem in step.problems]
     print("\n".join(problems) or "green")
     return int(bool(problems))
 
 
-def _try(case: Case, folder: Path, model: str) -> list[str]:
-    """Make the environment of a case and run all that it has to; what went wrong."""
+def _try(case: Case, folder: Path, model: str) -> tuple[int, list[str]]:
+    """Make the environment of a case and run all that it has to; how much that was, and what went wrong."""
     venv.create(folder, with_pip=True)
     python = folder / "bin" / "python"
     wanted = f"{ROOT}[{case.extras}]" if case.extras else str(ROOT)
@@ -94,11 +143,16 @@ def _try(case: Case, folder: Path, model: str) -> list[str]:
         print(f"  thrift {command}: exit code {found.returncode}", flush=True)
     for notebook in case.notebooks:
         path = ROOT / "notebooks" / f"{notebook}.ipynb"
-        found = _run([str(python), "-c", _NOTEBOOK, str(path)], folder, check=False)
+        found = _run([str(python), "-c", _NOTEBOOK, str(path)], path.parent, check=False)  # where it is opened
         if found.returncode:
             problems.append(f"{notebook}: {found.stderr[-1500:]}")
         print(f"  {notebook}: exit code {found.returncode}", flush=True)
-    return problems
+    for module in case.imports:
+        found = _run([str(python), "-c", f"import {module}"], folder, check=False)
+        if found.returncode:
+            problems.append(f"import {module}: {found.stderr[-1500:]}")
+        print(f"  import {module}: exit code {found.returncode}", flush=True)
+    return sum(map(len, (case.pages, case.commands, case.notebooks, case.imports))), problems
 
 
 def _run(command: list[str], folder: Path, check: bool = True) -> subprocess.CompletedProcess[str]:
