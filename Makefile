@@ -33,7 +33,7 @@ test-vllm: $(VENV)/.dev $(VLLMS:%=$(VENV)/.vllm-%)
 
 # A fresh environment for every install line of the documentation, and what stands below it; MODEL is a local folder.
 test-install: $(VENV)/.dev
-	PYTHONPATH=src TORCH="$(TORCH)" $(BIN)/python -m thrift_lab.handbook.install $(MODEL)
+	PYTHONPATH=src TORCH="$(TORCH)" $(BIN)/python -m thrift_lab.install_tests $(MODEL)
 
 # The documentation as a site, in site/.
 docs: $(VENV)/.dev

@@ -5,12 +5,14 @@ from __future__ import annotations
 import ast
 import hashlib
 import importlib.metadata
+import io
 import json
 import os
 import platform
 import shutil
 import subprocess
 import tempfile
+import tokenize
 from collections.abc import Iterable, Mapping
 from datetime import datetime, timezone
 from pathlib import Path
@@ -122,16 +124,25 @@ def digest_of_sources(package: Path, rooms: Iterable[str]) -> str:
 
 
 def _code(text: str) -> list[str]:
-    """The lines of a source that say what it does, without indentation."""
-    said: set[int] = set()  # lines of statements that do nothing
+    """The lines of a source without what says nothing of what it does."""
+    lines = text.split("\n")
+    rows = [line.encode() for line in lines]
+    spans = []  # (row, column) where each begins and ends, columns in bytes
     for node in ast.walk(ast.parse(text)):
         if not isinstance(node, (ast.Expr, ast.Import, ast.ImportFrom)):
             continue
         value = node.value if isinstance(node, ast.Expr) else None
         if value is None or (isinstance(value, ast.Constant) and isinstance(value.value, str)):
-            said.update(range(node.lineno, (node.end_lineno or node.lineno) + 1))
-    lines = (line.strip() for at, line in enumerate(text.splitlines(), 1) if at not in said)
-    return [line for line in lines if line and not line.startswith("#")]
+            spans.append((node.lineno, node.col_offset, node.end_lineno or node.lineno, node.end_col_offset or 0))
+    for token in tokenize.generate_tokens(io.StringIO(text).readline):
+        if token.type == tokenize.COMMENT:
+            (row, column), (_, end) = token.start, token.end
+            before, comment = lines[row - 1][:column].encode(), lines[row - 1][column:end].encode()
+            spans.append((row, len(before), row, len(before) + len(comment)))
+    for first, start, last, end in sorted(spans, reverse=True):
+        kept = rows[first - 1][:start] + rows[last - 1][end:]
+        rows[first - 1 : last] = [kept, *[b""] * (last - first)]
+    return [line for row in rows if (line := row.decode().rstrip()).strip()]
 
 
 def versions(packages: Iterable[str]) -> dict[str, str | None]:

@@ -163,3 +163,13 @@ def test_the_first_token_stays_exact_through_all_of_it(high):
     cache.truncate(0, 0)
     cache.append(k[1:2].expand(3, -1, -1, -1), v[1:2].expand(3, -1, -1, -1), lengths=[70, 0, 0])
     check(cache, 1, 0, 0)
+
+
+@pytest.mark.parametrize(("start", "stop"), [(10, 74), (63, 65), (64, 64), (70, None), (130, 150), (0, 1), (150, 160)])
+def test_a_part_is_read_from_any_token_on(start: int, stop: int | None) -> None:
+    cache, (k, v) = make(), tokens(150)
+    cache.append(k, v)
+    for part, whole in zip(cache.read(0, start, stop), cache.read(0), strict=True):
+        assert torch.equal(part, whole[:, start:stop])
+    with pytest.raises(ValueError, match="start must be at least 0, got -64"):
+        cache.read(0, -64, 64)

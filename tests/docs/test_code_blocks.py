@@ -18,7 +18,7 @@ import torch
 
 from support.small_model import small_model
 from thrift_lab.handbook.code_blocks import HUB_ID, Block, blocks, same
-from thrift_lab.handbook.install import CASES
+from thrift_lab.install_tests import CASES
 
 ROOT = Path(__file__).parents[2]
 PAGES = {

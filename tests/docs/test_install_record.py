@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from thrift_lab.handbook.install import CASES, InstallRecord, digest_of_lines
+from thrift_lab.install_tests import CASES, InstallRecord, digest_of_lines
 
 RECORD = Path(__file__).parents[2] / "benchmarks/results/install-tests.json"
 

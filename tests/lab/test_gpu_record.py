@@ -41,7 +41,19 @@ def test_a_digest_is_of_what_sources_do(tmp_path: Path) -> None:
         == plain
     )
     assert digest("def f(x):\n    return x + 2\n") != plain
-    assert digest('def f(x):\n    y = """kept"""\n    return x + 1\n') != plain
+    assert digest("def f(x):\n    return x + 1  # why\n") == plain
+    different = [
+        'def f(x):\n    y = """kept"""\n    return x + 1\n',
+        "def f(x):\n    if x:\n        g(x)\n        h(x)\n",
+        "def f(x):\n    if x:\n        g(x)\n    h(x)\n",
+        "import os; LIMIT = 4\n",
+        "import os; LIMIT = 8\n",
+        'X = """a\n# no comment\n"""\n',
+        'X = """a\n# none either\n"""\n',
+        "if X:\n    from a import f\n",
+        "if not X:\n    from a import f\n",
+    ]
+    assert len({plain, *map(digest, different)}) == 1 + len(different)
 
 
 REPORT = "========= Error: Race reported between Read access at {}\n=========  and Write access at {} hazard\n"

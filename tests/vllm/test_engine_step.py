@@ -164,3 +164,13 @@ def test_a_later_part_of_a_prompt_is_attended_exactly_whatever_the_budget(monkey
     later = engine.step([(0, *cut(data, 250, 280))])[0].float() - want[:, 250:]
     assert later.norm() / want[:, 250:].norm() < 0.01
     assert first.norm() / want[:, :250].norm() > 0.05
+
+
+def test_what_kernels_count_on_is_checked() -> None:
+    numbers = torch.zeros(4, 8, dtype=torch.int32)
+    given = {"starts": numbers[0, :3], "lengths": numbers[0, :2], "page_table": numbers[:2], "decoding": 2, "most": 1}
+    StepRows(**given, prompts=[])
+    with pytest.raises(ValueError, match=r"expected a contiguous page_table, got strides \(8, 1\)"):
+        StepRows(**{**given, "page_table": numbers[:2, :3]}, prompts=[])
+    with pytest.raises(ValueError, match="expected a contiguous lengths"):
+        StepRows(**{**given, "lengths": numbers[:2, 0]}, prompts=[])

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
 from support.vllm_engine import Output, ask, check_alike, count, engine
+from thrift_attn.vllm.page_record import PageRecord
 from thrift_attn.vllm.scale_files import LayerScales, write_scales
 
 WHOLE = {"budget": 1}
@@ -114,3 +116,20 @@ def test_what_is_not_served_is_refused_when_the_engine_starts(model: str) -> Non
     assert "multiple of 128, got 64" in refusal(model, {}, block_size=64)
     guess = {"method": "ngram", "num_speculative_tokens": 12, "prompt_lookup_max": 2}
     assert "64 tokens and 12 drafts" in refusal(model, {}, speculative_config=guess)
+
+
+def test_more_drafts_than_a_step_decodes_are_refused() -> None:
+    from thrift_attn.vllm.tail_ring import ThriftTail
+
+    tail = ThriftTail("layer", 2, PageRecord(64), torch.float16)
+
+    def spec(drafts: int, tokens: int) -> Any:
+        cache = SimpleNamespace(block_size=tokens)
+        return tail.get_kv_cache_spec(SimpleNamespace(cache_config=cache, num_speculative_tokens=drafts))
+
+    assert spec(11, 128).block_size == 128
+    assert spec(15, 256).block_size == 256
+    with pytest.raises(ValueError, match="has room for 75"):
+        spec(12, 128)
+    with pytest.raises(ValueError, match="decodes up to 15 drafts in a step, got 16"):
+        spec(16, 256)

@@ -312,9 +312,14 @@ class CacheSequences:
 
         Args:
             seq: the sequence.
-            start: the first token, a multiple of 64.
+            start: the first token.
             stop: the token behind the last; by default, and at most, the end of the sequence.
+
+        Raises:
+            ValueError: a start below 0.
         """
+        if whole_number("start", start) < 0:
+            raise ValueError(f"start must be at least 0, got {start}")
         with self._reading():
             self._changes.check()
             self._check_seq(seq)
@@ -325,7 +330,8 @@ class CacheSequences:
             kv = torch.stack([read.high_k, read.high_v]).to(self.dtype).transpose(1, 2).flatten(2, 3)  # [2, Hkv, T, D]
             if len(pages) < last:
                 kv = torch.cat([kv, self._tail_of(seq, len(pages))[:, :, : tokens % BLOCK]], 2)
-            return kv[0, :, : max(0, stop - start)], kv[1, :, : max(0, stop - start)]
+            at = start - first * BLOCK
+            return kv[0, :, at : at + max(0, stop - start)], kv[1, :, at : at + max(0, stop - start)]
 
     def _read(self, seq: int, pages: Tensor, first: int) -> Blocks:
         """What pages of a sequence decode to, those of the blocks from ``first`` on."""

@@ -72,9 +72,17 @@ class StepRows:
     most: int
     prompts: list[PromptRow]
 
+    def __post_init__(self) -> None:
+        for name in ("starts", "lengths", "page_table"):
+            if not getattr(self, name).is_contiguous():  # kernels count on it, and a copy would be lost to a graph
+                raise ValueError(f"expected a contiguous {name}, got strides {getattr(self, name).stride()}")
+
     @cached_property
     def before(self) -> Tensor:
-        """Tokens of those that decode without the new ones, int32 ``[decoding]``: worked out once for all layers."""
+        """Tokens of those that decode without the new ones, int32 ``[decoding]``: worked out once for all layers.
+
+        Inside a graph if the first layer asks there: a step that is captured has a `StepRows` of its own, as vLLM makes it.
+        """
         return self.lengths[: self.decoding] - self.starts[: self.decoding + 1].diff()
 
 

@@ -20,6 +20,9 @@ TOKENS = 2048
 """Tokens that are read when an engine starts."""
 
 
+_FILE = "name a file in the option 'scales' (thrift calibrate MODEL writes one)"
+
+
 def fixed_ids(count: int, vocabulary: int) -> Tensor:
     """Token ids that an engine reads when it starts: spread over the vocabulary, the same everywhere. int64 ``[count]``."""
     return torch.arange(1, count + 1) * 2654435761 % 2**32 % vocabulary  # Knuth's multiplicative hash
@@ -34,7 +37,7 @@ def scale_before_pages(vllm_config: Any, layers: dict[str, Any], options: Engine
         options: which name a file, or do not.
 
     Raises:
-        NotImplementedError: no file, and a model of which each rank has some layers only.
+        NotImplementedError: no file, and a model of which each rank has some layers only, or with layers of other backends.
     """
     lacking = {name: one for name, one in layers.items() if one.impl.lacks_scales}
     if options.scales is not None:
@@ -42,9 +45,12 @@ def scale_before_pages(vllm_config: Any, layers: dict[str, Any], options: Engine
             _read_for(vllm_config, lacking, options.scales)
         return
     if vllm_config.parallel_config.pipeline_parallel_size > 1:
+        raise NotImplementedError(f"with pipeline parallelism no rank can run the model to calibrate it: {_FILE}")
+    context = vllm_config.compilation_config.static_forward_context
+    others = [name for name, one in context.items() if hasattr(one, "impl") and name not in layers]
+    if others:  # which answer with zeros where there are no pages, so that layers behind them would see nonsense
         raise NotImplementedError(
-            "with pipeline parallelism no rank can run the model to calibrate it: name a file in the option 'scales' "
-            "(thrift calibrate MODEL writes one)"
+            f"{others[0]} has another backend, which cannot run while a model is calibrated: {_FILE}"
         )
     _calibrate_in_time()
 
@@ -54,6 +60,10 @@ def _read_for(vllm_config: Any, layers: dict[str, Any], path: str) -> None:
     from vllm.model_executor.models.utils import extract_layer_index
 
     number = {name: extract_layer_index(name) for name in layers}
+    if len(set(number.values())) < len(number):
+        raise NotImplementedError(
+            f"a file of scales is of one model, and {', '.join(layers)} are of two: the option 'scales' must be \"ones\""
+        )
     wanted = {number[name]: (one.num_kv_heads, one.head_size) for name, one in layers.items()}
     ranks = vllm_config.parallel_config.tensor_parallel_size
     found = read_scales(path, wanted, rank=get_tensor_model_parallel_rank(), ranks=ranks)
@@ -121,7 +131,4 @@ def calibrate(model: Any, vllm_config: Any, device: torch.device) -> None:
         for impl in impls.values():
             impl.calibrating = False
     if lacking := [name for name, impl in impls.items() if impl.lacks_scales]:
-        raise RuntimeError(
-            f"{', '.join(lacking)} did not run when the model was calibrated: name a file in the option 'scales' "
-            '(thrift calibrate MODEL writes one), or "ones"'
-        )
+        raise RuntimeError(f'{", ".join(lacking)} did not run when the model was calibrated: {_FILE}, or "ones"')

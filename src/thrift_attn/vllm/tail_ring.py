@@ -17,7 +17,7 @@ from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
 from vllm.v1.attention.backend import AttentionBackend, AttentionCGSupport, AttentionMetadataBuilder, MultipleOf
 from vllm.v1.kv_cache_interface import CircularBufferSpec, KVCacheLayout
 
-from thrift_attn.config import BLOCK
+from thrift_attn.config import BLOCK, DECODE_ROWS
 from thrift_attn.vllm.page_record import PageRecord
 
 SUFFIX = ".thrift_tail"
@@ -111,6 +111,10 @@ class ThriftTail(AttentionLayerBase):
                 f"thrift keeps {BLOCK} tokens and {drafts} drafts of each sequence in 16 bits, and a block of {tokens} tokens "
                 f"has room for {room}: --block-size must be a larger multiple of 128"
             )
+        if (
+            drafts >= DECODE_ROWS
+        ):  # more would be served as a part of a prompt, whose lengths the host does not know then
+            raise ValueError(f"thrift decodes up to {DECODE_ROWS - 1} drafts in a step, got {drafts}")
         return CircularBufferSpec(
             block_size=tokens,
             num_kv_heads=self.kv_heads,

@@ -82,7 +82,7 @@ def digest_of_lines() -> str:
     for case in CASES:
         total.update(repr(case).encode())
         for page in case.pages:
-            total.update("".join(block.code for block in blocks(ROOT / page)).encode())
+            total.update("".join(block.code + (block.output or "") for block in blocks(ROOT / page)).encode())
         for notebook in case.notebooks:
             total.update((ROOT / "notebooks" / f"{notebook}.ipynb").read_bytes())
     return total.hexdigest()
@@ -90,9 +90,10 @@ def digest_of_lines() -> str:
 
 def main(arguments: list[str] | None = None) -> int:
     """Install and run every case and write the record; 0 if all of them do what they should."""
-    parser = argparse.ArgumentParser(prog="python -m thrift_lab.handbook.install", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m thrift_lab.install_tests", description=__doc__)
     parser.add_argument("model", help="a local folder that stands in for the model of the hub")
-    parser.add_argument("--only", help="the extras of one case; the others stay as the record has them")
+    known = [case.extras for case in CASES]
+    parser.add_argument("--only", choices=known, help="the extras of one case; the others stay as the record has them")
     parser.add_argument("-o", "--out", type=Path, default=ROOT / "benchmarks/results/install-tests.json")
     options = parser.parse_args(arguments)
     record = InstallRecord(context=make_context(("torch", "transformers")), sources=digest_of_lines())
@@ -105,7 +106,10 @@ def main(arguments: list[str] | None = None) -> int:
         for number, case in enumerate(cases):
             print(f"[{case.extras}]", flush=True)
             began = time.monotonic()
-            ran, problems = _try(case, Path(folder) / str(number), options.model)
+            try:
+                ran, problems = _try(case, Path(folder) / str(number), options.model)
+            except subprocess.CalledProcessError as error:
+                ran, problems = 1, [f"{' '.join(error.cmd[1:])}: {error.stderr[-1500:]}"]
             step = Step(name=f"[{case.extras}]", passed=ran - len(problems), failed=len(problems), problems=problems)
             step.seconds = round(time.monotonic() - began, 1)
             record.steps.append(step)
