@@ -71,7 +71,7 @@ def main(arguments: list[str] | None = None) -> int:
         row = Versions.of(python)
         record.rows.append(row)
         for folder in options.tests:
-            quiet = ["-q", "-n", "0", "-m", "not gpu", "-W", "ignore"]
+            quiet = ["-q", "-n", "0", "-m", "not gpu and not slow", "-W", "ignore"]
             step, _ = run_pytest(folder, [folder, *quiet], seconds=options.seconds, python=python)
             row.steps.append(step)
             record.save(options.out)

@@ -23,7 +23,7 @@ from thrift_attn.reference.pages import Pool, read_blocks
 from thrift_attn.reference.residents import fade, group_scores, keep, own_quota, step_mass
 
 
-@pytest.mark.parametrize("tq", [1, 3])
+@pytest.mark.parametrize("tq", [1, pytest.param(3, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("plane", ["nested", "nested8", "16bit"])
 @pytest.mark.parametrize("share", [0.0, 0.4, 1.0])
 def test_a_step_reads_residuals_where_they_lie(plane: str, share: float, tq: int) -> None:
@@ -43,7 +43,7 @@ def test_a_step_reads_residuals_where_they_lie(plane: str, share: float, tq: int
 
 @pytest.mark.parametrize("many", [False, True])
 @pytest.mark.parametrize("window", [None, 300])
-@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("seed", [0, pytest.param(1, marks=pytest.mark.slow), pytest.param(2, marks=pytest.mark.slow)])
 def test_only_residents_are_promoted(seed: int, window: int | None, many: bool, monkeypatch) -> None:
     """The lists of the kernels are those of the reference, and name the slot of every promoted block."""
     if many:
