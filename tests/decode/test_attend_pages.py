@@ -77,7 +77,15 @@ def test_budget_ends(f: float) -> None:
     assert counts[..., 0].unique().tolist() == [4 * int(f)]
 
 
-@pytest.mark.parametrize(("splits", "f"), [(1, 0.3), (2, 0.3), (9, 0.3), (4, 0.5), (4, 0.85), (5, 1.0)])
+@pytest.mark.parametrize(
+    ("splits", "f"),
+    [
+        (1, 0.3),
+        (9, 0.3),
+        (4, 0.85),
+        *(pytest.param(n, f, marks=pytest.mark.slow) for n, f in ((2, 0.3), (4, 0.5), (5, 1.0))),
+    ],
+)
 def test_every_way_of_dealing(splits: int, f: float) -> None:
     """More and fewer splits than promoted blocks, than others, and than steps of the incomplete block."""
     check([64 * 6 + 37, 64 * 2], 2, 1, 64, splits=splits, f=f)

@@ -56,7 +56,7 @@ def test_the_first_token_lies_beside_the_pages(low, high, steps):
     torch.testing.assert_close(means[0].float(), k[:, :, 1:64].float().mean(2), rtol=2e-3, atol=1e-3)
 
 
-@pytest.mark.parametrize("tq", [1, 3])
+@pytest.mark.parametrize("tq", [1, pytest.param(3, marks=pytest.mark.slow)])
 def test_the_first_block_is_chosen_without_its_first_token(tq):
     """The first key matters to all queries and its block to none, then the other way round."""
     k, v = tokens(64 * 6, heads=1)

@@ -25,7 +25,7 @@ def same(got, want) -> None:
         (65, 200, {}),
         (70, 70, {"causal": False, "scale": 0.2}),
         (100, 130, {"window": 80, "softcap": 10.0}),
-        (7, 200, {}),
+        pytest.param(7, 200, {}, marks=pytest.mark.slow),
         (100, 200, {"kv_lengths": torch.tensor([200, 60])}),
         (9, 200, {"kv_lengths": torch.tensor([5, 150])}),
     ],
@@ -60,7 +60,13 @@ def test_varlen_agrees(causal: bool) -> None:
 
 
 @pytest.mark.parametrize(
-    ("queries", "lengths"), [(400, [400, 249]), (400, [250, 400]), (20, [400, 260]), (21, [400, 249])]
+    ("queries", "lengths"),
+    [
+        (400, [400, 249]),
+        pytest.param(400, [250, 400], marks=pytest.mark.slow),
+        (20, [400, 260]),
+        pytest.param(21, [400, 249], marks=pytest.mark.slow),
+    ],
 )
 def test_short_rows_promote_every_block(queries: int, lengths: list[int]) -> None:
     """Of a batch, by keys and queries; the log-sum-exp keeps it on the kernels. Packed sequences, by keys alone."""
