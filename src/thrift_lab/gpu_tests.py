@@ -12,6 +12,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
@@ -66,14 +67,34 @@ class Step(BaseModel):
             print(f"{indent}  {problem}", flush=True)
 
 
-class GPUTestRecord(Record):
-    """What a run on a GPU found, and for which sources."""
+class StepsRecord(Record):
+    """What steps found, and for which sources.
+
+    Args:
+        sources: digest of what they speak for.
+        steps: each once.
+    """
+
+    sources: str = ""
+    steps: list[Step] = Field(default_factory=list)
+
+    def keep(self, path: Path, again: Iterable[str]) -> None:
+        """Take over the steps of an earlier record of the same sources.
+
+        Args:
+            path: of the record; nothing is taken where there is none.
+            again: names of the steps that are run again.
+        """
+        if path.exists() and (earlier := type(self).load(path)).sources == self.sources:
+            self.steps = [step for step in earlier.steps if step.name not in set(again)]
+
+
+class GPUTestRecord(StepsRecord):
+    """What a run on a GPU found; ``sources`` is `digest_of_kernels`."""
 
     KINDS: ClassVar[tuple[str, ...]] = ("gpu-tests",)
 
     kind: str = "gpu-tests"
-    sources: str = ""
-    steps: list[Step] = Field(default_factory=list)
 
 
 def digest_of_kernels(package: Path) -> str:
@@ -245,9 +266,6 @@ def main(arguments: list[str] | None = None) -> int:
         ),
         sources=digest_of_kernels(package),
     )
-    if options.only and options.out.exists():
-        earlier = GPUTestRecord.load(options.out)
-        record.steps = earlier.steps if earlier.sources == record.sources else []
     workers = ["-n", str(options.workers), "-q"]
     steps: list[tuple[str, list[str], list[str] | None, float]] = [
         ("kernel tests", ["tests/prefill", "tests/decode", *workers], None, 300),
@@ -264,7 +282,8 @@ def main(arguments: list[str] | None = None) -> int:
     race = ["tests/prefill/test_sm90_fp8.py", "-q", "-n", "0", "-k", "test_promotion and config0-64"]
     steps.append(("racecheck of the FP8 kernel of sm_90", race, ["compute-sanitizer", "--tool", "racecheck"], 300))
     steps = [step for step in steps if not options.only or step[0].startswith(tuple(options.only))]
-    record.steps = [step for step in record.steps if step.name not in {name for name, *_ in steps}]
+    if options.only:
+        record.keep(options.out, [name for name, *_ in steps])
     with ThreadPoolExecutor(len(steps) if options.at_once else 1) as pool:
         waiting = {pool.submit(_run, *step, package=package): step for step in steps}
         for done in as_completed(waiting):

@@ -17,12 +17,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
 
-from pydantic import Field
-
-from thrift_lab.gpu_tests import Step
+from thrift_lab.gpu_tests import Step, StepsRecord
 from thrift_lab.handbook.code_blocks import HUB_ID, blocks, same
 from thrift_lab.handbook.measured import ROOT
-from thrift_lab.records import Record, make_context
+from thrift_lab.records import make_context
 
 
 @dataclass(frozen=True)
@@ -43,6 +41,11 @@ class Case:
     notebooks: tuple[str, ...] = ()
     imports: tuple[str, ...] = ()
 
+    @property
+    def name(self) -> str:
+        """Of its step."""
+        return f"[{self.extras}]"
+
 
 CASES = (
     Case("", pages=("docs/budget.md",)),
@@ -61,19 +64,15 @@ for cell in json.load(open(sys.argv[1]))["cells"]:
 """
 
 
-class InstallRecord(Record):
-    """What was found in each environment.
+class InstallRecord(StepsRecord):
+    """What was found in each environment: a step for each case, in which what ran counts as passed.
 
-    Args:
-        sources: `digest_of_lines` when it was made.
-        steps: one for each case; what ran counts as passed.
+    ``sources`` is `digest_of_lines`.
     """
 
     KINDS: ClassVar[tuple[str, ...]] = ("install-tests",)
 
     kind: str = "install-tests"
-    sources: str = ""
-    steps: list[Step] = Field(default_factory=list)
 
 
 def digest_of_lines() -> str:
@@ -98,20 +97,18 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("-o", "--out", type=Path, default=ROOT / "benchmarks/results/install-tests.json")
     options = parser.parse_args(arguments)
     record = InstallRecord(context=make_context(("torch", "transformers")), sources=digest_of_lines())
-    if options.only is not None and options.out.exists():
-        earlier = InstallRecord.load(options.out)
-        record.steps = earlier.steps if earlier.sources == record.sources else []
     cases = [case for case in CASES if options.only is None or options.only == case.extras]
-    record.steps = [step for step in record.steps if step.name not in {f"[{case.extras}]" for case in cases}]
+    if options.only is not None:
+        record.keep(options.out, [case.name for case in cases])
     with tempfile.TemporaryDirectory(prefix="thrift-install-") as folder:
         for number, case in enumerate(cases):
-            print(f"[{case.extras}]", flush=True)
+            print(case.name, flush=True)
             began = time.monotonic()
             try:
                 ran, problems = _try(case, Path(folder) / str(number), options.model)
             except subprocess.CalledProcessError as error:
                 ran, problems = 1, [f"{' '.join(error.cmd[1:])}: {error.stderr[-1500:]}"]
-            step = Step(name=f"[{case.extras}]", passed=ran - len(problems), failed=len(problems), problems=problems)
+            step = Step(name=case.name, passed=ran - len(problems), failed=len(problems), problems=problems)
             step.seconds = round(time.monotonic() - began, 1)
             record.steps.append(step)
             record.save(options.out)
@@ -141,23 +138,21 @@ def _try(case: Case, folder: Path, model: str) -> tuple[int, list[str]]:
         if not right:
             problems.append(f"{page}: {found.stdout[-500:]}{found.stderr[-1500:]}")
         print(f"  {page}: {len(names)} blocks, {'right' if right else 'WRONG'}", flush=True)
-    for command in case.commands:
-        found = _run([str(folder / "bin" / "thrift"), *command.split()], folder, check=False)
+    notebooks = ROOT / "notebooks"
+    runs = [
+        (f"thrift {command}", [str(folder / "bin" / "thrift"), *command.split()], folder) for command in case.commands
+    ]
+    runs += [
+        (name, [str(python), "-c", _NOTEBOOK, str(notebooks / f"{name}.ipynb")], notebooks)  # where it is opened
+        for name in case.notebooks
+    ]
+    runs += [(f"import {module}", [str(python), "-c", f"import {module}"], folder) for module in case.imports]
+    for name, command, where in runs:
+        found = _run(command, where, check=False)
         if found.returncode:
-            problems.append(f"thrift {command}: {found.stdout[-800:]}{found.stderr[-800:]}")
-        print(f"  thrift {command}: exit code {found.returncode}", flush=True)
-    for notebook in case.notebooks:
-        path = ROOT / "notebooks" / f"{notebook}.ipynb"
-        found = _run([str(python), "-c", _NOTEBOOK, str(path)], path.parent, check=False)  # where it is opened
-        if found.returncode:
-            problems.append(f"{notebook}: {found.stderr[-1500:]}")
-        print(f"  {notebook}: exit code {found.returncode}", flush=True)
-    for module in case.imports:
-        found = _run([str(python), "-c", f"import {module}"], folder, check=False)
-        if found.returncode:
-            problems.append(f"import {module}: {found.stderr[-1500:]}")
-        print(f"  import {module}: exit code {found.returncode}", flush=True)
-    return sum(map(len, (case.pages, case.commands, case.notebooks, case.imports))), problems
+            problems.append(f"{name}: {found.stdout[-800:]}{found.stderr[-1500:]}")
+        print(f"  {name}: exit code {found.returncode}", flush=True)
+    return len(case.pages) + len(runs), problems
 
 
 def _run(command: list[str], folder: Path, check: bool = True) -> subprocess.CompletedProcess[str]:

@@ -81,3 +81,13 @@ def test_records_that_ran_apart_are_joined() -> None:
     assert joined.context["joined"] == ["2", "1"]
     with pytest.raises(ValueError, match="expected records of sources s at c, got other at c"):
         join([record("s"), record("other")])
+
+
+def test_steps_that_are_not_run_again_stay_where_sources_are_the_same(tmp_path: Path) -> None:
+    path, old = tmp_path / "record.json", GPUTestRecord(sources="a", steps=[Step(name="one"), Step(name="two")])
+    for sources, exists, kept in (("a", False, []), ("a", True, ["two"]), ("b", True, [])):
+        if exists:
+            old.save(path)
+        new = GPUTestRecord(sources=sources)
+        new.keep(path, ["one", "three"])
+        assert [step.name for step in new.steps] == kept

@@ -19,8 +19,8 @@ ROOT = Path(__file__).parents[3]
 
 def _results() -> Path:
     """The records: of the checkout that this is, or else that the current folder lies in, as a notebook's does."""
-    places = [ROOT, *(Path.cwd() / "x").parents]
-    return next((place / "benchmarks/results" for place in places if (place / "benchmarks/results").is_dir()), ROOT)
+    found = [place / "benchmarks" / "results" for place in (ROOT, Path.cwd(), *Path.cwd().parents)]
+    return next(filter(Path.is_dir, found), found[0])
 
 
 RESULTS = _results()
