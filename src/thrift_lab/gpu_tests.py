@@ -8,21 +8,15 @@ from __future__ import annotations
 
 import argparse
 import re
-import subprocess
 import sys
-import tempfile
-import time
-from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
-from xml.etree import ElementTree
-
-from pydantic import BaseModel, Field
 
 from thrift_lab.provenance import digest_of_sources
-from thrift_lab.records import Record, make_context
+from thrift_lab.records import make_context
+from thrift_lab.run_tests import Step, StepsRecord, run_pytest
 
 ROOMS = ("kernels", "prefill", "decode")
 """Folders of ``thrift_attn`` whose sources a record speaks for."""
@@ -30,63 +24,6 @@ ROOMS = ("kernels", "prefill", "decode")
 
 LAWS = ("test_a_budget_of_one_is_exact", "test_packed_sequences_equal_each_alone", "test_paged_equals_contiguous")
 """Laws that memcheck looks at."""
-
-
-class Step(BaseModel):
-    """One part of a run.
-
-    Args:
-        name: what was run.
-        passed: number of tests.
-        failed: number of tests.
-        skipped: number of tests.
-        seconds: that it took.
-        problems: what went wrong, a line each.
-        mended: problems that were of a test and not of the sources it tests, and what has become of them. Entered by hand;
-            the next run has to do without.
-    """
-
-    name: str
-    passed: int = 0
-    failed: int = 0
-    skipped: int = 0
-    seconds: float = 0.0
-    problems: list[str] = Field(default_factory=list)
-    mended: dict[str, str] = Field(default_factory=dict)
-
-    @property
-    def is_green(self) -> bool:
-        """Whether something ran and all of it passed."""
-        return self.passed > 0 and not self.failed and not self.problems
-
-    def tell(self, indent: str = "") -> None:
-        """Print what was found."""
-        counts = f"{self.passed} passed, {self.failed} failed, {self.skipped} skipped, {self.seconds} s"
-        print(f"{indent}{self.name}: {counts}", flush=True)
-        for problem in self.problems:
-            print(f"{indent}  {problem}", flush=True)
-
-
-class StepsRecord(Record):
-    """What steps found, and for which sources.
-
-    Args:
-        sources: digest of what they speak for.
-        steps: each once.
-    """
-
-    sources: str = ""
-    steps: list[Step] = Field(default_factory=list)
-
-    def keep(self, path: Path, again: Iterable[str]) -> None:
-        """Take over the steps of an earlier record of the same sources.
-
-        Args:
-            path: of the record; nothing is taken where there is none.
-            again: names of the steps that are run again.
-        """
-        if path.exists() and (earlier := type(self).load(path)).sources == self.sources:
-            self.steps = [step for step in earlier.steps if step.name not in set(again)]
 
 
 class GPUTestRecord(StepsRecord):
@@ -104,58 +41,6 @@ def digest_of_kernels(package: Path) -> str:
         package: the folder of ``thrift_attn``.
     """
     return digest_of_sources(package, ROOMS)
-
-
-def run_pytest(
-    name: str,
-    arguments: list[str],
-    prefix: list[str] | None = None,
-    seconds: float = 600,
-    python: str = sys.executable,
-) -> tuple[Step, str]:
-    """Run pytest in a process of its own and return what it counted, and its output.
-
-    Args:
-        name: of the step.
-        arguments: of pytest.
-        prefix: a command that runs it, such as compute-sanitizer.
-        seconds: after which it is stopped, which is a problem of the step.
-        python: that has pytest.
-    """
-    began = time.monotonic()
-    with tempfile.TemporaryDirectory() as folder:
-        report = Path(folder) / "report.xml"
-        command = [
-            *(prefix or []),
-            python,
-            "-m",
-            "pytest",
-            "-p",
-            "no:cacheprovider",
-            "-m",
-            "",
-            f"--junitxml={report}",
-        ]
-        step = Step(name=name)
-        try:
-            done = subprocess.run([*command, *arguments], capture_output=True, text=True, timeout=seconds)
-            output = done.stdout + done.stderr
-        except FileNotFoundError as error:
-            step.problems.append(f"{error.filename} is not installed")
-            output = ""
-        except subprocess.TimeoutExpired as error:
-            step.problems.append(f"stopped after {seconds:.0f} s")
-            output = str(error.stdout or "")
-        if report.exists():
-            for suite in ElementTree.parse(report).iter("testsuite"):
-                total, bad, skipped = (int(suite.get(key, "0")) for key in ("tests", "failures", "skipped"))
-                bad += int(suite.get("errors", "0"))
-                step.failed, step.skipped, step.passed = bad, skipped, total - bad - skipped
-        elif not step.problems:
-            step.problems.append("pytest wrote no report: " + " ".join(output.split()[-30:]))
-        step.problems += re.findall(r"^(?:FAILED|ERROR) (\S+)", output, re.MULTILINE)[:20]
-    step.seconds = round(time.monotonic() - began, 1)
-    return step, output
 
 
 @dataclass(frozen=True)

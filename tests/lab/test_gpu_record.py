@@ -7,8 +7,9 @@ from pathlib import Path
 import pytest
 
 import thrift_attn
-from thrift_lab.gpu_tests import GPUTestRecord, Mailbox, Step, digest_of_kernels, join
+from thrift_lab.gpu_tests import GPUTestRecord, Mailbox, digest_of_kernels, join
 from thrift_lab.provenance import digest_of_sources
+from thrift_lab.run_tests import Step
 
 ROOT = Path(__file__).parents[2]
 PACKAGE = Path(thrift_attn.__file__).parent
