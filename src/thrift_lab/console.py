@@ -37,6 +37,9 @@ Storage = Annotated[
         help="How they are stored: the base and a 4-bit or an 8-bit residual, or a 16-bit copy.",
     ),
 ]
+Workers = Annotated[
+    int, typer.Option(help="Processes with a model each that share the samples, and the GPUs that there are.", min=1)
+]
 Device = Annotated[str, typer.Option(help="auto, cpu or cuda[:N].")]
 Dtype = Annotated[
     Literal["auto", "float32", "bfloat16", "float16"],

@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import torch.multiprocessing as processes
 import torch.nn.functional as F
 from typer.testing import CliRunner
 
@@ -36,7 +37,9 @@ from thrift_lab.eval.presets import BUDGETS, full, quick, with_baselines
 from thrift_lab.eval.run_nll import evaluate
 from thrift_lab.eval.runs import Run, load_runs
 from thrift_lab.eval.suite import run
-from thrift_lab.eval.suite_folder import Folder, SuitePlan, key_of
+from thrift_lab.eval.suite_folder import Folder, Key, SuitePlan, key_of
+from thrift_lab.eval.suite_samples import Samples
+from thrift_lab.eval.suite_workers import spread
 from thrift_lab.eval.summary import summarise
 from thrift_lab.extras import MissingExtra
 from thrift_lab.models import Loaded
@@ -353,6 +356,40 @@ def test_a_killed_run_goes_on(finished: tuple[Path, dict[str, Any]], place: Path
         if record["kind"] == "task":
             assert record["prediction"] == same[key_of(record)]["prediction"]
             assert record["gold_nll"] == pytest.approx(same[key_of(record)]["gold_nll"], rel=1e-3)
+
+
+def test_workers_find_what_one_process_finds(
+    finished: tuple[Path, dict[str, Any]], place: Path, tmp_path: Path
+) -> None:
+    """Whoever measured a sample: the same lines but for the order and the seconds, and a run that goes on with fewer."""
+    folder, metrics = finished
+    found = run(a_plan(place), tmp_path / "run", device="cpu", workers=2)
+
+    def lines(path: Path) -> dict[Key, dict[str, Any]]:
+        return {key_of(line): {k: v for k, v in line.items() if k != "seconds"} for line in Folder(path).records()}
+
+    assert lines(tmp_path / "run") == lines(folder)
+    assert {**found, "methods": 0, "nll": 0, "tasks": 0} == {**metrics, "methods": 0, "nll": 0, "tasks": 0}
+    for part in ("nll", "tasks"):
+        assert [{k: v for k, v in row.items() if "seconds" not in k} for row in found[part]] == [
+            {k: v for k, v in row.items() if "seconds" not in k} for row in metrics[part]
+        ]
+    assert json.loads((tmp_path / "run/environment.jsonl").read_text())["workers"] == 2
+    assert run(a_plan(place), tmp_path / "run", device="cpu", workers=2) == found  # nothing is left to do
+
+
+def test_what_a_worker_raises_is_raised_and_a_worker_that_dies_is_named(place: Path, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="the question alone has more than 20 tokens"):
+        run(a_plan(place, lengths=(20,)), tmp_path / "short", device="cpu", workers=2)
+    plan = a_plan(place, samples=40)
+    items = Samples.of(plan, tmp_path, print).items
+    lines = spread(plan, tmp_path, [(n, x.keys(parse_methods("fp16"))) for n, x in enumerate(items)], "cpu", "auto", 2)
+    next(lines)
+    processes.active_children()[0].kill()
+    with pytest.raises(RuntimeError, match=r"worker [01] ended with exit code -9: what it was measuring is lost"):
+        list(lines)
+    with pytest.raises(ValueError, match="workers must be at least 1, got 0"):
+        run(plan, tmp_path, workers=0)
 
 
 @pytest.mark.parametrize(

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from thrift_attn.stats import Stats
+from thrift_attn.transformers.versions import cache_keyword
 from thrift_lab.eval.apply import applied, served
 from thrift_lab.eval.eviction import evict
 from thrift_lab.eval.methods import Method
@@ -106,6 +107,6 @@ def _greedy(model: Any, logits: Tensor, position: int, cache: Any, max_new: int,
 def _next(model: Any, ids: Tensor, position: int, cache: Any) -> Tensor:
     """Float32 logits ``[T, V]`` after each new token ``[1, T]``; only those of the last one for a prompt."""
     positions = torch.arange(position, position + ids.shape[1], device=ids.device)[None]
-    hidden = model.base_model(input_ids=ids, position_ids=positions, past_key_values=cache, use_cache=True)
-    states = hidden.last_hidden_state[0]
+    options: dict[str, Any] = {cache_keyword(model.base_model): cache, "use_cache": True}
+    states = model.base_model(input_ids=ids, position_ids=positions, **options).last_hidden_state[0]
     return logits_of(model, states[-1:] if position == 0 else states)

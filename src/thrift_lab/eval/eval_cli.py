@@ -18,6 +18,7 @@ from thrift_lab.console import (
     Promoted,
     Storage,
     TextSource,
+    Workers,
     errors,
     kept,
     numbers,
@@ -282,6 +283,7 @@ def suite(
     hub: Annotated[bool | None, typer.Option("--hub/--no-hub", help="Read LongBench from the hub.")] = None,
     concentration: Annotated[int | None, typer.Option(help="Tokens for error concentration; 0 for none.")] = None,
     seed: Annotated[int | None, typer.Option(help="Of the generated tasks.")] = None,
+    workers: Workers = 1,
     device: Device = "auto",
     dtype: Dtype = "auto",
 ) -> None:
@@ -312,7 +314,7 @@ def suite(
         if baselines is not None:
             plan = replace(plan, methods=with_baselines([plan.methods], baselines))
         with shown(Console(file=sys.stderr)) as (log, progress):
-            run(plan, output, device=device, dtype=dtype, log=log, progress=progress)
+            run(plan, output, device=device, dtype=dtype, workers=workers, log=log, progress=progress)
         _written([output], output / "report.html", None)
 
 

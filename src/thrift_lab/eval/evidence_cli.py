@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from thrift_lab.console import Device, Dtype, Model, errors, numbers, shown, words
+from thrift_lab.console import Device, Dtype, Model, Workers, errors, numbers, shown, words
 
 KINDS_METHODS = "fp16,fp4,thrift"
 LENGTHS, TASKS = ["8192"], ["ruler"]
@@ -69,6 +69,7 @@ def kinds(
     ] = 2048,
     markdown: Annotated[Path | None, typer.Option(help="Write the table here.")] = None,
     plot: Annotated[Path | None, typer.Option(help="Write the picture here.")] = None,
+    workers: Workers = 1,
     device: Device = "auto",
     dtype: Dtype = "auto",
 ) -> None:
@@ -85,7 +86,7 @@ def kinds(
             concentration=concentration, concentrate_all=True,
         )  # fmt: skip
         with shown(Console(file=sys.stderr)) as (log, progress):
-            run(plan, output, device=device, dtype=dtype, log=log, progress=progress)
+            run(plan, output, device=device, dtype=dtype, workers=workers, log=log, progress=progress)
         records, last = Folder(output).records(), parse_methods(methods)[-1].name
         _tell(evidence.kinds_table(records, last), markdown)
         if plot is not None:
@@ -107,6 +108,7 @@ def power(
     text: Annotated[str, typer.Option(help="RULER's haystack.")] = "shakespeare",
     chat: Annotated[bool, typer.Option(help="Use the tokenizer's chat template.")] = False,
     markdown: Annotated[Path | None, typer.Option(help="Write the table here.")] = None,
+    workers: Workers = 1,
     device: Device = "auto",
     dtype: Dtype = "auto",
 ) -> None:
@@ -129,7 +131,7 @@ def power(
             data=data,
         )  # fmt: skip
         with shown(Console(file=sys.stderr)) as (log, progress):
-            run(plan, output, device=device, dtype=dtype, log=log, progress=progress)
+            run(plan, output, device=device, dtype=dtype, workers=workers, log=log, progress=progress)
         _tell(evidence.power_table(Folder(output).records()), markdown)
 
 
