@@ -10,6 +10,7 @@ from thrift_lab.extras import need
 
 COLOURS = {
     "thrift": "#0b6e8f",
+    "residuals": "#5fb0c9",
     "paper": "#c9562c",
     "fp4": "#5c6bb0",
     "quest": "#4f7f2e",

@@ -20,15 +20,17 @@ CASES = (e2e.ModelCase(256, 1, True), e2e.ModelCase(130, 2, False))
 @pytest.fixture(scope="module")
 def record(tmp_path_factory: pytest.TempPathFactory) -> Any:
     plan = e2e.ModelPlan(
-        "tiny", CASES, tmp_path_factory.mktemp("e2e") / "tiny.json", 4, fused=False, device="cpu", check_tokens=150
-    )
+        "tiny", CASES, tmp_path_factory.mktemp("e2e") / "tiny.json", 4, fused=False, device="cpu", check_tokens=150,
+        full=256, residual_share=0.0,
+    )  # fmt: skip
     said: list[str] = []
     return plan, e2e.run(plan, said.append), said
 
 
 def test_every_side_of_every_case_is_timed(record: Any) -> None:
     _, found, said = record
-    wanted = [(case, side) for case in CASES for side in ("bf16", "thrift")] + [(CASES[0], "transformers")]
+    sides = ("bf16", "thrift", "residuals")
+    wanted = [(case, side) for case in CASES for side in sides] + [(CASES[0], "transformers")]
     assert [(row.case, row.side) for row in found.rows] == wanted
     assert all(row.status == "timed" for row in found.rows)
     for row in found.rows:
@@ -37,8 +39,8 @@ def test_every_side_of_every_case_is_timed(record: Any) -> None:
     assert found.check["bf16"] < 0.01  # in its first steps it also reads the slots of the last ones
     assert found.check["all"] < 0.01
     assert found.check["chunks"] < 0.01
-    assert found.check["launched"] == 0
-    assert 0 < found.check["thrift"] < 1
+    assert found.check["launched"] == found.check["residuals launched"] == 0
+    assert 0 < found.check["thrift"] <= found.check["residuals"] < 1
     assert found.largest["thrift"]["tokens"] == 256
     assert any("largest context" in line for line in said)
 
@@ -47,7 +49,17 @@ def test_bytes_are_those_of_the_cache(record: Any) -> None:
     _, found, _ = record
     plain = found.row(CASES[1], "bf16")
     assert plain.kv_bytes == 2 * 2 * 2 * 130 * 2 * 64 * 4  # layers, K and V, batch, slots, heads, D, float32
-    assert found.row(CASES[1], "thrift").kv_bytes > 0
+    assert 0 < found.row(CASES[1], "residuals").kv_bytes < found.row(CASES[1], "thrift").kv_bytes
+
+
+def test_a_full_batch_is_of_whole_sequences(record: Any) -> None:
+    _, found, said = record
+    assert list(found.full) == ["bf16", "thrift", "residuals"]
+    for row in found.full.values():
+        assert (row["sequences"], row["context"], row["tokens"]) == (2, 256, 512)
+        assert row["tokens_per_s"] == pytest.approx(2e3 / row["decode_ms"])
+    assert found.full["residuals"]["bytes_per_token"] < found.full["thrift"]["bytes_per_token"]
+    assert any("full batch, residuals: 2 x 256 tokens" in line for line in said)
 
 
 def test_records_come_back_and_are_drawn(record: Any, tmp_path: Path) -> None:

@@ -158,6 +158,12 @@ def e2e(
     budget: Annotated[float, typer.Option(help="Share of blocks in high precision.")] = 0.05,
     fused: Annotated[bool, typer.Option(help="Fuse norms, rotary embeddings and gates, on all sides.")] = True,
     largest: Annotated[bool, typer.Option(help="Also look for the largest context that fits.")] = True,
+    full: Annotated[
+        int | None, typer.Option(min=1, help="Also decode as many sequences of so many tokens as fit at once.")
+    ] = None,
+    residual_share: Annotated[
+        float | None, typer.Option(min=0, max=1, help="Also a cache in which this share of blocks keeps its residual.")
+    ] = None,
     as_is: Annotated[bool, typer.Option(help="Also time the step of transformers as it is.")] = True,
     device: Annotated[str, typer.Option(help="cuda; cpu runs, but its times mean nothing.")] = "cuda",
     seed: Annotated[int, typer.Option(help="Of weights, prompts and fillings.")] = 0,
@@ -174,8 +180,9 @@ def e2e(
 
         path = out / f"{Path(model).name}.json"
         plan = whole.ModelPlan(
-            model, tuple(map(_case, words(cases))), path, new, budget, fused, largest, device, seed, as_is
-        )
+            model, tuple(map(_case, words(cases))), path, new, budget, fused, largest, full, residual_share, device, seed,
+            as_is,
+        )  # fmt: skip
         record = whole.run(plan, log=lambda line: console.print(line, highlight=False, markup=False))
         console.print()
         console.print(table(record))

@@ -21,7 +21,7 @@ from thrift_attn.transformers.decode_graph import DecodeGraph
 from thrift_attn.transformers.generate import prefill
 from thrift_lab.bench import e2e_model
 from thrift_lab.bench.bench_records import make_context, percentile
-from thrift_lab.bench.e2e_records import SIDES, ModelCase, ModelRecord, ModelRow, Side
+from thrift_lab.bench.e2e_records import OURS, SIDES, ModelCase, ModelRecord, ModelRow, Side
 from thrift_lab.bench.inputs import BIAS, NOISE, TOPIC
 from thrift_lab.console import Log
 
@@ -31,10 +31,16 @@ FILL = 8192
 WARM = 4096
 """Tokens of a prompt before the timed one."""
 
+SAMPLE = 16384
+"""Tokens from which on every further token of a sequence costs the same bytes: no floor keeps all residuals any more."""
+
 SPARE = 1.25 * 2**30
 """Bytes left free beside the weights and the largest cache, for one step."""
 
-BOUNDS = {"bf16": 0.3, "all": 0.3, "chunks": 0.3, "launched": 1e-3, "thrift": float("inf")}
+BOUNDS = {
+    **{"bf16": 0.3, "all": 0.3, "chunks": 0.3, "launched": 1e-3, "residuals launched": 1e-3},
+    **{"thrift": float("inf"), "residuals": float("inf")},
+}
 """Largest relative distance of logits. A random network of 32 layers amplifies rounding: in emulation BF16 is 0.16 off float32,
 and every block from the nested plane 0.08; unrelated logits are 1.4 apart. At 5% the distance is recorded, not judged: the
 quality of a random network says nothing."""
@@ -52,6 +58,8 @@ class ModelPlan:
         budget: share of promoted blocks.
         fused: whether norms, rotary embeddings and gates are fused, on all sides.
         largest: whether to look for the largest context.
+        full: tokens of a sequence, of which as many are decoded at once as fit; None to leave that out.
+        residual_share: of the side ``residuals``; None to leave it out.
         device: where; times are only meaningful on a CUDA device.
         seed: of weights, prompts and fillings.
         as_is: whether transformers' own step is timed too, on the cases with a prompt.
@@ -65,6 +73,8 @@ class ModelPlan:
     budget: float = 0.05
     fused: bool = True
     largest: bool = True
+    full: int | None = None
+    residual_share: float | None = None
     device: str = "cuda"
     seed: int = 0
     as_is: bool = True
@@ -73,7 +83,17 @@ class ModelPlan:
     @property
     def config(self) -> ThriftConfig:
         """Of the cache."""
-        return ThriftConfig.for_cache(budget=fraction(self.budget))
+        return self.config_of("thrift")
+
+    def config_of(self, side: Side) -> ThriftConfig:
+        """Of the cache of a side of ours."""
+        share = self.residual_share if side == "residuals" and self.residual_share is not None else 1.0
+        return ThriftConfig.for_cache(budget=fraction(self.budget), residual_share=share)
+
+    @property
+    def sides(self) -> tuple[Side, ...]:
+        """That are timed on every case."""
+        return ("bf16", *OURS) if self.residual_share is not None else ("bf16", "thrift")
 
 
 class ModelBench:
@@ -96,15 +116,15 @@ class ModelBench:
         """Switch the attention."""
         if getattr(self.model.config, "_attn_implementation", None) == "thrift":
             disable(self.model)
-        if side == "thrift":
-            enable(self.model, self.plan.config)
+        if side in OURS:
+            enable(self.model, self.plan.config_of(side))
         else:
             self.model.set_attn_implementation("sdpa" if side == "transformers" else e2e_model.BF16)
 
     def cache(self, side: Side, slots: int, **options: Any) -> Any:
         """An empty cache for this many slots."""
-        if side == "thrift":
-            return ThriftCache(self.model.config, slots, **{"decode": self.plan.config, **options})
+        if side in OURS:
+            return ThriftCache(self.model.config, slots, **{"decode": self.plan.config_of(side), **options})
         from transformers import StaticCache
 
         return StaticCache(config=self.model.config, max_cache_len=slots)
@@ -159,8 +179,8 @@ class ModelBench:
             torch.randn(shape[0], count, *shape[1:], device=self.device, dtype=dtype)
             for count in (heads, self.kv_heads, self.kv_heads)
         )
-        if side == "thrift":
-            cache = ThriftCache(self.model.config, shape[1], decode=self.plan.config)
+        if side in OURS:
+            cache = self.cache(side, shape[1])
             attention(q, k, v, config=cache.prefill_on(self.device))
         else:
             e2e_model.bf16_attention(self.model, q, k, v, None)
@@ -211,8 +231,8 @@ def check(bench: ModelBench, length: int, steps: int = 8) -> dict[str, float]:
 
     Returns:
         ``bf16``: the BF16 baseline's. ``all``: ours with every block promoted, by the same kernels; ``chunks``: likewise,
-        with the prompt in chunks; ``launched``: the distance of steps launched one by one from replayed ones. ``thrift``:
-        as timed.
+        with the prompt in chunks; ``launched``: the distance of steps launched one by one from replayed ones. ``thrift``
+        and ``residuals``: as timed.
 
     Raises:
         ValueError: a side that computes something else: above `BOUNDS`, or no finite logits.
@@ -222,8 +242,8 @@ def check(bench: ModelBench, length: int, steps: int = 8) -> dict[str, float]:
 
     def logits(side: Side, chunk: int | None = None, warmup: int = 1, **options: Any) -> Tensor:
         bench.use(side)
-        if side == "thrift":  # no prompt is exact because it is short: the check is of what is timed
-            decode = options.setdefault("decode", bench.plan.config)
+        if side in OURS:  # no prompt is exact because it is short: the check is of what is timed
+            decode = options.setdefault("decode", bench.plan.config_of(side))
             options["prefill"] = ThriftConfig(budget=decode.budget, exact_below=0)
         cache = bench.cache(side, length + steps, **options)
         prefill(bench.model, ids[:, :length], cache, chunk=chunk)
@@ -232,15 +252,19 @@ def check(bench: ModelBench, length: int, steps: int = 8) -> dict[str, float]:
         return torch.cat(found[-1:])  # its cache is full by then, so that every slot is written
 
     want = logits("transformers", warmup=steps)
-    found = {
-        "bf16": logits("bf16"),
-        "all": logits("thrift", decode=every),
-        "chunks": logits("thrift", chunk=length // 2 + 30, decode=every),
-        "thrift": logits("thrift"),
+
+    def off(got: Tensor, from_: Tensor) -> float:
+        return float((got - from_).norm() / want.norm())
+
+    errors = {
+        "bf16": off(logits("bf16"), want),
+        "all": off(logits("thrift", decode=every), want),
+        "chunks": off(logits("thrift", chunk=length // 2 + 30, decode=every), want),
     }
-    errors = {name: float((got - want).norm() / want.norm()) for name, got in found.items()}
-    launched = logits("thrift", warmup=steps)
-    errors["launched"] = float((launched - found["thrift"]).norm() / want.norm())
+    for side, name in (("thrift", "launched"), ("residuals", "residuals launched")):
+        if side in bench.plan.sides:
+            replayed = logits(side)
+            errors |= {side: off(replayed, want), name: off(logits(side, warmup=steps), replayed)}
     for name, error in errors.items():
         if not error < BOUNDS[name]:
             raise ValueError(f"{name}: logits are {error:.3f} from those of transformers; nothing is timed")
@@ -255,6 +279,7 @@ def run(plan: ModelPlan, log: Log = print) -> ModelRecord:
         "model": plan.model,
         "new": plan.new,
         "config": plan.config.to_dict(),
+        "residual_share": plan.residual_share,
         "ignored": list(DecodeNumerics.resolve(plan.config).ignored),
         "prefill": ThriftCache(bench.model.config, BLOCK, decode=plan.config).prefill_on(bench.device).to_dict(),
         "fused": bench.fused,
@@ -267,13 +292,15 @@ def run(plan: ModelPlan, log: Log = print) -> ModelRecord:
     record.check = check(bench, plan.check_tokens)
     log("logits off transformers': " + ", ".join(f"{name} {error:.4f}" for name, error in record.check.items()))
     record.save(plan.out)
-    work: list[tuple[ModelCase, Side]] = [(case, side) for case in plan.cases for side in ("bf16", "thrift")]
+    work: list[tuple[ModelCase, Side]] = [(case, side) for case in plan.cases for side in plan.sides]
     for case, side in work:
         _add(bench, record, case, side, log)
-    if plan.largest:
-        for side in ("bf16", "thrift"):
-            record.largest[side] = largest(bench, side, log)
-            record.save(plan.out)
+    for side in plan.sides if plan.largest else ():
+        record.largest[side] = largest(bench, side, log)
+        record.save(plan.out)
+    for side in plan.sides if plan.full else ():
+        record.full[side] = full(bench, side, plan.full or 0, log)
+        record.save(plan.out)
     for case in plan.cases:
         if plan.as_is and case.prompt:
             _add(bench, record, case, "transformers", log)
@@ -326,37 +353,73 @@ def _timed(bench: ModelBench, case: ModelCase, side: Side, row: ModelRow) -> Mod
     return replace(row, status="timed", decode_ms=runs, kv_bytes=bench.kv_bytes(cache), peak_decode=bench.peak())
 
 
-def largest(bench: ModelBench, side: Side, log: Log) -> dict[str, float]:
+def largest(bench: ModelBench, side: Side, log: Log) -> dict[str, int | float]:
     """The longest context of one sequence that fits: the cache is filled with random K and V and decoded from."""
+    tokens, per_token = _room(bench, side, 4 * BLOCK)
+    found = _fit(bench, side, 1, tokens // BLOCK * BLOCK)
+    log(f"largest context, {side}: {found['context']:,} tokens, {found['decode_ms']:.2f} ms a token")
+    kept = ("kv_bytes", "decode_ms")
+    return {"tokens": found["context"], "bytes_per_token": per_token, **{name: found[name] for name in kept}}
+
+
+def full(bench: ModelBench, side: Side, context: int, log: Log) -> dict[str, int | float]:
+    """The most tokens that fit in sequences of at least ``context`` tokens each, decoded at once.
+
+    As many sequences as fit, each as much longer as fills the memory: no sequence is counted in part.
+
+    Args:
+        bench: with the model.
+        side: whose cache.
+        context: least tokens of a sequence.
+        log: is told what was found.
+    """
+    room, per_token = _room(bench, side, 2 * context)
+    batch = max(1, room // context)
+    found = _fit(bench, side, batch, room // batch // BLOCK * BLOCK)
+    tokens = batch * int(found["context"])
+    rate = batch / found["decode_ms"] * 1e3
+    log(f"full batch, {side}: {batch} x {found['context']:,} tokens, {found['decode_ms']:.2f} ms, {rate:,.0f} tokens/s")
+    return {"sequences": batch, "tokens": tokens, "bytes_per_token": per_token, **found, "tokens_per_s": rate}
+
+
+def _room(bench: ModelBench, side: Side, without: int) -> tuple[int, float]:
+    """Tokens that memory has room for, ``without`` where it is not counted, and bytes of each in a long sequence."""
     bench.use(side)
     bench.fresh()
-    free = torch.cuda.mem_get_info()[0] if bench.cuda else 64 << 20
-    small = bench.cache(side, BLOCK)
-    bench.fill(small, 1, BLOCK)
-    per_token = small.bytes_per_token() if isinstance(small, ThriftCache) else bench.kv_bytes(small) / BLOCK
-    del small
-    bench.fresh()
-    tokens = int((free - SPARE) / per_token) // BLOCK * BLOCK if bench.cuda else 4 * BLOCK
+    free = torch.cuda.mem_get_info()[0] if bench.cuda else 0
+    held = []
+    for tokens in (SAMPLE, 2 * SAMPLE):
+        cache = bench.cache(side, tokens)
+        bench.fill(cache, 1, 0)
+        held.append(bench.kv_bytes(cache))
+        del cache
+        bench.fresh()
+    per_token = (held[1] - held[0]) / SAMPLE
+    return (int((free - SPARE) / per_token) if bench.cuda else without), per_token
+
+
+def _fit(bench: ModelBench, side: Side, batch: int, tokens: int) -> dict[str, int | float]:
+    """Sequences of about so many tokens, as long as fit, filled and decoded: see `_held`."""
     for _ in range(6):
-        found = _held(bench, side, tokens)
+        found = _held(bench, side, batch, tokens)
         bench.fresh()
         if found is not None:
-            log(f"largest context, {side}: {tokens:,} tokens, {found['decode_ms']:.2f} ms a token")
-            return {"tokens": tokens, "bytes_per_token": per_token, **found}
+            return {"context": tokens, **found}
         tokens = int(0.985 * tokens) // BLOCK * BLOCK
-    raise RuntimeError(f"{side}: no context near {tokens:,} tokens fits")
+    raise RuntimeError(f"{side}: no {batch} contexts near {tokens:,} tokens fit")
 
 
 @torch.no_grad()
-def _held(bench: ModelBench, side: Side, tokens: int) -> dict[str, float] | None:
-    """Bytes of a cache that holds so many tokens, and milliseconds of a step; None without memory for it."""
+def _held(bench: ModelBench, side: Side, batch: int, tokens: int) -> dict[str, int | float] | None:
+    """Bytes of a cache that holds so many tokens of each sequence, and milliseconds of a step; None without memory for it."""
     try:
         cache = bench.cache(side, tokens)
-        bench.fill(cache, 1, tokens - 16)
-        runs = bench.decode(cache, tokens - 16, bench.prompt(1, 1), 8)
+        bench.fill(cache, batch, tokens - 16)
+        runs = bench.decode(cache, tokens - 16, bench.prompt(batch, 1), 8)
     except torch.OutOfMemoryError:
         return None
-    return {"kv_bytes": bench.kv_bytes(cache), "decode_ms": statistics.median(runs)}
+    peak = {} if (peak := bench.peak()) is None else {"peak": peak}
+    return {"kv_bytes": bench.kv_bytes(cache), "decode_ms": statistics.median(runs), **peak}
 
 
 def describe(row: ModelRow) -> str:

@@ -17,6 +17,7 @@ WORDS: dict[Side, str] = {
     "transformers": "SDPA, static cache (transformers)",
     "bf16": "BF16, cuDNN over the static cache",
     "thrift": "thrift",
+    "residuals": "thrift, residuals of a share",
 }
 
 
@@ -49,13 +50,13 @@ def table(record: ModelRecord) -> Table:
         if row.status != "timed":
             out.add_row(row.case.name, row.side, "", f"[yellow]{row.status}[/yellow]", *[""] * 6)
             continue
-        base = baseline(record, row.case) if row.side == "thrift" else None
+        base = baseline(record, row.case) if row.ours else None
         plain = record.row(row.case, "bf16")
         peak = max(row.peak_prefill or 0, row.peak_decode or 0)
         out.add_row(
             row.case.name,
             row.side,
-            f"{promoted_share(record, row.case):.1%}" if row.side == "thrift" else "",
+            f"{promoted_share(record, row.case):.1%}" if row.ours else "",
             "" if row.prefill_s is None else f"{row.prefill_s:.2f}",
             "" if row.first_token_s is None else f"{row.first_token_s:.2f}",
             f"{row.p50_ms:.2f}",

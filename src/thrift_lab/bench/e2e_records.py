@@ -11,12 +11,15 @@ from pydantic import Field
 
 from thrift_lab.records import Record
 
-Side = Literal["transformers", "bf16", "thrift"]
+Side = Literal["transformers", "bf16", "thrift", "residuals"]
 SIDES: dict[Side, str] = {
     "transformers": "SDPA and StaticCache as transformers has them",
     "bf16": "StaticCache, cuDNN attention over all slots, no mask",
     "thrift": "ThriftCache",
+    "residuals": "ThriftCache in which a share of the blocks keeps its residual",
 }
+OURS: tuple[Side, ...] = ("thrift", "residuals")
+"""Sides that are ours, not a baseline."""
 
 
 @dataclass(frozen=True)
@@ -72,7 +75,7 @@ class ModelRow:
     @property
     def ours(self) -> bool:
         """Whether the row is ours, not a baseline."""
-        return self.side == "thrift"
+        return self.side in OURS
 
     @property
     def p50_ms(self) -> float:
@@ -89,6 +92,8 @@ class ModelRecord(Record):
         check: relative distance of logits, see `check`.
         rows: results.
         largest: for each side the longest context that was held and decoded, with bytes and milliseconds.
+        full: likewise the fullest batch of sequences of at least some length: ``sequences``, ``context``, ``tokens`` of all of
+            them, ``peak`` bytes allocated and ``tokens_per_s`` besides.
     """
 
     KINDS: ClassVar[tuple[str, ...]] = ("e2e",)
@@ -98,6 +103,7 @@ class ModelRecord(Record):
     check: dict[str, float] = Field(default_factory=dict)
     rows: list[ModelRow] = Field(default_factory=list)
     largest: dict[str, dict[str, int | float]] = Field(default_factory=dict)
+    full: dict[str, dict[str, int | float]] = Field(default_factory=dict)
 
     @classmethod
     def from_json(cls, found: dict[str, Any], path: Path) -> ModelRecord:
