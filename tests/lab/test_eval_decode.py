@@ -36,7 +36,7 @@ def test_exact_cache_has_no_divergence(tmp_path: Path) -> None:
     assert all(len(one.kl) == len(one.same_top) == 9 for one in record.continuations)
     assert abs(record.kl) < 1e-6
     assert record.same_top == 1.0
-    assert [needle.depth for needle in record.needles] == [0, 0.5, 1]
+    assert sorted(needle.depth for needle in record.needles) == [0, 0.5, 1]
     assert all(needle.plain == needle.cached for needle in record.needles)
     assert len(said) == 6
     record.save(tmp_path / "x" / "record.json")
@@ -78,6 +78,16 @@ def test_sizes_are_checked() -> None:
     with pytest.raises(ValueError, match="shortest"):
         decode.lengths(3, 10, 9)
     assert decode.lengths(1, 10, 20) == [10]
+
+
+def test_depths_are_even_and_independent_of_lengths() -> None:
+    assert decode.depths(1) == [0]
+    for n in (2, 10, 51):
+        found = decode.depths(n)
+        assert sorted(found) == [i / (n - 1) for i in range(n)]
+    assert abs(sum((i - 25) * (d - 0.5) for i, d in enumerate(found))) < 0.2 * sum(
+        (i - 25) ** 2 / 50 for i in range(51)
+    )
 
 
 @torch.no_grad()

@@ -7,6 +7,7 @@ answers of both are compared.
 
 from __future__ import annotations
 
+import math
 import random
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -131,13 +132,19 @@ def lengths(prompts: int, shortest: int, longest: int) -> list[int]:
     return [round(shortest + i * step) for i in range(prompts)]
 
 
-@torch.no_grad()
+def depths(needles: int) -> list[float]:
+    """Where needles are hidden, evenly from 0 to 1 and in an order that has nothing to do with the lengths of their prompts."""
+    stride = next((n for n in range(round(0.618 * needles), 0, -1) if math.gcd(n, needles) == 1), 1)
+    return [i * stride % needles / max(1, needles - 1) for i in range(needles)]
+
+
 def _cache(model: Any, tokens: int, config: ThriftConfig) -> ThriftCache:
     """A cache whose prompts are attended as long ones are: none exactly, because it is short."""
     prefill = ThriftConfig(budget=config.budget, exact_below=0)
     return ThriftCache(model.config, tokens, decode=config, prefill=prefill)
 
 
+@torch.no_grad()
 def continuation(loaded: Loaded, ids: Tensor, start: int, new: int, config: ThriftConfig) -> Continuation:
     """Compare ``new`` teacher-forced steps after the prompt ``ids[:, :-new]``.
 
@@ -217,7 +224,7 @@ def evaluate(
         shortest: tokens of the shortest prompt.
         longest: of the longest.
         new: teacher-forced steps after each.
-        needles: depths, evenly from 0 to 1.
+        needles: how many, at `depths`.
         seed: of the hidden numbers.
         text_name: for the record.
         log: called with a line of text about each text and needle.
@@ -249,8 +256,9 @@ def evaluate(
         log(f"{size} tokens: KL {_mean(record.continuations[-1].kl):.4f}")
         start += size + new
     draw = random.Random(seed)
-    for i, size in enumerate(lengths(needles, shortest, longest) if needles else []):
-        number, depth = str(draw.randrange(1000, 10000)), i / max(1, needles - 1)
+    places = zip(lengths(needles, shortest, longest), depths(needles), strict=True) if needles else ()
+    for size, depth in places:
+        number = str(draw.randrange(1000, 10000))
         answers = needle(loaded, hide(loaded, text, size, depth, number), depth, number, config)
         log(f"{number} at {depth:.0%} of {size} tokens: {answers.plain!r}, cached {answers.cached!r}")
         record.needles.append(answers)

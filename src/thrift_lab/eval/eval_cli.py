@@ -184,6 +184,7 @@ def decode(
     needles: Annotated[int, typer.Option(help="Depths at which a number is hidden.")] = 10,
     budget: Promoted = "0.05",
     promoted_storage: Storage = "nested",
+    residual_share: Annotated[float, typer.Option(min=0, max=1, help="Of the blocks that keep a residual.")] = 1.0,
     device: Device = "auto",
     dtype: Dtype = "auto",
     seed: Annotated[int, typer.Option(help="Of the hidden numbers.")] = 0,
@@ -196,7 +197,9 @@ def decode(
         from thrift_lab.eval.texts import load_text
         from thrift_lab.models import load_model
 
-        config = ThriftConfig.for_cache(budget=Budget.parse(budget), promoted_storage=promoted_storage)
+        config = ThriftConfig.for_cache(
+            budget=Budget.parse(budget), promoted_storage=promoted_storage, residual_share=residual_share
+        )
         console = Console(stderr=True)
         with shown(console) as (log, _):
             loaded = load_model(model, device=device, dtype=dtype, log=log)
