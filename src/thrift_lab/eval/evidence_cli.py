@@ -1,4 +1,4 @@
-"""``thrift eval frontier``, ``kinds``, ``texts`` and ``power``: commands beside those of `thrift_lab.eval.eval_cli`."""
+"""Commands beside those of `eval_cli`: ``thrift eval frontier``, ``residents``, ``kinds``, ``texts`` and ``power``."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from thrift_lab.console import Device, Dtype, Model, Workers, errors, numbers, shown, words
+from thrift_lab.console import Device, Dtype, Model, Storage, TextSource, Workers, errors, kept, numbers, shown, words
 
 KINDS_METHODS = "fp16,fp4,thrift"
 LENGTHS, TASKS = ["8192"], ["ruler"]
@@ -37,6 +37,52 @@ def frontier(
         loaded = load_runs(runs)
         _tell("\n".join(chart.markdown(run, chart.points_of(run)) for run in loaded), markdown)
         print(f"wrote {chart.draw(loaded, out)}")
+
+
+@app.command()
+def residents(
+    model: Model = "smollm2-135m",
+    text: TextSource = "shakespeare",
+    rule: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="OPTION=VALUE,... of a rule: share, floor, newest, counts, gather, decay, error, among, planes, seed. "
+            "Given several times; the first is what the others are compared with. By default all, the cache's rule, none."
+        ),
+    ] = None,
+    passes: Annotated[int | None, typer.Option(help="Only so many of the first rules get a pass of their own.")] = None,
+    length: Annotated[int, typer.Option(help="Tokens of the window, a multiple of 64.")] = 8192,
+    promoted: Annotated[
+        str | None, typer.Option(help="Read so many of the residuals, as decode does: 5%, max(5%, 16). By default all.")
+    ] = None,
+    promoted_storage: Storage = "nested",
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+    json: Annotated[Path | None, typer.Option(help="Write the record here.")] = None,
+) -> None:
+    """The loss by the rule that says which blocks of a cache keep their residual, emulated in one pass over a text."""
+    with errors():
+        from thrift_attn.config import Budget, ThriftConfig
+        from thrift_lab.eval.nll import chars_needed
+        from thrift_lab.eval.residents.ablation import evaluate
+        from thrift_lab.eval.residents.rules import Rule
+        from thrift_lab.eval.texts import load_text
+        from thrift_lab.models import load_model
+
+        rules = tuple(map(Rule.parse, rule or ("share=1", "", "share=0")))
+        budget = None if promoted is None else Budget.parse(promoted)
+        console = Console(stderr=True)
+        with shown(console) as (log, _):
+            loaded = load_model(model, device=device, dtype=dtype, log=log)
+            source = load_text(text, chars_needed(length, 1), log)
+            record = evaluate(
+                loaded, source.content, rules=rules, config=ThriftConfig.for_cache(promoted_storage=promoted_storage),
+                promoted=budget, passes=passes, length=length, text_name=source.name, log=kept(console, log),
+            )  # fmt: skip
+        for line in record.table():
+            print("  ".join(f"{x:<60}" if i == 0 else f"{x:>20}" for i, x in enumerate(line)))
+        if json is not None:
+            record.save(json)
 
 
 @app.command()

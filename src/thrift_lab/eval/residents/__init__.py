@@ -1,0 +1,1 @@
+"""Which blocks of a cache should keep their plane of high precision: rules, emulated inside a model."""
