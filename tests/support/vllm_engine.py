@@ -13,6 +13,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from thrift_lab.serving.engine_gate import Answer, difference
+
 ENVIRONMENT = {
     "HF_HUB_OFFLINE": "1",
     "OMP_NUM_THREADS": "1",
@@ -90,24 +92,9 @@ def count(llm: Any, name: str) -> float:
 
 
 def check_alike(found: list[Output], wanted: list[Output], noise: float, least: float = 0.6) -> None:
-    """Check that tokens are the same as long as logits are not tied within ``noise``, and logprobs up to it.
-
-    Behind a tie both go on with texts of their own, and nothing more is to be compared: of all tokens at least a share
-    ``least`` must come before.
-    """
-    compared = 0
-    for number, (got, want) in enumerate(zip(found, wanted, strict=True)):
-        for step, (seen, there) in enumerate(zip(got.logprobs, want.logprobs, strict=True)):
-            both = seen.keys() & there.keys()
-            worst = max(abs(seen[token] - there[token]) for token in both)
-            assert worst <= noise, f"request {number}, token {step}: logprobs differ by {worst}"
-            compared += 1
-            if got.tokens[step] != want.tokens[step]:
-                best, second, *_ = sorted(there.values(), reverse=True)
-                assert best - second <= 2 * noise, f"request {number}, token {step}: not tied, {best - second} apart"
-                break
-    total = sum(len(one.tokens) for one in wanted)
-    assert compared >= least * total, f"only {compared} of {total} tokens could be compared"
+    """Check answers as `thrift_lab.serving.engine_gate.difference` does."""
+    plain, ours = ([Answer(one.tokens, one.logprobs) for one in row] for row in (wanted, found))
+    assert not (problem := difference(ours, plain, noise, least).problem), problem
 
 
 def ask_in_process(environment: dict[str, str] | None = None, **given: Any) -> subprocess.Popen[str]:

@@ -7,6 +7,7 @@ from importlib.util import find_spec
 import pytest
 
 from support.vllm_engine import Output, ask, engine
+from thrift_lab.serving.engine_jobs import write_tiny_model
 
 WORDS = 256
 
@@ -18,21 +19,15 @@ if found is None or found.origin is None:  # no vLLM, or the folder of that name
 @pytest.fixture(scope="session")
 def model(tmp_path_factory: pytest.TempPathFactory) -> str:
     """A Llama of two layers with random weights of float16, and a tokenizer of 256 words."""
-    import torch
     from tokenizers import Tokenizer, models, pre_tokenizers
 
-    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+    from transformers import PreTrainedTokenizerFast
 
     folder = tmp_path_factory.mktemp("model")
     words = Tokenizer(models.WordLevel({f"w{i}": i for i in range(WORDS)}, unk_token="w0"))
     words.pre_tokenizer = pre_tokenizers.Whitespace()
     PreTrainedTokenizerFast(tokenizer_object=words, unk_token="w0", eos_token="w1").save_pretrained(folder)
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=WORDS, hidden_size=128, intermediate_size=256, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, head_dim=64, max_position_embeddings=2048, initializer_range=0.1,
-    )  # fmt: skip
-    LlamaForCausalLM(config).half().save_pretrained(folder)
+    write_tiny_model(folder, words=WORDS)
     return str(folder)
 
 

@@ -1,0 +1,144 @@
+"""``thrift bench serve`` and ``thrift eval serve``: the commands."""
+
+from __future__ import annotations
+
+import json
+import signal
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from thrift_lab.console import errors, kept, numbers, shown, words
+
+if TYPE_CHECKING:
+    from thrift_lab.serving.serve_records import ServeRecord
+
+speed = typer.Typer()
+"""What ``thrift bench`` takes over."""
+
+
+def _json(text: str, option: str) -> dict[str, Any] | None:
+    """The JSON object of an option, None where nothing was given."""
+    if not text:
+        return None
+    try:
+        found = json.loads(text)
+    except ValueError as error:
+        raise ValueError(f"{option} must be JSON, got {text!r}: {error}") from error
+    if not isinstance(found, dict):
+        raise ValueError(f"{option} must be a JSON object, got {text!r}")
+    return found
+
+
+def end_on_term() -> None:
+    """Let a polite end of this process be an exception, so that engines are ended as well."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+
+
+@speed.command(name="serve")
+def bench_serve(
+    preset: Annotated[
+        Literal["full", "small"],
+        typer.Option(help="full: Llama-3.1-8B's shape on a GPU. small: a tiny model on vLLM's CPU engine."),
+    ] = "full",
+    out: Annotated[Path, typer.Option("--out", "-o", help="File of the record; runs of earlier calls stay.")] = Path(
+        "bench/serve.json"
+    ),
+    only: Annotated[
+        list[str] | None,
+        typer.Option(help="Cells of this call: METHOD, METHOD/LENGTH or METHOD/LENGTH/PART, several after commas."),
+    ] = None,
+    model: Annotated[str | None, typer.Option(help="llama-3.1-8b, qwen3-8b (weights made up), or a folder.")] = None,
+    methods: Annotated[str, typer.Option(help="Of bf16, fp8, thrift.")] = "",
+    lengths: Annotated[str, typer.Option(help="Tokens of a sequence, after commas.")] = "",
+    rounds: Annotated[
+        int | None, typer.Option(min=1, help="Engines of each method, one method after the other.")
+    ] = None,
+    repeats: Annotated[int | None, typer.Option(min=1, help="Timed prompts of one sequence.")] = None,
+    steps: Annotated[int | None, typer.Option(min=2, help="Timed steps of one sequence.")] = None,
+    chunk: Annotated[int | None, typer.Option(min=64, help="Tokens of a step (max_num_batched_tokens).")] = None,
+    sequences: Annotated[int | None, typer.Option(min=1, help="Most sequences at once (max_num_seqs).")] = None,
+    memory: Annotated[float | None, typer.Option(min=0.1, max=1, help="gpu_memory_utilization of each.")] = None,
+    tensor_parallel: Annotated[int | None, typer.Option(min=1, help="GPUs of an engine.")] = None,
+    thrift: Annotated[str, typer.Option(help='Options of thrift as JSON: {"budget": "5%"}.')] = "",
+    engine: Annotated[
+        str, typer.Option(help='More options of vllm.LLM for all, as JSON: {"compilation_config": {"mode": 0}}.')
+    ] = "",
+    seconds: Annotated[float | None, typer.Option(help="That an engine may take to start, or for one cell.")] = None,
+) -> None:
+    """Serving: thrift in vLLM against its FlashAttention with 16-bit and with FP8 pages, correctness first."""
+    console = Console(soft_wrap=True, width=None if sys.stdout.isatty() else 150)
+    with errors():
+        from thrift_lab.serving.run_serve import run
+        from thrift_lab.serving.serve_plan import plan_of
+
+        plan = plan_of(
+            preset,
+            out=out,
+            model=model,
+            methods=tuple(words(methods)) or None,
+            lengths=numbers(lengths) or None,
+            rounds=rounds,
+            repeats=repeats,
+            steps=steps,
+            chunk=chunk,
+            sequences=sequences,
+            memory=memory,
+            ranks=tensor_parallel,
+            thrift=_json(thrift, "--thrift"),
+            engine=_json(engine, "--engine"),
+            seconds=seconds,
+        )
+        end_on_term()
+        with shown(console) as (log, _):
+            record = run(plan, only=words(only), log=kept(console, log))
+        console.print()
+        console.print(speed_table(record))
+        console.print(f"wrote {plan.out}", style="dim", highlight=False, markup=False)
+        bad = [row for row in record.rows if row.ours and row.status in ("wrong", "failed")]
+        for row in bad:
+            console.print(f"{row.cell.name}, {row.status}: {row.reason}", style="red", highlight=False, markup=False)
+        if bad:
+            raise typer.Exit(1)
+
+
+def speed_table(record: ServeRecord) -> Table:
+    """Methods at each length, and thrift over the others."""
+    settings, machine = record.context["settings"], record.context["machine"]
+    table = Table(
+        title=f"{settings['model']} in vLLM on {machine['gpu'] or machine['cpu']}",
+        box=None,
+        padding=(0, 1),
+        header_style="bold",
+    )
+    table.add_column("tokens")
+    table.add_column("method")
+    headers = ("fit, it says", "held", "sequences", "first token s", "ms/token alone", "ms/step full", "tokens/s full")
+    for header in headers:
+        table.add_column(header, justify="right")
+    for length in settings["lengths"]:
+        found = {method: record.figures(method, length) for method in settings["methods"]}
+        for method, one in found.items():
+            cells = [
+                _number(one.kv_tokens, ",.0f"), _number(one.held_tokens, ",.0f"), _number(one.sequences, ",.0f"),
+                _number(one.first_token_s, ".3f"), _number(one.step_ms, ".2f"), _number(one.full_step_ms, ".2f"),
+                _number(one.decoded_per_s, ",.0f"),
+            ]  # fmt: skip
+            table.add_row(f"{length:,}", method, *cells)
+        ours = found.get("thrift")
+        for method, one in found.items():
+            if ours is None or method == "thrift":
+                continue
+            pairs = zip(ours, one, strict=True)
+            ratios = [f"{a / b:.2f}x" if a and b else "" for a, b in pairs]
+            if any(ratios):
+                table.add_row("", f"thrift / {method}", *ratios, style="dim")
+    return table
+
+
+def _number(value: float | None, form: str) -> str:
+    return "" if value is None else format(value, form)
