@@ -70,12 +70,14 @@ def engine(model: str, thrift: dict[str, Any] | None, **options: Any) -> Iterato
         cleanup_dist_env_and_memory()
 
 
-def ask(llm: Any, prompts: list[list[int]], tokens: int = 40) -> list[Output]:
+def ask(llm: Any, prompts: list[list[int]], tokens: int = 40, lora_request: Any = None) -> list[Output]:
     """Let an engine answer prompts, the likeliest token each time."""
     from vllm import SamplingParams
 
     how = SamplingParams(temperature=0, max_tokens=tokens, ignore_eos=True, logprobs=5)
-    answers = llm.generate([{"prompt_token_ids": ids} for ids in prompts], how, use_tqdm=False)
+    answers = llm.generate(
+        [{"prompt_token_ids": ids} for ids in prompts], how, use_tqdm=False, lora_request=lora_request
+    )
     return [
         Output(
             list(one.outputs[0].token_ids),

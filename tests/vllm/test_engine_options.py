@@ -9,7 +9,7 @@ import pytest
 
 from thrift_attn import ThriftConfig
 from thrift_attn.vllm.engine_options import EngineOptions
-from thrift_attn.vllm.unserved import check_layer, check_model
+from thrift_attn.vllm.unserved import check_layer, check_model, check_reach
 from thrift_attn.vllm.vllm_versions import check_version
 
 
@@ -58,11 +58,12 @@ def test_layers_that_are_not_served_are_refused_by_name() -> None:
         check_layer({"a sliding window": 4096}, "decoder", "auto")
 
 
-def model(block_size: int = 128, dcp: int = 1, transfer: Any = None) -> Any:
+def model(block_size: int = 128, dcp: int = 1, transfer: Any = None, parallel_drafts: bool = False) -> Any:
     return SimpleNamespace(
         parallel_config=SimpleNamespace(decode_context_parallel_size=dcp),
         cache_config=SimpleNamespace(user_specified_block_size=True, block_size=block_size),
         kv_transfer_config=transfer,
+        speculative_config=SimpleNamespace(parallel_drafting=parallel_drafts),
     )
 
 
@@ -72,8 +73,20 @@ def test_engines_that_are_not_served_are_refused_by_name() -> None:
         check_model(model(dcp=2))
     with pytest.raises(NotImplementedError, match="KV connectors"):
         check_model(model(transfer=object()))
+    with pytest.raises(NotImplementedError, match="parallel drafting"):
+        check_model(model(parallel_drafts=True))
     with pytest.raises(ValueError, match="--block-size that is a multiple of 128, got 64"):
         check_model(model(64))
+
+
+def test_what_the_kernels_cannot_reach_is_refused_when_the_engine_starts() -> None:
+    check_reach(8191, 8, 2**22)
+    with pytest.raises(
+        ValueError, match=r"at most 65535 sequences times KV heads, got 8192 \* 8 = 65536: --max-num-seqs"
+    ):
+        check_reach(8192, 8, 1024)
+    with pytest.raises(ValueError, match=r"\(4194304 tokens\), got 65537: .*--max-model-len must be smaller"):
+        check_reach(1, 8, 2**22 + 1)
 
 
 @pytest.mark.parametrize("version", ["0.29.0", "0.30.1+cpu", "0.32.0rc1"])

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
 
+from support.live_memory import LiveMemory
 from thrift_attn import ThriftConfig
 from thrift_attn.dispatch import interpreted
 from thrift_attn.numerics import DecodeNumerics
@@ -39,6 +43,7 @@ class Engine:
         self.layer = SharedPages(*views, record.rings(rings.to(DEVICE), torch.float16), *scales)
         self.kernels, self.options, self.tokens = kernels, options, [0] * 8
         self.table = torch.arange(40, dtype=torch.int32).view(8, 5)
+        self.watch: Any = nullcontext()  # of what a step does
 
     def step(self, parts: list[tuple[int, Tensor, Tensor, Tensor]], padding: int = 0) -> list[Tensor]:
         """Feed (sequence, q, k, v ``[H, T, D]``) and return what each sequence gets; those that decode come first."""
@@ -63,15 +68,19 @@ class Engine:
             prompts=prompts,
         )
         rings = torch.cat([seqs.int(), torch.zeros(2, dtype=torch.int32)]).to(DEVICE)
+        q, k, v = (x.to(DEVICE) for x in (q, k, v))
+        out = torch.zeros_like(q)
+        layer: Any = self.layer
         if self.kernels:
             from thrift_attn.vllm.kernel_pages import KernelLayer, KernelPages, step_budget
 
-            budget = step_budget(self.options, 5 * 64, DEVICE)
-            pages = KernelPages(KernelLayer(self.layer, self.options, budget), rows, rings)
-        else:
-            pages = PlainPages(self.layer, rows, rings, self.options)
-        out = torch.zeros_like(q, device=DEVICE)
-        attend_step(*(x.to(DEVICE) for x in (q, k, v)), out, rows=rows, pages=pages, options=self.options)
+            layer = KernelLayer(layer, self.options, step_budget(self.options, 5 * 64, DEVICE))
+        with self.watch:
+            if self.kernels:
+                pages = KernelPages(layer, rows, rings, run=rows)
+            else:
+                pages = PlainPages(layer, rows, rings, self.options)
+            attend_step(q, k, v, out, rows=rows, pages=pages, options=self.options)
         return [x.transpose(0, 1).cpu() for x in out[: int(starts[-1])].split(counts)]
 
 
@@ -151,6 +160,106 @@ def test_kernels_write_and_attend_as_plain_pytorch_does(monkeypatch: pytest.Monk
     for name in ("block0_mean", "sink_value"):
         one, two = (getattr(engine.layer, name)[written[::2]].cpu() for engine in engines)
         assert torch.equal(one, two)
+
+
+@pytest.mark.skipif(not KERNELS, reason="TRITON_INTERPRET=1, or a GPU")
+def test_sequences_that_are_attended_after_others_are_attended_alike(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One by one in the room of one, tokens packed, beside all at once: parts of other sizes are merged."""
+    from thrift_attn.vllm import kernel_pages
+
+    found, lengths = [], (70, 14, 66)
+    for room in (kernel_pages.ROOM, 1):
+        monkeypatch.setattr(kernel_pages, "ROOM", room)
+        engine = Engine(kernels=True)
+        engine.step([(seq, *draw(tokens, seq)) for seq, tokens in enumerate(lengths)])
+        found.append(engine.step([(seq, *draw(tokens, 10 + seq)) for seq, tokens in enumerate((2, 5, 1))], padding=2))
+    for together, alone in zip(*found, strict=True):
+        assert (together.float() - alone.float()).abs().max() < 2e-3
+
+
+def test_so_many_sequences_are_attended_at_a_time_that_their_buffers_fit() -> None:
+    pytest.importorskip("triton")
+    from thrift_attn.vllm.kernel_pages import ROOM, rows_at_once
+
+    for heads, group, most, blocks, dim in [
+        (8, 4, 1, 2048, 128),
+        (8, 4, 12, 2048, 128),
+        (1, 8, 12, 16384, 128),
+        (32, 1, 1, 64, 64),
+    ]:
+        count = rows_at_once(heads, group, most, blocks, dim)
+        rows = 8 if group * most <= 8 else 16 * group
+        assert count == 1 or count % 4 == 0
+        assert count * heads * blocks * (rows + 3) * 4 <= ROOM
+        assert count * heads <= 65535
+    assert rows_at_once(8, 4, 1, 2048, 128) > 300
+    assert rows_at_once(32, 8, 12, 65536, 128) == 1
+
+
+@pytest.mark.skipif(not KERNELS, reason="TRITON_INTERPRET=1, or a GPU")
+def test_no_step_takes_more_memory_than_what_was_rehearsed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An engine measures memory once, before it gives the rest to pages."""
+    from thrift_attn.vllm import kernel_pages
+
+    monkeypatch.setattr(engine_step, "TILE_BLOCKS", 2)
+    monkeypatch.setattr(engine_step, "TILE", 128)
+    monkeypatch.setattr(kernel_pages, "ROOM", 200_000)
+    if interpreted():  # copies what kernels are given; what they compute is tested above
+        from triton.runtime.interpreter import InterpretedFunction
+
+        monkeypatch.setattr(InterpretedFunction, "run", lambda *given, **options: None)
+    most, record = 150, PageRecord(DIM)
+    q, k, v = (x.transpose(0, 1).to(DEVICE) for x in draw(most, 0))
+    out = torch.full_like(q, 7)
+    budget = kernel_pages.step_budget(WHOLE, 5 * 64, DEVICE)
+    with LiveMemory() as of_prompts:
+        engine_step.rehearse_prompts(q, k, v, WHOLE, prompts=min(8, most // (DECODES + 1)))
+    with LiveMemory() as of_decode:
+        for tokens in (1, DECODES):
+            kernel_pages.rehearse_decode(
+                q, k, v, out, record=record, layer=WHOLE, budget=budget, sequences=8, block_tokens=128, most=tokens
+            )
+    assert (out == 7).all()
+    engine, peaks = Engine(kernels=True), []
+    every = [(seq, *draw(18, seq)) for seq in range(8)]
+    one_by_one = [(seq, *draw(1, seq)) for seq in range(8)]
+    drafts = [(seq, *draw(DECODES, seq)) for seq in range(8)]
+    mixed = [*one_by_one[:5], (5, *draw(DECODES, 5)), (6, *draw(60, 6)), (7, *draw(70, 7))]
+    largest = max(of_prompts.peak, of_decode.peak)
+    steps = [
+        (every, largest),
+        (one_by_one, of_decode.peak),
+        (drafts, of_decode.peak),
+        (mixed, largest),
+        ([(0, *draw(most, 0))], largest),
+        ([*one_by_one[1:], (0, *draw(most - 7, 1))], largest),
+    ]
+    for parts, bound in steps:
+        engine.watch = LiveMemory()
+        engine.step(parts)
+        peaks.append(engine.watch.peak)
+        assert 0 < engine.watch.peak <= bound
+    assert max(peaks[1:3]) > 0.5 * of_decode.peak
+    assert max(peaks) > 0.8 * of_prompts.peak
+
+
+def test_rows_that_are_run_again_are_read_again() -> None:
+    """A runner may keep what it told of a step, and let its lengths go on in place."""
+    numbers = torch.tensor([0, 1, 3, 10, 20], dtype=torch.int32)
+    rows = StepRows(
+        starts=numbers[:3],
+        lengths=numbers[3:],
+        page_table=torch.zeros(2, 8, dtype=torch.int32),
+        decoding=2,
+        most=2,
+        prompts=[],
+    )
+    first, second = (LayerOptions(prompts=WHOLE.prompts, pages=WHOLE.pages, scale=1.0, softcap=None) for _ in range(2))
+    before = rows.before(first)
+    assert before.tolist() == [9, 18]
+    numbers[3:] += 1
+    assert rows.before(first) is before  # of another layer
+    assert rows.before(second).tolist() == [10, 19]
 
 
 def test_a_later_part_of_a_prompt_is_attended_exactly_whatever_the_budget(monkeypatch) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -96,6 +97,44 @@ def test_scales_are_the_same_at_every_start_or_those_of_a_file(
     with engine(model, {**WHOLE, "scales": "ones"}) as llm:
         assert scales_of(llm)[1] is None
         check_alike(ask(llm, prompts[:2]), of_thrift[:2], NOISE)
+
+
+@pytest.fixture(scope="module")
+def adapter(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """A LoRA adapter that changes Q, K and V of the tiny model by about as much as they are."""
+    from safetensors.torch import save_file
+    from vllm.lora.request import LoRARequest
+
+    folder, g = tmp_path_factory.mktemp("adapter"), torch.Generator().manual_seed(0)
+    sizes = {"q_proj": 256, "k_proj": 128, "v_proj": 128}
+    tensors = {}
+    for number in range(2):
+        for name, size in sizes.items():
+            at = f"base_model.model.model.layers.{number}.self_attn.{name}"
+            tensors[f"{at}.lora_A.weight"] = torch.randn(8, 128, generator=g).half() / 8
+            tensors[f"{at}.lora_B.weight"] = torch.randn(size, 8, generator=g).half() / 8
+    save_file(tensors, folder / "adapter_model.safetensors")
+    told = {"peft_type": "LORA", "r": 8, "lora_alpha": 16, "target_modules": list(sizes), "bias": "none"}
+    (folder / "adapter_config.json").write_text(json.dumps(told))
+    return LoRARequest("other", 1, str(folder))
+
+
+def test_an_adapter_is_served_over_the_scales_of_its_base(
+    model: str, prompts: list[list[int]], of_thrift: list[Output], adapter: Any
+) -> None:
+    """The engine calibrates before any adapter is there; requests with it and without it share pages' scales."""
+    lora = {"enable_lora": True, "max_lora_rank": 8, "max_loras": 1}
+    with engine(model, None, **lora) as llm:
+        wanted = ask(llm, prompts[:3], lora_request=adapter)
+    with engine(model, WHOLE) as llm:
+        scales = scales_of(llm)
+    with engine(model, WHOLE, **lora) as llm:
+        assert all(map(torch.equal, scales_of(llm)[1], scales[1]))
+        found = ask(llm, prompts[:3], lora_request=adapter)
+        check_alike(ask(llm, prompts[:3]), of_thrift[:3], NOISE)
+    check_alike(found, wanted, 2 * NOISE, least=0.3)  # its logits spread further
+    with pytest.raises(AssertionError):  # the adapter is another model
+        check_alike(found, of_thrift[:3], 2 * NOISE)
 
 
 def refusal(model: str, thrift: dict[str, Any], **options: Any) -> str:

@@ -11,7 +11,7 @@ from vllm.v1.attention.backend import AttentionBackend, AttentionCGSupport, Atte
 from vllm.v1.attention.backends.utils import split_decodes_and_prefills
 from vllm.v1.kv_cache_interface import AttentionSpec, FullAttentionSpec, KVCacheLayout
 
-from thrift_attn.config import BLOCK, DECODE_ROWS
+from thrift_attn.config import BLOCK
 from thrift_attn.vllm.attention_impl import ThriftImpl
 from thrift_attn.vllm.engine_step import PromptRow, StepRows
 from thrift_attn.vllm.page_record import PageRecord
@@ -27,8 +27,7 @@ class ThriftBuilder(AttentionMetadataBuilder[StepRows]):  # type: ignore[type-va
     def __init__(self, kv_cache_spec: Any, layer_names: list[str], vllm_config: Any, device: torch.device):
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
         block_tokens = vllm_config.cache_config.block_size
-        # Those that decode come first: as many tokens as a ring takes while it holds what a block lacks.
-        self._decodes = min(DECODE_ROWS, PageRecord(kv_cache_spec.head_size).ring_tokens(block_tokens) - BLOCK + 1)
+        self._decodes = PageRecord(kv_cache_spec.head_size).step_tokens(block_tokens)  # those that decode come first
         self._init_reorder_batch_threshold(self._decodes)
 
     def build(self, common_prefix_len: int, common_attn_metadata: Any, fast_build: bool = False) -> StepRows:

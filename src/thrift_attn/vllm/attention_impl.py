@@ -16,13 +16,13 @@ from thrift_attn.dispatch import cache_config, check_cache
 from thrift_attn.numerics import DecodeNumerics
 from thrift_attn.reference.paged_rows import SharedPages
 from thrift_attn.vllm.engine_options import EngineOptions
-from thrift_attn.vllm.engine_step import LayerOptions, StepPages, StepRows, attend_step, rehearse
+from thrift_attn.vllm.engine_step import LayerOptions, StepPages, StepRows, attend_step, rehearse_prompts
 from thrift_attn.vllm.page_record import PageRecord
 from thrift_attn.vllm.plain_pages import PlainPages
 from thrift_attn.vllm.scale_files import LayerScales, measure
 from thrift_attn.vllm.start_scales import scale_before_pages
 from thrift_attn.vllm.tail_ring import SUFFIX, ThriftTail, hang_tails
-from thrift_attn.vllm.unserved import check_layer, check_model
+from thrift_attn.vllm.unserved import check_layer, check_model, check_reach
 
 _log = init_logger("vllm.thrift_attn")
 
@@ -45,7 +45,7 @@ class ThriftImpl(AttentionImpl):
 
     Raises:
         NotImplementedError: what is not served, by name.
-        ValueError: options that there are not.
+        ValueError: options that there are not, or more sequences or tokens than kernels serve.
     """
 
     def __init__(
@@ -79,6 +79,12 @@ class ThriftImpl(AttentionImpl):
         self.device = torch.device(self._vllm_config.device_config.device)
         self._dtype = self._vllm_config.model_config.dtype
         self._by = check_cache(stored, head_size, self._dtype, self.device)
+        if self._by == "triton":
+            sequences, tokens = (
+                self._vllm_config.scheduler_config.max_num_seqs,
+                self._vllm_config.model_config.max_model_len,
+            )
+            check_reach(sequences, self.num_kv_heads, tokens)
         self.record = PageRecord(head_size, stored.promoted_storage)
         self._computes = LayerOptions(
             prompts=self.options.for_prompts(),
@@ -164,12 +170,28 @@ class ThriftImpl(AttentionImpl):
         if not self.calibrating:
             most = self._vllm_config.scheduler_config.max_num_batched_tokens
             if self._by == "triton" and len(query) >= most:  # not for each size of graphs
-                rehearse(query, key, value, self._computes)
+                self._rehearse(query, key, value, output)
             return output.zero_()
         q, k, v = (x.transpose(0, 1)[None] for x in (query, key, value))
         self.scales = measure(k[0], v[0], centred=self._computes.pages.centred)
         found, _ = attend_part(q, k, v, scale=self.scale, softcap=self._computes.softcap)
         return output.copy_(found[0].transpose(0, 1))
+
+    def _rehearse(self, query: Tensor, key: Tensor, value: Tensor, output: Tensor) -> None:
+        """Take the memory of the largest steps, of prompts and of decode."""
+        from thrift_attn.vllm.kernel_pages import rehearse_decode
+
+        assert self._budget is not None
+        config = self._vllm_config
+        block_tokens, sequences = config.cache_config.block_size, config.scheduler_config.max_num_seqs
+        longest = self.record.step_tokens(block_tokens)
+        prompts = min(sequences, len(query) // (longest + 1))
+        rehearse_prompts(query, key, value, self._computes, prompts=prompts)
+        for most in sorted({1, 1 + config.num_speculative_tokens, longest}):
+            rehearse_decode(
+                query, key, value, output, record=self.record, layer=self._computes, budget=self._budget,
+                sequences=sequences, block_tokens=block_tokens, most=most,
+            )  # fmt: skip
 
     def _pages(self, kv_cache: Tensor, tail: ThriftTail, rows: StepRows, rings: Tensor) -> StepPages:
         """What the sequences of a step lie in."""
@@ -177,7 +199,7 @@ class ThriftImpl(AttentionImpl):
             return PlainPages(self._layer(kv_cache, tail), rows, rings, self._computes)
         from thrift_attn.vllm.kernel_pages import KernelPages
 
-        return KernelPages(self._layer(kv_cache, tail), rows, rings)
+        return KernelPages(self._layer(kv_cache, tail), rows, rings, get_forward_context())
 
     def _layer(self, kv_cache: Tensor, tail: ThriftTail) -> Any:
         """What the layer's sequences lie in. vLLM may bind other blocks after it has measured memory."""

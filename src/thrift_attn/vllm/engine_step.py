@@ -9,9 +9,9 @@ is no question of one tile (`thrift_attn.cache.tiles`).
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from functools import cached_property
+from dataclasses import dataclass, field
 from typing import NamedTuple, Protocol
+from weakref import ReferenceType, ref
 
 import torch
 from torch import Tensor
@@ -63,6 +63,9 @@ class StepRows:
         decoding: sequences that decode.
         most: the most tokens of one of them.
         prompts: the others.
+
+    Raises:
+        ValueError: a tensor that is not contiguous.
     """
 
     starts: Tensor
@@ -71,19 +74,26 @@ class StepRows:
     decoding: int
     most: int
     prompts: list[PromptRow]
+    _known: list[tuple[ReferenceType[object], Tensor]] = field(default_factory=list, init=False, repr=False)
 
     def __post_init__(self) -> None:
         for name in ("starts", "lengths", "page_table"):
             if not getattr(self, name).is_contiguous():  # kernels count on it, and a copy would be lost to a graph
                 raise ValueError(f"expected a contiguous {name}, got strides {getattr(self, name).stride()}")
 
-    @cached_property
-    def before(self) -> Tensor:
-        """Tokens of those that decode without the new ones, int32 ``[decoding]``: worked out once for all layers.
+    def before(self, run: object) -> Tensor:
+        """Tokens of those that decode without the new ones, int32 ``[decoding]``: worked out once for all layers of a run.
 
-        Inside a graph if the first layer asks there: a step that is captured has a `StepRows` of its own, as vLLM makes it.
+        A runner may run the model again with the same rows, whose lengths have gone on in place; and what a graph replays is
+        worked out inside it.
+
+        Args:
+            run: what stands for one run of the model, the same object in all of its layers.
         """
-        return self.lengths[: self.decoding] - self.starts[: self.decoding + 1].diff()
+        if not self._known or self._known[0][0]() is not run:
+            found = self.lengths[: self.decoding] - self.starts[: self.decoding + 1].diff()
+            self._known[:] = [(ref(run), found)]
+        return self._known[0][1]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -170,7 +180,7 @@ def _attend_prompt(
     return out[0].to(q.dtype)
 
 
-def rehearse(q: Tensor, k: Tensor, v: Tensor, options: LayerOptions) -> None:
+def rehearse_prompts(q: Tensor, k: Tensor, v: Tensor, options: LayerOptions, *, prompts: int) -> None:
     """Attend as the largest part of a prompt does, so that the engine measures the memory it takes, and its kernels are there.
 
     Args:
@@ -178,11 +188,17 @@ def rehearse(q: Tensor, k: Tensor, v: Tensor, options: LayerOptions) -> None:
         k: ``[tokens, Hkv, D]``.
         v: likewise.
         options: what is computed.
+        prompts: the most prompts of which a step has a part: of each its incomplete block is kept.
     """
     logits = {"scale": options.scale, "softcap": options.softcap}
-    q, k, v = (x.transpose(0, 1)[None] for x in (q, k, v))
-    attend(q, k, v, config=options.prompts, **logits)
-    out, lse = attend_part(q, k, v, causal=True, **logits)
-    keys, values = k.new_zeros(2, *k.shape[:2], TILE, k.shape[3])
+    kept = k.new_zeros(prompts, 2, BLOCK - 1, *k.shape[1:])
+    own_k, own_v = (
+        torch.cat([x[0], new]).transpose(0, 1) for x, new in zip(kept[:1].transpose(0, 1), (k, v), strict=True)
+    )
+    del kept  # where there are so many, what comes behind is as much smaller
+    q, own_k, own_v = (x[None] for x in (q.transpose(0, 1), own_k, own_v))
+    attend(q, own_k, own_v, config=options.prompts, **logits)
+    out, lse = attend_part(q, own_k, own_v, causal=True, **logits)
+    keys, values = k.new_zeros(2, 1, k.shape[1], TILE, k.shape[2])
     part = attend_part(q, keys, values, causal=False, **logits)
     merge([out, part[0]], [lse, part[1]])

@@ -1,6 +1,13 @@
-"""Pages of a step on a GPU: the kernels of decode over an engine's records and rings. Nothing waits for the device."""
+"""Pages of a step on a GPU: the kernels of decode over an engine's records and rings. Nothing waits for the device.
+
+What decode keeps between its kernels grows with sequences times the longest of them that there may be: more than a model's
+activations. So sequences are attended some at a time, in the same room, and `rehearse_decode` takes it while the engine
+measures how much memory is left for pages.
+"""
 
 from __future__ import annotations
+
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -9,10 +16,32 @@ from thrift_attn.config import BLOCK
 from thrift_attn.decode import ops
 from thrift_attn.decode.gather import gather_pages
 from thrift_attn.decode.pack import pack_blocks
-from thrift_attn.decode.tensors import CacheTensors
+from thrift_attn.decode.tensors import MAX_HEADS, CacheTensors, padded_rows
 from thrift_attn.reference.budget import decode_budget
 from thrift_attn.reference.paged_rows import SharedPages
-from thrift_attn.vllm.engine_step import LayerOptions, PromptRow, StepRows
+from thrift_attn.vllm.engine_step import LayerOptions, PromptRow, StepRows, attend_step
+from thrift_attn.vllm.page_record import PageRecord
+
+ROOM = 256 * 2**20
+"""Bytes for what the sequences that are attended at a time keep between kernels; so many fill a GPU several times over."""
+
+
+def rows_at_once(kv_heads: int, group: int, most: int, blocks: int, head_dim: int) -> int:
+    """Sequences that are attended at a time, so that what they keep between kernels fits `ROOM`; at least one.
+
+    Args:
+        kv_heads: Hkv.
+        group: query heads of each.
+        most: the most queries of a sequence.
+        blocks: NB, entries of a page table for one sequence.
+        head_dim: D.
+    """
+    rows = padded_rows(group, most)
+    each = (
+        kv_heads * (blocks * (rows + 3) + rows * (head_dim + 1)) * 4
+    )  # bias, scores, two lists; the output of one split
+    found = max(1, min(ROOM // each, MAX_HEADS // kv_heads))
+    return found if found < 4 else found // 4 * 4  # what is cut off starts at a multiple of 16 bytes, as all of it does
 
 
 def step_budget(options: LayerOptions, max_tokens: int, device: torch.device) -> Tensor:
@@ -73,16 +102,17 @@ class KernelPages:
         layer: the layer.
         rows: the sequences of the step.
         rings: int32 ``[B]``, contiguous, the ring of each.
+        run: what stands for this run of the model, see `StepRows.before`.
     """
 
-    def __init__(self, layer: KernelLayer, rows: StepRows, rings: Tensor):
+    def __init__(self, layer: KernelLayer, rows: StepRows, rings: Tensor, run: object):
         self._of, self._rows, self._rings = layer, rows, rings
         self._options = layer.options
         count = rows.decoding
         self._starts = rows.starts[: count + 1]
         self._decoding = None
         if count:
-            self._decoding = layer.tensors(rows.page_table[:count], rings[:count], rows.before.clone())
+            self._decoding = layer.tensors(rows.page_table[:count], rings[:count], rows.before(run).clone())
 
     def _ring(self, prompt: PromptRow) -> Tensor:
         """int32 ``[1]`` on the device."""
@@ -130,12 +160,24 @@ class KernelPages:
 
     def attend_decoding(self, q: Tensor, out: Tensor) -> None:
         """See `StepPages`."""
-        assert self._decoding is not None
-        found, _ = ops.attend(
-            q, self._decoding, self._options.pages,
-            scale=self._options.scale, softcap=self._options.softcap, starts=self._starts, most=self._rows.most,
+        cache = self._decoding
+        assert cache is not None
+        heads, count = cache.kv_heads, len(cache.lengths)
+        at_once = rows_at_once(heads, q.shape[1] // heads, self._rows.most, cache.max_blocks, q.shape[2])
+        for first in range(0, count, at_once):
+            self._attend_some(q, out, cache, slice(first, min(first + at_once, count)))
+
+    def _attend_some(self, q: Tensor, out: Tensor, cache: CacheTensors, some: slice) -> None:
+        """Attend with some of the sequences; what is kept between kernels is gone when this returns."""
+        options = self._options
+        lengths, rings, page_table = cache.lengths[some], cache.rings[some], cache.page_table[some]
+        step = ops.begin_step(
+            q, replace(cache, lengths=lengths, rings=rings, page_table=page_table), options.pages,
+            scale=options.scale, softcap=options.softcap, starts=self._starts[some.start : some.stop + 1],
+            most=self._rows.most, out=out,
         )  # fmt: skip
-        out.copy_(found)
+        for launch in ops.step_kernels(step).values():
+            launch()
 
     def tile(self, prompt: PromptRow, blocks: range) -> tuple[Tensor, Tensor]:
         """See `StepPages`."""
@@ -144,3 +186,42 @@ class KernelPages:
         cache = self._cache_of(prompt, prompt.complete * BLOCK)
         gather_pages(k, v, cache=cache, numerics=self._options.pages, tokens=tokens, start=blocks.start * BLOCK)
         return k[0], v[0]
+
+
+def rehearse_decode(
+    q: Tensor, k: Tensor, v: Tensor, out: Tensor, *, record: PageRecord, layer: LayerOptions, budget: Tensor,
+    sequences: int, block_tokens: int, most: int,
+) -> None:  # fmt: skip
+    """Run a step of as many sequences as there may be, none of which brings a token: it takes the memory of any step.
+
+    So the engine measures it, and the kernels are there before the first request. They read and write nothing.
+
+    Args:
+        q: ``[tokens, Hq, D]``, those of no sequence.
+        k: ``[tokens, Hkv, D]``.
+        v: likewise.
+        out: the shape of ``q``; stays as it is.
+        record: where things lie in a page.
+        layer: what is computed.
+        budget: `step_budget`, whose length says how many blocks a sequence may have.
+        sequences: most sequences of a step.
+        block_tokens: of the engine's blocks, one of which is a ring.
+        most: the most tokens of one that decodes.
+    """
+    heads, per_block = k.shape[1], block_tokens // BLOCK
+    page, ring = (
+        torch.zeros(1, heads, tokens, record.token_bytes, dtype=torch.uint8, device=q.device)
+        for tokens in (BLOCK, block_tokens)
+    )
+    scales = None, None
+    if layer.pages.channel_scales:
+        scales = torch.ones(heads, q.shape[2], device=q.device), torch.ones(heads, device=q.device)
+    pool = SharedPages(*record.pages(page, q.dtype), record.rings(ring, q.dtype), *scales)
+    nothing = torch.zeros(sequences + 1, dtype=torch.int32, device=q.device)
+    width = -(-(len(budget) - 2) // per_block) * per_block
+    rows = StepRows(
+        starts=nothing, lengths=nothing[:-1], page_table=nothing.new_zeros(sequences, width), decoding=sequences, most=most,
+        prompts=[],
+    )  # fmt: skip
+    pages = KernelPages(KernelLayer(pool, layer, budget), rows, nothing[:-1], rows)
+    attend_step(q, k, v, out, rows=rows, pages=pages, options=layer)

@@ -20,7 +20,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from thrift_attn.config import BLOCK
+from thrift_attn.config import BLOCK, DECODE_ROWS
 from thrift_attn.reference.formats import RESIDUALS
 from thrift_attn.reference.page_layout import plane_size
 from thrift_attn.reference.pages import Pool
@@ -76,6 +76,10 @@ class PageRecord:
     def ring_tokens(self, block_tokens: int) -> int:
         """R, the tokens in 16 bits that fit into a block of the engine of ``block_tokens`` tokens."""
         return block_tokens * self.token_bytes // (2 * self.head_dim * ELEMENT)
+
+    def step_tokens(self, block_tokens: int) -> int:
+        """The most tokens of a sequence that a step of decode brings: a ring takes them beside the 63 that a block may lack."""
+        return min(DECODE_ROWS, self.ring_tokens(block_tokens) - BLOCK + 1)
 
     def pages(self, raw: Tensor, dtype: torch.dtype) -> PageViews:
         """View the engine's pages as what they hold.

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from thrift_attn.vllm.engine_options import EngineOptions
 from thrift_attn.vllm.scale_files import LayerScales, read_scales
+from thrift_attn.vllm.vllm_versions import without_adapters
 
 TOKENS = 2048
 """Tokens that are read when an engine starts."""
@@ -87,7 +88,7 @@ def _calibrate_in_time() -> None:
 
     @functools.wraps(original)
     def get_kv_cache_spec(worker: Any) -> Any:
-        calibrate(worker.get_model(), worker.vllm_config, worker.device)
+        calibrate(worker.model_runner, worker.vllm_config, worker.device)
         return original(worker)
 
     get_kv_cache_spec.calibrates = True
@@ -95,11 +96,13 @@ def _calibrate_in_time() -> None:
 
 
 @torch.inference_mode()
-def calibrate(model: Any, vllm_config: Any, device: torch.device) -> None:
+def calibrate(runner: Any, vllm_config: Any, device: torch.device) -> None:
     """Let a model read fixed token ids, and take the scales of layers of thrift that have none from their K and V.
 
+    Adapters are left out: their requests have the scales of their base, as pages have one set.
+
     Args:
-        model: with its weights.
+        runner: vLLM's model runner, with a model and its weights.
         vllm_config: vLLM's own.
         device: of the model.
     """
@@ -117,11 +120,12 @@ def calibrate(model: Any, vllm_config: Any, device: torch.device) -> None:
     positions = torch.arange(count, device=device)
     if config.uses_mrope:
         positions = positions.expand(3, -1)
+    without_adapters(runner, count)
     for impl in impls.values():
         impl.calibrating = True
     try:
         with set_current_vllm_config(vllm_config), set_forward_context(None, vllm_config, count, skip_compiled=True):
-            model(
+            runner.get_model()(
                 input_ids=fixed_ids(count, config.get_vocab_size()).to(device),
                 positions=positions,
                 intermediate_tensors=None,

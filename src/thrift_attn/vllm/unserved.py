@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
+from thrift_attn.config import BLOCK
+from thrift_attn.decode.tensors import check_sizes
+
 PAGE_TOKENS = 128
 """Blocks of the engine are multiples of this: two pages, of which one holds a ring of 64 tokens and some drafts."""
 
@@ -48,6 +51,9 @@ def check_model(vllm_config: Any) -> None:
         found.append("prefill context parallelism")
     if vllm_config.kv_transfer_config is not None:
         found.append("KV connectors, which have not been tried")
+    drafts = vllm_config.speculative_config
+    if drafts is not None and drafts.parallel_drafting:
+        found.append("parallel drafting, which attends to tokens that are not there yet")
     if found:
         raise NotImplementedError(f"the thrift backend does not serve {', '.join(found)}")
     cache = vllm_config.cache_config
@@ -55,3 +61,20 @@ def check_model(vllm_config: Any) -> None:
         raise ValueError(
             f"the thrift backend needs a --block-size that is a multiple of {PAGE_TOKENS}, got {cache.block_size}"
         )
+
+
+def check_reach(sequences: int, kv_heads: int, tokens: int) -> None:
+    """Refuse what the kernels of decode cannot do in a step, when the engine starts rather than at its first step.
+
+    Args:
+        sequences: most of a step.
+        kv_heads: Hkv of a rank.
+        tokens: most of a sequence.
+
+    Raises:
+        ValueError: more sequences times KV heads, or more tokens.
+    """
+    try:
+        check_sizes(sequences, kv_heads, -(-tokens // BLOCK))
+    except ValueError as error:
+        raise ValueError(f"{error}: --max-num-seqs or --max-model-len must be smaller") from error

@@ -35,3 +35,14 @@ def host_lengths(common: Any) -> list[int]:
     """
     bound = common.seq_lens_cpu_upper_bound
     return (common.seq_lens if bound is None else bound).tolist()
+
+
+def without_adapters(runner: Any, tokens: int) -> None:
+    """Let the next run of a model be that of its base, where it serves LoRA adapters: layers look up which token has which.
+
+    Args:
+        runner: vLLM's model runner.
+        tokens: of that run, all of one sequence.
+    """
+    if hasattr(runner, "lora_manager"):
+        runner._set_active_loras((0,), (0,) * tokens, set())
