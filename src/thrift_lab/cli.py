@@ -29,7 +29,7 @@ try:
     from thrift_lab.eval.eval_cli import app as evals
     from thrift_lab.eval.reproduce_cli import app as reproduce
     from thrift_lab.extras import missing
-    from thrift_lab.serving.serving_cli import speed
+    from thrift_lab.serving.serving_cli import quality, speed
 except ImportError as error:
     raise SystemExit(f"the thrift command needs {error.name}: pip install 'thrift-attn[eval]'") from error
 
@@ -38,6 +38,7 @@ except ImportError as error:
 app = typer.Typer(no_args_is_help=True, add_completion=False, help="Long-context attention on a 4-bit budget.")
 app.add_typer(evals, name="eval")
 bench.registered_commands += speed.registered_commands
+evals.registered_commands += quality.registered_commands
 app.add_typer(bench, name="bench")
 app.registered_commands += reproduce.registered_commands
 

