@@ -19,15 +19,49 @@ _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 def whole_number(name: str, value: object) -> int:
-    """Return a number as an int.
+    """Return a number as an int, so that books never hold a tensor that its owner changes.
 
     Raises:
-        TypeError: something else than a whole number.
+        TypeError: something else than a whole number, or a bool.
     """
     try:
+        if isinstance(value, bool) or (isinstance(value, Tensor) and value.dtype == torch.bool):
+            raise TypeError
         return operator.index(value)  # pyright: ignore[reportArgumentType]
     except TypeError:
         raise TypeError(f"{name} must be a whole number, got {value!r}") from None
+
+
+def whole_numbers(name: str, values: object, *, each: str) -> list[int]:
+    """Return a list, a tensor or any other sequence of numbers as ints; ``each`` is what errors call one of them.
+
+    Raises:
+        TypeError: no sequence, or something else than whole numbers in it.
+    """
+    try:
+        found = list(values)  # pyright: ignore[reportArgumentType]
+    except TypeError:
+        raise TypeError(f"{name} must be a sequence of whole numbers, got {values!r}") from None
+    return [whole_number(each, value) for value in found]
+
+
+def positive(name: str, value: object) -> int:
+    """Return a whole number of at least 1 as an int.
+
+    Raises:
+        TypeError: something else than a whole number.
+        ValueError: less than 1.
+    """
+    number = whole_number(name, value)
+    if number < 1:
+        raise ValueError(f"{name} must be at least 1, got {number}")
+    return number
+
+
+def check_flag(name: str, value: object) -> None:
+    """Raise TypeError for anything else than True or False: any text would count as True."""
+    if not isinstance(value, bool):
+        raise TypeError(f"{name} must be True or False, got {value!r}")
 
 
 def check_no_gradients(*tensors: Tensor) -> None:
@@ -46,17 +80,25 @@ def check_no_gradients(*tensors: Tensor) -> None:
         )
 
 
+def check_strided(name: str, x: object) -> None:
+    """Raise TypeError for anything else than a tensor whose numbers lie at strides: not nested, not sparse."""
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{name} must be a tensor, got {type(x).__name__}")
+    if x.is_nested or x.layout != torch.strided:
+        kind = "a nested tensor" if x.is_nested else f"layout {x.layout}"
+        raise TypeError(f"{name} must be a dense tensor, got {kind}")
+
+
 def check_qkv(q: Tensor, k: Tensor, v: Tensor) -> None:
     """Check dtypes, devices and shapes of q ``[B, Hq, Tq, D]`` and k and v ``[B, Hkv, Tk, D]``.
 
     Raises:
         TypeError: no tensors, or wrong or mixed dtypes.
         ValueError: shapes or devices that do not fit.
-        NotImplementedError: gradients.
+        NotImplementedError: gradients, or the device "meta".
     """
     for name, x in (("q", q), ("k", k), ("v", v)):
-        if not isinstance(x, Tensor):
-            raise TypeError(f"{name} must be a tensor, got {type(x).__name__}")
+        check_strided(name, x)
         if x.ndim != 4:
             raise ValueError(f"{name} must have 4 dimensions [B, H, T, D], got shape {list(x.shape)}")
         if x.dtype not in _DTYPES:
@@ -67,6 +109,8 @@ def check_qkv(q: Tensor, k: Tensor, v: Tensor) -> None:
         raise TypeError(f"q, k and v must share one dtype, got {q.dtype}, {k.dtype} and {v.dtype}")
     if not q.device == k.device == v.device:
         raise ValueError(f"q, k and v must be on one device, got {q.device}, {k.device} and {v.device}")
+    if q.is_meta:
+        raise NotImplementedError("q, k and v must hold numbers, on a cpu or cuda device, got tensors on meta")
     if k.shape != v.shape:
         raise ValueError(f"k and v must have one shape, got {list(k.shape)} and {list(v.shape)}")
     if q.shape[0] != k.shape[0] or q.shape[3] != k.shape[3]:
@@ -91,7 +135,11 @@ def to_bhtd(layout: str, *tensors: Tensor) -> tuple[Tensor, ...]:
     check_choice("layout", layout, Layout)
     if layout == get_args(Layout)[0]:
         return tensors
-    return tuple(x.transpose(1, 2) if isinstance(x, Tensor) and x.ndim == 4 else x for x in tensors)
+    return tuple(x.transpose(1, 2) if _is_4d(x) else x for x in tensors)
+
+
+def _is_4d(x: object) -> bool:
+    return isinstance(x, Tensor) and not x.is_nested and x.ndim == 4
 
 
 def warn_of_bthd(q: Tensor, k: Tensor, causal: bool) -> None:
@@ -100,7 +148,7 @@ def warn_of_bthd(q: Tensor, k: Tensor, causal: bool) -> None:
     They do so with more heads than any model has, and more than tokens; and with more query heads than KV heads, which then
     look like queries before the first key.
     """
-    if not all(isinstance(x, Tensor) and x.ndim == 4 and 0 not in x.shape for x in (q, k)):
+    if not all(_is_4d(x) and 0 not in x.shape for x in (q, k)):
         return  # check_qkv says so
     if q.shape[1] != k.shape[1] or q.shape[2] % k.shape[2]:
         return
@@ -202,12 +250,14 @@ def check_cu_seqlens(
             )
 
 
-def check_logits(scale: float | None, window: int | None, softcap: float | None) -> None:
-    """Check what shapes the logits: scale and softcap are None or positive and a normal float32, window None or a positive int.
+def checked_logits(
+    scale: float | None, window: int | None, softcap: float | None, head_dim: int
+) -> tuple[float, int | None, float | None]:
+    """What shapes the logits, as Python's own numbers; the scale is 1/sqrt(head_dim) by default.
 
     Raises:
         TypeError: a value of another type.
-        ValueError: a value out of range.
+        ValueError: a scale or a softcap that is not positive and a normal float32, a window below 1.
     """
     limits = torch.finfo(torch.float32)
     for name, value in (("scale", scale), ("softcap", softcap)):
@@ -215,15 +265,22 @@ def check_logits(scale: float | None, window: int | None, softcap: float | None)
             continue
         if isinstance(value, bool) or not isinstance(value, Real):
             raise TypeError(f"{name} must be a number, got {type(value).__name__}")
-        if not (math.isfinite(value) and value > 0):
+        if not 0 < value < math.inf:
             raise ValueError(f"{name} must be a finite number > 0, got {value!r}")
         if not limits.tiny <= value <= limits.max:
             raise ValueError(f"{name} must be a normal float32, {limits.tiny:.3g} to {limits.max:.3g}, got {value!r}")
     if window is not None:
-        if isinstance(window, bool) or not isinstance(window, int):
-            raise TypeError(f"window must be an int number of tokens, got {type(window).__name__}")
+        try:
+            window = whole_number("window", window)
+        except TypeError:
+            raise TypeError(f"window must be an int number of tokens, got {type(window).__name__}") from None
         if not 1 <= window <= MAX_INT:
             raise ValueError(f"window must be at least 1 token and at most {MAX_INT}, got {window}")
+    return (
+        1 / math.sqrt(head_dim) if scale is None else float(scale),
+        window,
+        None if softcap is None else float(softcap),
+    )
 
 
 MAX_INT = 2**31 - 1

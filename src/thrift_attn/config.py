@@ -30,6 +30,7 @@ Score = str
 """Name of a row of `thrift_attn.reference.scores.SCORES`."""
 
 PromotedStorage = Literal["16bit", "nested", "nested8"]
+Backend = Literal["auto", "reference", "triton"]
 Layout = Literal["BHTD", "BTHD"]
 """Order of the dimensions of q, k and v: batch, heads, tokens, head dim; or flash-attention's."""
 
@@ -43,6 +44,12 @@ def check_choice(name: str, value: object, choices: object) -> None:
     allowed = get_args(choices)
     if value not in allowed:
         raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}, got {value!r}")
+
+
+def check_config(config: object, name: str = "config") -> None:
+    """Raise TypeError for anything else than a ThriftConfig."""
+    if not isinstance(config, ThriftConfig):
+        raise TypeError(f"{name} must be a ThriftConfig, got {type(config).__name__}")
 
 
 @dataclass(frozen=True)

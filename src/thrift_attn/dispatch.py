@@ -12,7 +12,7 @@ from typing import Literal, NamedTuple
 
 import torch
 
-from thrift_attn.config import BaseFormat, Compute, ThriftConfig
+from thrift_attn.config import Backend, BaseFormat, Compute, ThriftConfig, check_choice
 from thrift_attn.crossovers import CROSSOVERS, EVERYWHERE, QUERIES, is_exact, measured
 from thrift_attn.exact import Call, exact_server, why_not_exact
 from thrift_attn.numerics import PrefillNumerics, describe_ignored
@@ -272,7 +272,8 @@ def check_cache(
     """
     kernels = device.type == "cuda" or interpreted()
     if dtype not in (torch.float16, torch.bfloat16) and (kernels or dtype != torch.float32):
-        raise TypeError(f"a cache on {device.type} holds float16 or bfloat16, got {dtype}")
+        held = "float32, " * (not kernels) + "float16 or bfloat16"
+        raise TypeError(f"a cache on {device.type} holds {held}, got {dtype}")
     if head_dim < 16 or head_dim % 16:
         raise ValueError(f"head_dim must be a multiple of 16, got {head_dim}")
     if config.compute != "16bit":
@@ -287,8 +288,8 @@ def check_cache(
         raise ValueError(f"base_format='mxfp4' needs a head_dim that is a multiple of 32, got {head_dim}")
     if config.score != "mean":
         raise NotImplementedError(f"the cache scores blocks by score='mean', got score={config.score!r}")
-    if device.type not in ("cpu", "cuda"):
-        raise NotImplementedError(f"the cache runs on cpu and cuda devices, got {device.type}")
+    if not {"cpu": True, "cuda": torch.cuda.is_available()}.get(device.type):
+        raise NotImplementedError(f"the cache runs on cpu and on cuda devices that torch finds, got {device.type}")
     if not kernels:
         return "reference"
     if head_dim not in HEAD_DIMS:
@@ -437,8 +438,7 @@ def pick_backend(
         ValueError: an unknown backend.
         NotImplementedError: a backend that was asked for and cannot serve the call, with the reason.
     """
-    if asked not in ("auto", "reference", "triton"):
-        raise ValueError(f"backend must be one of 'auto', 'reference', 'triton', got {asked!r}")
+    check_choice("backend", asked, Backend)
     if asked == "reference" or (asked == "auto" and device.type != "cuda"):
         return "reference", "decoded"
     try:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -14,9 +13,11 @@ from torch import Tensor
 
 from thrift_attn.checks import (
     check_cu_seqlens,
+    check_flag,
     check_kv_lengths,
-    check_logits,
     check_qkv,
+    check_strided,
+    checked_logits,
     refuse_options,
     to_bhtd,
     warn_of_bthd,
@@ -104,8 +105,8 @@ def attention(
         window: sliding window in tokens: a query at position p sees keys j with p - j < window; without a causal mask
             those with |p - j| < window, which flash-attention calls ``window_size=(window - 1, window - 1)``. None for all.
         softcap: logits become softcap * tanh(logits / softcap). None for no cap.
-        kv_lengths: int ``[B]``: row b has keys ``k[b, :, :kv_lengths[b]]``; queries before its position 0 give 0 and
-            LSE -inf. None when all rows have Tk keys.
+        kv_lengths: int ``[B]``: row b has keys ``k[b, :, :kv_lengths[b]]``; under a causal mask queries before its position 0
+            give 0 and LSE -inf. None when all rows have Tk keys.
         layout: ``"BHTD"``; or ``"BTHD"``, flash-attention's order, for q, k, v and the output. Shapes are named in the former
             here and in errors. A warning says so where shapes look like the other one.
         backend: ``"reference"``, plain PyTorch; ``"triton"``, the kernels; or ``"auto"``: exact 16-bit attention where that is
@@ -128,6 +129,8 @@ def attention(
     Source: ThriftAttention, arXiv 2605.23081.
     """
     refuse_options("attention", elsewhere)
+    for name, flag in (("causal", causal), ("return_lse", return_lse), ("return_stats", return_stats)):
+        check_flag(name, flag)
     q, k, v = to_bhtd(layout, q, k, v)
     if layout == "BHTD" and kv_lengths is None:
         warn_of_bthd(q, k, causal)
@@ -169,10 +172,9 @@ def attend(
     config = _checked(config)
     q, k, v = _under_autocast(q, k, v)
     check_qkv(q, k, v)
-    check_logits(scale, window, softcap)
-    check_kv_lengths(kv_lengths, k)
     head_dim = q.shape[3]
-    scale = 1 / math.sqrt(head_dim) if scale is None else scale
+    scale, window, softcap = checked_logits(scale, window, softcap, head_dim)
+    check_kv_lengths(kv_lengths, k)
     with _inference(q.device):
         q, k, v = _whole_groups(config, q, k, v)
         call = Call(
@@ -186,7 +188,7 @@ def attend(
             found = _attend(q, k, v, lengths_unknown, call, kv_lengths, scale, return_stats)
         else:
             lengths = kv_lengths.tolist()
-            plans = [serve(backend, config, replace(call, queries=min(call.queries, n), keys=n)) for n in lengths]
+            plans = [serve(backend, config, _row_of(call, n)) for n in lengths]
             found = _attend_rows(q, k, v, plans, call, kv_lengths, lengths, scale, return_stats)
         return found._replace(out=found.out[..., :head_dim])
 
@@ -225,6 +227,11 @@ def _attend(
     return Attended(out, lse, stats, served)
 
 
+def _row_of(call: Call, keys: int) -> Call:
+    """The facts of a row that has so many keys: under a causal mask, no query from before its first key."""
+    return replace(call, queries=min(call.queries, keys) if call.causal else call.queries, keys=keys)
+
+
 def _attend_rows(
     q: Tensor,
     k: Tensor,
@@ -257,7 +264,7 @@ def _attend_rows(
             continue
         for row in rows:
             n = lengths[row]
-            own = replace(call, queries=min(call.queries, n), keys=n)
+            own = _row_of(call, n)
             here = slice(row, row + 1), slice(None), slice(call.queries - own.queries, None)
             keys = slice(row, row + 1), slice(None), slice(n)
             found = _attend(q[here], k[keys], v[keys], plan, own, None, scale, return_stats)
@@ -321,18 +328,19 @@ def attention_varlen(
         NotImplementedError: gradients, or a backend that cannot serve the call.
     """
     refuse_options("attention_varlen", elsewhere)
+    for name, flag in (("causal", causal), ("return_lse", return_lse)):
+        check_flag(name, flag)
     config = _checked(config)
     for name, x in (("q", q), ("k", k), ("v", v)):
-        if not isinstance(x, Tensor):
-            raise TypeError(f"{name} must be a tensor, got {type(x).__name__}")
+        check_strided(name, x)
         if x.ndim != 3:
             raise ValueError(f"{name} must have 3 dimensions [tokens, H, D], got shape {list(x.shape)}")
     q, k, v = _under_autocast(*(x.transpose(0, 1)[None] for x in (q, k, v)))
     check_qkv(q, k, v)
-    check_logits(scale, window, softcap)
     queries, keys, head_dim = q.shape[2], k.shape[2], q.shape[3]
+    scale, window, softcap = checked_logits(scale, window, softcap, head_dim)
     check_cu_seqlens(cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, queries, keys)
-    logits = {"scale": 1 / math.sqrt(head_dim) if scale is None else scale, "window": window, "softcap": softcap}
+    logits = {"scale": scale, "window": window, "softcap": softcap}
     with _inference(q.device):
         q, k, v = _whole_groups(config, q, k, v)
         call = Call(

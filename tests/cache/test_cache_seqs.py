@@ -1,12 +1,14 @@
 """Sequences of a paged cache exchanged, repeated, branched off and written out, in plain PyTorch."""
 
+import copy
 import gc
+import pickle
 
 import pytest
 import torch
 
 from support.caches import make, tokens
-from thrift_attn.cache import state
+from thrift_attn.cache import PagedThriftCache, state
 from thrift_attn.config import ThriftConfig
 
 
@@ -173,3 +175,74 @@ def test_a_part_is_read_from_any_token_on(start: int, stop: int | None) -> None:
         assert torch.equal(part, whole[:, start:stop])
     with pytest.raises(ValueError, match="start must be at least 0, got -64"):
         cache.read(0, -64, 64)
+
+
+def test_books_hold_numbers_and_not_the_tensors_that_came() -> None:
+    cache, kept = filled([100, 100]), torch.tensor(70)
+    cache.truncate(0, kept)
+    kept += 20
+    assert cache.tokens(0) == 70
+    cache.select(torch.tensor([1, 0]))
+    assert [cache.tokens(0), cache.tokens(1)] == [100, 70]
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "message"),
+    [
+        (lambda cache: cache.free(True), TypeError, "seq must be a whole number, got True"),
+        (lambda cache: cache.truncate(0, True), TypeError, "tokens must be a whole number, got True"),
+        (lambda cache: cache.select(torch.tensor([True, False])), TypeError, "seq must be a whole number"),
+        (lambda cache: cache.select(1), TypeError, "seqs must be a sequence of whole numbers, got 1"),
+        (lambda cache: cache.read(0, 0, 1.5), TypeError, r"stop must be a whole number, got 1\.5"),
+        (lambda cache: cache.read(0, 0, -5), ValueError, "stop must be at least 0, got -5"),
+        (lambda cache: cache.widen(-1), ValueError, "room must be at least 0 tokens, got -1"),
+        (lambda cache: cache.promoted(0, 17), ValueError, "new_tokens must be from 1 to 16, got 17"),
+        (lambda cache: cache.warm_up(0), ValueError, "q_heads must be at least 1, got 0"),
+        (lambda cache: cache.warm_up(4, (0,)), ValueError, "numbers from 1 to 16"),
+        (lambda cache: cache.attend(torch.zeros(2, 0, 1, 32)), ValueError, "a multiple of 2"),
+        (
+            lambda cache: cache.append(*tokens(1, batch=2), scale=float("nan")),
+            ValueError,
+            "scale must be a finite number",
+        ),
+        (lambda cache: cache.append(*tokens(1, batch=2), lengths=5), TypeError, "lengths must be a sequence"),
+        (pickle.dumps, TypeError, "cannot be pickled"),
+    ],
+)
+def test_wrong_arguments_are_named_and_change_nothing(call, error, message) -> None:
+    cache = filled([100, 70])
+    with pytest.raises(error, match=message):
+        call(cache)
+    assert cache.is_intact
+    assert [cache.tokens(0), cache.tokens(1)] == [100, 70]
+
+
+@pytest.mark.parametrize("name", ["batch", "kv_heads", "head_dim", "num_pages", "max_pages", "max_tokens"])
+@pytest.mark.parametrize("size", [1.5, True, "16"])
+def test_sizes_are_whole_numbers(name: str, size: object) -> None:
+    sizes = {"batch": 1, "kv_heads": 1, "head_dim": 16, "num_pages": 4, name: size}
+    with pytest.raises(TypeError, match=f"{name} must be a whole number, got "):
+        PagedThriftCache(**sizes, dtype=torch.float32, device="cpu")
+
+
+def test_a_table_that_no_memory_holds_is_refused() -> None:
+    with pytest.raises(ValueError, match="max_pages must be at most 65536"):
+        PagedThriftCache(
+            batch=1, kv_heads=1, head_dim=16, num_pages=4, max_pages=10**9, dtype=torch.float32, device="cpu"
+        )
+
+
+@pytest.mark.parametrize("copied", [copy.copy, copy.deepcopy])
+def test_a_copy_grows_apart_from_the_first(copied) -> None:
+    cache = filled([100, 70])
+    other = copied(cache)
+    other.append(*tokens(30, batch=2))
+    assert [cache.tokens(0), other.tokens(0)] == [100, 130]
+
+
+def test_saved_pages_that_no_sequence_has_are_refused() -> None:
+    saved = state.state_dict(filled([100, 100]))
+    empty = make(batch=2)
+    with pytest.raises(ValueError, match="of 2 saved pages sequences have 1"):
+        state.load_state_dict(empty, {**saved, "blocks": torch.zeros_like(saved["blocks"])})
+    assert empty.tokens(0) == 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from fractions import Fraction
 
 import pytest
 import torch
@@ -281,3 +282,52 @@ def test_the_default_dtype_changes_nothing(default):
     finally:
         torch.set_default_dtype(before)
     assert all(map(torch.equal, got, want))
+
+
+@pytest.mark.parametrize("lse", [False, True])
+def test_rows_of_fewer_keys_than_queries_see_all_their_keys_without_a_causal_mask(lse):
+    """Whoever computes the row: the reference, or exact attention because the sequence is short."""
+    q, k, v = (x.expand(2, -1, -1, -1) for x in qkv(100, 130))
+    short = ThriftConfig(exact_below=10**6)
+    found = attention(q, k, v, config=short, causal=False, kv_lengths=torch.tensor([40, 130]), return_lse=lse)
+    out = found[0] if lse else found
+    for row, keys in enumerate((40, 130)):
+        alone, _ = dense(q[row : row + 1], k[row : row + 1, :, :keys], v[row : row + 1, :, :keys])
+        torch.testing.assert_close(out[row : row + 1].double(), alone, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"causal": "no"}, TypeError, "causal must be True or False, got 'no'"),
+        ({"causal": None}, TypeError, "causal must be True or False, got None"),
+        ({"return_lse": "yes"}, TypeError, "return_lse must be True or False"),
+        ({"return_stats": 2}, TypeError, "return_stats must be True or False"),
+        ({"scale": 10**400}, ValueError, "scale must be a normal float32"),
+    ],
+)
+def test_options_of_another_kind_are_named(options, error, message):
+    with pytest.raises(error, match=message):
+        attention(*qkv(), **options)
+
+
+def test_numbers_of_any_kind_count_as_the_same():
+    same = attention(*qkv(), scale=0.125, softcap=30.0)
+    assert torch.equal(attention(*qkv(), scale=Fraction(1, 8), softcap=Fraction(30)), same)
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        (lambda x: x.to_sparse(), TypeError, "dense tensor, got layout torch.sparse_coo"),
+        (lambda x: torch.nested.nested_tensor([x[0], x[0, :, :5]]), TypeError, "dense tensor, got a nested tensor"),
+        (
+            lambda x: x.to("meta"),
+            NotImplementedError,
+            "must hold numbers, on a cpu or cuda device, got tensors on meta",
+        ),
+    ],
+)
+def test_tensors_without_numbers_at_strides_are_named(change, error, message):
+    with pytest.raises(error, match=message):
+        attention(*map(change, qkv()))

@@ -24,8 +24,8 @@ from thrift_attn.cache.changes import Changes
 from thrift_attn.cache.page_table import PageTable
 from thrift_attn.cache.residual_slots import ResidualSlots
 from thrift_attn.cache.sequences import CacheSequences
-from thrift_attn.checks import check_logits, check_no_gradients, whole_number
-from thrift_attn.config import BLOCK, DECODE_ROWS, ThriftConfig
+from thrift_attn.checks import check_no_gradients, check_strided, checked_logits, positive, whole_number, whole_numbers
+from thrift_attn.config import BLOCK, DECODE_ROWS, ThriftConfig, check_config
 from thrift_attn.decode.tensors import MAX_BLOCKS, CacheTensors, check_sizes
 from thrift_attn.dispatch import cache_config, check_cache
 from thrift_attn.numerics import DecodeNumerics
@@ -85,31 +85,28 @@ class PagedThriftCache(CacheSequences):
         dtype: torch.dtype = torch.bfloat16,
         device: torch.device | str = "cuda",
     ):
-        sizes = {
-            "batch": batch,
-            "kv_heads": kv_heads,
-            "num_pages": num_pages,
-            "max_pages": min(num_pages, MAX_BLOCKS) if max_pages is None else max_pages,
-            "max_tokens": 1 if max_tokens is None else max_tokens,
-        }
-        for name, size in sizes.items():
-            if size < 1:
-                raise ValueError(f"{name} must be at least 1, got {size}")
+        batch, kv_heads = positive("batch", batch), positive("kv_heads", kv_heads)
+        head_dim, num_pages = whole_number("head_dim", head_dim), positive("num_pages", num_pages)
+        max_pages = min(num_pages, MAX_BLOCKS) if max_pages is None else positive("max_pages", max_pages)
+        max_tokens = None if max_tokens is None else positive("max_tokens", max_tokens)
+        if max_pages > MAX_BLOCKS:
+            raise ValueError(f"max_pages must be at most {MAX_BLOCKS} ({MAX_BLOCKS * BLOCK} tokens), got {max_pages}")
+        check_config(config)
         config, device = cache_config(config), torch.device(device)
+        self.backend = check_cache(config, head_dim, dtype, device)
         if device.type == "cuda" and device.index is None:
             device = torch.device("cuda", torch.cuda.current_device())
-        self.backend = check_cache(config, head_dim, dtype, device)
         if self.backend == "triton":
-            check_sizes(batch, kv_heads, sizes["max_pages"])
+            check_sizes(batch, kv_heads, max_pages)
         self.config, self.dtype, self.device = config, dtype, device
         self.numerics = DecodeNumerics.resolve(config)
         self.kv_heads, self.head_dim = kv_heads, head_dim
-        self.table = PageTable(num_pages, batch, sizes["max_pages"], device, max_tokens)
+        self.table = PageTable(num_pages, batch, max_pages, device, max_tokens)
         self._lock = threading.RLock()  # of the pool: caches that `branch` makes share it
         self._changes = Changes("make a new cache (ThriftCache.reset() does)")
         self.residual_slots, slots = None, num_pages
         if config.residual_share < 1:
-            quota = quota_table(config.residual_share, config.budget, sizes["max_pages"])
+            quota = quota_table(config.residual_share, config.budget, max_pages)
             slots = slots_of_pool(quota, num_pages, batch)
             self.residual_slots = ResidualSlots(slots, num_pages, batch, kv_heads, quota, device)
         self.pool = Pool.empty(num_pages, kv_heads, head_dim, config.promoted_storage, dtype, device, slots)
@@ -120,7 +117,7 @@ class PagedThriftCache(CacheSequences):
             batch, kv_heads, head_dim, scaled=self.numerics.channel_scales, dtype=dtype, device=device
         )
         self._tail_blocks = [[-1, -1] for _ in range(batch)]  # by sequence: the block in each half of its ring
-        self.budget = decode_budget(config.budget, sizes["max_pages"]).to(device)  # by the number of complete blocks
+        self.budget = decode_budget(config.budget, max_pages).to(device)  # by the number of complete blocks
         self.overrun = torch.zeros(
             1, dtype=torch.int32, device=device
         )  # set by a step for which a sequence had no page
@@ -181,8 +178,8 @@ class PagedThriftCache(CacheSequences):
         if queries is not None:
             self._check_tokens("queries", queries)
             self._check_queries("queries", queries, count)
-        scale = 1 / math.sqrt(self.head_dim) if scale is None else scale
-        new = [count] * self.batch if lengths is None else [whole_number("a length", n) for n in lengths]
+        scale, _, _ = checked_logits(scale, None, None, self.head_dim)
+        new = [count] * self.batch if lengths is None else whole_numbers("lengths", lengths, each="a length")
         if len(new) != self.batch or any(not 0 <= n <= count for n in new):
             raise ValueError(f"lengths must be {self.batch} numbers from 0 to {count}, got {new}")
         with self._lock:
@@ -300,8 +297,12 @@ class PagedThriftCache(CacheSequences):
             what the longest sequence has of the tokens that are asked for.
 
         Raises:
-            ValueError: a tile that does not begin and end where blocks do.
+            ValueError: a tile that does not begin and end where blocks do, or less than no room.
         """
+        room, start = whole_number("room", room), whole_number("start", start)
+        most = None if most is None else whole_number("most", most)
+        if room < 0:
+            raise ValueError(f"room must be at least 0 tokens, got {room}")
         if start % BLOCK or start < 0 or (most is not None and (most % BLOCK or most < 0)):
             raise ValueError(
                 f"a tile must start and end at multiples of {BLOCK}, got {start} and {most} tokens from there"
@@ -354,8 +355,7 @@ class PagedThriftCache(CacheSequences):
         self._check_queries("q", q)
         if not 1 <= q.shape[2] <= DECODE_ROWS:
             raise ValueError(f"decode takes 1 to {DECODE_ROWS} new tokens, got {q.shape[2]}")
-        check_logits(scale, window, softcap)
-        scale = 1 / math.sqrt(self.head_dim) if scale is None else scale
+        scale, window, softcap = checked_logits(scale, window, softcap, self.head_dim)
         with self._reading():
             self._changes.check()
             if self.backend == "triton":
@@ -372,11 +372,20 @@ class PagedThriftCache(CacheSequences):
         Args:
             q_heads: query heads Hq.
             new_tokens: numbers of new tokens per step, each 1 to 16.
+
+        Raises:
+            ValueError: no multiple of the KV heads, or a number of new tokens out of range.
         """
+        q_heads = positive("q_heads", q_heads)
+        steps = whole_numbers("new_tokens", new_tokens, each="new_tokens")
+        if q_heads % self.kv_heads:
+            raise ValueError(f"q_heads must be a multiple of {self.kv_heads}, got {q_heads}")
+        if not all(1 <= n <= DECODE_ROWS for n in steps):
+            raise ValueError(f"new_tokens must be numbers from 1 to {DECODE_ROWS}, got {steps}")
         if self.backend == "triton":
             from thrift_attn.decode import ops
 
-            ops.warm_up(self.tensors(), self.numerics, q_heads=q_heads, new_tokens=new_tokens)
+            ops.warm_up(self.tensors(), self.numerics, q_heads=q_heads, new_tokens=tuple(steps))
 
     def tensors(self) -> CacheTensors:
         """Return what the cache holds on the device, as the kernels of decode take it (`thrift_attn.decode.tensors`)."""
@@ -421,13 +430,15 @@ class PagedThriftCache(CacheSequences):
 
     def _check_queries(self, name: str, q: Tensor, tokens: int | None = None) -> None:
         batch, heads, count, dim = q.shape
-        if (batch, dim) != (self.batch, self.head_dim) or heads % self.kv_heads or (tokens or count) != count:
-            want = f"[{self.batch}, a multiple of {self.kv_heads}, {tokens or 'Tq'}, {self.head_dim}]"
+        fits = (batch, dim) == (self.batch, self.head_dim) and heads and not heads % self.kv_heads
+        if not fits or (tokens is not None and tokens != count):
+            want = (
+                f"[{self.batch}, a multiple of {self.kv_heads}, {'Tq' if tokens is None else tokens}, {self.head_dim}]"
+            )
             raise ValueError(f"{name} must have shape {want}, got {list(q.shape)}")
 
     def _check_tokens(self, name: str, x: Tensor) -> None:
-        if not isinstance(x, Tensor):
-            raise TypeError(f"{name} must be a tensor, got {type(x).__name__}")
+        check_strided(name, x)
         if x.ndim != 4:
             raise ValueError(f"{name} must have 4 dimensions [B, H, T, D], got shape {list(x.shape)}")
         if x.dtype != self.dtype:

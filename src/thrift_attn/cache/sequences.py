@@ -6,10 +6,10 @@ that is interrupted halfway marks the cache, which then refuses to be used.
 
 from __future__ import annotations
 
-import copy
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,8 +18,8 @@ from typing_extensions import Self
 from thrift_attn.cache.changes import Changes
 from thrift_attn.cache.page_table import PageTable
 from thrift_attn.cache.residual_slots import ResidualSlots
-from thrift_attn.checks import whole_number
-from thrift_attn.config import BLOCK
+from thrift_attn.checks import whole_number, whole_numbers
+from thrift_attn.config import BLOCK, DECODE_ROWS
 from thrift_attn.decode.tensors import check_sizes
 from thrift_attn.numerics import DecodeNumerics
 from thrift_attn.reference.budget import promoted_in_decode
@@ -58,16 +58,21 @@ class CacheSequences:
 
     def tokens(self, seq: int) -> int:
         """Tokens of one sequence, known without asking the device."""
-        self._check_seq(seq)
-        return self.table.tokens(seq)
+        return self.table.tokens(self._checked_seq(seq))
 
     def promoted(self, seq: int, new_tokens: int = 1) -> int:
         """How many complete blocks each KV head promotes in a step of decode, known without asking the device.
 
         The budget gives it, and the residents bound it: where residuals are kept for a share, a sequence that was cut back
         may have fewer of them than are counted here.
+
+        Raises:
+            ValueError: a sequence out of range, or new tokens other than 1 to 16.
         """
-        tokens = self.tokens(seq)
+        seq, new_tokens = self._checked_seq(seq), whole_number("new_tokens", new_tokens)
+        if not 1 <= new_tokens <= DECODE_ROWS:
+            raise ValueError(f"new_tokens must be from 1 to {DECODE_ROWS}, got {new_tokens}")
+        tokens = self.table.tokens(seq)
         wanted = promoted_in_decode(self.numerics.budget, tokens, new_tokens=new_tokens)
         return wanted if self.residual_slots is None else min(wanted, self.residual_slots.most(seq, tokens // BLOCK))
 
@@ -94,7 +99,7 @@ class CacheSequences:
         """Whether no change was interrupted halfway; a cache that is not intact refuses to be used."""
         return not self._changes.unfinished
 
-    def reserve(self, tokens: int | list[int]) -> None:
+    def reserve(self, tokens: int | Sequence[int]) -> None:
         """Give every sequence the pages for more tokens, so that a captured graph can append them.
 
         Args:
@@ -107,7 +112,12 @@ class CacheSequences:
         with self._lock:
             self._changes.check()
             self._check_overrun()
-            new = [whole_number("tokens", n) for n in (tokens if isinstance(tokens, list) else [tokens] * self.batch)]
+            each = isinstance(tokens, (list, tuple)) or getattr(tokens, "ndim", 0)  # ndim: tensors and arrays
+            new = (
+                whole_numbers("tokens", tokens, each="tokens")
+                if each
+                else [whole_number("tokens", tokens)] * self.batch
+            )
             if len(new) != self.batch or min(new) < 0:
                 raise ValueError(
                     f"tokens must be at least 0, one number or one for each of {self.batch} sequences, got {tokens}"
@@ -161,7 +171,8 @@ class CacheSequences:
         Raises:
             RuntimeError: an earlier replay completed a block for which no page was reserved; what it brought is lost.
         """
-        if not 0 <= whole_number("tokens", tokens) <= BLOCK:
+        tokens = whole_number("tokens", tokens)
+        if not 0 <= tokens <= BLOCK:
             raise ValueError(f"a step appends 0 to {BLOCK} tokens, got {tokens}")
         self._changes.check()
         self._check_overrun()
@@ -188,7 +199,7 @@ class CacheSequences:
 
     def free(self, seq: int) -> None:
         """Empty one sequence and give its pages back."""
-        self._check_seq(seq)
+        seq = self._checked_seq(seq)
         with self._changing():
             self._empty(seq)
 
@@ -205,8 +216,7 @@ class CacheSequences:
         Raises:
             ValueError: sequences out of range or the same.
         """
-        self._check_seq(source)
-        self._check_seq(target)
+        source, target = self._checked_seq(source), self._checked_seq(target)
         if source == target:
             raise ValueError(f"source and target must differ, got {source} twice")
         self._check_overrun()
@@ -231,8 +241,8 @@ class CacheSequences:
         Raises:
             ValueError: a sequence out of range, or more tokens than there are.
         """
-        self._check_seq(seq)
-        if not 0 <= whole_number("tokens", tokens) <= self.table.tokens(seq):
+        seq, tokens = self._checked_seq(seq), whole_number("tokens", tokens)
+        if not 0 <= tokens <= self.table.tokens(seq):
             raise ValueError(f"sequence {seq} has {self.table.tokens(seq)} tokens: it cannot keep {tokens}")
         self._check_overrun()
         block = tokens // BLOCK
@@ -251,7 +261,7 @@ class CacheSequences:
                 self.residual_slots.cut(seq, self.table.pages(seq), self.pool.high)
                 self.table.give_back_in_order()
 
-    def select(self, seqs: list[int]) -> None:
+    def select(self, seqs: Iterable[int]) -> None:
         """Make sequence i what sequence ``seqs[i]`` was (beam search, repeating or dropping sequences of a batch).
 
         Copies share their complete blocks. The batch becomes ``len(seqs)``; while it stays the same, so do the tensors on
@@ -260,8 +270,7 @@ class CacheSequences:
         Raises:
             ValueError: no sequences, or one out of range.
         """
-        for seq in seqs:
-            self._check_seq(seq)
+        seqs = [self._checked_seq(seq) for seq in whole_numbers("seqs", seqs, each="seq")]
         if not seqs:
             raise ValueError("a cache holds at least one sequence, got none")
         if self.backend == "triton":
@@ -289,7 +298,8 @@ class CacheSequences:
         """
         with self._reading():
             self._changes.check()
-            other = copy.copy(self)
+            other = object.__new__(type(self))
+            other.__dict__.update(self.__dict__)
             other._changes = self._changes.anew()
             other.table, other.tail, other.overrun = self.table.branch(), self.tail.clone(), self.overrun.clone()
             other._overrun_seen = self._overrun_seen.clone()
@@ -301,6 +311,19 @@ class CacheSequences:
                     with each._changing():
                         each._share_slots()
             return other
+
+    def __copy__(self) -> Self:
+        """A branch: two caches with the same books would write over each other."""
+        return self.branch()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+        return self.branch()
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        raise TypeError(
+            "a cache shares its pages, so it cannot be pickled: thrift_attn.cache.state.state_dict gives what it holds as "
+            "tensors, ThriftCache.save writes a file"
+        )
 
     def _tail_of(self, seq: int, block: int) -> Tensor:
         """Where K and V of a block lie in 16 bits while it is one of the two newest: a view ``[2, Hkv, 64, D]``."""
@@ -316,13 +339,15 @@ class CacheSequences:
             stop: the token behind the last; by default, and at most, the end of the sequence.
 
         Raises:
-            ValueError: a start below 0.
+            ValueError: a start or a stop below 0.
         """
-        if whole_number("start", start) < 0:
-            raise ValueError(f"start must be at least 0, got {start}")
+        seq, start = self._checked_seq(seq), whole_number("start", start)
+        stop = None if stop is None else whole_number("stop", stop)
+        for name, token in (("start", start), ("stop", stop)):
+            if token is not None and token < 0:
+                raise ValueError(f"{name} must be at least 0, got {token}")
         with self._reading():
             self._changes.check()
-            self._check_seq(seq)
             tokens, pages = self.table.tokens(seq), self.table.pages(seq)
             stop = tokens if stop is None else min(stop, tokens)
             first, last = start // BLOCK, -(-stop // BLOCK)
@@ -346,6 +371,8 @@ class CacheSequences:
         """Return views of what belongs to one sequence, without the dimension B."""
         return self.per_sequence.each(lambda x: x[seq])
 
-    def _check_seq(self, seq: int) -> None:
-        if not 0 <= whole_number("seq", seq) < self.batch:
+    def _checked_seq(self, seq: int) -> int:
+        seq = whole_number("seq", seq)
+        if not 0 <= seq < self.batch:
             raise ValueError(f"seq must be from 0 to {self.batch - 1}, got {seq}")
+        return seq

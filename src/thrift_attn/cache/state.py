@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from itertools import pairwise
 
 import torch
@@ -72,6 +73,7 @@ def load_state_dict(cache: PagedThriftCache, saved: dict[str, Tensor]) -> None:
     Raises:
         ValueError: a cache that is not empty, or of another batch, shape or plane of high precision; contents that do not fit
             each other. Nothing has changed then.
+        TypeError: something else than tensors by name.
         RuntimeError: the pool is too small.
     """
     with cache._lock:
@@ -132,6 +134,8 @@ def _load_residents(cache: PagedThriftCache, saved: dict[str, Tensor], pages: Te
 
 def _check_state_dict(cache: PagedThriftCache, saved: dict[str, Tensor]) -> None:
     """Raise ValueError unless what was saved fits an empty cache and itself."""
+    if not isinstance(saved, Mapping) or not all(isinstance(x, Tensor) for x in saved.values()):
+        raise TypeError("what was saved must be the tensors that state_dict gave, by name")
     if "tokens" in saved and saved["tokens"].numel() != cache.batch:
         raise ValueError(f"the saved batch has {saved['tokens'].numel()} sequences, the cache {cache.batch}")
     if any(cache.tokens(seq) for seq in range(cache.batch)):
@@ -149,9 +153,9 @@ def _check_state_dict(cache: PagedThriftCache, saved: dict[str, Tensor]) -> None
         )
     if saved.keys() != names:
         raise ValueError(f"expected the tensors {', '.join(sorted(names))}, got {', '.join(sorted(saved))}")
-    batch, pages = cache.batch, len(saved["base"])
+    batch, pages = cache.batch, saved["base"].shape[:1].numel()
     for name, plane in zip(cache.pool._fields, cache.pool, strict=True):
-        count = len(saved["high"]) if name == "high" and cache.residual_slots is not None else pages
+        count = saved["high"].shape[:1].numel() if name == "high" and cache.residual_slots is not None else pages
         if saved[name].shape != (count, *plane.shape[1:]) or saved[name].dtype != plane.dtype:
             got = f"{list(saved[name].shape[1:])} {saved[name].dtype}"
             raise ValueError(f"pages of {name} have shape {list(plane.shape[1:])} {plane.dtype}, the saved ones {got}")
@@ -190,6 +194,9 @@ def _check_state_dict(cache: PagedThriftCache, saved: dict[str, Tensor]) -> None
         fits = all(b == -1 or (b % 2 == at and 0 <= b * BLOCK < count) for at, b in enumerate(tail_blocks))
         if not fits or (count % BLOCK and tail_blocks[whole % 2] != whole):
             raise ValueError(f"sequence {seq} of {count} tokens cannot have the blocks {tail_blocks} in 16 bits")
+    used = {page for held in _lists(saved["blocks"]) for page in held}
+    if len(used) != pages:
+        raise ValueError(f"of {pages} saved pages sequences have {len(used)}")
     if cache.residual_slots is not None:
         _check_residents(saved, cache.residual_slots.width)
 

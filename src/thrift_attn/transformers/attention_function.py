@@ -35,7 +35,7 @@ from thrift_attn.dispatch import HEAD_DIMS
 from thrift_attn.stats import Stats
 from thrift_attn.transformers.dense import attend_masked, autocast_dtype
 from thrift_attn.transformers.fallback import attend_exactly
-from thrift_attn.transformers.layer_state import state_of
+from thrift_attn.transformers.layer_state import hides_causality, state_of
 from thrift_attn.transformers.lazy_kv import Cached, pending_of, widened
 from thrift_attn.transformers.masks import check_slots, has_holes, only_indexed, plain_mask
 
@@ -86,6 +86,10 @@ def thrift_attention(
     pending = pending_of(key, value)
     try:
         _check_extras(module, attention_mask, kwargs)
+        if (attention_mask is None or attention_mask.ndim == 2) and hides_causality(module):
+            raise NotImplementedError(
+                f"{type(module).__name__} says that it is not causal, and was given no mask that says more: use eager attention"
+            )
         mask, window = plain_mask(attention_mask)
         check_slots(mask, key.shape[2])
         if indices is not None:

@@ -85,6 +85,7 @@ def save(cache: Filled, path: str | Path) -> None:
 
     Raises:
         ValueError: an empty cache.
+        FileNotFoundError: no such folder.
     """
     from safetensors.torch import save_file
 
@@ -108,6 +109,9 @@ def save(cache: Filled, path: str | Path) -> None:
         "layers": described,
     }
     about["digest"] = _digest(about, tensors)
+    path = os.fsdecode(path)
+    if not Path(path).parent.is_dir():
+        raise FileNotFoundError(f"there is no folder {Path(path).parent} to write {Path(path).name} into")
     unfinished = f"{path}.{os.getpid()}.unfinished"
     try:
         save_file(tensors, unfinished, metadata={"thrift_cache": json.dumps(about)})
@@ -130,6 +134,9 @@ def load(cache: Filled, path: str | Path, device: torch.device | str) -> None:
     """
     from safetensors import SafetensorError, safe_open
 
+    path, device = os.fsdecode(path), _checked_device(device)
+    if Path(path).is_dir():
+        raise IsADirectoryError(f"{path} is a folder, not a file that ThriftCache.save wrote")
     if any(layer.get_seq_length() for layer in cache.layers):
         raise ValueError("the cache is not empty: reset() it first")
     try:
@@ -138,12 +145,17 @@ def load(cache: Filled, path: str | Path, device: torch.device | str) -> None:
             tensors: dict[str, Tensor] = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
     except SafetensorError as error:
         raise ValueError(f"{path} is damaged or in another format: {error}") from error
+    if not isinstance(about, dict):
+        raise ValueError(f"{path} is damaged: it is described by {type(about).__name__}, not by names")
     if about.get("format") in (FORMAT, *NAMES_BEFORE) and _digest(about, tensors) != about.get("digest"):
         raise ValueError(f"{path} is damaged: its contents are not those that were saved")
     _check(cache, path, about)
     renamed = NAMES_BEFORE.get(about["format"], {})
     bare = [layer for layer in cache.layers if isinstance(layer, ThriftLayer) and not layer.is_initialized]
     try:
+        others = {name for name in tensors if name.partition(".")[0] not in map(str, range(len(cache.layers)))}
+        if others:
+            raise ValueError(f"{path} holds tensors of no layer: {', '.join(sorted(others))}")
         for at, (layer, described) in enumerate(zip(cache.layers, about["layers"], strict=True)):
             start = f"{at}."
             found = {name.removeprefix(start): x for name, x in tensors.items() if name.startswith(start)}
@@ -153,9 +165,21 @@ def load(cache: Filled, path: str | Path, device: torch.device | str) -> None:
         cache.reset()
         for layer in bare:
             layer.discard()  # the next tokens decide its shape and dtype, not the file
-        if isinstance(error, (KeyError, IndexError, TypeError)):
+        if isinstance(error, (KeyError, IndexError, TypeError, AttributeError)):
             raise ValueError(f"{path} is damaged: {type(error).__name__} {error}") from error
         raise
+
+
+def _checked_device(device: torch.device | str) -> torch.device:
+    """A device that tensors can be on now, so that no file is blamed for it.
+
+    Raises:
+        ValueError: a device that there is not.
+    """
+    try:
+        return torch.empty(0, device=device).device if str(device) != "meta" else torch.device("none")
+    except (RuntimeError, AssertionError, TypeError) as error:
+        raise ValueError(f"device must be one that torch finds here, such as 'cpu', got {device!r}") from error
 
 
 def _check(cache: Filled, path: str | Path, about: dict[str, Any]) -> None:
@@ -170,6 +194,8 @@ def _check(cache: Filled, path: str | Path, about: dict[str, Any]) -> None:
         other = [f"{name} {told.get(name)!r} in place of {cache.identity[name]!r}" for name in IDENTITY
                  if told.get(name) != cache.identity[name]]  # fmt: skip
         raise ValueError(f"{path} holds K and V of another model: {', '.join(other)}")
+    if not isinstance(about.get("decode"), dict):
+        raise ValueError(f"{path} is damaged: it does not say how K and V are stored")
     theirs, ours = (
         {name: told.get(name) for name in ("base_format", "promoted_storage", "center", "sink_token")}
         for told in (current_names(about["decode"], warn=False), cache.decode.to_dict())
@@ -211,6 +237,14 @@ def _load_layer(layer: Any, described: dict[str, Any], found: dict[str, Tensor])
         layer.lazy_initialization(shaped, shaped)
     state.load_state_dict(layer.paged, {name: x for name, x in found.items() if not name.startswith("padding")})
     layer.slots = described["slots"]
-    for at, start in enumerate(described["paddings"]):
+    starts = described["paddings"]
+    extra = {name for name in found if name.startswith("padding")} - {f"padding{at}" for at in range(len(starts))}
+    if not isinstance(layer.slots, int) or not isinstance(starts, list) or extra:
+        raise ValueError(f"a layer cannot have {layer.slots!r} slots with padding from {starts!r} on")
+    for at, start in enumerate(starts):
         is_token = found[f"padding{at}"]
+        fits = is_token.dtype == torch.bool and is_token.ndim == 2 and len(is_token) == batch and isinstance(start, int)
+        if not fits or not 0 <= start <= layer.slots - is_token.shape[1]:
+            shape = f"{list(is_token.shape)} {is_token.dtype}"
+            raise ValueError(f"padding of {batch} sequences from slot {start!r} of {layer.slots} on cannot be {shape}")
         layer.paddings.append(Padding(start, is_token, is_token.sum(1).tolist()))

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import inspect
+import sys
 import weakref
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Any, Literal
 
 import torch
@@ -110,6 +112,23 @@ def dispatches(module: nn.Module) -> bool:
     """Whether the forward of a module looks up transformers' table of attention functions."""
     code = getattr(inspect.unwrap(type(module).forward), "__code__", None)
     return code is not None and "ALL_ATTENTION_FUNCTIONS" in code.co_names
+
+
+def hides_causality(module: nn.Module) -> bool:
+    """Whether a module is of a decoder, says that it is not causal, and transformers runs its model with eager attention only.
+
+    Eager attention always gets a mask, and looks at nothing else. BigBird-Pegasus, PEGASUS-X and Informer do so.
+    """
+    flags = vars(module)
+    return flags.get("is_decoder") is True and flags.get("is_causal") is False and _is_eager_only(type(module))
+
+
+@lru_cache(maxsize=256)
+def _is_eager_only(kind: type[nn.Module]) -> bool:
+    """Whether no model in the file of a module runs with SDPA."""
+    classes = vars(sys.modules[kind.__module__]).values()
+    own = [c for c in classes if isinstance(c, type) and c.__module__ == kind.__module__]
+    return not any(getattr(c, "_supports_sdpa", False) for c in own)
 
 
 def implementation(model: nn.Module) -> str | None:

@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
+from thrift_attn.cache import PagedThriftCache
+
 
 @dataclass(eq=False)
 class PendingKV:
@@ -78,3 +80,10 @@ def pending_of(key: Tensor, value: Tensor) -> PendingKV | None:
 def widened(x: Tensor) -> Tensor:
     """The numbers of a tensor that may be `Cached`."""
     return x.widened() if isinstance(x, Cached) else x
+
+
+def made_for(pages: PagedThriftCache, k: Tensor) -> bool:
+    """Whether pages were made for tokens like K ``[B, Hkv, T, D]``."""
+    batch, heads, _, dim = k.shape
+    made = (pages.batch, pages.kv_heads, pages.head_dim, pages.dtype, pages.device)
+    return made == (batch, heads, dim, k.dtype, k.device)

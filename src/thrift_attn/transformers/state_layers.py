@@ -130,6 +130,39 @@ def head_dim(text: Any, at: int) -> int:
     return getattr(one, "head_dim", None) or one.hidden_size // one.num_attention_heads
 
 
+def can_crop(layer: Any, slots: int) -> bool:
+    """Whether a layer of transformers can take so many slots back: not past its window, unless it has recorded the past."""
+    if not isinstance(layer, DynamicSlidingWindowLayer) or layer.cumulative_length < layer.sliding_window:
+        return True
+    needed = min(layer.sliding_window - 1, layer.cumulative_length - slots)
+    held = 0 if layer.keys is None else layer.keys.shape[-2]
+    return getattr(layer, "record_past", False) and held - slots >= needed
+
+
+def check_kind(config: Any, text: Any) -> None:
+    """Refuse models whose K and V are not one pair for each token, head and layer."""
+    name = type(text).__name__
+    if getattr(config, "is_encoder_decoder", False) or getattr(text, "is_encoder_decoder", False):
+        raise NotImplementedError(
+            f"ThriftCache serves decoder-only models; {name} is of an encoder-decoder model, whose cross-attention would "
+            f"write into the same layers"
+        )
+    if getattr(text, "kv_lora_rank", None):
+        raise NotImplementedError(
+            f"ThriftCache holds K and V of each head; {name} has latent attention (kv_lora_rank={text.kv_lora_rank})"
+        )
+
+
+def check_head_dims(text: Any, layers: list[int]) -> None:
+    """Refuse a head dimension that pages cannot hold; it may differ by layer."""
+    for at in layers:
+        dim = head_dim(text, at)
+        if dim % 16:
+            raise NotImplementedError(
+                f"ThriftCache needs a head dimension that is a multiple of 16, got {dim} in layer {at}"
+            )
+
+
 def attends(layer: Any) -> bool:
     """Whether a layer of a cache holds K and V, so that it knows its length."""
     return isinstance(layer, CacheLayerMixin)

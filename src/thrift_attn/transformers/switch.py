@@ -11,7 +11,8 @@ from typing import Any
 from torch import nn
 
 import transformers
-from thrift_attn.config import ThriftConfig
+from thrift_attn.checks import check_flag
+from thrift_attn.config import Backend, ThriftConfig, check_choice
 from thrift_attn.transformers.attention_function import thrift_attention
 from thrift_attn.transformers.layer_state import (
     NAME,
@@ -19,6 +20,7 @@ from thrift_attn.transformers.layer_state import (
     check_enabled,
     check_model,
     dispatches,
+    hides_causality,
     implementation,
     layer_idx,
     set_state,
@@ -67,16 +69,30 @@ def enable(
 
     Raises:
         TypeError: something else than a transformers model, or than a configuration.
-        ValueError: ``layers`` names a layer that the model does not have.
+        ValueError: ``layers`` names a layer that the model does not have, or an unknown backend.
         NotImplementedError: the model does not dispatch its attention through transformers' AttentionInterface.
     """
     check_model(model)
+    if not isinstance(config, ThriftConfig):
+        raise TypeError(
+            f"config must be a ThriftConfig, got {type(config).__name__}; layers= leaves single layers to SDPA"
+        )
+    check_choice("backend", backend, Backend)
+    if not (layers is None or isinstance(layers, Mapping) or callable(layers)):
+        raise TypeError(f"layers must be a mapping from layer_idx, or a function of it, got {type(layers).__name__}")
+    if stats is not None:
+        check_flag("stats", stats)
     if SUPPORTED[1] < VERSION:
         warnings.warn(f"thrift is tested with transformers {RANGE}, not with {transformers.__version__}", stacklevel=2)
     modules = dict(model.named_modules())
     known = {layer_idx(m) for m in modules.values() if dispatches(m)} - {None}
     if isinstance(layers, Mapping) and (unknown := set(layers) - known):
         raise ValueError(f"layers must name attention layers of the model, {_span(known)}, got {sorted(unknown)}")
+    for name, module in modules.items():
+        if hides_causality(module):
+            raise NotImplementedError(
+                f"{type(model).__name__} says that {name} is not causal and leaves it to a mask that only eager attention gets"
+            )
     states: list[tuple[nn.Module, LayerState]] = []
     for module in modules.values():
         index = layer_idx(module)
@@ -84,7 +100,7 @@ def enable(
         if layers is not None and index is not None:
             chosen = layers.get(index, config) if isinstance(layers, Mapping) else layers(index)
         if chosen is not None and not isinstance(chosen, ThriftConfig):
-            raise TypeError(f"config must be a ThriftConfig, got {type(chosen).__name__}")
+            raise TypeError(f"layer {index} must have a ThriftConfig or None, got {type(chosen).__name__}")
         states.append((module, LayerState(chosen, backend, stats, model=weakref.ref(model))))
 
     register()

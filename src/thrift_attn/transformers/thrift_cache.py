@@ -27,7 +27,7 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -38,7 +38,8 @@ from transformers.cache_utils import Cache, DynamicSlidingWindowLayer
 
 from thrift_attn.cache.changes import Changes
 from thrift_attn.cache.paged import DEFAULT
-from thrift_attn.config import ThriftConfig
+from thrift_attn.checks import positive, whole_number, whole_numbers
+from thrift_attn.config import ThriftConfig, check_config
 from thrift_attn.crossovers import EVERYWHERE
 from thrift_attn.dispatch import cache_config, prefill_config
 from thrift_attn.exact import Call
@@ -47,6 +48,9 @@ from thrift_attn.transformers.padding import MaskReader
 from thrift_attn.transformers.state_layers import (
     StateSteps,
     attends,
+    can_crop,
+    check_head_dims,
+    check_kind,
     forget_states,
     has_states,
     head_dim,
@@ -98,19 +102,20 @@ class ThriftCache(Cache):
     ):
         if not hasattr(config, "get_text_config"):
             raise TypeError(f"config must be that of a transformers model, got {type(config).__name__}")
-        for name, size in (("max_tokens", max_tokens), ("pool_tokens", pool_tokens)):
-            if size is not None and size < 1:
-                raise ValueError(f"{name} must be at least 1, got {size}")
+        max_tokens = positive("max_tokens", max_tokens)
+        pool_tokens = None if pool_tokens is None else positive("pool_tokens", pool_tokens)
+        check_config(decode, "decode")
+        check_config(prefill or decode, "prefill")
         if exact_tokens is not None:
             told = "ThriftCache: exact_tokens does nothing: budgets have a floor, see thrift_attn.floored"
             warnings.warn(told, DeprecationWarning, stacklevel=2)
         text = config.get_text_config(decoder=True)
-        _check_kind(config, text)
+        check_kind(config, text)
         self.identity = identity_of(text)
         self.options = CacheOptions(max_tokens, pool_tokens, cache_config(decode), prefill)
         self.text_config = text
         layers = make_layers(config, self.options, MaskReader())
-        _check_head_dims(text, [at for at, layer in enumerate(layers) if isinstance(layer, ThriftLayer)])
+        check_head_dims(text, [at for at, layer in enumerate(layers) if isinstance(layer, ThriftLayer)])
         super().__init__(layers=layers)
         self._changes = Changes(RESET, REFUSALS)
         self._steps = StateSteps()
@@ -132,7 +137,9 @@ class ThriftCache(Cache):
             told = "ThriftCache.prefill_on: tokens does nothing: budgets have a floor, see thrift_attn.floored"
             warnings.warn(told, DeprecationWarning, stacklevel=2)
         text = self.text_config
-        first = next(at for at, layer in enumerate(self.layers) if isinstance(layer, ThriftLayer))
+        first = next((at for at, layer in enumerate(self.layers) if isinstance(layer, ThriftLayer)), None)
+        if first is None:
+            raise ValueError(f"{type(text).__name__} has no layer of full attention, so nothing is attended by thrift")
         dtype = getattr(text, "dtype", None)
         call = Call(
             device=device,
@@ -151,12 +158,16 @@ class ThriftCache(Cache):
         K and V of a forward are ``[B, Hkv, T, D]``; they may as well be put in by hand (prefix tuning).
 
         Raises:
-            ValueError: a layer that the config of the cache does not have.
+            ValueError: a layer that the config of the cache does not have, or other shapes.
             RuntimeError: some layers hold tokens, others have never got any, and it is not known why.
             NotImplementedError: gradients.
         """
         self._changes.check()
-        if layer_idx >= len(self.layers):
+        for name, x in (("K", key_states), ("V", value_states)):
+            if not isinstance(x, Tensor) or x.ndim != 4:
+                got = f"shape {list(x.shape)}" if isinstance(x, Tensor) else type(x).__name__
+                raise ValueError(f"{name} must be a tensor [B, Hkv, T, D], got {got}")
+        if not 0 <= layer_idx < len(self.layers):
             raise ValueError(
                 f"the model runs layer {layer_idx}, the cache was made for {len(self.layers)} layers: make it from the "
                 f"config of this model"
@@ -228,11 +239,18 @@ class ThriftCache(Cache):
 
     def crop(self, tokens_to_remove: int) -> None:
         """Take slots back from the end of all layers: ``-n`` takes n, and ``n``, as in transformers 5.0, leaves n."""
+        tokens_to_remove = whole_number("tokens_to_remove", tokens_to_remove)
         self._mend()
         there = self.get_seq_length()
         keep = max(0, there + tokens_to_remove) if tokens_to_remove <= 0 else min(there, tokens_to_remove)
         if keep < there and any(has_states(layer) for layer in self.layers):
             raise RuntimeError("states of linear attention cannot be taken back: ThriftCache crops no hybrid model")
+        for at, layer in self._attending().items():  # before anything is changed
+            if keep < there and not isinstance(layer, ThriftLayer) and not can_crop(layer, there - keep):
+                raise RuntimeError(
+                    f"sliding-window layer {at} is past its window and has forgotten what came before: it cannot go back to "
+                    f"{keep} slots. Call reset() and start again, or fork() before what is to be taken back"
+                )
         for layer in self._attending().values():
             if isinstance(layer, ThriftLayer):
                 layer.keep(keep)
@@ -277,23 +295,31 @@ class ThriftCache(Cache):
             )
 
     def reorder_cache(self, beam_idx: Any) -> None:
-        """Sequence i becomes what sequence ``beam_idx[i]`` was; complete blocks are shared."""
+        """Sequence i becomes what sequence ``beam_idx[i]`` was; complete blocks are shared. Wrong ones change nothing."""
+        seqs, batch = whole_numbers("beam_idx", beam_idx, each="seq"), self._batch()
+        if batch is not None and not (seqs and min(seqs) >= 0 and max(seqs) < batch):
+            raise ValueError(f"seq must be from 0 to {batch - 1}, and there must be one, got {seqs}")
         with self._changes:
-            super().reorder_cache(beam_idx.cpu())
+            index: Any = torch.tensor(seqs, dtype=torch.int64)
+            super().reorder_cache(index)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Take every sequence ``repeats`` times."""
-        self._select(lambda seqs: seqs.repeat_interleave(repeats))
+        repeats = positive("repeats", repeats)
+        if (batch := self._batch()) is not None:
+            self.reorder_cache([seq for seq in range(batch) for _ in range(repeats)])
 
     def batch_select_indices(self, indices: Any) -> None:
-        """Keep only these sequences."""
-        self._select(lambda seqs: seqs[torch.as_tensor(indices).cpu()])
+        """Keep only these sequences: their numbers, those from the end below 0, or a bool for each."""
+        if (batch := self._batch()) is not None:
+            self.reorder_cache(torch.arange(batch)[torch.as_tensor(indices).cpu()])
 
-    def _select(self, pick: Callable[[Tensor], Tensor]) -> None:
-        """Make every layer's sequences those that ``pick`` takes of all."""
-        filled = self._filled()
-        if filled:
-            self.reorder_cache(pick(torch.arange(filled[0].batch_size)))
+    def _batch(self) -> int | None:
+        """Sequences of the layers that hold tokens; None before the first ones."""
+        for layer in self._attending().values():
+            if layer.is_initialized:
+                return layer.batch_size if isinstance(layer, ThriftLayer) else layer.keys.shape[0]
+        return None
 
     def reset(self) -> None:
         """Empty all layers; pages stay allocated for the next sequences."""
@@ -351,7 +377,12 @@ class ThriftCache(Cache):
     def tokens(self, seq: int) -> int:
         """Tokens of a sequence, without padding."""
         self._changes.check()
-        return min((layer.tokens(seq) for layer in self._running() if isinstance(layer, ThriftLayer)), default=0)
+        if not self.paged_layers:
+            raise ValueError(
+                f"{type(self.text_config).__name__} has no layer of full attention, and others do not tell tokens from "
+                f"padding: get_seq_length() counts both"
+            )
+        return min(layer.tokens(seq) for layer in self._running() if isinstance(layer, ThriftLayer))
 
     def fork(self) -> ThriftCache:
         """Another cache that begins with what this one holds: complete blocks are shared, what follows is its own.
@@ -360,7 +391,8 @@ class ThriftCache(Cache):
         when it is dropped or `reset`.
         """
         self._changes.check()
-        other = copy.copy(self)
+        other = object.__new__(type(self))
+        other.__dict__.update(self.__dict__)
         other._changes = self._changes.anew()
         reader = MaskReader()
         other.layers = [
@@ -372,8 +404,17 @@ class ThriftCache(Cache):
         other._steps = self._steps.copy()
         return other
 
+    def __copy__(self) -> ThriftCache:
+        """A fork: two caches over the same layers would not know of each other."""
+        return self.fork()
+
     def __deepcopy__(self, memo: dict[int, Any]) -> ThriftCache:
         return self.fork()
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        raise TypeError(
+            "a ThriftCache shares its pages, so it cannot be pickled: save(path) and load(path) keep it in a file"
+        )
 
     def nbytes(self) -> int:
         """Bytes that the cache has allocated on its devices."""
@@ -406,27 +447,3 @@ class ThriftCache(Cache):
         self._check_file()
         load(self, path, device)
         return self
-
-
-def _check_kind(config: Any, text: Any) -> None:
-    """Refuse models whose K and V are not one pair for each token, head and layer."""
-    name = type(text).__name__
-    if getattr(config, "is_encoder_decoder", False) or getattr(text, "is_encoder_decoder", False):
-        raise NotImplementedError(
-            f"ThriftCache serves decoder-only models; {name} is of an encoder-decoder model, whose cross-attention would "
-            f"write into the same layers"
-        )
-    if getattr(text, "kv_lora_rank", None):
-        raise NotImplementedError(
-            f"ThriftCache holds K and V of each head; {name} has latent attention (kv_lora_rank={text.kv_lora_rank})"
-        )
-
-
-def _check_head_dims(text: Any, layers: list[int]) -> None:
-    """Refuse a head dimension that pages cannot hold; it may differ by layer."""
-    for at in layers:
-        dim = head_dim(text, at)
-        if dim % 16:
-            raise NotImplementedError(
-                f"ThriftCache needs a head dimension that is a multiple of 16, got {dim} in layer {at}"
-            )

@@ -17,7 +17,7 @@ from thrift_attn.reference.budget import asked_in_decode
 from thrift_attn.stats import Stats
 from thrift_attn.transformers.dense import as_given, attend_counted, autocast_dtype, check_no_gradients, with_sinks
 from thrift_attn.transformers.layer_state import LayerState
-from thrift_attn.transformers.lazy_kv import PendingKV
+from thrift_attn.transformers.lazy_kv import PendingKV, made_for
 from thrift_attn.transformers.padding import MaskReader, Padding, gather, spread
 
 RESET = "call reset() and start again"
@@ -122,8 +122,8 @@ class ThriftLayer(CacheLayerMixin):
         if (dtype := autocast_dtype(key_states.device)) is not None:
             key_states, value_states = key_states.to(dtype), value_states.to(dtype)
         self.settle()
-        if self._paged is not None and self.slots == 0 and self._paged.batch != key_states.shape[0]:
-            self._paged = None  # emptied by `reset`: the next batch may have another size
+        if self._paged is not None and self.slots == 0 and not made_for(self._paged, key_states):
+            self.discard()  # emptied by `reset`: the next tokens may be of another batch, model or dtype
         if self._paged is None:
             self.lazy_initialization(key_states, value_states)
         paged = self._pages()
