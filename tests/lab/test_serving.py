@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import itertools
 import json
+import os
+import subprocess
+import sys
 from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,7 +18,7 @@ from rich.console import Console
 from typer.testing import CliRunner
 
 from thrift_lab.cli import app
-from thrift_lab.serving import run_serve, served_nll
+from thrift_lab.serving import engine_process, run_serve, served_nll
 from thrift_lab.serving.engine_child import Engine, capacity, single
 from thrift_lab.serving.engine_gate import Answer, difference
 from thrift_lab.serving.engine_jobs import EngineJob, Task, check_installed, write_config
@@ -296,6 +299,33 @@ def test_without_vllm_the_command_says_what_it_needs(tmp_path: Path) -> None:
     with pytest.raises(EngineFailed, match="No module named 'vllm'") as caught:
         list(run_engine(EngineJob(method="bf16", model="x"), tmp_path / "log.txt", seconds=60))
     assert caught.value.task is None
+
+
+SILENT = """
+import subprocess, time
+class LLM:
+    def __init__(self, **options):
+        print("loading", flush=True)
+        subprocess.Popen(["sleep", "1000"])
+        time.sleep(1000)
+"""
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="looks at processes in /proc")
+def test_an_engine_that_says_nothing_is_ended_with_all_that_it_started(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    (tmp_path / "vllm.py").write_text(SILENT)
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(tmp_path), *sys.path]))
+    started: list[Any] = []
+    begin = subprocess.Popen
+    monkeypatch.setattr(subprocess, "Popen", lambda *given, **how: started.append(begin(*given, **how)) or started[-1])
+    log = tmp_path / "log.txt"
+    with pytest.raises(EngineFailed, match="nothing was heard of the engine for 20 s"):
+        list(run_engine(EngineJob(method="bf16", model="x"), log, seconds=20))
+    assert "loading" in log.read_text()
+    assert started[0].poll() is not None
+    assert not engine_process._lives(started[0].pid)
 
 
 def test_options_that_are_no_json_are_refused(tmp_path: Path) -> None:

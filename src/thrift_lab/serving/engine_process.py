@@ -11,6 +11,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -112,25 +113,23 @@ def _events(process: subprocess.Popen[bytes], reading: int, seconds: float) -> I
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:
-    """End a process and what it has started."""
+    """End a process and all that it has started: they hold a GPU."""
     for sign in (signal.SIGTERM, signal.SIGKILL):
-        try:
+        with suppress(ProcessLookupError):
             os.killpg(process.pid, sign)
-        except ProcessLookupError:
-            break
         end = time.monotonic() + PATIENCE_S
-        while time.monotonic() < end and _lives(process):
+        while time.monotonic() < end and (process.poll() is None or _lives(process.pid)):
             time.sleep(0.1)
-    process.wait()
 
 
-def _lives(process: subprocess.Popen[bytes]) -> bool:
-    process.poll()
-    try:
-        os.killpg(process.pid, 0)
-    except (ProcessLookupError, PermissionError):
-        return False
-    return True
+def _lives(group: int) -> bool:
+    """Whether a process of a group runs; one that nobody has asked for its end does not."""
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        with suppress(OSError):  # it has ended just now
+            state, _, found = path.read_text().rpartition(")")[2].split()[:3]
+            if int(found) == group and state not in "ZX":
+                return True
+    return False
 
 
 def _last_words(log: Path, began: int) -> str:

@@ -141,8 +141,8 @@ def _time(
                 note(_row(now[number], facts, found))
                 left.remove(now[number])
         except EngineFailed as error:
-            failed = now if error.task is None else [now[error.task]]
-            for cell in failed:
+            at = now if error.task is None else [now[error.task]]
+            for cell in [cell for cell in at if cell in left]:
                 note(ServeRow(cell=cell, status="failed", reason=error.reason))
                 left.remove(cell)
 
