@@ -22,11 +22,17 @@ from thrift_lab.eval.through_cache import ThroughCacheRecord
 from thrift_lab.fuzz.campaign import FuzzRecord
 from thrift_lab.provenance import write_files, write_json
 from thrift_lab.records import Record, read_json
+from thrift_lab.serving.serve_records import ServeRecord
+from thrift_lab.serving.served_nll import ServedRecord
 
 RESULTS = Path(__file__).parents[2] / "benchmarks" / "results"
 CLASSES: tuple[type[Record], ...] = (
     *(BenchRecord, CrossoverRecord, ModelRecord, DecodeRecord, NLLRecord, ThroughCacheRecord, FuzzRecord),
+    *(ServeRecord, ServedRecord),
 )
+TO_COME = {"serve", "served-nll"}
+"""Kinds of which a GPU has yet to make the first record."""
+
 BY_KIND = {kind: made for made in CLASSES for kind in made.KINDS}
 OTHER_KINDS = (
     "compile",
@@ -50,7 +56,8 @@ def kind_of(path: Path) -> Any:
 
 def test_every_kind_of_record_is_committed_and_known() -> None:
     kinds = {kind_of(path) for path in COMMITTED}
-    assert set(BY_KIND) <= kinds
+    assert set(BY_KIND) - TO_COME <= kinds
+    assert not TO_COME & kinds, "they have come"
     assert kinds - set(BY_KIND) <= set(OTHER_KINDS) | {kind for kind in kinds if str(kind).startswith("compile")}
 
 

@@ -273,6 +273,15 @@ def test_an_engine_that_does_not_start_fails_all_its_cells(monkeypatch: pytest.M
     assert [(row.status, row.reason) for row in record.rows] == [("failed", "no such backend")] * 2
 
 
+def test_a_gate_whose_engine_does_not_start_is_red_and_is_kept(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    plan = ServePlan(model=str(tmp_path), out=tmp_path / "serve.json", methods=("thrift",), lengths=(1000,))
+    fake_engines(monkeypatch, [EngineFailed("no such backend", None)])
+    record = run_serve.run(plan, log=lambda line: None)
+    assert record.gate is not None
+    assert record.gate.problem == "bf16: no such backend"
+    assert ServeRecord.load(plan.out) == record
+
+
 def test_no_speed_is_told_behind_a_red_gate(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     plan = ServePlan(model=str(tmp_path), out=tmp_path / "serve.json", methods=("thrift",), lengths=(1000,))
     plain = {"answers": [{"tokens": [7], "logprobs": [{7: -0.1}]}]}

@@ -39,6 +39,7 @@ def test_options_are_those_of_the_config() -> None:
         ({"budget": True}, TypeError, "budget must be"),
         ({"sink_token": "first"}, ValueError, "sink_token must be one of"),
         ({"scales": 1}, TypeError, "scales must be a path, 'ones' or null, got int"),
+        ({"scales": "one"}, FileNotFoundError, "wrote, 'ones' or null: there is no file 'one'"),
         ({"residual_share": 0.25}, NotImplementedError, "residual_share must be 1, got 0.25"),
         (["budget"], TypeError, "must hold options by name, got list"),
     ],

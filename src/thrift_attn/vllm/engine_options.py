@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
+from pathlib import Path
 from typing import Any
 
 from thrift_attn.config import Budget, SinkToken, ThriftConfig
@@ -28,6 +29,7 @@ class EngineOptions:
     Raises:
         ValueError: an option out of range or of no meaning.
         TypeError: a value of the wrong type.
+        FileNotFoundError: no such file of scales.
         NotImplementedError: a residual share below 1.
     """
 
@@ -39,6 +41,10 @@ class EngineOptions:
     def __post_init__(self) -> None:
         if self.scales is not None and not isinstance(self.scales, str):
             raise TypeError(f"scales must be a path, {ONES!r} or null, got {type(self.scales).__name__}")
+        if self.scales not in (None, ONES) and not Path(self.scales).is_file():  # before weights are read for minutes
+            raise FileNotFoundError(
+                f"scales must be a file that thrift calibrate MODEL wrote, {ONES!r} or null: there is no file {self.scales!r}"
+            )
         self.for_pages()  # checks the others
         if self.residual_share != 1:
             raise NotImplementedError(

@@ -37,10 +37,8 @@ def rows_at_once(kv_heads: int, group: int, most: int, blocks: int, head_dim: in
         head_dim: D.
     """
     rows = padded_rows(group, most)
-    each = (
-        kv_heads * (blocks * (rows + 3) + rows * (head_dim + 1)) * 4
-    )  # bias, scores, two lists; the output of one split
-    found = max(1, min(ROOM // each, MAX_HEADS // kv_heads))
+    words = blocks * (rows + 3) + rows * (head_dim + 1)  # bias, scores, two lists; the output of a split and its LSE
+    found = max(1, min(ROOM // (4 * words * kv_heads), MAX_HEADS // kv_heads))
     return found if found < 4 else found // 4 * 4  # what is cut off starts at a multiple of 16 bytes, as all of it does
 
 
