@@ -185,7 +185,7 @@ class ThriftImpl(AttentionImpl):
         config = self._vllm_config
         block_tokens, sequences = config.cache_config.block_size, config.scheduler_config.max_num_seqs
         longest = self.record.step_tokens(block_tokens)
-        prompts = min(sequences, len(query) // (longest + 1))
+        prompts = max(1, min(sequences, len(query) // (longest + 1)))
         rehearse_prompts(query, key, value, self._computes, prompts=prompts)
         for most in sorted({1, 1 + config.num_speculative_tokens, longest}):
             rehearse_decode(

@@ -188,17 +188,16 @@ def rehearse_prompts(q: Tensor, k: Tensor, v: Tensor, options: LayerOptions, *, 
         k: ``[tokens, Hkv, D]``.
         v: likewise.
         options: what is computed.
-        prompts: the most prompts of which a step has a part: of each its incomplete block is kept.
+        prompts: at least one, the most prompts of which a step has a part: of each its incomplete block is kept.
     """
     logits = {"scale": options.scale, "softcap": options.softcap}
     kept = k.new_zeros(prompts, 2, BLOCK - 1, *k.shape[1:])
-    own_k, own_v = (
-        torch.cat([x[0], new]).transpose(0, 1) for x, new in zip(kept[:1].transpose(0, 1), (k, v), strict=True)
-    )
-    del kept  # where there are so many, what comes behind is as much smaller
-    q, own_k, own_v = (x[None] for x in (q.transpose(0, 1), own_k, own_v))
-    attend(q, own_k, own_v, config=options.prompts, **logits)
+    own = [torch.cat([kept[0, at], new]) for at, new in enumerate((k, v))]
+    del kept  # where prompts are so many, what comes behind is as much smaller
+    q, k, v, own_k, own_v = (x.transpose(0, 1)[None] for x in (q, k, v, *own))
+    for keys, values in ((k, v), (own_k, own_v)):  # alone, and behind what an earlier step has brought
+        attend(q, keys, values, config=options.prompts, **logits)
     out, lse = attend_part(q, own_k, own_v, causal=True, **logits)
-    keys, values = k.new_zeros(2, 1, k.shape[1], TILE, k.shape[2])
+    keys, values = k.new_zeros(2, *k.shape[:2], TILE, k.shape[3])
     part = attend_part(q, keys, values, causal=False, **logits)
     merge([out, part[0]], [lse, part[1]])
