@@ -203,7 +203,9 @@ def doctor(
     if models is not None:
         from thrift_lab import model_table
 
-        raise typer.Exit(model_table.write(models, lambda line: out.print(line, highlight=False, markup=False)))
+        with errors():
+            code = model_table.write(models, lambda line: out.print(line, highlight=False, markup=False))
+        raise typer.Exit(code)
     try:
         from thrift_lab.doctor import examine
 

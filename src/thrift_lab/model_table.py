@@ -8,6 +8,7 @@ exact attention: whatever differs is a fault of the way in which the model is se
 
 from __future__ import annotations
 
+import os
 import warnings
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import contextmanager
@@ -23,7 +24,7 @@ from thrift_attn import ThriftConfig, fraction
 from thrift_attn.transformers import ThriftCache, disable, enable, report
 from thrift_attn.transformers.versions import cache_keyword
 from thrift_lab.families import FAMILIES, VOCABULARY, Family
-from thrift_lab.provenance import now, versions
+from thrift_lab.provenance import now, versions, write_files
 from transformers import AutoConfig, AutoModelForCausalLM
 
 EXACT = ThriftConfig(budget=fraction(1.0))
@@ -299,10 +300,16 @@ def write(path: Path, say: Callable[[str], None]) -> int:
 
     Returns:
         The exit code: 1 if a row is wrong.
+
+    Raises:
+        OSError: the page cannot be written there.
     """
+    path.parent.mkdir(parents=True, exist_ok=True)  # minutes follow: what cannot be written fails here
+    if path.is_dir() or not os.access(path.parent, os.W_OK):
+        raise OSError(f"the page cannot be written: {path} is a folder, or lies in one that is read-only")
     rows: list[Row] = []
     for family in filter(known, FAMILIES):
         rows.append(check(family))
         say(rows[-1].markdown())
-    path.write_text(page(rows), encoding="utf-8")
+    write_files({path: page(rows).encode()})
     return int(any("wrong" in row.verdicts() for row in rows))
