@@ -20,7 +20,8 @@ test: $(VENV)/.dev $(VENV)/.tritons lint $(VENV)/.vllm-$(lastword $(VLLMS))
 	TRITON_INTERPRET=1 $(BIN)/pytest -n 2 tests/prefill tests/decode tests/laws tests/vllm/test_engine_step.py
 	printf '%s\n' $(TRITONS) | xargs -P 2 -I V env TRITON_INTERPRET=1 PYTHONPATH=$(VENV)/triton-V \
 		$(BIN)/pytest tests/prefill/test_sm90_fp8_compile.py
-	$(VLLM)/bin/python -m pytest -p no:logging -W ignore --show-capture=no --tb=short tests/vllm_engine
+	$(VLLM)/bin/python -m pytest -n 2 --dist loadfile -p no:logging -W ignore --show-capture=no --tb=short \
+		tests/vllm_engine/test_engine.py tests/vllm_engine/test_processes.py
 
 # What only a GPU can tell: kernel tests, laws on random shapes, compute-sanitizer; writes benchmarks/results/gpu-tests.json.
 test-gpu: $(VENV)/.dev
