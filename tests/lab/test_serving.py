@@ -18,7 +18,7 @@ from rich.console import Console
 from typer.testing import CliRunner
 
 from thrift_lab.cli import app
-from thrift_lab.serving import engine_process, run_serve, served_nll
+from thrift_lab.serving import engine_jobs, engine_process, run_serve, served_nll
 from thrift_lab.serving.engine_child import Engine, capacity, single
 from thrift_lab.serving.engine_gate import Answer, difference
 from thrift_lab.serving.engine_jobs import EngineJob, Task, check_installed, write_config
@@ -240,7 +240,7 @@ def fake_engines(monkeypatch: pytest.MonkeyPatch, script: list[Any]) -> list[Eng
             yield number, found
 
     monkeypatch.setattr(run_serve, "run_engine", run)
-    monkeypatch.setattr(run_serve, "check_installed", lambda method: None)
+    monkeypatch.setattr(run_serve, "check_installed", lambda method, on_cpu: None)
     monkeypatch.setattr(run_serve, "context_of", lambda settings, on_cpu: {"settings": settings})
     return asked
 
@@ -301,13 +301,24 @@ def test_no_speed_is_told_behind_a_red_gate(monkeypatch: pytest.MonkeyPatch, tmp
 @pytest.mark.skipif(find_spec("vllm") is not None and find_spec("vllm").origin is not None, reason="vLLM is installed")
 def test_without_vllm_the_command_says_what_it_needs(tmp_path: Path) -> None:
     with pytest.raises(ImportError, match="vLLM is not installed"):
-        check_installed("bf16")
+        check_installed("bf16", on_cpu=True)
     found = CliRunner().invoke(app, ["bench", "serve", "--preset", "small", "-o", str(tmp_path / "serve.json")])
     assert found.exit_code == 2
     assert "vLLM is not installed: pip install" in found.output
     with pytest.raises(EngineFailed, match="No module named 'vllm'") as caught:
         list(run_engine(EngineJob(method="bf16", model="x"), tmp_path / "log.txt", seconds=60))
     assert caught.value.task is None
+
+
+def test_engines_that_are_not_what_is_meant_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(engine_jobs.importlib.util, "find_spec", lambda name: SimpleNamespace(origin="here"))
+    monkeypatch.setattr(engine_jobs, "has_cpu_engine", lambda: False)
+    monkeypatch.setattr(engine_jobs.importlib.metadata, "entry_points", lambda group: [])
+    check_installed("fp8", on_cpu=False)
+    with pytest.raises(ImportError, match="needs vLLM's CPU engine, and here is another"):
+        check_installed("bf16", on_cpu=True)
+    with pytest.raises(ImportError, match="vLLM does not see thrift-attn"):
+        check_installed("thrift", on_cpu=False)
 
 
 SILENT = """
@@ -364,7 +375,7 @@ def test_losses_through_the_engine_are_paired_and_kept_beside_the_record(
         yield 0, {"nll": script[job.method].tolist(), "seconds": 3.0}
 
     monkeypatch.setattr(served_nll, "run_engine", run)
-    monkeypatch.setattr(served_nll, "check_installed", lambda method: None)
+    monkeypatch.setattr(served_nll, "check_installed", lambda method, on_cpu: None)
     monkeypatch.setattr(served_nll, "context_of", lambda settings, on_cpu: {"settings": settings})
     plan = ServedPlan(model="m", out=tmp_path / "served.json", texts=("a", "b", "c"))
     said: list[str] = []

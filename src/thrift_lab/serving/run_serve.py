@@ -39,7 +39,9 @@ def context_of(settings: dict[str, Any], *, on_cpu: bool) -> dict[str, Any]:
     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
         context = pool.submit(make_context, PACKAGES, sources=sources, settings=settings).result()
     if not on_cpu and context["machine"]["gpu"] is None:
-        raise OSError("no CUDA device: --preset small runs on vLLM's CPU engine")
+        raise OSError(
+            "no CUDA device here; vLLM's CPU engine runs thrift bench serve --preset small, and thrift eval serve"
+        )
     return context
 
 
@@ -57,7 +59,7 @@ def run(plan: ServePlan, *, only: Iterable[str] = (), log: Log = print) -> Serve
     """
     cells = plan.cells(only)
     for cell in {cell.method: cell for cell in cells}.values():
-        check_installed(cell.method)
+        check_installed(cell.method, on_cpu=plan.on_cpu)
     record = ServeRecord.open(plan.out, context_of(plan.settings, on_cpu=plan.on_cpu))
     todo = [cell for cell in cells if not record.done(cell)]
     log(f"{len(todo)} of {len(cells)} cells to time; engines write to {plan.log}")

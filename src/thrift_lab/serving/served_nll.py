@@ -195,7 +195,7 @@ def evaluate(
         raise ValueError(f"methods are {', '.join(plan.methods)}, got {', '.join(unknown)}")
     wanted: list[MethodName] = [method for method in plan.methods if not only or method in only]
     for method in wanted:
-        check_installed(method)
+        check_installed(method, on_cpu=on_cpu)
     settings = {
         "model": plan.model, "texts": list(plan.texts), "length": tokens.shape[1],
         "tokens_sha256": digest(tokens.astype(np.int64).tobytes()), "chunk": plan.chunk, "ranks": plan.ranks,
