@@ -16,6 +16,7 @@ from thrift_lab.bench.crossover import CrossoverRecord
 from thrift_lab.bench.e2e_records import ModelRecord
 from thrift_lab.eval.decode_quality import DecodeRecord
 from thrift_lab.eval.methods import Method
+from thrift_lab.eval.residents.ablation import ResidentsRecord
 from thrift_lab.eval.run_nll import NLLRecord, NLLRow
 from thrift_lab.eval.runs import Run, load_runs
 from thrift_lab.eval.through_cache import ThroughCacheRecord
@@ -28,7 +29,7 @@ from thrift_lab.serving.served_nll import ServedRecord
 RESULTS = Path(__file__).parents[2] / "benchmarks" / "results"
 CLASSES: tuple[type[Record], ...] = (
     *(BenchRecord, CrossoverRecord, ModelRecord, DecodeRecord, NLLRecord, ThroughCacheRecord, FuzzRecord),
-    *(ServeRecord, ServedRecord),
+    *(ResidentsRecord, ServeRecord, ServedRecord),
 )
 TO_COME = {"serve", "served-nll"}
 """Kinds of which a GPU has yet to make the first record."""
