@@ -445,7 +445,7 @@ def test_errors_of_the_user() -> None:
         thrift.enable(model, layers={2: EXACT, 7: None})
     with pytest.raises(TypeError, match="config must be a ThriftConfig, got str"):
         thrift.enable(model, "paper")
-    with pytest.raises(TypeError, match="config must be a ThriftConfig, got float"):
+    with pytest.raises(TypeError, match="layer 0 must have a ThriftConfig or None, got float"):
         thrift.enable(model, layers=lambda index: 0.05)
     assert model.config._attn_implementation == "eager"  # nothing half done
 

@@ -91,10 +91,11 @@ class ThroughPages(Rival):
         budget = None if self.budget is None else decode_budget(self.budget, count)
         every = [
             Residents(
-                x.rule, (heads, count), error=block_error(x.rule.error, packed, queries, scale), layer=len(x.residents)
+                x.rule, (heads, count), error=block_error(x.rule.error, packed, queries, scale), layer=len(x.residents),
+                device=k.device,
             )
             for x in self.followed
-        ]
+        ]  # fmt: skip
         residents = every[0]
         lost = LostError(packed, queries.shape[1], len(self.followed)) if self.beside else None
         # As attention finds them: exact, then packed. Keys are transposed, [Hkv, D, T], since products with them are faster.

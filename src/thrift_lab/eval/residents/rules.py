@@ -161,18 +161,28 @@ class Residents:
         shape: KV heads and blocks.
         error: what a block loses without its residual ``[Hkv, N]``, looked at once it is packed; None: all alike.
         layer: number of the layer, so that random choice differs between layers.
+        device: of what a chunk adds.
 
     Attributes:
         held: bool ``[Hkv, N]``, the residents so far.
     """
 
-    def __init__(self, rule: Rule, shape: tuple[int, int], *, error: Tensor | None = None, layer: int = 0):
+    def __init__(
+        self,
+        rule: Rule,
+        shape: tuple[int, int],
+        *,
+        error: Tensor | None = None,
+        layer: int = 0,
+        device: torch.device | str = "cpu",
+    ):
         self.rule, self._error = rule, error
-        self.held = torch.zeros(shape, dtype=torch.bool)
-        self._mass = torch.zeros(shape)
+        self.held = torch.zeros(shape, dtype=torch.bool, device=device)
+        self._mass = torch.zeros(shape, device=device)
         self._random = None
-        if rule.seed is not None:
-            self._random = torch.rand(shape, generator=torch.Generator().manual_seed(rule.seed + 1000 * layer))
+        if rule.seed is not None:  # drawn on the host: the same on every device
+            drawn = torch.rand(shape, generator=torch.Generator().manual_seed(rule.seed + 1000 * layer))
+            self._random = drawn.to(device)
 
     def note(self, gained: Tensor) -> None:
         """Let a chunk add ``gained`` ``[Hkv, n]`` to the n blocks before it, then pack it as block n."""
