@@ -42,6 +42,10 @@ class Loaded:
     tokenizer: Any
     sha256: str | None = None
 
+    def described(self) -> dict[str, Any]:
+        """What a record says about the model."""
+        return {"model": self.spec, "sha256": self.sha256, "dtype": str(self.model.dtype).removeprefix("torch.")}
+
 
 def load_model(spec: str, *, device: str = "auto", dtype: str = "auto", log: Log = silent) -> Loaded:
     """The model that a spec names.

@@ -108,5 +108,12 @@ def test_a_text_through_the_cache_loses_what_its_residuals_say(tmp_path: Path) -
     assert [len(row.all) for row in record.rows] == [6] * 3
     record.save(tmp_path / "x.json")
     assert through_cache.ThroughCacheRecord.load(tmp_path / "x.json") == record
+    two = through_cache.evaluate(model, TEXT, config=EXACT, **options, windows=2)
+    assert [len(row.all) for row in two.rows] == [12] * 3
+    assert [row.chunks[:4] + row.steps[:2] for row in two.rows] == [row.all for row in record.rows]
+    assert two.rows[2].chunks[4:] != none.chunks
+    assert (two.rows[2].kl or 0) > 0
+    with pytest.raises(ValueError, match="one share of residuals and one window, got 2 and 0"):
+        through_cache.evaluate(model, TEXT, config=EXACT, **options, windows=0)
     with pytest.raises(ValueError, match="got chunk 0, steps 70 and length 300"):
         through_cache.evaluate(model, TEXT, config=EXACT, **{**options, "chunk": 0})

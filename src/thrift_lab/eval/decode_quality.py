@@ -240,9 +240,7 @@ def evaluate(
     record = DecodeRecord(
         context=make_context(
             ("torch", "triton", "transformers"),
-            model=loaded.spec,
-            sha256=loaded.sha256,
-            dtype=str(loaded.model.dtype).removeprefix("torch."),
+            **loaded.described(),
             text=text_name,
             config=config.to_dict(),
             ignored=list(DecodeNumerics.resolve(config).ignored),

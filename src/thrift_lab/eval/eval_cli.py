@@ -220,9 +220,10 @@ def cache(
     shares: Annotated[str, typer.Option(help="Shares of blocks that keep a residual, the first to compare with.")] = (
         "1,0.15,0"
     ),
-    length: Annotated[int, typer.Option(help="Tokens of the window.")] = 8192,
+    length: Annotated[int, typer.Option(help="Tokens of a window.")] = 8192,
+    windows: Annotated[int, typer.Option(help="Windows, one after the other.")] = 1,
     chunk: Annotated[int, typer.Option(help="Tokens at a time.")] = 64,
-    steps: Annotated[int, typer.Option(help="Tokens at its end that are decoded one by one.")] = 256,
+    steps: Annotated[int, typer.Option(help="Tokens at the end of each that are decoded one by one.")] = 256,
     budget: Promoted = "max(5%, 16)",
     promoted_storage: Storage = "nested",
     device: Device = "auto",
@@ -241,10 +242,10 @@ def cache(
         console = Console(stderr=True)
         with shown(console) as (log, _):
             loaded = load_model(model, device=device, dtype=dtype, log=log)
-            source = load_text(text, chars_needed(length, 1), log)
+            source = load_text(text, chars_needed(length, windows), log)
             record = evaluate(
                 loaded, source.content, config=config, shares=tuple(float(x) for x in shares.split(",")), length=length,
-                chunk=chunk, steps=steps, text_name=source.name, log=kept(console, log),
+                windows=windows, chunk=chunk, steps=steps, text_name=source.name, log=kept(console, log),
             )  # fmt: skip
         for line in record.table():
             print("  ".join(f"{x:>20}" if "to" in x or x == "95%" else f"{x:>14}" for x in line))

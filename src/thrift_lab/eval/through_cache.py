@@ -8,6 +8,7 @@ see the same tokens, and are compared token by token.
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import numpy as np
@@ -56,6 +57,22 @@ class Losses(BaseModel):
     def all(self) -> list[float]:
         """Nats per token of all scored tokens, in blocks of 64."""
         return [*self.chunks, *self.steps]
+
+    @classmethod
+    def joined(cls, windows: Sequence[Losses]) -> Losses:
+        """One way through several windows of the same length: losses one after the other, means of the rest."""
+
+        def mean(name: str) -> float | None:
+            found = [getattr(one, name) for one in windows]
+            return None if found[0] is None else sum(found) / len(found)
+
+        return windows[0].model_copy(
+            update={
+                **{name: [x for one in windows for x in getattr(one, name)] for name in ("chunks", "steps")},
+                **{name: mean(name) for name in ("kl", "resident_share", "bytes_of_16_bit")},
+                "seconds": sum(one.seconds for one in windows),
+            }
+        )
 
 
 class ThroughCacheRecord(Record):
@@ -166,51 +183,56 @@ def evaluate(
     config: ThriftConfig,
     shares: tuple[float, ...] = (1.0, 0.15, 0.0),
     length: int = 8192,
+    windows: int = 1,
     chunk: int = 64,
     steps: int = 256,
     text_name: str = "",
     log: Log = silent,
 ) -> ThroughCacheRecord:
-    """The first window of a text with every share.
+    """The first windows of a text with every share.
 
     Args:
         loaded: model and tokenizer.
-        text: at least ``length`` tokens long.
+        text: at least ``length`` tokens long for each window.
         config: of the cache, but for its share of residuals.
         shares: of the blocks that keep a residual; the others are compared with the first.
-        length: tokens of the window.
+        length: tokens of a window.
+        windows: how many, one after the other.
         chunk: tokens at a time.
-        steps: tokens at the end that are decoded one by one.
+        steps: tokens at the end of each that are decoded one by one.
         text_name: for the record.
         log: called with a line of text after each share.
 
     Raises:
         ValueError: sizes out of range, no shares, or a text that is too short.
     """
-    if not shares:
-        raise ValueError("expected at least one share of residuals, got none")
+    if not shares or windows < 1:
+        raise ValueError(f"expected at least one share of residuals and one window, got {len(shares)} and {windows}")
     if chunk < 1 or not BOOTSTRAP_BLOCK <= steps <= length - 1 - BOOTSTRAP_BLOCK:
         raise ValueError(
             f"expected chunk >= 1 and {BOOTSTRAP_BLOCK} <= steps <= length - {1 + BOOTSTRAP_BLOCK}, got chunk {chunk}, "
             f"steps {steps} and length {length}"
         )
-    ids = windows_of(loaded.tokenizer, text, length, 1)[:1].to(loaded.model.device)
+    ids = windows_of(loaded.tokenizer, text, length, windows).to(loaded.model.device)
     record = ThroughCacheRecord(
         context=make_context(
             ("torch", "triton", "transformers"),
-            model=loaded.spec,
-            sha256=loaded.sha256,
-            dtype=str(loaded.model.dtype).removeprefix("torch."),
+            **loaded.described(),
             text=text_name,
             length=length,
+            windows=windows,
             chunk=chunk,
             steps=steps,
         )
     )
-    plain, want = _plain(loaded, ids, steps)
-    record.rows.append(plain)
-    for share in shares:
-        row = _through(loaded, ids, config.with_(residual_share=share), chunk, steps, want)
-        record.rows.append(row)
-        log(f"{share:.0%} of residuals: {np.mean(row.all):.4f} nats, {row.seconds:.0f} s")
+    rows: list[list[Losses]] = [[] for _ in (None, *shares)]
+    for number in range(windows):
+        window = ids[number : number + 1]
+        plain, want = _plain(loaded, window, steps)
+        rows[0].append(plain)
+        for share, found in zip(shares, rows[1:], strict=True):
+            row = _through(loaded, window, config.with_(residual_share=share), chunk, steps, want)
+            found.append(row)
+            log(f"window {number + 1}, {share:.0%} of residuals: {np.mean(row.all):.4f} nats, {row.seconds:.0f} s")
+    record.rows = list(map(Losses.joined, rows))
     return record

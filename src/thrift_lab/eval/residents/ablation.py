@@ -158,9 +158,7 @@ def evaluate(
     record = ResidentsRecord(
         context=make_context(
             ("torch", "transformers"),
-            model=loaded.spec,
-            sha256=loaded.sha256,
-            dtype=str(loaded.model.dtype).removeprefix("torch."),
+            **loaded.described(),
             text=text_name,
             length=length,
             config=config.to_dict(),
