@@ -29,6 +29,7 @@ class Cost:
         decode_s: seconds for the others.
         kv_bytes: bytes of the cache for one token, all layers.
         plain_bytes: the same for K and V in the dtype of the model.
+        dtype: of the model.
         promoted: share of the complete KV blocks that decode read in high precision.
     """
 
@@ -38,6 +39,7 @@ class Cost:
     decode_s: float = 0.0
     kv_bytes: float = 0.0
     plain_bytes: float = 0.0
+    dtype: str = ""
     promoted: float = 0.0
 
     def lines(self) -> list[str]:
@@ -48,7 +50,7 @@ class Cost:
             f"{self.prompt} tokens of prompt, first token after {self.prefill_s:.2f} s",
             f"{self.new} new tokens, {rate:.1f} tokens/s",
             f"KV cache {self.kv_bytes * held / 2**20:.1f} MiB, {self.kv_bytes:,.0f} bytes a token, "
-            f"{self.kv_bytes / self.plain_bytes:.0%} of {self.plain_bytes:,.0f} without thrift",
+            f"{self.kv_bytes / self.plain_bytes:.0%} of {self.plain_bytes:,.0f} in {self.dtype}",
             f"{self.promoted:.1%} of the complete KV blocks read in high precision",
         ]
 
@@ -156,6 +158,7 @@ def answer(
     cost.plain_bytes = sum(
         2 * layer.paged.kv_heads * layer.paged.head_dim * next(model.parameters()).element_size() for layer in layers
     )
+    cost.dtype = str(model.dtype).removeprefix("torch.")
     cost.promoted = layers[0].decode_stats(heads=1).share
     return cost
 

@@ -122,7 +122,6 @@ def generate(
         log = logging_to(console)
         if demo:
             return _find_needle(model, device, dtype, console)
-        log(f"{model} answers from a KV cache of 4-bit blocks, of which {budget} are read in high precision.")
         import torch
 
         from thrift_attn.config import Budget, ThriftConfig
@@ -134,6 +133,7 @@ def generate(
         text = sys.stdin.read() if prompt == "-" else prompt or ""
         if file is not None:
             text = f"{file.read_text(encoding='utf-8')}\n\n{text}"
+        log(f"{model} answers from a KV cache of 4-bit blocks, of which {budget} are read in high precision.")
         with shown(console) as (report, _):
             loaded = load_model(model, device=device, dtype=dtype, log=report)
         ids = chat.prompt_ids(loaded, text, raw=raw)

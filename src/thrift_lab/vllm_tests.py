@@ -1,6 +1,7 @@
 """``make test-vllm``: the real engine on a CPU with the lowest and the newest vLLM that are served, as one dated record.
 
-The record knows the digest of the plugin's sources: a test fails when they have changed since.
+The record knows the digest of the plugin's own sources: a test fails when they have changed since. The kernels below it have
+records of their own.
 """
 
 from __future__ import annotations

@@ -407,6 +407,8 @@ def test_words() -> None:
     assert "needs both fp16 and fp4" in notes(alone)[0]
     rows = [*result.rows[:2], replace(result.rows[2], unserved=("layer 0: sdpa, sliding window", "layer 2: ..."))]
     assert "layer 0: sdpa, sliding window and 1 more layers" in notes(result.model_copy(update={"rows": rows}))[-1]
+    asked = a_result({"thrift:residual_share=0.15": (0.05, 0.9)})
+    assert notes(asked)[-1] == "thrift:residual_share=0.15: residual_share has no effect on a text read in one go."
 
 
 def test_families_are_lines_in_order_of_budget() -> None:

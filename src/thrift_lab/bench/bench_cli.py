@@ -159,13 +159,14 @@ def e2e(
     fused: Annotated[bool, typer.Option(help="Fuse norms, rotary embeddings and gates, on all sides.")] = True,
     largest: Annotated[bool, typer.Option(help="Also look for the largest context that fits.")] = True,
     full: Annotated[
-        int | None, typer.Option(min=1, help="Also decode as many sequences of so many tokens as fit at once.")
+        int | None,
+        typer.Option(min=1, metavar="TOKENS", help="Also decode as many sequences of so many tokens as fit at once."),
     ] = None,
     residual_share: Annotated[
         float | None, typer.Option(min=0, max=1, help="Also a cache in which this share of blocks keeps its residual.")
     ] = None,
     as_is: Annotated[bool, typer.Option(help="Also time the step of transformers as it is.")] = True,
-    device: Annotated[str, typer.Option(help="cuda; cpu runs, but its times mean nothing.")] = "cuda",
+    device: Annotated[str, typer.Option(help="cuda; cpu runs with --no-fused, but its times mean nothing.")] = "cuda",
     seed: Annotated[int, typer.Option(help="Of weights, prompts and fillings.")] = 0,
 ) -> None:
     """A whole model: prefill, first token, decode and memory, ours against BF16, CUDA graphs on both sides."""

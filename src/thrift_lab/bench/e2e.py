@@ -32,7 +32,7 @@ WARM = 4096
 """Tokens of a prompt before the timed one."""
 
 SAMPLE = 16384
-"""Tokens from which on every further token of a sequence costs the same bytes: no floor keeps all residuals any more."""
+"""Tokens from which on every further token costs the same bytes: above the floor of residuals, for shares from 12.5% on."""
 
 SPARE = 1.25 * 2**30
 """Bytes left free beside the weights and the largest cache, for one step."""

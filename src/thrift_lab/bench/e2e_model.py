@@ -112,7 +112,7 @@ def fuse(model: nn.Module) -> list[str]:
         NotImplementedError: a device without Triton kernels.
     """
     if next(model.parameters()).device.type != "cuda":
-        raise NotImplementedError("fused norms, rotary embeddings and gates are for CUDA devices")
+        raise NotImplementedError("fused norms, rotary embeddings and gates are for CUDA devices: use --no-fused")
     from thrift_lab.bench import fused
 
     norms, gates = 0, 0

@@ -65,6 +65,17 @@ def table(record: ModelRecord) -> Table:
             f"{plain.prefill_s / row.prefill_s:.2f}x" if base and plain and plain.prefill_s and row.prefill_s else "",
             f"{base.p50_ms / row.p50_ms:.2f}x" if base else "",
         )
+    for side, row in record.full.items():
+        cells = (
+            "",
+            "",
+            "",
+            f"{row['decode_ms']:.2f}",
+            f"{row['kv_bytes'] / 2**30:.2f}",
+            f"{row.get('peak', 0) / 2**30:.1f}",
+        )
+        held = f"fullest: B{row['sequences']} x {row['context']:,}"
+        out.add_row(held, side, *cells, f"{row['tokens']:,} tokens", f"{row['tokens_per_s']:,.0f}/s")
     return out
 
 

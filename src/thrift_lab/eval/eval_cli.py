@@ -239,12 +239,16 @@ def cache(
         from thrift_lab.models import load_model
 
         config = ThriftConfig.for_cache(budget=Budget.parse(budget), promoted_storage=promoted_storage)
+        try:
+            kept_shares = tuple(config.with_(residual_share=float(x)).residual_share for x in words(shares))
+        except ValueError:
+            raise ValueError(f"--shares are numbers from 0 to 1, after commas, got {shares!r}") from None
         console = Console(stderr=True)
         with shown(console) as (log, _):
             loaded = load_model(model, device=device, dtype=dtype, log=log)
             source = load_text(text, chars_needed(length, windows), log)
             record = evaluate(
-                loaded, source.content, config=config, shares=tuple(float(x) for x in shares.split(",")), length=length,
+                loaded, source.content, config=config, shares=kept_shares, length=length,
                 windows=windows, chunk=chunk, steps=steps, text_name=source.name, log=kept(console, log),
             )  # fmt: skip
         for line in record.table():

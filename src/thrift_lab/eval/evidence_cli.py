@@ -169,7 +169,7 @@ def power(
 
         names = ",".join(words(tasks))
         if only_telling is not None:
-            names = ",".join(evidence.between(Folder(only_telling).records()))
+            names = ",".join(evidence.between(Folder(only_telling).load()[2]))
             if not names:
                 raise ValueError(f"no task of {only_telling} is scored 20 to 95% by exact attention")
         plan = SuitePlan(

@@ -50,7 +50,11 @@ def options() -> Table:
     for field in fields(ThriftConfig):
         if field.name not in KINDS["thrift"].options:
             continue
-        known: dict[str, str] = {"budget": _BUDGET, "score": ", ".join(SCORES)}
+        known: dict[str, str] = {
+            "budget": _BUDGET,
+            "score": ", ".join(SCORES),
+            "residual_share": "a share from 0 to 1, of `cache` alone",
+        }
         named = [value for value in get_args(hints[field.name]) if value != "auto"]  # a record names its format
         words = known.get(field.name) or ", ".join(named) or "a whole number of blocks"
         body.append([field.name, words, *(str(row[field.name]) for row in usual)])

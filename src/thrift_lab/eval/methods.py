@@ -1,4 +1,4 @@
-"""Method specs: ``fp16``, ``fp4``, ``paper``, ``thrift:budget=0.1,high=nested``, ``quest:budget=5%``, ``snapkv:keep=0.3``."""
+"""Method specs: ``fp16``, ``fp4``, ``thrift:budget=0.1,promoted_storage=nested``, ``quest:budget=5%``, ``snapkv:keep=0.3``."""
 
 from __future__ import annotations
 

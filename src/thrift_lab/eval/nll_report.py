@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from rich.table import Table
 
-from thrift_lab.eval.methods import looks_ahead
+from thrift_lab.eval.methods import ignored_options, looks_ahead
 from thrift_lab.eval.run_nll import NLLRecord, NLLRow, is_fp4
 
 
@@ -85,6 +85,8 @@ def notes(result: NLLRecord) -> list[str]:
             "Masked logits never enter; `thrift eval decode` measures what a growing cache loses."
         )
     for row in result.rows:
+        if asked := [name for name in ignored_options(row.method) if f"{name}=" in row.method.name]:
+            found.append(f"{row.method.name}: {', '.join(asked)} has no effect on a text read in one go.")
         for first in row.unserved[:1]:
             more = f" and {len(row.unserved) - 1} more layers" if len(row.unserved) > 1 else ""
             found.append(f"{row.method.name} leaves layers to the model's own attention: {first}{more}.")

@@ -51,7 +51,7 @@ def full(model: str = "smollm2-135m", longest: int = 8192) -> SuitePlan:
         model: see `thrift_lab.models.load_model`.
         longest: most tokens; a half and a quarter of it are run as well.
     """
-    specs = ["fp16", "fp4", "fp4:low=mxfp4"]
+    specs = ["fp16", "fp4", "fp4:base_format=mxfp4"]
     for kind in ("paper", "thrift"):
         default = parse_method(kind)
         for budget in BUDGETS:

@@ -231,6 +231,7 @@ def evaluate(
         plain, want = _plain(loaded, window, steps)
         rows[0].append(plain)
         for share, found in zip(shares, rows[1:], strict=True):
+            log(f"window {number + 1}, {share:.0%} of residuals: begins")
             row = _through(loaded, window, config.with_(residual_share=share), chunk, steps, want)
             found.append(row)
             log(f"window {number + 1}, {share:.0%} of residuals: {np.mean(row.all):.4f} nats, {row.seconds:.0f} s")

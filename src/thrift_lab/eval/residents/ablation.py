@@ -19,7 +19,7 @@ from torch import Tensor
 from thrift_attn.config import BLOCK, Budget, ThriftConfig
 from thrift_attn.numerics import DecodeNumerics
 from thrift_lab.console import Log, silent
-from thrift_lab.eval.bootstrap import BOOTSTRAP_BLOCK, LEVEL, Interval, draws, interval
+from thrift_lab.eval.bootstrap import BOOTSTRAP_BLOCK, Interval, draws, interval
 from thrift_lab.eval.nll import LOGITS_AT_ONCE, logits_of, token_nll, windows_of
 from thrift_lab.eval.residents.emulation import Followed, emulating
 from thrift_lab.eval.residents.rules import Rule
@@ -65,18 +65,6 @@ class ResidentsRecord(Record):
         """Nats per token of a row with a pass above the first, and their 95% interval (paired bootstrap over 64 tokens)."""
         difference = np.array(row.nll) - np.array(self.rows[0].nll)
         return float(difference.mean()), interval(draws(len(difference)) @ difference / len(difference))
-
-    def windows_needed(self, row: RuleLoss, bound: float) -> float:
-        """Windows like this one after which the upper limit of the interval would be at ``bound``, if the mean stayed the same.
-
-        Infinite where the mean itself is not below it.
-        """
-        difference = np.array(row.nll) - np.array(self.rows[0].nll)
-        room = bound - float(difference.mean())
-        if room <= 0:
-            return float("inf")
-        quantile = torch.distributions.Normal(0.0, 1.0).icdf(torch.tensor((1 + LEVEL) / 2)).item()
-        return float((quantile * difference.std(ddof=1) / room) ** 2 / len(difference))
 
     def table(self) -> list[tuple[str, ...]]:
         """Rows of text, a heading first."""

@@ -100,7 +100,7 @@ class Rule(BaseModel):
         gather: ``"sum"`` adds it; ``"max"`` takes the larger of it and what there was.
         decay: what is left of mass after a chunk.
         error: blocks are ranked by mass times what they lose without their residual: the squared error of their K, of their V,
-            or of logits (`thrift_lab.eval.residents.emulation.block_error`); ``"none"``: by mass alone.
+            or of logits (`thrift_lab.eval.residents.packed_blocks.block_error`); ``"none"``: by mass alone.
         among: whether each KV head has the quota, or the heads of a layer share theirs.
         planes: what the residual refines. Of K or of V alone it takes half the bytes, so the same bytes are twice the share.
         seed: of random choice: mass is then not looked at.
