@@ -90,7 +90,7 @@ def test_two_rows_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
     check(*draw(1, (2, 1), 130, 160, 64), ThriftConfig(base_format="nvfp4", budget=fraction(0.4)))
 
 
-@pytest.mark.parametrize("window", [None, 200])
+@pytest.mark.parametrize("window", [pytest.param(None, marks=pytest.mark.slow), 200])
 def test_more_blocks_than_one_product_of_centres(window: int | None) -> None:
     """At head dim 64 a product of centres is of 8 blocks; with the window it starts within one."""
     torch.manual_seed(12)

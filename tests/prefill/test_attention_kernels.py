@@ -62,7 +62,7 @@ def test_varlen_agrees(causal: bool) -> None:
 @pytest.mark.parametrize(
     ("queries", "lengths"),
     [
-        (400, [400, 249]),
+        pytest.param(400, [400, 249], marks=pytest.mark.slow),
         pytest.param(400, [250, 400], marks=pytest.mark.slow),
         (20, [400, 260]),
         pytest.param(21, [400, 249], marks=pytest.mark.slow),
