@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
 import numpy as np
 from numpy.typing import NDArray
+from torch import Tensor
 
 BOOTSTRAP_BLOCK = 64
 RESAMPLES = 4000
@@ -51,6 +53,17 @@ class Bootstrap:
         sums = np.add.reduceat(values.astype(np.float64), starts, axis=1).ravel()
         sizes = np.tile(np.diff(starts, append=self.shape[1]), self.shape[0])
         return (self.weights @ sums) / (self.weights @ sizes)
+
+
+def block_means(values: Tensor) -> list[float]:
+    """Means over `BOOTSTRAP_BLOCK` tokens each of values ``[n]``."""
+    return [float(part.mean()) for part in values.double().split(BOOTSTRAP_BLOCK)]
+
+
+def paired(values: Sequence[float], base: Sequence[float]) -> tuple[float, Interval | None]:
+    """Mean difference of block means of the same tokens, and its 95% interval."""
+    difference = np.array(values) - np.array(base)
+    return float(difference.mean()), interval(draws(len(difference)) @ difference / len(difference))
 
 
 def interval(samples: NDArray[np.float64] | None) -> Interval | None:

@@ -22,7 +22,7 @@ from thrift_attn.transformers import ThriftCache, disable, enable
 from thrift_attn.transformers.decode_graph import DecodeGraph
 from thrift_attn.transformers.versions import cache_keyword
 from thrift_lab.console import Log, silent
-from thrift_lab.eval.bootstrap import BOOTSTRAP_BLOCK, Interval, draws, interval
+from thrift_lab.eval.bootstrap import BOOTSTRAP_BLOCK, Interval, block_means, paired
 from thrift_lab.eval.nll import logits_of, token_nll, windows_of
 from thrift_lab.models import Loaded
 from thrift_lab.records import Record, make_context
@@ -91,8 +91,7 @@ class ThroughCacheRecord(Record):
             part: ``"all"``, ``"chunks"`` or ``"steps"``.
         """
         first = next(x for x in self.rows if x.share is not None)
-        difference = np.array(getattr(row, part)) - np.array(getattr(first, part))
-        return float(difference.mean()), interval(draws(len(difference)) @ difference / len(difference))
+        return paired(getattr(row, part), getattr(first, part))
 
     def table(self) -> list[tuple[str, ...]]:
         """Rows of text, a heading first."""
@@ -120,11 +119,6 @@ class ThroughCacheRecord(Record):
         return {"kind": content.pop("kind"), "schema": content.pop("schema"), "summary": summary, **content}
 
 
-def _blocks(losses: Tensor) -> list[float]:
-    """Means over 64 tokens each of losses ``[n]``."""
-    return [float(part.mean()) for part in losses.double().split(BOOTSTRAP_BLOCK)]
-
-
 def _nll(logits: Tensor, ids: Tensor) -> Tensor:
     """Nats of ``ids`` int64 ``[n]`` under float32 ``logits`` ``[n, V]``."""
     return torch.nn.functional.cross_entropy(logits, ids, reduction="none")
@@ -137,7 +131,7 @@ def _plain(loaded: Loaded, ids: Tensor, steps: int) -> tuple[Losses, Tensor]:
     hidden = model.base_model(ids).last_hidden_state[0]
     losses, first = token_nll(model, hidden, ids[0]), ids.shape[1] - 1 - steps
     want = logits_of(model, hidden[first:-1]).log_softmax(-1)
-    row = Losses(share=None, chunks=_blocks(losses[:first]), steps=_blocks(losses[first:]))
+    row = Losses(share=None, chunks=block_means(losses[:first]), steps=block_means(losses[first:]))
     row.seconds = time.perf_counter() - start
     return row, want
 
@@ -167,8 +161,8 @@ def _through(loaded: Loaded, ids: Tensor, config: ThriftConfig, chunk: int, step
         share=config.residual_share,
         config=config.to_dict(),
         ignored=list(DecodeNumerics.resolve(config).ignored),
-        chunks=_blocks(torch.cat(parts)),
-        steps=_blocks(_nll(got, ids[0, first + 1 :])),
+        chunks=block_means(torch.cat(parts)),
+        steps=block_means(_nll(got, ids[0, first + 1 :])),
         kl=float((want.exp() * (want - log_p)).sum(-1).mean()),
         resident_share=sum(x.resident_share() for x in layers) / len(layers),
         bytes_of_16_bit=sum(x.nbytes() for x in layers) / plain,

@@ -19,7 +19,7 @@ from torch import Tensor
 from thrift_attn.config import BLOCK, Budget, ThriftConfig
 from thrift_attn.numerics import DecodeNumerics
 from thrift_lab.console import Log, silent
-from thrift_lab.eval.bootstrap import BOOTSTRAP_BLOCK, Interval, draws, interval
+from thrift_lab.eval.bootstrap import Interval, block_means, paired
 from thrift_lab.eval.nll import LOGITS_AT_ONCE, logits_of, token_nll, windows_of
 from thrift_lab.eval.residents.emulation import Followed, emulating
 from thrift_lab.eval.residents.rules import Rule
@@ -63,8 +63,7 @@ class ResidentsRecord(Record):
 
     def over_first(self, row: RuleLoss) -> tuple[float, Interval | None]:
         """Nats per token of a row with a pass above the first, and their 95% interval (paired bootstrap over 64 tokens)."""
-        difference = np.array(row.nll) - np.array(self.rows[0].nll)
-        return float(difference.mean()), interval(draws(len(difference)) @ difference / len(difference))
+        return paired(row.nll, self.rows[0].nll)
 
     def table(self) -> list[tuple[str, ...]]:
         """Rows of text, a heading first."""
@@ -90,11 +89,6 @@ class ResidentsRecord(Record):
                 mean, limits = self.over_first(row)
                 summary[-1] |= {"over_first": mean, "interval": limits, "kl": float(np.mean(row.kl))}
         return {"kind": content.pop("kind"), "schema": content.pop("schema"), "summary": summary, **content}
-
-
-def _blocks(values: Tensor) -> list[float]:
-    """Means over 64 tokens each of values ``[n]``."""
-    return [float(part.mean()) for part in values.double().split(BOOTSTRAP_BLOCK)]
 
 
 def _losses(model: Any, hidden: Tensor, first: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
@@ -163,7 +157,7 @@ def evaluate(
             record.rows += [_followed(one) for one in followed[1:]]
         nll, kl = _losses(loaded.model, hidden, first[0], ids)
         row = record.rows[i]
-        row.nll, row.kl, row.seconds = _blocks(nll), _blocks(kl), time.perf_counter() - start
+        row.nll, row.kl, row.seconds = block_means(nll), block_means(kl), time.perf_counter() - start
         mean, _ = record.over_first(row)
         log(f"{rule}: {mean:+.4f} nats over the first, KL {np.mean(row.kl):.5f}, {row.seconds:.0f} s")
     return record
