@@ -247,7 +247,8 @@ def test_a_cache_on_a_gpu_that_is_not_the_current_one():
     assert (got.cpu().float() - want.cpu().float()).norm() <= 2e-3 * want.float().norm()
 
 
-@pytest.mark.parametrize(("plane", "tq"), [("nested", 1), pytest.param("16bit", 3, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize(("plane", "tq"), [("nested", 1), ("16bit", 3)])
 def test_the_scales_of_a_sequence_are_its_own(plane, tq):
     """Beside a neighbour of another size, in steps or in bulk, a sequence holds and answers the same bits as alone."""
     k, v = tokens(140, batch=2, heads=2)
