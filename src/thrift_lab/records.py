@@ -68,9 +68,15 @@ class Record(BaseModel):
         return cls.model_validate(found)
 
     def to_json(self) -> dict[str, Any]:
-        """Return the record as plain JSON values, ``kind`` and ``schema`` first."""
+        """Return the record as plain JSON values, ``kind``, ``schema`` and what `summary` has to say first."""
         content = self.model_dump(mode="json", by_alias=True)
-        return {"kind": content.pop("kind"), "schema": self.SCHEMA, **content}
+        summary = self.summary()
+        first = {} if summary is None else {"summary": summary}
+        return {"kind": content.pop("kind"), "schema": self.SCHEMA, **first, **content}
+
+    def summary(self) -> Any:
+        """What the rows come to, as plain JSON values: for whoever opens the file, not read back. None: nothing."""
+        return None
 
     def save(self, path: Path) -> None:
         """Write the JSON file whole or not at all; its folder is made.

@@ -66,6 +66,11 @@ def paired(values: Sequence[float], base: Sequence[float]) -> tuple[float, Inter
     return float(difference.mean()), interval(draws(len(difference)) @ difference / len(difference))
 
 
+def between(limits: Interval | None) -> str:
+    """An interval of nats in words; nothing for none."""
+    return "" if limits is None else f"{limits[0]:+.4f} to {limits[1]:+.4f}"
+
+
 def interval(samples: NDArray[np.float64] | None) -> Interval | None:
     """Central 95% of the samples."""
     if samples is None:

@@ -109,11 +109,9 @@ class DecodeRecord(Record):
             f"{len(self.needles)} needles: the plain model finds {self.found_by_plain}, of which the cache loses {self.lost}"
         )
 
-    def to_json(self) -> dict[str, Any]:
-        """Return plain JSON values, the means with them."""
-        content = super().to_json()
-        summary = {"kl": self.kl, "same_top": self.same_top, "found": self.found_by_plain, "lost": self.lost}
-        return {"kind": content.pop("kind"), "schema": content.pop("schema"), "summary": summary, **content}
+    def summary(self) -> dict[str, Any]:
+        """Means and counts."""
+        return {"kl": self.kl, "same_top": self.same_top, "found": self.found_by_plain, "lost": self.lost}
 
 
 def _mean(values: list[float]) -> float:

@@ -71,8 +71,9 @@ def _run(
     keys = [[key for key in item.keys(methods) if key not in done] for item in samples.items]
     todo = [(number, left) for number, left in enumerate(keys) if left]
     finished, total = len(done), len(done) + sum(len(left) for _, left in todo)
-    if min(workers, len(todo)) > 1:
-        lines = spread(plan, files.path, todo, device, dtype, min(workers, len(todo)))
+    workers = min(workers, len(todo))
+    if workers > 1:
+        lines = spread(plan, files.path, todo, device, dtype, workers)
     else:
         measurer = Measurer.of(plan, samples, device, dtype, log)
         lines = measurer.lines(todo, lambda key: progress(_named(key), finished, total))

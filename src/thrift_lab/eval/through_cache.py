@@ -22,7 +22,7 @@ from thrift_attn.transformers import ThriftCache, disable, enable
 from thrift_attn.transformers.decode_graph import DecodeGraph
 from thrift_attn.transformers.versions import cache_keyword
 from thrift_lab.console import Log, silent
-from thrift_lab.eval.bootstrap import BOOTSTRAP_BLOCK, Interval, block_means, paired
+from thrift_lab.eval.bootstrap import BOOTSTRAP_BLOCK, Interval, between, block_means, paired
 from thrift_lab.eval.nll import logits_of, token_nll, windows_of
 from thrift_lab.models import Loaded
 from thrift_lab.records import Record, make_context
@@ -103,20 +103,19 @@ class ThroughCacheRecord(Record):
             line = [name, f"{np.mean(row.all):.4f}"]
             for part in ("all", "steps"):
                 mean, limits = self.over_first(row, part)
-                line += [f"{mean:+.4f}", "-" if limits is None else f"{limits[0]:+.4f} to {limits[1]:+.4f}"]
+                line += [f"{mean:+.4f}", between(limits) or "-"]
             line.append("-" if row.kl is None else f"{row.kl:.5f}")
             line += ["-" if x is None else f"{x:.1%}" for x in (row.resident_share, row.bytes_of_16_bit)]
             found.append(tuple(line))
         return found
 
-    def to_json(self) -> dict[str, Any]:
-        """Return plain JSON values, the comparison with them."""
-        content = super().to_json()
-        summary = []
+    def summary(self) -> list[dict[str, Any]]:
+        """Each row over the first share."""
+        found = []
         for row in self.rows:
             mean, limits = self.over_first(row)
-            summary.append({"share": row.share, "nll": float(np.mean(row.all)), "over_first": mean, "interval": limits})
-        return {"kind": content.pop("kind"), "schema": content.pop("schema"), "summary": summary, **content}
+            found.append({"share": row.share, "nll": float(np.mean(row.all)), "over_first": mean, "interval": limits})
+        return found
 
 
 def _nll(logits: Tensor, ids: Tensor) -> Tensor:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 import importlib.util
 import os
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Literal
 
@@ -92,6 +93,37 @@ class EngineJob(BaseModel):
             own |= ON_A_CPU
             own[ON_CPU] = "1" if self.method == "thrift" else "0"
         return own
+
+
+def check_methods(names: Iterable[str], known: Iterable[str] = tuple(METHODS)) -> None:
+    """Raise ValueError for a method that is not among ``known``."""
+    known = tuple(known)
+    if unknown := [name for name in names if name not in known]:
+        raise ValueError(f"methods are {', '.join(known)}, got {', '.join(unknown)}")
+
+
+def engine_options(*, dtype: str, tokens: int, sequences: int, chunk: int, memory: float, ranks: int) -> dict[str, Any]:
+    """What every measured engine is started with, as options of ``vllm.LLM``: no tokenizer, no prefix hits.
+
+    Args:
+        dtype: of weights and of K and V.
+        tokens: most of a sequence.
+        sequences: most at once.
+        chunk: tokens of a step.
+        memory: share of a GPU's memory.
+        ranks: GPUs.
+    """
+    return {
+        "skip_tokenizer_init": True,
+        "dtype": dtype,
+        "max_model_len": tokens,
+        "max_num_seqs": sequences,
+        "max_num_batched_tokens": chunk,
+        "gpu_memory_utilization": memory,
+        "tensor_parallel_size": ranks,
+        "enable_prefix_caching": False,
+        "seed": 0,
+    }
 
 
 def check_installed(method: MethodName, *, on_cpu: bool) -> None:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from thrift_lab.serving.engine_jobs import METHODS, EngineJob, MethodName, Task
+from thrift_lab.serving.engine_jobs import METHODS, EngineJob, MethodName, Task, check_methods, engine_options
 from thrift_lab.serving.serve_records import PARTS, Cell, Part
 
 MARGIN = 128
@@ -59,8 +59,7 @@ class ServePlan:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if unknown := [name for name in self.methods if name not in METHODS]:
-            raise ValueError(f"methods are {', '.join(METHODS)}, got {', '.join(unknown)}")
+        check_methods(self.methods)
         if not self.methods or not self.lengths:
             raise ValueError("expected at least one method and one length")
         least = max(self.steps, self.full_steps) + 1
@@ -117,18 +116,11 @@ class ServePlan:
             tasks: what it is to do.
             **options: of ``vllm.LLM``, before those of the plan.
         """
-        common = {
-            "skip_tokenizer_init": True,
-            "dtype": self.dtype,
-            "max_model_len": max(self.lengths) + MARGIN,
-            "max_num_seqs": self.sequences,
-            "max_num_batched_tokens": self.chunk,
-            "gpu_memory_utilization": self.memory,
-            "tensor_parallel_size": self.ranks,
-            "enable_prefix_caching": False,
-            "disable_log_stats": False,
-            "seed": 0,
-        }
+        common = engine_options(
+            dtype=self.dtype, tokens=max(self.lengths) + MARGIN, sequences=self.sequences, chunk=self.chunk,
+            memory=self.memory, ranks=self.ranks,
+        )  # fmt: skip
+        common["disable_log_stats"] = False  # the engine's metrics are read
         return EngineJob(
             method=method, model=model, on_cpu=self.on_cpu, tasks=tasks, thrift=self.thrift,
             options={**common, **options, **self.engine},

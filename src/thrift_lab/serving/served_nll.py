@@ -14,10 +14,18 @@ import numpy as np
 from pydantic import BaseModel, Field
 
 from thrift_lab.console import Log
-from thrift_lab.eval.bootstrap import Bootstrap, Interval, interval
+from thrift_lab.eval.bootstrap import Bootstrap, Interval, between, interval
 from thrift_lab.eval.run_nll import beside
 from thrift_lab.records import digest, load_arrays, pack_arrays
-from thrift_lab.serving.engine_jobs import METHODS, EngineJob, MethodName, Task, check_installed
+from thrift_lab.serving.engine_jobs import (
+    METHODS,
+    EngineJob,
+    MethodName,
+    Task,
+    check_installed,
+    check_methods,
+    engine_options,
+)
 from thrift_lab.serving.engine_process import run_engine
 from thrift_lab.serving.run_serve import context_of
 from thrift_lab.serving.serve_records import GrownRecord
@@ -143,22 +151,18 @@ class ServedPlan:
     seconds: float = 1800.0
 
     def __post_init__(self) -> None:
-        if unknown := [name for name in self.methods if name not in METHODS]:
-            raise ValueError(f"methods are {', '.join(METHODS)}, got {', '.join(unknown)}")
+        check_methods(self.methods)
 
     def job(self, method: MethodName, folder: str, tokens: list[list[int]], *, on_cpu: bool) -> EngineJob:
         """An engine of a method."""
-        options = {
-            "skip_tokenizer_init": True,
-            "dtype": self.dtype,
-            "max_model_len": len(tokens[0]) + 1,
-            "max_num_seqs": 4,
-            "max_num_batched_tokens": self.chunk,
-            "gpu_memory_utilization": self.memory,
-            "tensor_parallel_size": self.ranks,
-            "enable_prefix_caching": False,
-            "seed": 0,
-        }
+        options = engine_options(
+            dtype=self.dtype,
+            tokens=len(tokens[0]) + 1,
+            sequences=4,
+            chunk=self.chunk,
+            memory=self.memory,
+            ranks=self.ranks,
+        )
         if on_cpu:
             options |= {"enforce_eager": True, "kv_cache_memory_bytes": 1 << 30}
         return EngineJob(
@@ -191,8 +195,7 @@ def evaluate(
         ImportError: no vLLM, or one that does not see thrift.
         EngineFailed: an engine ended too soon.
     """
-    if unknown := sorted({*only} - {*plan.methods}):
-        raise ValueError(f"methods are {', '.join(plan.methods)}, got {', '.join(unknown)}")
+    check_methods(only, plan.methods)
     wanted: list[MethodName] = [method for method in plan.methods if not only or method in only]
     for method in wanted:
         check_installed(method, on_cpu=on_cpu)
@@ -221,5 +224,5 @@ def describe(row: ServedRow) -> str:
     told = f"{row.method}: {whole.nll:.4f} nats a token after {row.seconds:.0f} s"
     if row.method == PLAIN or whole.loss is None:
         return told
-    between = "" if whole.interval is None else f" ({whole.interval[0]:+.4f} to {whole.interval[1]:+.4f})"
-    return f"{told}, {whole.loss:+.4f}{between} over {PLAIN}"
+    limits = f" ({between(whole.interval)})" if whole.interval else ""
+    return f"{told}, {whole.loss:+.4f}{limits} over {PLAIN}"

@@ -208,6 +208,8 @@ def eval_serve(
 
 def loss_table(record: ServedRecord) -> Table:
     """Losses over 16-bit pages, of all texts together and of each."""
+    from thrift_lab.eval.bootstrap import between
+
     settings = record.context["settings"]
     table = Table(
         title=f"{settings['model']} in vLLM, {settings['length']:,} tokens of each text, nats a token",
@@ -221,7 +223,6 @@ def loss_table(record: ServedRecord) -> Table:
         table.add_column(header, justify="right")
     for row in record.rows:
         for one in row.losses:
-            between = "" if one.interval is None else f"{one.interval[0]:+.4f} to {one.interval[1]:+.4f}"
             over = "" if row.method == "bf16" else _number(one.loss, "+.4f")
-            table.add_row(row.method, one.text, f"{one.nll:.4f}", over, between if over else "")
+            table.add_row(row.method, one.text, f"{one.nll:.4f}", over, between(one.interval) if over else "")
     return table

@@ -19,7 +19,7 @@ from torch import Tensor
 from thrift_attn.config import BLOCK, Budget, ThriftConfig
 from thrift_attn.numerics import DecodeNumerics
 from thrift_lab.console import Log, silent
-from thrift_lab.eval.bootstrap import Interval, block_means, paired
+from thrift_lab.eval.bootstrap import Interval, between, block_means, paired
 from thrift_lab.eval.nll import LOGITS_AT_ONCE, logits_of, token_nll, windows_of
 from thrift_lab.eval.residents.emulation import Followed, emulating
 from thrift_lab.eval.residents.rules import Rule
@@ -75,20 +75,19 @@ class ResidentsRecord(Record):
             if row.nll:
                 mean, limits = self.over_first(row)
                 cells[4:6] = f"{np.mean(row.kl):.5f}", f"{mean:+.4f}"
-                cells[6] = "-" if limits is None else f"{limits[0]:+.4f} to {limits[1]:+.4f}"
+                cells[6] = between(limits) or "-"
             found.append(tuple(cells))
         return found
 
-    def to_json(self) -> dict[str, Any]:
-        """Return plain JSON values, the comparison with them."""
-        content = super().to_json()
-        summary = []
+    def summary(self) -> list[dict[str, Any]]:
+        """Each row, and over the first where it has a pass of its own."""
+        found: list[dict[str, Any]] = []
         for row in self.rows:
-            summary.append({"rule": str(row.rule), "error": row.error, "mass": row.mass, "bytes": row.bytes})
+            found.append({"rule": str(row.rule), "error": row.error, "mass": row.mass, "bytes": row.bytes})
             if row.nll:
                 mean, limits = self.over_first(row)
-                summary[-1] |= {"over_first": mean, "interval": limits, "kl": float(np.mean(row.kl))}
-        return {"kind": content.pop("kind"), "schema": content.pop("schema"), "summary": summary, **content}
+                found[-1] |= {"over_first": mean, "interval": limits, "kl": float(np.mean(row.kl))}
+        return found
 
 
 def _losses(model: Any, hidden: Tensor, first: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
