@@ -23,6 +23,7 @@ from thrift_lab.eval.rivals import causal
 from thrift_lab.eval.rivals.causal import Sides, attend_dense, attend_sides, row_chunks
 from thrift_lab.eval.rivals.diagonal_band import DiagonalBand, mxfp8
 from thrift_lab.eval.rivals.kivi import Kivi
+from thrift_lab.eval.rivals.past_mean import PastMean
 from thrift_lab.eval.rivals.peer import Peer, blocks_for, ceiling_mxfp4
 from thrift_lab.eval.rivals.rival import Rival
 from thrift_lab.eval.rivals.rival_table import RIVALS
@@ -278,12 +279,42 @@ def test_the_score_of_4_bit_logits_is_the_true_mass_where_4_bits_hold_everything
     assert SCORES["fp4"].in_decode == "sum"
 
 
+# -- the mean of the past ---------------------------------------------------------------------------------------------
+
+
+def test_the_first_tile_has_no_mean_and_later_ones_that_of_the_past() -> None:
+    q, k, v = draw(330)
+    whole, stats = PastMean(0.2).attend(q, k, v, SCALE, 330)
+    assert stats is not None
+    plain = ThriftConfig(base_format="nvfp4", center="block", budget=fraction(0.2))
+    assert torch.equal(whole, attention(q[None], k[None], v[None], config=plain)[0])
+    tiled, _ = PastMean(0.2, tile=64).attend(q, k, v, SCALE, 330)
+    assert torch.equal(tiled[:, :64], whole[:, :64])
+    assert not torch.equal(tiled[:, 64:], whole[:, 64:])
+    later = q.clone()
+    later[:, 200:] *= 3
+    changed, _ = PastMean(0.2, tile=64).attend(later, k, v, SCALE, 330)
+    assert torch.equal(changed[:, :192], tiled[:, :192])
+    assert not torch.equal(changed[:, 256:], tiled[:, 256:])
+
+
+def test_a_mean_of_the_past_helps_where_queries_have_one() -> None:
+    q, k, v = draw(640)
+    q = q + 4 * torch.randn(4, 1, D, generator=torch.Generator().manual_seed(1))
+    errors = [error(PastMean(0.0, tile=tile).attend(q, k, v, SCALE, 640)[0], exact(q, k, v)) for tile in (64, 640)]
+    assert errors[0] < 0.8 * errors[1]
+    chunk, _ = PastMean(0.2, tile=64).attend(q[:, -100:], k, v, SCALE, 640)
+    assert error(chunk, exact(q, k, v)[:, -100:]) < errors[1]
+    with pytest.raises(ValueError, match="tile must be a positive multiple of 64, got 100"):
+        PastMean(tile=100)
+
+
 # -- as methods -------------------------------------------------------------------------------------------------------
 
 SPECS = (
     "peer", "peer:budget=10%", "fp8kv", "fp8kv:scales=one", "nvfp4kv", "nvfp4kv:scales=best",
     "kivi:bits=4,group=16,residual=64", "turboquant:bits=3", "diagonal:band=256,first=0", "mass:mass=0.5",
-    "mass:mass=0.9,score=fp4,compute=16bit",
+    "mass:mass=0.9,score=fp4,compute=16bit", "past", "past:promoted=0.1,tile=64",
 )  # fmt: skip
 
 

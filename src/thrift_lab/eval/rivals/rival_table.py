@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from thrift_lab.eval.rivals.diagonal_band import DiagonalBand
 from thrift_lab.eval.rivals.kivi import Kivi
+from thrift_lab.eval.rivals.past_mean import PastMean
 from thrift_lab.eval.rivals.peer import Peer
 from thrift_lab.eval.rivals.rival import Rival
 from thrift_lab.eval.rivals.rounded_kv import Fp8KV, Nvfp4KV
@@ -17,6 +18,10 @@ RIVALS: dict[str, tuple[type[Rival], str]] = {
     "kivi": (Kivi, "K by channel and V by token in 2 or 4 bits, the newest 128 tokens in 16 (arXiv 2402.02750)"),
     "turboquant": (TurboQuant, "K and V rotated, then a codebook of 4 or 3 bits (arXiv 2504.19874)"),
     "diagonal": (DiagonalBand, "a band along the diagonal in MXFP8, NVFP4 elsewhere (arXiv 2604.03950)"),
+    "past": (
+        PastMean,
+        "this package's form with the mean of earlier queries in place of all, so that it does not look ahead",
+    ),
     "mass": (ShareOfMass, "this package's form with a budget by softmax mass (top-p) in place of a share of blocks"),
 }
 
