@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from rich.console import Console
 from typer.testing import CliRunner
 
@@ -109,3 +110,19 @@ def test_an_error_of_one_side_is_a_row(tmp_path: Path, monkeypatch: pytest.Monke
 def test_cases_are_checked(case: str) -> None:
     result = CliRunner().invoke(app, ["bench", "e2e", "--model", "tiny", "--device", "cpu", "--cases", case])
     assert result.exit_code == 2
+
+
+def test_a_large_gpu_stands_in_for_a_smaller_one(monkeypatch) -> None:
+    given = []
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (139 * 2**30, 140 * 2**30))
+    monkeypatch.setattr(torch.cuda, "set_per_process_memory_fraction", given.append)
+    bench = object.__new__(e2e.ModelBench)
+    bench.plan = e2e.ModelPlan("tiny", CASES, Path("tiny.json"), gpu_memory=80)
+    assert bench._deny_memory() == 60 * 2**30
+    assert given == [79 / 140]  # the driver's GiB counts
+    for wrong in (0.5, 141):
+        bench.plan = e2e.ModelPlan("tiny", CASES, Path("tiny.json"), gpu_memory=wrong)
+        with pytest.raises(
+            ValueError, match=f"gpu_memory must be above what is in use and at most 140.0 GiB, got {wrong}"
+        ):
+            bench._deny_memory()

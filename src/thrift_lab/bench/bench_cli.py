@@ -166,6 +166,10 @@ def e2e(
         float | None, typer.Option(min=0, max=1, help="Also a cache in which this share of blocks keeps its residual.")
     ] = None,
     as_is: Annotated[bool, typer.Option(help="Also time the step of transformers as it is.")] = True,
+    gpu_memory: Annotated[
+        float | None,
+        typer.Option(min=1, metavar="GIB", help="Use no more than a GPU of this size has: 79.2 for one of 80 GB."),
+    ] = None,
     device: Annotated[str, typer.Option(help="cuda; cpu runs with --no-fused, but its times mean nothing.")] = "cuda",
     seed: Annotated[int, typer.Option(help="Of weights, prompts and fillings.")] = 0,
 ) -> None:
@@ -182,7 +186,7 @@ def e2e(
         path = out / f"{Path(model).name}.json"
         plan = whole.ModelPlan(
             model, tuple(map(_case, words(cases))), path, new, budget, fused, largest, full, residual_share, device, seed,
-            as_is,
+            as_is, gpu_memory=gpu_memory,
         )  # fmt: skip
         record = whole.run(plan, log=lambda line: console.print(line, highlight=False, markup=False))
         console.print()

@@ -64,6 +64,7 @@ class ModelPlan:
         seed: of weights, prompts and fillings.
         as_is: whether transformers' own step is timed too, on the cases with a prompt.
         check_tokens: tokens of the prompt that `check` compares logits after.
+        gpu_memory: GiB that the GPU may be taken to have, so that a larger one stands in for a smaller; None for all of it.
     """
 
     model: str
@@ -79,6 +80,7 @@ class ModelPlan:
     seed: int = 0
     as_is: bool = True
     check_tokens: int = 1500
+    gpu_memory: float | None = None
 
     @property
     def config(self) -> ThriftConfig:
@@ -102,6 +104,7 @@ class ModelBench:
     def __init__(self, plan: ModelPlan):
         self.plan, self.device = plan, torch.device(plan.device)
         self.cuda = self.device.type == "cuda"
+        self.denied = self._deny_memory() if self.cuda and plan.gpu_memory is not None else 0  # bytes that are not used
         dtype = torch.bfloat16 if self.cuda else torch.float32
         self.model = e2e_model.build(plan.model, self.device, dtype, seed=plan.seed)
         self.fused = e2e_model.fuse(self.model) if plan.fused else []
@@ -111,6 +114,17 @@ class ModelBench:
         self.layers, self.vocab = text.num_hidden_layers, text.vocab_size
         self.kv_heads = text.num_key_value_heads
         self.head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+
+    def _deny_memory(self) -> int:
+        """Keep the allocator to ``gpu_memory`` less what the driver takes; return the bytes of the GPU above that."""
+        free, total = torch.cuda.mem_get_info()
+        limit = int((self.plan.gpu_memory or 0) * 2**30)
+        if not total - free < limit <= total:
+            raise ValueError(
+                f"gpu_memory must be above what is in use and at most {total / 2**30:.1f} GiB, got {limit / 2**30:g}"
+            )
+        torch.cuda.set_per_process_memory_fraction((limit - (total - free)) / total)
+        return total - limit
 
     def use(self, side: Side) -> None:
         """Switch the attention."""
@@ -280,6 +294,7 @@ def run(plan: ModelPlan, log: Log = print) -> ModelRecord:
         "new": plan.new,
         "config": plan.config.to_dict(),
         "residual_share": plan.residual_share,
+        "gpu_memory_gib": plan.gpu_memory,
         "ignored": list(DecodeNumerics.resolve(plan.config).ignored),
         "prefill": ThriftCache(bench.model.config, BLOCK, decode=plan.config).prefill_on(bench.device).to_dict(),
         "fused": bench.fused,
@@ -386,7 +401,7 @@ def _room(bench: ModelBench, side: Side, without: int) -> tuple[int, float]:
     """Tokens that memory has room for, ``without`` where it is not counted, and bytes of each in a long sequence."""
     bench.use(side)
     bench.fresh()
-    free = torch.cuda.mem_get_info()[0] if bench.cuda else 0
+    free = torch.cuda.mem_get_info()[0] - bench.denied if bench.cuda else 0
     held = []
     for tokens in (SAMPLE, 2 * SAMPLE):
         cache = bench.cache(side, tokens)
