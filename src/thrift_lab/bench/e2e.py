@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from thrift_attn.config import BLOCK, ThriftConfig, fraction
+from thrift_attn.config import BLOCK, Budget, ThriftConfig, fraction
 from thrift_attn.interface import attention
 from thrift_attn.numerics import DecodeNumerics
 from thrift_attn.transformers import ThriftCache, disable, enable
@@ -55,7 +55,7 @@ class ModelPlan:
         cases: in order.
         out: the record's file.
         new: timed decode steps.
-        budget: share of promoted blocks.
+        budget: of promoted blocks.
         fused: whether norms, rotary embeddings and gates are fused, on all sides.
         largest: whether to look for the largest context.
         full: tokens of a sequence, of which as many are decoded at once as fit; None to leave that out.
@@ -71,7 +71,7 @@ class ModelPlan:
     cases: tuple[ModelCase, ...]
     out: Path
     new: int = 32
-    budget: float = 0.05
+    budget: Budget = fraction(0.05)
     fused: bool = True
     largest: bool = True
     full: int | None = None
@@ -90,7 +90,7 @@ class ModelPlan:
     def config_of(self, side: Side) -> ThriftConfig:
         """Of the cache of a side of ours."""
         share = self.residual_share if side == "residuals" and self.residual_share is not None else 1.0
-        return ThriftConfig.for_cache(budget=fraction(self.budget), residual_share=share)
+        return ThriftConfig.for_cache(budget=self.budget, residual_share=share)
 
     @property
     def sides(self) -> tuple[Side, ...]:

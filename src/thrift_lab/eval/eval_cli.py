@@ -12,10 +12,13 @@ import typer
 from rich.console import Console
 
 from thrift_lab.console import (
+    OLD_NAMES_TOO,
+    BudgetText,
     Device,
     Dtype,
     Model,
-    Promoted,
+    RecordFile,
+    RunFolder,
     Storage,
     TextSource,
     Workers,
@@ -28,7 +31,10 @@ from thrift_lab.console import (
 from thrift_lab.eval import evidence_cli
 
 app = typer.Typer(
-    no_args_is_help=True, add_completion=False, help="Measure what a method costs on a real model and text."
+    no_args_is_help=True,
+    add_completion=False,
+    context_settings=OLD_NAMES_TOO,
+    help="Measure what a method costs on a real model and text.",
 )
 app.registered_commands += evidence_cli.app.registered_commands
 
@@ -49,7 +55,7 @@ def nll(
     length: Annotated[int, typer.Option(help="Tokens of a window.")] = 8192,
     windows: Annotated[int, typer.Option(help="Windows, one after the other from the start of the text.")] = 1,
     methods: Methods = METHODS,
-    budgets: Annotated[
+    budget: Annotated[
         list[str] | None,
         typer.Option(
             help="Also run every method that has a budget and names none at these: 0.01, 5%, max(5%, 16), top_k(4)."
@@ -57,16 +63,18 @@ def nll(
     ] = None,
     device: Device = "auto",
     dtype: Dtype = "auto",
-    json: Annotated[Path | None, typer.Option(help="Write the record here, the NLL of every token beside it.")] = None,
+    out: Annotated[
+        Path | None, typer.Option("--out", "-o", help="Write the record here, the NLL of every token beside it.")
+    ] = None,
     plot: Annotated[Path | None, typer.Option(help="Write the picture of recovery against budget here.")] = None,
 ) -> None:
     """NLL of methods on long windows of a text, against the model's own attention."""
     sizes = {"length": length, "windows": windows, "device": device, "dtype": dtype}
-    run_nll(model, text, methods, words(budgets), json=json, plot=plot, **sizes)
+    run_nll(model, text, methods, words(budget), out=out, plot=plot, **sizes)
 
 
 def run_nll(
-    model: str, text: str, methods: str, budgets: list[str], *, json: Path | None, plot: Path | None, **sizes: Any
+    model: str, text: str, methods: str, budgets: list[str], *, out: Path | None, plot: Path | None, **sizes: Any
 ) -> None:
     """Run methods on a text, print the table, write the record and the picture.
 
@@ -75,11 +83,11 @@ def run_nll(
         text: see `thrift_lab.eval.texts.load_text`.
         methods: see `thrift_lab.eval.methods.parse_methods`.
         budgets: texts that `Budget.parse` reads.
-        json: path of the record.
+        out: path of the record.
         plot: path of the picture.
         **sizes: ``length``, ``windows``, ``device`` and ``dtype`` of `thrift_lab.eval.run_nll.evaluate`.
     """
-    out = table_console()
+    console = table_console()
     with errors():
         from thrift_attn.config import Budget
         from thrift_lab.eval.methods import parse_methods, sweep
@@ -94,20 +102,20 @@ def run_nll(
 
         with shown(Console(file=sys.stderr)) as (log, progress):
             record = evaluate(model, text, rows, log=log, progress=progress, **sizes)
-        out.print()
-        out.print(nll_report.table(record))
-        out.print()
+        console.print()
+        console.print(nll_report.table(record))
+        console.print()
         for note in nll_report.notes(record):
-            out.print(note, style="yellow", highlight=False, markup=False)
-        out.print(nll_report.sentence(record), highlight=False, markup=False)
-        if json is not None:
-            record.save(json)
-            out.print(f"wrote {json} and {beside(json)}", style="dim", highlight=False, markup=False)
+            console.print(note, style="yellow", highlight=False, markup=False)
+        console.print(nll_report.sentence(record), highlight=False, markup=False)
+        if out is not None:
+            record.save(out)
+            console.print(f"wrote {out} and {beside(out)}", style="dim", highlight=False, markup=False)
         if plot is not None:
             from thrift_lab.eval.plot import draw
 
             draw(record, plot)
-            out.print(f"wrote {plot}", style="dim", highlight=False, markup=False)
+            console.print(f"wrote {plot}", style="dim", highlight=False, markup=False)
 
 
 @app.command(name="methods")
@@ -182,13 +190,13 @@ def decode(
     longest: Annotated[int, typer.Option(help="Tokens of the longest prompt.")] = 8000,
     new: Annotated[int, typer.Option(help="Teacher-forced steps after each prompt.")] = 64,
     needles: Annotated[int, typer.Option(help="Depths at which a number is hidden.")] = 10,
-    budget: Promoted = "0.05",
+    budget: BudgetText = "0.05",
     promoted_storage: Storage = "nested",
     residual_share: Annotated[float, typer.Option(min=0, max=1, help="Of the blocks that keep a residual.")] = 1.0,
     device: Device = "auto",
     dtype: Dtype = "auto",
     seed: Annotated[int, typer.Option(help="Of the hidden numbers.")] = 0,
-    json: Annotated[Path | None, typer.Option(help="Write the record here.")] = None,
+    out: RecordFile = None,
 ) -> None:
     """Decoding through the 4-bit cache against the same model without it: teacher-forced KL, and hidden needles."""
     with errors():
@@ -209,8 +217,8 @@ def decode(
                 needles=needles, seed=seed, text_name=source.name, log=kept(console, log),
             )  # fmt: skip
         print(record.sentence())
-        if json is not None:
-            record.save(json)
+        if out is not None:
+            record.save(out)
 
 
 @app.command()
@@ -224,11 +232,11 @@ def cache(
     windows: Annotated[int, typer.Option(help="Windows, one after the other.")] = 1,
     chunk: Annotated[int, typer.Option(help="Tokens at a time.")] = 64,
     steps: Annotated[int, typer.Option(help="Tokens at the end of each that are decoded one by one.")] = 256,
-    budget: Promoted = "max(5%, 16)",
+    budget: BudgetText = "max(5%, 16)",
     promoted_storage: Storage = "nested",
     device: Device = "auto",
     dtype: Dtype = "auto",
-    json: Annotated[Path | None, typer.Option(help="Write the record here.")] = None,
+    out: RecordFile = None,
 ) -> None:
     """The loss on a text that goes through the cache in chunks and token by token, by the share of residuals kept."""
     with errors():
@@ -253,8 +261,8 @@ def cache(
             )  # fmt: skip
         for line in record.table():
             print("  ".join(f"{x:>20}" if "to" in x or x == "95%" else f"{x:>14}" for x in line))
-        if json is not None:
-            record.save(json)
+        if out is not None:
+            record.save(out)
 
 
 def _changed(plan: Any, **given: Any) -> Any:
@@ -264,7 +272,7 @@ def _changed(plan: Any, **given: Any) -> Any:
 
 @app.command()
 def suite(
-    output: Annotated[Path, typer.Option("--output", "-o", help="Folder of the run; an unfinished one goes on.")],
+    out: RunFolder,
     preset: Annotated[
         Literal["quick", "full"], typer.Option(help="quick: on a CPU, minutes; full: on a GPU, hours.")
     ] = "quick",
@@ -322,8 +330,8 @@ def suite(
         if baselines is not None:
             plan = replace(plan, methods=with_baselines([plan.methods], baselines))
         with shown(Console(file=sys.stderr)) as (log, progress):
-            run(plan, output, device=device, dtype=dtype, workers=workers, log=log, progress=progress)
-        _written([output], output / "report.html", None)
+            run(plan, out, device=device, dtype=dtype, workers=workers, log=log, progress=progress)
+        _written([out], out / "report.html", None)
 
 
 @app.command()
@@ -382,7 +390,7 @@ def harness(
     model: Model = "smollm2-135m",
     methods: Methods = "fp16,fp4,thrift",
     limit: Annotated[int | None, typer.Option(help="Samples of each task; all if not given.")] = None,
-    output: Annotated[Path | None, typer.Option("--output", "-o", help="Write the results here as JSON.")] = None,
+    out: Annotated[Path | None, typer.Option("--out", "-o", help="Write the results here as JSON.")] = None,
     device: Device = "auto",
     dtype: Dtype = "auto",
 ) -> None:
@@ -401,8 +409,8 @@ def harness(
                 progress(method.name, at, len(rows))
                 results[method.name] = evaluate(loaded, method, words(tasks), limit=limit)
         text = json.dumps(results, indent=1, default=str)
-        if output is None:
+        if out is None:
             print(text)
         else:
-            write_files({output: f"{text}\n".encode()})
-            print(f"wrote {output}")
+            write_files({out: f"{text}\n".encode()})
+            print(f"wrote {out}")

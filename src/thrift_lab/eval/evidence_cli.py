@@ -9,15 +9,27 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from thrift_lab.console import Device, Dtype, Model, Storage, TextSource, Workers, errors, kept, numbers, shown, words
+from thrift_lab.console import (
+    Device,
+    Dtype,
+    Model,
+    RecordFile,
+    RunFolder,
+    Storage,
+    TextSource,
+    Workers,
+    errors,
+    kept,
+    numbers,
+    shown,
+    words,
+)
 
 KINDS_METHODS = "fp16,fp4,thrift"
 LENGTHS, TASKS = ["8192"], ["ruler"]
 POWER_METHODS = "fp16,thrift,thrift:budget=2%,cache"
 
 Runs = Annotated[list[Path], typer.Argument(help="Folders of `thrift eval suite`, or records of `thrift eval nll`.")]
-Output = Annotated[Path, typer.Option("--output", "-o", help="Folder of the run; an unfinished one goes on.")]
-
 
 app = typer.Typer()
 """Its commands are those of ``thrift eval``, which takes them in."""
@@ -52,13 +64,13 @@ def residents(
     ] = None,
     passes: Annotated[int | None, typer.Option(help="Only so many of the first rules get a pass of their own.")] = None,
     length: Annotated[int, typer.Option(help="Tokens of the window, a multiple of 64.")] = 8192,
-    promoted: Annotated[
+    budget: Annotated[
         str | None, typer.Option(help="Read so many of the residuals, as decode does: 5%, max(5%, 16). By default all.")
     ] = None,
     promoted_storage: Storage = "nested",
     device: Device = "auto",
     dtype: Dtype = "auto",
-    json: Annotated[Path | None, typer.Option(help="Write the record here.")] = None,
+    out: RecordFile = None,
 ) -> None:
     """The loss by the rule that says which blocks of a cache keep their residual, emulated in one pass over a text."""
     with errors():
@@ -70,19 +82,19 @@ def residents(
         from thrift_lab.models import load_model
 
         rules = tuple(map(Rule.parse, rule or ("share=1", "", "share=0")))
-        budget = None if promoted is None else Budget.parse(promoted)
+        promoted = None if budget is None else Budget.parse(budget)
         console = Console(stderr=True)
         with shown(console) as (log, _):
             loaded = load_model(model, device=device, dtype=dtype, log=log)
             source = load_text(text, chars_needed(length, 1), log)
             record = evaluate(
                 loaded, source.content, rules=rules, config=ThriftConfig.for_cache(promoted_storage=promoted_storage),
-                promoted=budget, passes=passes, length=length, text_name=source.name, log=kept(console, log),
+                promoted=promoted, passes=passes, length=length, text_name=source.name, log=kept(console, log),
             )  # fmt: skip
         for line in record.table():
             print("  ".join(f"{x:<60}" if i == 0 else f"{x:>20}" for i, x in enumerate(line)))
-        if json is not None:
-            record.save(json)
+        if out is not None:
+            record.save(out)
 
 
 @app.command()
@@ -100,7 +112,7 @@ def texts(
 
 @app.command()
 def kinds(
-    output: Output,
+    out: RunFolder,
     model: Model = "smollm2-135m",
     texts: Annotated[
         list[str] | None, typer.Option(help="Specs or files; all languages and kinds if not given.")
@@ -132,8 +144,8 @@ def kinds(
             concentration=concentration, concentrate_all=True,
         )  # fmt: skip
         with shown(Console(file=sys.stderr)) as (log, progress):
-            run(plan, output, device=device, dtype=dtype, workers=workers, log=log, progress=progress)
-        records, last = Folder(output).records(), parse_methods(methods)[-1].name
+            run(plan, out, device=device, dtype=dtype, workers=workers, log=log, progress=progress)
+        records, last = Folder(out).records(), parse_methods(methods)[-1].name
         _tell(evidence.kinds_table(records, last), markdown)
         if plot is not None:
             print(f"wrote {evidence.draw_kinds(records, last, plot)}")
@@ -141,7 +153,7 @@ def kinds(
 
 @app.command()
 def power(
-    output: Output,
+    out: RunFolder,
     model: Model = "smollm2-135m",
     methods: Annotated[str, typer.Option(help="`cache` answers through the paged cache.")] = POWER_METHODS,
     tasks: Annotated[list[str], typer.Option(help="Names or families.")] = TASKS,
@@ -177,8 +189,8 @@ def power(
             data=data,
         )  # fmt: skip
         with shown(Console(file=sys.stderr)) as (log, progress):
-            run(plan, output, device=device, dtype=dtype, workers=workers, log=log, progress=progress)
-        _tell(evidence.power_table(Folder(output).records()), markdown)
+            run(plan, out, device=device, dtype=dtype, workers=workers, log=log, progress=progress)
+        _tell(evidence.power_table(Folder(out).records()), markdown)
 
 
 def _tell(text: str, path: Path | None) -> None:

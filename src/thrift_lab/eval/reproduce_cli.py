@@ -18,7 +18,7 @@ app = typer.Typer()
 @app.command()
 def reproduce(
     table: Annotated[str | None, typer.Argument(help="A name of --list.")] = None,
-    output: Annotated[Path, typer.Option("--output", "-o", help="Folder of the runs; unfinished ones go on.")] = Path(
+    out: Annotated[Path, typer.Option("--out", "-o", help="Folder of the runs; unfinished ones go on.")] = Path(
         "reproduce"
     ),
     list_tables: Annotated[
@@ -44,10 +44,10 @@ def reproduce(
 
     Started again it goes on where it stopped.
     """
-    out = Console(soft_wrap=True)
+    console = Console(soft_wrap=True)
 
     def say(line: str) -> None:
-        out.print(line, highlight=False, markup=False)
+        console.print(line, highlight=False, markup=False)
 
     with errors():
         from thrift_lab.eval import reproduce as plans
@@ -89,9 +89,9 @@ def reproduce(
                 )
         with shown(Console(file=sys.stderr)) as (log, progress):
             said = plans.reproduce(
-                chosen, stages, output / table, device=device, dtype=dtype, log=log, progress=progress
+                chosen, stages, out / table, device=device, dtype=dtype, log=log, progress=progress
             )  # fmt: skip
         print(said, end="")
-        path = output / table / "table.md"
+        path = out / table / "table.md"
         write_files({path: said.encode()})
         say(f"wrote {path}")
