@@ -20,8 +20,8 @@ from thrift_attn.transformers import ThriftCache, disable, enable
 from thrift_attn.transformers.decode_graph import DecodeGraph
 from thrift_attn.transformers.generate import prefill
 from thrift_lab.bench import e2e_model
-from thrift_lab.bench.bench_records import make_context, percentile
-from thrift_lab.bench.e2e_records import OURS, SIDES, ModelCase, ModelRecord, ModelRow, Side
+from thrift_lab.bench.bench_records import make_context
+from thrift_lab.bench.e2e_records import OURS, SIDES, ModelCase, ModelRecord, ModelRow, Side, describe
 from thrift_lab.bench.inputs import BIAS, NOISE, TOPIC
 from thrift_lab.console import Log
 
@@ -435,17 +435,3 @@ def _held(bench: ModelBench, side: Side, batch: int, tokens: int) -> dict[str, i
         return None
     peak = {} if (peak := bench.peak()) is None else {"peak": peak}
     return {"kv_bytes": bench.kv_bytes(cache), "decode_ms": statistics.median(runs), **peak}
-
-
-def describe(row: ModelRow) -> str:
-    """A row as a line of text."""
-    head = f"{row.case.name:<22} {row.side:<13}"
-    if row.status != "timed":
-        return f"{head} {row.status}: {row.reason}"
-    first = "" if row.prefill_s is None else f"prefill {row.prefill_s:.2f} s, first token {row.first_token_s:.2f} s, "
-    low, high = (percentile(row.decode_ms, share) for share in (20, 80))
-    peaks = [f"{x / 2**30:.1f}" for x in (row.peak_prefill, row.peak_decode) if x]
-    return (
-        f"{head} {first}decode {row.p50_ms:.2f} ms ({low:.2f} to {high:.2f}), KV {row.kv_bytes / 2**30:.2f} GiB, "
-        f"peak {' and '.join(peaks)} GiB"
-    )

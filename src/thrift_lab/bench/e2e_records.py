@@ -9,6 +9,7 @@ from typing import Any, ClassVar, Literal
 
 from pydantic import Field
 
+from thrift_lab.bench.bench_records import percentile
 from thrift_lab.records import Record
 
 Side = Literal["transformers", "bf16", "thrift", "residuals"]
@@ -113,3 +114,17 @@ class ModelRecord(Record):
     def row(self, case: ModelCase, side: Side) -> ModelRow | None:
         """The timed row of a side."""
         return next((r for r in self.rows if (r.case, r.side, r.status) == (case, side, "timed")), None)
+
+
+def describe(row: ModelRow) -> str:
+    """A row as a line of text."""
+    head = f"{row.case.name:<22} {row.side:<13}"
+    if row.status != "timed":
+        return f"{head} {row.status}: {row.reason}"
+    first = "" if row.prefill_s is None else f"prefill {row.prefill_s:.2f} s, first token {row.first_token_s:.2f} s, "
+    low, high = (percentile(row.decode_ms, share) for share in (20, 80))
+    peaks = [f"{x / 2**30:.1f}" for x in (row.peak_prefill, row.peak_decode) if x]
+    return (
+        f"{head} {first}decode {row.p50_ms:.2f} ms ({low:.2f} to {high:.2f}), KV {row.kv_bytes / 2**30:.2f} GiB, "
+        f"peak {' and '.join(peaks)} GiB"
+    )
