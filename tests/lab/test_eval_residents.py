@@ -290,7 +290,7 @@ def test_a_record_of_rules(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     one = evaluate(loaded, TEXT, rules=rules, config=CACHE, passes=1, length=8 * BLOCK)
     assert [len(row.nll) for row in one.rows] == [8, 0, 0, 0]
     assert [row.error for row in one.rows] == [row.error for row in record.rows]
-    assert one.table()[3][4:] == ("-", "-", "-")
+    assert one.table()[3][5:] == ("-", "-", "-")
     half = evaluate(loaded, TEXT, rules=rules[:1], config=CACHE, promoted=fraction(0.5), length=8 * BLOCK)
     assert half.context["promoted"] == "0.5"
     assert half.rows[0].nll != whole.nll
@@ -315,3 +315,20 @@ def test_a_record_of_rules(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     assert found.exit_code == 0, found.output
     assert "share=0.0,planes=k" in found.output
     assert [row.nll for row in ResidentsRecord.load(tmp_path / "y.json").rows] == [whole.nll, none.nll]
+
+
+def test_what_lies_on_the_host_comes_back_when_it_is_wanted() -> None:
+    """Block 0 has all attention, but for one chunk that looks at block 2 alone; mass does not last."""
+    held = {}
+    for dropped in ("lost", "host"):
+        rule = Rule(share=0.01, floor=2, newest=1, decay=0.0, counts="attention", dropped=dropped)
+        residents = Residents(rule, (1, 8))
+        for new in range(8):
+            gained = torch.zeros(1, new)
+            gained[0, (0 if new != 4 else 2) : 1 if new != 4 else 3] = 1.0
+            residents.note(gained)
+            if new == 4:
+                assert not residents.held[0, 0]
+        held[dropped] = residents.held[0].nonzero()[:, 0].tolist()
+        assert residents.fetched == (2 if dropped == "host" else 0)
+    assert held == {"lost": [6, 7], "host": [0, 7]}

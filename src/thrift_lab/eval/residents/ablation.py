@@ -38,6 +38,7 @@ class RuleLoss(BaseModel):
         error: squared error of the outputs of heads that dropped residuals leave, over that of no residual at all.
         mass: share of the attention to complete blocks that found a residual.
         bytes: of the residuals that are kept at the end, over those of all blocks.
+        fetched: residuals that came back from the host, for each chunk and KV head; 0 where none can.
         nll: nats per token, means over 64 tokens each; empty where no pass was made for the rule.
         kl: divergence of the next-token distributions from those of the first rule, in nats, of every fourth token; means over
             64 of these.
@@ -48,6 +49,7 @@ class RuleLoss(BaseModel):
     error: float
     mass: float
     bytes: float
+    fetched: float = 0.0
     nll: list[float] = Field(default_factory=list)
     kl: list[float] = Field(default_factory=list)
     seconds: float = 0.0
@@ -68,14 +70,15 @@ class ResidentsRecord(Record):
     def table(self) -> list[tuple[str, ...]]:
         """Rows of text, a heading first."""
         found: list[tuple[str, ...]] = [
-            ("rule", "residuals", "error left", "mass found", "KL", "nats over the first", "95%")
+            ("rule", "residuals", "fetched", "error left", "mass found", "KL", "nats over the first", "95%")
         ]
         for row in self.rows:
-            cells = [str(row.rule), f"{row.bytes:.1%}", f"{row.error:.1%}", f"{row.mass:.1%}", "-", "-", "-"]
+            fetched = f"{row.fetched:.2f}" if row.fetched else "-"
+            cells = [str(row.rule), f"{row.bytes:.1%}", fetched, f"{row.error:.1%}", f"{row.mass:.1%}", "-", "-", "-"]
             if row.nll:
                 mean, limits = self.over_first(row)
-                cells[4:6] = f"{np.mean(row.kl):.5f}", f"{mean:+.4f}"
-                cells[6] = between(limits) or "-"
+                cells[5:7] = f"{np.mean(row.kl):.5f}", f"{mean:+.4f}"
+                cells[7] = between(limits) or "-"
             found.append(tuple(cells))
         return found
 
@@ -169,4 +172,5 @@ def _followed(one: Followed) -> RuleLoss:
         error=one.error / one.most if one.most else 0.0,
         mass=one.found / one.mass if one.mass else 1.0,
         bytes=one.share * one.rule.plane_share,
+        fetched=one.fetched / max(1, sum(layer.numel() for layer in one.residents)),
     )

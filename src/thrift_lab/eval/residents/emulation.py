@@ -38,6 +38,7 @@ class Followed:
         error: squared error of the outputs of heads, relative to their size, that blocks leave as the rule has them, summed
             over heads and layers; only of rules that were followed beside the one that was attended by.
         most: the same without any residual.
+        fetched: blocks that had their residual back from the host, of all layers and KV heads.
     """
 
     rule: Rule
@@ -46,6 +47,7 @@ class Followed:
     found: float = 0.0
     error: float = 0.0
     most: float = 0.0
+    fetched: int = 0
 
     @property
     def share(self) -> float:
@@ -140,6 +142,7 @@ class ThroughPages(Rival):
             keys[:, :, start:stop], values[:, start:stop] = packed.low[0, :, block].mT, packed.low[1, :, block]
         for i, (one, followed) in enumerate(zip(every, self.followed, strict=True)):
             followed.residents.append(one.held)
+            followed.fetched += one.fetched
             if lost is not None:
                 followed.error += lost.left(i)
                 followed.most += lost.most()

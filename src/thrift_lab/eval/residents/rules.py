@@ -2,7 +2,7 @@
 
 The rule of a cache (`thrift_attn.reference.residents`) is ``Rule()``; every other one changes a part of it. A rule follows a
 text chunk by chunk: the queries of a chunk count for the blocks that they see, then the chunk is packed as a new block, with
-its residual, and where that is one too many the resident of least merit gives it up for good.
+its residual, and where that is one too many the resident of least merit gives it up: for good, or until it is asked for again.
 """
 
 from __future__ import annotations
@@ -104,6 +104,8 @@ class Rule(BaseModel):
         among: whether each KV head has the quota, or the heads of a layer share theirs.
         planes: what the residual refines. Of K or of V alone it takes half the bytes, so the same bytes are twice the share.
         seed: of random choice: mass is then not looked at.
+        dropped: ``"lost"``, or ``"host"``: what is given up lies in the memory of the host, and blocks whose merit is among the
+            largest have theirs back for the next chunk.
 
     Raises:
         ValueError: a value out of range.
@@ -121,6 +123,7 @@ class Rule(BaseModel):
     among: Literal["head", "layer"] = "head"
     planes: Literal["kv", "k", "v"] = "kv"
     seed: int | None = None
+    dropped: Literal["lost", "host"] = "lost"
 
     @classmethod
     def parse(cls, text: str) -> Rule:
@@ -165,6 +168,7 @@ class Residents:
 
     Attributes:
         held: bool ``[Hkv, N]``, the residents so far.
+        fetched: blocks that had their residual back from the host, of all KV heads.
     """
 
     def __init__(
@@ -176,7 +180,7 @@ class Residents:
         layer: int = 0,
         device: torch.device | str = "cpu",
     ):
-        self.rule, self._error = rule, error
+        self.rule, self._error, self.fetched = rule, error, 0
         self.held = torch.zeros(shape, dtype=torch.bool, device=device)
         self._mass = torch.zeros(shape, device=device)
         self._random = None
@@ -192,17 +196,20 @@ class Residents:
         merit = self._mass if self._random is None else self._random
         if self._error is not None:
             merit = merit * self._error
-        self.held = _keep(merit, self.held, new, rule)
+        index = torch.arange(self.held.shape[1], device=self.held.device)
+        candidates = self.held | (index == new) if rule.dropped == "lost" else (index <= new).expand_as(self.held)
+        before, self.held = self.held, _keep(merit, candidates, new, rule)
+        if rule.dropped == "host":
+            self.fetched += int((self.held & ~before)[:, :new].sum())
 
 
-def _keep(merit: Tensor, held: Tensor, new: int, rule: Rule) -> Tensor:
-    """The residents bool ``[Hkv, N]`` once block ``new`` is packed: the quota's number of those of largest merit.
+def _keep(merit: Tensor, candidates: Tensor, new: int, rule: Rule) -> Tensor:
+    """The residents bool ``[Hkv, N]`` once block ``new`` is packed: the quota's number of candidates of largest merit.
 
     Of equal ones the later stays, as in `thrift_attn.reference.residents.keep`.
     """
-    heads, blocks = held.shape
-    index = torch.arange(blocks, device=held.device)
-    candidates = held | (index == new)
+    heads, blocks = candidates.shape
+    index = torch.arange(blocks, device=candidates.device)
     merit = merit.masked_fill((index > new - rule.newest) & (index <= new), torch.inf).masked_fill(
         ~candidates, -torch.inf
     )
