@@ -54,12 +54,16 @@ def engine(model: str, thrift: dict[str, Any] | None, **options: Any) -> Iterato
             register_backend(AttentionBackendEnum.CPU_ATTN, CPU_BACKEND)
         else:
             options["attention_backend"] = "CUSTOM"
+    elif not current_platform.is_cpu():
+        options["attention_backend"] = "FLASH_ATTN"
     selector._cached_get_attn_backend.cache_clear()
     overrides = getattr(current_platform, "register_triton_kernel_overrides", None)
     if overrides is not None and not hasattr(overrides, "cache_info"):
         # vLLM makes one worker a process and stumbles over a second one here; once is enough.
         current_platform.register_triton_kernel_overrides = functools.cache(overrides)
     defaults = {"dtype": "float16", "max_model_len": 1024, "enforce_eager": True, "seed": 0, "disable_log_stats": False}
+    if not current_platform.is_cpu():
+        defaults["gpu_memory_utilization"] = 0.1  # of which there are several in this process, one after the other
     llm = LLM(model, **{**defaults, **options})
     try:
         yield llm

@@ -157,6 +157,25 @@ def test_what_is_not_served_is_refused_when_the_engine_starts(model: str) -> Non
     assert "64 tokens and 12 drafts" in refusal(model, {}, speculative_config=guess)
 
 
+def test_blocks_that_vllm_lets_go_of_are_free_again() -> None:
+    """It measures graphs over a small pool, and empties every layer of it before it takes the memory that is left."""
+    from torch.multiprocessing.reductions import StorageWeakRef
+    from vllm.v1.worker.utils import clear_layer_kv_caches
+
+    from thrift_attn.vllm.tail_ring import ThriftTail
+
+    tail = ThriftTail("layer", 2, PageRecord(64), torch.float16)
+    blocks = torch.zeros(3, 2, 128, 150, dtype=torch.uint8)
+    tail.bind_kv_cache(blocks)
+    assert tail.rings.shape == (3, 2, 2, 75, 64)
+    tail.pages = blocks[1:]
+    held = StorageWeakRef(blocks.untyped_storage())
+    del blocks
+    clear_layer_kv_caches([tail])
+    assert held.expired()
+    assert tail.pages is None
+
+
 def test_more_drafts_than_a_step_decodes_are_refused() -> None:
     from thrift_attn.vllm.tail_ring import ThriftTail
 

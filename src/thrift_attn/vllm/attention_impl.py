@@ -96,7 +96,6 @@ class ThriftImpl(AttentionImpl):
         self.scales: LayerScales | None = None
         self.calibrating = False
         self._budget: Tensor | None = None
-        self._held: tuple[Tensor, Any] | None = None
 
     @property
     def lacks_scales(self) -> bool:
@@ -202,8 +201,8 @@ class ThriftImpl(AttentionImpl):
         return KernelPages(self._layer(kv_cache, tail), rows, rings, get_forward_context())
 
     def _layer(self, kv_cache: Tensor, tail: ThriftTail) -> Any:
-        """What the layer's sequences lie in. vLLM may bind other blocks after it has measured memory."""
-        if self._held is None or self._held[0] is not kv_cache:
+        """What the layer's sequences lie in. It hangs on the tail: vLLM binds other blocks after it has measured memory."""
+        if tail.pages is None:
             if self.lacks_scales:
                 raise RuntimeError(f"{tail.layer_name.removesuffix(SUFFIX)} was not calibrated before its first page")
             views = self.record.pages(kv_cache.view(torch.uint8), self._dtype)
@@ -213,5 +212,5 @@ class ThriftImpl(AttentionImpl):
 
                 assert self._budget is not None
                 layer = KernelLayer(layer, self._computes, self._budget)
-            self._held = kv_cache, layer
-        return self._held[1]
+            tail.pages = layer
+        return tail.pages

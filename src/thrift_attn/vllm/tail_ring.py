@@ -92,7 +92,6 @@ class ThriftTail(AttentionLayerBase):
         self.layer_name = layer_name + SUFFIX
         self.kv_heads, self.record, self.dtype = kv_heads, record, dtype
         self.kv_cache = torch.empty(0)
-        self.rings = torch.empty(0)
 
     def get_attn_backend(self) -> type[AttentionBackend]:
         """Storage only."""
@@ -123,10 +122,16 @@ class ThriftTail(AttentionLayerBase):
             state_content_bytes=self.record.token_bytes,
         )
 
-    def bind_kv_cache(self, kv_cache: Tensor) -> None:
-        """Take the blocks that vLLM has allocated."""
-        self.kv_cache = kv_cache
-        self.rings = self.record.rings(kv_cache.view(torch.uint8), self.dtype)
+    @property
+    def kv_cache(self) -> Tensor:
+        """The blocks that vLLM has allocated; empty before, and where it lets go of those that it has measured graphs with."""
+        return self._kv_cache
+
+    @kv_cache.setter
+    def kv_cache(self, kv_cache: Tensor) -> None:
+        self._kv_cache = kv_cache
+        self.rings = self.record.rings(kv_cache.view(torch.uint8), self.dtype) if len(kv_cache) else kv_cache
+        self.pages: Any = None  # what the attention layer makes of its own blocks, which come and go with these
 
 
 def hang_tails(vllm_config: Any, layers: dict[str, Any]) -> None:

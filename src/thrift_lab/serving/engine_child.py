@@ -101,20 +101,28 @@ class Engine:
 
 def single(engine: Engine, task: Task) -> Result:
     """Time to the first token, and between tokens, of one sequence alone."""
+    chunk = engine.inner.vllm_config.scheduler_config.max_num_batched_tokens
+    prompt = task.length - task.steps - 1  # with its first token and one of each step it is as long as it may be
+    _times(engine, engine.random_ids(min(prompt, 2 * chunk + prompt % chunk), task.seed), 2)  # compiles
     firsts, steps = [], []
-    for repeat in range(task.repeats + 1):
-        ids = engine.random_ids(task.length - task.steps, task.seed + repeat)
+    for repeat in range(task.repeats):
+        ids = engine.random_ids(prompt, task.seed + 1 + repeat)
         began = time.perf_counter()
-        engine.add(ids, task.steps + 1)
-        times: list[float] = []
-        over = False
-        while not over:
-            at, fresh, over = engine.step()
-            times += [at] * bool(fresh)
-        if repeat:  # the first one compiles
-            firsts.append(times[0] - began)
-            steps += [1e3 * (b - a) for a, b in pairwise(times)]
+        times = _times(engine, ids, task.steps + 1)
+        firsts.append(times[0] - began)
+        steps += [1e3 * (b - a) for a, b in pairwise(times)]
     return {"first_token_s": firsts, "step_ms": steps, "sequences": 1}
+
+
+def _times(engine: Engine, ids: list[int], tokens: int) -> list[float]:
+    """When each of so many tokens came behind a prompt."""
+    engine.add(ids, tokens)
+    times: list[float] = []
+    over = False
+    while not over:
+        at, fresh, over = engine.step()
+        times += [at] * bool(fresh)
+    return times
 
 
 def capacity(engine: Engine, task: Task) -> Result:

@@ -105,8 +105,9 @@ def _model(plan: ServePlan) -> Iterator[tuple[str, dict[str, Any]]]:
         return
     import transformers
 
-    shape = SHAPES[plan.model]
-    config = getattr(transformers, shape.config)(**shape.common, **shape.options)
+    shape = SHAPES[plan.model]  # which leaves open how far positions go, and vLLM keeps angles of them all
+    options = {**shape.common, **shape.options, "max_position_embeddings": max(plan.lengths)}
+    config = getattr(transformers, shape.config)(**options)
     with tempfile.TemporaryDirectory() as folder:
         write_config(Path(folder), config, shape.config.replace("Config", "ForCausalLM"))
         yield folder, {"load_format": "dummy"}

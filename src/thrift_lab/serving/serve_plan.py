@@ -10,9 +10,6 @@ from typing import Any
 from thrift_lab.serving.engine_jobs import METHODS, EngineJob, MethodName, Task, check_methods, engine_options
 from thrift_lab.serving.serve_records import PARTS, Cell, Part
 
-MARGIN = 128
-"""Tokens that a sequence may have beyond the longest that is timed."""
-
 
 @dataclass(frozen=True, kw_only=True)
 class ServePlan:
@@ -117,7 +114,7 @@ class ServePlan:
             **options: of ``vllm.LLM``, before those of the plan.
         """
         common = engine_options(
-            dtype=self.dtype, tokens=max(self.lengths) + MARGIN, sequences=self.sequences, chunk=self.chunk,
+            dtype=self.dtype, tokens=max(self.lengths), sequences=self.sequences, chunk=self.chunk,
             memory=self.memory, ranks=self.ranks,
         )  # fmt: skip
         common["disable_log_stats"] = False  # the engine's metrics are read
