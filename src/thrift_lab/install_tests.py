@@ -15,7 +15,6 @@ import time
 import venv
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar
 
 from thrift_lab.handbook.code_blocks import HUB_ID, blocks, same
 from thrift_lab.handbook.measured import ROOT
@@ -69,8 +68,6 @@ class InstallRecord(StepsRecord):
 
     ``sources`` is `digest_of_lines`.
     """
-
-    KINDS: ClassVar[tuple[str, ...]] = ("install-tests",)
 
     kind: str = "install-tests"
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 import argparse
 import sys
 from pathlib import Path
-from typing import ClassVar
 
 from thrift_lab.provenance import digest_of_sources
 from thrift_lab.records import make_context
@@ -27,8 +26,6 @@ PACKAGES = ("torch", "transformers", "triton", "numpy", "safetensors")
 
 class MatrixRecord(VersionsRecord):
     """What was found with each set of versions."""
-
-    KINDS: ClassVar[tuple[str, ...]] = ("test-matrix",)
 
     kind: str = "test-matrix"
 

@@ -49,13 +49,20 @@ class Record(BaseModel):
 
     model_config = ConfigDict(arbitrary_types_allowed=True, ser_json_inf_nan="constants")
 
-    KINDS: ClassVar[tuple[str, ...]]
-    """Kinds that a file of this class may name."""
+    KINDS: ClassVar[tuple[str, ...]] = ()
+    """Kinds that a file of this class may name: the default of `kind`, or what a class of several says itself."""
 
     SCHEMA: ClassVar[int] = 1
 
     kind: str
     context: dict[str, Any] = Field(default_factory=dict)
+
+    @classmethod
+    def __pydantic_init_subclass__(cls, **options: Any) -> None:
+        super().__pydantic_init_subclass__(**options)
+        kind = cls.model_fields["kind"]
+        if "KINDS" not in vars(cls) and not kind.is_required():
+            cls.KINDS = (kind.default,)
 
     @classmethod
     def from_json(cls, found: dict[str, Any], path: Path) -> Self:

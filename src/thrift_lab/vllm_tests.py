@@ -9,7 +9,6 @@ from __future__ import annotations
 import argparse
 import sys
 from pathlib import Path
-from typing import ClassVar
 
 from thrift_lab.provenance import digest_of_sources
 from thrift_lab.records import make_context
@@ -30,8 +29,6 @@ QUIET = ["-p", "no:logging", "-W", "ignore", "--show-capture=no", "--tb=short"]
 
 class VLLMRecord(VersionsRecord):
     """What was found with each version of vLLM."""
-
-    KINDS: ClassVar[tuple[str, ...]] = ("vllm-tests",)
 
     kind: str = "vllm-tests"
 

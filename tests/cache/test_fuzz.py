@@ -17,7 +17,7 @@ from thrift_lab.fuzz.campaign import Campaign
 from thrift_lab.fuzz.laws import Finding
 from thrift_lab.fuzz.machine import Machine
 from thrift_lab.fuzz.refusals import REFUSALS
-from thrift_lab.fuzz.settings import KINDS, Setting
+from thrift_lab.fuzz.settings import TOKEN_KINDS, Setting
 
 PLAIN = Setting(
     dtype="float32",
@@ -36,7 +36,7 @@ FEW = replace(PLAIN, floor=2, options=PLAIN.options | {"residual_share": 0.3})
 
 small, seeds = st.integers(0, 3), st.integers(0, 2**20)
 counts = st.one_of(st.sampled_from([0, 1, 63, 64, 65, 128, 192]), st.integers(0, 200))
-kinds = st.sampled_from(KINDS)
+kinds = st.sampled_from(TOKEN_KINDS)
 appends = st.fixed_dictionaries(
     {
         "which": small,

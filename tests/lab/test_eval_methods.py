@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from thrift_attn import Budget, ThriftConfig, fraction, top_k
-from thrift_lab.eval.methods import KINDS, ignored_options, parse_method, parse_methods, sweep
+from thrift_lab.eval.methods import METHOD_KINDS, ignored_options, parse_method, parse_methods, sweep
 
 
 @pytest.mark.parametrize(
@@ -109,7 +109,7 @@ def test_sweep_adds_budgets_where_none_is_named() -> None:
 
 
 def test_every_kind_is_described() -> None:
-    assert all(kind.about for kind in KINDS.values())
+    assert all(kind.about for kind in METHOD_KINDS.values())
 
 
 def test_records_name_the_options_that_do_nothing() -> None:

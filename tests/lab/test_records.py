@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
 import pytest
@@ -206,10 +206,12 @@ def test_a_truncated_array_file_is_one_clear_line(tmp_path: Path) -> None:
 
 
 class Small(Record):
-    KINDS: ClassVar[tuple[str, ...]] = ("small",)
-
     kind: str = "small"
     share: float
+
+
+def test_a_class_says_its_kind_once() -> None:
+    assert (Record.KINDS, Small.KINDS, BenchRecord.KINDS) == ((), ("small",), ("decode", "prefill"))
 
 
 def test_a_record_of_another_kind_is_not_written(tmp_path: Path) -> None:

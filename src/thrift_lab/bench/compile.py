@@ -83,7 +83,6 @@ class CompiledKernel(BaseModel):
 class CompileRecord(Record):
     """What all kernels compiled to at one commit."""
 
-    KINDS: ClassVar[tuple[str, ...]] = ("compile",)
     SCHEMA: ClassVar[int] = 2
 
     kind: str = "compile"

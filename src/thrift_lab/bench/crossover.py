@@ -12,7 +12,7 @@ import statistics
 import time
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import ClassVar, Literal, get_args
+from typing import Literal, get_args
 
 import torch
 from pydantic import BaseModel, Field
@@ -98,8 +98,6 @@ class CrossoverRow(BaseModel):
 
 class CrossoverRecord(Record):
     """What a run measured on one GPU."""
-
-    KINDS: ClassVar[tuple[str, ...]] = ("crossover",)
 
     kind: str = "crossover"
     base_format: str = ""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import statistics
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal
 
 from pydantic import Field
 
@@ -96,8 +96,6 @@ class ModelRecord(Record):
         full: likewise the fullest batch of sequences of at least some length: ``sequences``, ``context``, ``tokens`` of all of
             them, ``peak`` bytes allocated and ``tokens_per_s`` besides.
     """
-
-    KINDS: ClassVar[tuple[str, ...]] = ("e2e",)
 
     kind: str = "e2e"
     model: str

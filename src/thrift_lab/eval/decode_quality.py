@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import random
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from pydantic import Field
@@ -75,8 +75,6 @@ class Needle:
 
 class DecodeRecord(Record):
     """A run: divergences after prompts of a text, and hidden numbers."""
-
-    KINDS: ClassVar[tuple[str, ...]] = ("decode-quality",)
 
     kind: str = "decode-quality"
     continuations: list[Continuation] = Field(default_factory=list)

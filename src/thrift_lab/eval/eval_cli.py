@@ -357,10 +357,13 @@ def _written(runs: list[Path], html: Path | None, markdown: Path | None) -> None
     """Write the reports and print what they say."""
     from thrift_lab.eval import page
     from thrift_lab.eval.runs import load_runs
-    from thrift_lab.eval.speed import KINDS, kind_of
+    from thrift_lab.eval.speed import SPEED_KINDS, kind_of
     from thrift_lab.provenance import write_files
 
-    loaded, benches = load_runs(runs), [path for path in runs if path.suffix == ".json" and kind_of(path) in KINDS]
+    loaded, benches = (
+        load_runs(runs),
+        [path for path in runs if path.suffix == ".json" and kind_of(path) in SPEED_KINDS],
+    )
     for path, text in ((html, page.html), (markdown, page.markdown)):
         if path is not None:
             write_files({path: text(loaded, benches).encode()})

@@ -104,9 +104,9 @@ def texts(
 ) -> None:
     """Write the languages and kinds of text as files, for a machine without a network."""
     with errors():
-        from thrift_lab.eval.kinds import KINDS, write
+        from thrift_lab.eval.kinds import TEXT_KINDS, write
 
-        for path in write(folder, tuple(words(only)) or KINDS, lambda line: print(line, file=sys.stderr)):
+        for path in write(folder, tuple(words(only)) or TEXT_KINDS, lambda line: print(line, file=sys.stderr)):
             print(f"wrote {path}")
 
 
@@ -134,14 +134,14 @@ def kinds(
     """Loss, recovery and error concentration by language and kind of text; started again it goes on where it stopped."""
     with errors():
         from thrift_lab.eval import evidence
-        from thrift_lab.eval.kinds import KINDS
+        from thrift_lab.eval.kinds import TEXT_KINDS
         from thrift_lab.eval.methods import parse_methods
         from thrift_lab.eval.suite import run
         from thrift_lab.eval.suite_folder import Folder, SuitePlan
 
         plan = SuitePlan(
-            model=model, methods=methods, texts=tuple(words(texts)) or KINDS, nll_lengths=numbers(lengths), windows=windows,
-            concentration=concentration, concentrate_all=True,
+            model=model, methods=methods, texts=tuple(words(texts)) or TEXT_KINDS, nll_lengths=numbers(lengths),
+            windows=windows, concentration=concentration, concentrate_all=True,
         )  # fmt: skip
         with shown(Console(file=sys.stderr)) as (log, progress):
             run(plan, out, device=device, dtype=dtype, workers=workers, log=log, progress=progress)

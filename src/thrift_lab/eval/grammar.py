@@ -7,7 +7,7 @@ from typing import Any, get_args, get_type_hints
 
 from thrift_attn.config import ThriftConfig
 from thrift_attn.reference.scores import SCORES
-from thrift_lab.eval.methods import KINDS, parse_method
+from thrift_lab.eval.methods import METHOD_KINDS, parse_method
 
 GRAMMAR = (
     "A method is KIND, or KIND:OPTION=VALUE,OPTION=VALUE; methods have commas between them.",
@@ -20,9 +20,9 @@ Table = tuple[list[str], list[list[str]]]
 
 def kinds() -> Table:
     """Every kind of method: what it is and which options it takes."""
-    every = KINDS["thrift"].options
+    every = METHOD_KINDS["thrift"].options
     body = []
-    for name, kind in KINDS.items():
+    for name, kind in METHOD_KINDS.items():
         lacking = [option for option in every if option not in kind.options]
         if isinstance(kind.make, type):  # options of its own, with their defaults
             defaults = ((option.name, _default(option)) for option in fields(kind.make))
@@ -48,7 +48,7 @@ def options() -> Table:
     usual = [_values(name) for name in ("thrift", "paper")]
     body = []
     for field in fields(ThriftConfig):
-        if field.name not in KINDS["thrift"].options:
+        if field.name not in METHOD_KINDS["thrift"].options:
             continue
         known: dict[str, str] = {
             "budget": _BUDGET,

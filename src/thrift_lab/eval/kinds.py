@@ -197,7 +197,7 @@ def _log(dice: random.Random) -> str:
 
 _MAKERS: dict[str, Callable[[random.Random], str]] = {"mathematics": _mathematics, "tables": _table, "logs": _log}
 
-KINDS = (*(f"handbook:{language}" for language in LANGUAGES), "source", *(f"made:{name}" for name in _MAKERS))
+TEXT_KINDS = (*(f"handbook:{language}" for language in LANGUAGES), "source", *(f"made:{name}" for name in _MAKERS))
 """Every text that `kind` makes."""
 
 
@@ -229,14 +229,14 @@ def kind(spec: str, log: Log = silent) -> str | None:
     return source() if spec == "source" else None
 
 
-def write(folder: Path, specs: tuple[str, ...] = KINDS, log: Log = silent) -> list[Path]:
+def write(folder: Path, specs: tuple[str, ...] = TEXT_KINDS, log: Log = silent) -> list[Path]:
     """Write texts as files, one for each spec, and return their paths: ``handbook-de-DE.txt``."""
     folder.mkdir(parents=True, exist_ok=True)
     paths = []
     for spec in specs:
         text = kind(spec, log)
         if text is None:
-            raise ValueError(f"no kind of text {spec!r}: there are {', '.join(KINDS)}")
+            raise ValueError(f"no kind of text {spec!r}: there are {', '.join(TEXT_KINDS)}")
         paths.append(folder / f"{spec.replace(':', '-')}.txt")
         paths[-1].write_text(text, encoding="utf-8")
     return paths

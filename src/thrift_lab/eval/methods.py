@@ -52,7 +52,7 @@ class _Kind:
     about: str
 
 
-KINDS: dict[str, _Kind] = {
+METHOD_KINDS: dict[str, _Kind] = {
     "fp16": _Kind(lambda: None, (), "the model's own attention in its own dtype"),
     "fp4": _Kind(
         lambda **options: ThriftConfig.paper(**{"budget": fraction(0), **options}),
@@ -166,9 +166,9 @@ def parse_method(spec: str) -> Method:
         ValueError: an unknown kind or option, or a value that the configuration refuses.
     """
     kind, colon, rest = (piece.strip() for piece in spec.strip().partition(":"))
-    if kind not in KINDS:
-        raise ValueError(f"unknown method {kind!r}: there are {', '.join(KINDS)}")
-    allowed = KINDS[kind].options
+    if kind not in METHOD_KINDS:
+        raise ValueError(f"unknown method {kind!r}: there are {', '.join(METHOD_KINDS)}")
+    allowed = METHOD_KINDS[kind].options
     options: dict[str, Any] = {}
     pieces = (words(rest) or [""]) if colon else []
     for piece in pieces:
@@ -188,7 +188,7 @@ def parse_method(spec: str) -> Method:
     if options.get("base_format") == "auto":
         raise ValueError(f"method {spec!r}: a record names its format, such as nvfp4 or fp8, and does not say auto")
     try:
-        made = KINDS[kind].make(**options)
+        made = METHOD_KINDS[kind].make(**options)
     except (ValueError, TypeError) as error:
         raise ValueError(f"method {spec!r}: {error}") from error
     name = kind + (":" + ",".join(f"{key}={value}" for key, value in options.items()) if options else "")
@@ -212,7 +212,7 @@ def parse_methods(text: str) -> list[Method]:
         else:
             specs.append(piece)
     if not specs:
-        raise ValueError(f"no method given: there are {', '.join(KINDS)}")
+        raise ValueError(f"no method given: there are {', '.join(METHOD_KINDS)}")
     methods = [parse_method(spec) for spec in specs]
     check_distinct(methods)
     return methods
@@ -237,7 +237,7 @@ def sweep(methods: list[Method], budgets: list[Budget]) -> list[Method]:
     seen = {(method.config, method.cached) for method in methods}
     for method in methods:
         kind = method.name.partition(":")[0]
-        if method.config is None or "budget" not in KINDS[kind].options or "budget=" in method.name:
+        if method.config is None or "budget" not in METHOD_KINDS[kind].options or "budget=" in method.name:
             continue
         for budget in budgets:
             if method.config.base_format == "drop" and budget.value == 0 and budget.kind in ("fraction", "top_k"):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -128,8 +128,6 @@ class NLLRecord(Record):
         tokens: int64 ``[windows, length]``.
         nll: float32 ``[windows, length - 1]`` by method, in nats.
     """
-
-    KINDS: ClassVar[tuple[str, ...]] = ("nll",)
 
     kind: str = "nll"
     rows: list[NLLRow]

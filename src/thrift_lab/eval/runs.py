@@ -12,7 +12,7 @@ import numpy as np
 from thrift_lab.eval.bootstrap import BOOTSTRAP_BLOCK
 from thrift_lab.eval.methods import from_description
 from thrift_lab.eval.run_nll import NLLRecord
-from thrift_lab.eval.speed import KINDS, kind_of
+from thrift_lab.eval.speed import SPEED_KINDS, kind_of
 from thrift_lab.eval.suite_folder import Folder, SuitePlan
 from thrift_lab.eval.summary import summarise
 from thrift_lab.records import MARK
@@ -184,7 +184,7 @@ def load_runs(paths: Sequence[Path]) -> list[Run]:
     by_model: dict[str, list[Run]] = {}
     records: dict[str, list[Path]] = {}
     for path in paths:
-        if path.suffix == ".json" and kind_of(path) not in KINDS:
+        if path.suffix == ".json" and kind_of(path) not in SPEED_KINDS:
             records.setdefault(NLLRecord.load(path).context["model"]["spec"], []).append(path)
     for spec, of_model in records.items():
         by_model.setdefault(spec, []).append(Run.of_records(of_model))

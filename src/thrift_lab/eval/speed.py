@@ -14,7 +14,7 @@ from thrift_lab.eval.figures import Chart
 from thrift_lab.records import MARK, OLDER, before_today
 from thrift_lab.style import colour
 
-KINDS = ("decode", "prefill", "e2e")
+SPEED_KINDS = ("decode", "prefill", "e2e")
 """Kinds of records that are read here."""
 
 SIDES = ("thrift", "fp8", "bf16")

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
 import torch
@@ -77,8 +77,6 @@ class Losses(BaseModel):
 
 class ThroughCacheRecord(Record):
     """Losses of one text with several shares of residuals, the first of which the others are compared with."""
-
-    KINDS: ClassVar[tuple[str, ...]] = ("through-cache",)
 
     kind: str = "through-cache"
     rows: list[Losses] = Field(default_factory=list)

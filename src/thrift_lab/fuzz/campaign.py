@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import ClassVar, NamedTuple
+from typing import NamedTuple
 
 import torch
 from pydantic import BaseModel, Field
@@ -51,8 +51,6 @@ class Found(BaseModel):
 
 class FuzzRecord(Record):
     """What a campaign has done and found, and for which sources."""
-
-    KINDS: ClassVar[tuple[str, ...]] = ("fuzz",)
 
     kind: str = "fuzz"
     sources: str = ""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 from typing import Any
 
-from thrift_lab.fuzz.settings import KINDS
+from thrift_lab.fuzz.settings import TOKEN_KINDS
 
 Operation = tuple[str, dict[str, Any]]
 
@@ -56,7 +56,7 @@ def draw_arguments(rng: random.Random, name: str) -> dict[str, Any]:
         lengths = [count] if rng.random() < 0.4 else [_count(rng) for _ in range(3)]
         if rng.random() < 0.05:
             lengths = [rng.randint(200, 400)]
-        kind = rng.choices(KINDS, (60, 20, 8, 5, 3, 2))[0]
+        kind = rng.choices(TOKEN_KINDS, (60, 20, 8, 5, 3, 2))[0]
         return {"which": which, "lengths": lengths, "seed": seed, "kind": kind, "asked": rng.random() < 0.5}
     if name == "attend":
         options = {

@@ -19,7 +19,7 @@ from thrift_attn.reference import residents
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
-KINDS = ("plain", "outliers", "loud first", "small", "zero", "not finite")
+TOKEN_KINDS = ("plain", "outliers", "loud first", "small", "zero", "not finite")
 """Kinds of tokens: normal numbers; channels of K 30 times larger and far from 0; a first token 100 times larger; a thousandth;
 zeros; a NaN and an infinity among them."""
 
@@ -141,7 +141,7 @@ class Setting:
             )
 
     def tokens(self, batch: int, count: int, seed: int, kind: str) -> tuple[Tensor, Tensor]:
-        """K and V ``[batch, Hkv, count, D]`` of one of `KINDS`."""
+        """K and V ``[batch, Hkv, count, D]`` of one of `TOKEN_KINDS`."""
         draw = torch.Generator().manual_seed(seed)
         k, v = (torch.randn(batch, self.kv_heads, count, self.head_dim, generator=draw) for _ in "kv")
         if kind == "outliers":

@@ -9,7 +9,7 @@ error of the outputs of heads finer still. For that all rules are followed at on
 from __future__ import annotations
 
 import time
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
 import torch
@@ -57,8 +57,6 @@ class RuleLoss(BaseModel):
 
 class ResidentsRecord(Record):
     """Losses of one text by rule, the first of which the others are compared with."""
-
-    KINDS: ClassVar[tuple[str, ...]] = ("residents",)
 
     kind: str = "residents"
     rows: list[RuleLoss] = Field(default_factory=list)
