@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any
 
 import torch
@@ -166,7 +167,8 @@ def _sdpa_attend(q: Tensor, k: Tensor, v: Tensor, *, causal: bool, scale: float)
 def fa3() -> tuple[Callable[..., Any], frozenset[str]] | None:
     """``flash_attn_func`` of FlashAttention-3 and the features it was built without; None if it is not installed or broken.
 
-    Either of its packages: the forward-only wheel (``fa3-fwd``), or FlashAttention's own build.
+    Either of its packages: the forward-only wheel (``fa3-fwd``), or FlashAttention's own build; in a process of vLLM the build
+    that vLLM brings.
     """
     for name, flags in (("fa3_fwd_interface", "fa3_fwd_config"), ("flash_attn_interface", "flash_attn_config")):
         if importlib.util.find_spec(name) is None:
@@ -181,7 +183,34 @@ def fa3() -> tuple[Callable[..., Any], frozenset[str]] | None:
             return call, frozenset({"FP16", "SOFTCAP"})
         lacking = {key.removeprefix("FLASHATTENTION_DISABLE_") for key, off in built.items() if off}
         return call, frozenset(lacking)
-    return None
+    return _of_vllm() if "vllm" in sys.modules else None
+
+
+def _of_vllm() -> tuple[Callable[..., Any], frozenset[str]] | None:
+    """The same of vLLM's build, which has all features and takes packed sequences only."""
+    try:
+        found = importlib.import_module("vllm.vllm_flash_attn")
+        there = found.is_fa_version_supported(3)
+    except Exception:  # a vLLM without CUDA, or a binary for another torch
+        return None
+    return (partial(_packed, found.flash_attn_varlen_func), frozenset()) if there else None
+
+
+def _packed(
+    call: Callable[..., Any], q: Tensor, k: Tensor, v: Tensor, *, return_attn_probs: bool, **options: Any
+) -> Any:
+    """``flash_attn_func`` by a function of packed sequences: ``[B, T, H, D]``, the log-sum-exp ``[B, H, T]``."""
+    batch, tq = q.shape[:2]
+    starts_q, starts_k = (
+        torch.arange(batch + 1, dtype=torch.int32, device=q.device) * x.shape[1] for x in (q, k)
+    )  # nothing is copied from the host
+    result = call(
+        *(x.flatten(0, 1) for x in (q, k, v)), max_seqlen_q=tq, cu_seqlens_q=starts_q, max_seqlen_k=k.shape[1],
+        cu_seqlens_k=starts_k, return_softmax_lse=return_attn_probs, fa_version=3, **options,
+    )  # fmt: skip
+    if not return_attn_probs:
+        return result.unflatten(0, (batch, tq))
+    return result[0].unflatten(0, (batch, tq)), result[1].unflatten(1, (batch, tq)).transpose(0, 1)
 
 
 def _why_not_fa3(call: Call) -> str | None:

@@ -217,8 +217,7 @@ def test_no_step_takes_more_memory_than_what_was_rehearsed(monkeypatch: pytest.M
     """An engine measures memory once, before it gives the rest to pages."""
     from thrift_attn.vllm import kernel_pages
 
-    monkeypatch.setattr(engine_step, "TILE_BLOCKS", 2)
-    monkeypatch.setattr(engine_step, "TILE", 128)
+    monkeypatch.setattr(engine_step, "TILE_BLOCKS", 1)
     monkeypatch.setattr(kernel_pages, "ROOM", 80_000)
     if interpreted():  # copies what kernels are given; what they compute is tested above
         from triton.runtime.interpreter import InterpretedFunction
@@ -229,7 +228,7 @@ def test_no_step_takes_more_memory_than_what_was_rehearsed(monkeypatch: pytest.M
     out = torch.full_like(q, 7)
     budget = kernel_pages.step_budget(WHOLE, 5 * 64, DEVICE)
     with LiveMemory() as of_prompts:
-        engine_step.rehearse_prompts(q, k, v, WHOLE, prompts=min(8, most // (DECODES + 1)))
+        engine_step.rehearse_prompts(q, k, v, WHOLE, prompts=min(8, most // (DECODES + 1)), blocks=5)
     with LiveMemory() as of_decode:
         for tokens in (1, DECODES):
             kernel_pages.rehearse_decode(

@@ -12,6 +12,7 @@ from vllm.logger import init_logger
 from vllm.v1.attention.backend import AttentionImpl
 
 from thrift_attn.cache.tiles import attend_part
+from thrift_attn.config import BLOCK
 from thrift_attn.dispatch import cache_config, check_cache
 from thrift_attn.numerics import DecodeNumerics
 from thrift_attn.reference.paged_rows import SharedPages
@@ -185,7 +186,8 @@ class ThriftImpl(AttentionImpl):
         block_tokens, sequences = config.cache_config.block_size, config.scheduler_config.max_num_seqs
         longest = self.record.step_tokens(block_tokens)
         prompts = max(1, min(sequences, len(query) // (longest + 1)))
-        rehearse_prompts(query, key, value, self._computes, prompts=prompts)
+        blocks = -(-config.model_config.max_model_len // BLOCK)
+        rehearse_prompts(query, key, value, self._computes, prompts=prompts, blocks=blocks)
         for most in sorted({1, 1 + config.num_speculative_tokens, longest}):
             rehearse_decode(
                 query, key, value, output, record=self.record, layer=self._computes, budget=self._budget,

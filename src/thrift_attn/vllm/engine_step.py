@@ -3,8 +3,8 @@
 All K and V of the step are written before anything is read: a sequence may share pages that another of the same step completes.
 
 A first part of a prompt is attended as `thrift_attn.attention` does, over its K and V as they came. A later one is attended
-exactly, its own tokens as they came and those before them tile by tile from pages, and merged: which blocks are worth promoting
-is no question of one tile (`thrift_attn.cache.tiles`).
+exactly, its own tokens as they came and those before them tile by tile from pages, and merged where there are several: which
+blocks are worth promoting is no question of one tile (`thrift_attn.cache.tiles`).
 """
 
 from __future__ import annotations
@@ -16,14 +16,15 @@ from weakref import ReferenceType, ref
 import torch
 from torch import Tensor
 
-from thrift_attn.cache.tiles import TILE, attend_part
+from thrift_attn.cache.tiles import EXACT, attend_part
 from thrift_attn.combine import merge
 from thrift_attn.config import BLOCK, ThriftConfig
 from thrift_attn.interface import attend
 from thrift_attn.numerics import DecodeNumerics
 
-TILE_BLOCKS = TILE // BLOCK
-"""Blocks of the context that are widened to 16 bits at a time."""
+TILE_BLOCKS = 512
+"""Blocks of the context that are widened to 16 bits at a time, 32,768 tokens: 128 MiB of K and V for 8 heads of 128. What is
+behind the last tile is attended with it, so that a context of one tile has nothing to be merged."""
 
 
 class PromptRow(NamedTuple):
@@ -172,15 +173,22 @@ def _attend_prompt(
     logits = {"scale": options.scale, "softcap": options.softcap}
     if not prompt.complete:
         return attend(q[None], k[None], v[None], config=options.prompts, **logits).out[0]
-    out, lse = attend_part(q[None], k[None], v[None], causal=True, **logits)
-    for first in range(0, prompt.complete, TILE_BLOCKS):
-        keys, values = pages.tile(prompt, range(first, min(first + TILE_BLOCKS, prompt.complete)))
-        part = attend_part(q[None], keys[None], values[None], causal=False, **logits)
+    last = (prompt.complete - 1) // TILE_BLOCKS * TILE_BLOCKS
+    k, v = (
+        torch.cat([held, own], 1)
+        for held, own in zip(pages.tile(prompt, range(last, prompt.complete)), (k, v), strict=True)
+    )
+    if not last:
+        return attend(q[None], k[None], v[None], config=EXACT, **logits).out[0]
+    out, lse = attend_part(q[None], k[None], v[None], **logits)
+    for first in range(0, last, TILE_BLOCKS):
+        k, v = pages.tile(prompt, range(first, first + TILE_BLOCKS))
+        part = attend_part(q[None], k[None], v[None], causal=False, **logits)
         out, lse = merge([out, part[0]], [lse, part[1]])
     return out[0].to(q.dtype)
 
 
-def rehearse_prompts(q: Tensor, k: Tensor, v: Tensor, options: LayerOptions, *, prompts: int) -> None:
+def rehearse_prompts(q: Tensor, k: Tensor, v: Tensor, options: LayerOptions, *, prompts: int, blocks: int) -> None:
     """Attend as the largest part of a prompt does, so that the engine measures the memory it takes, and its kernels are there.
 
     Args:
@@ -189,6 +197,7 @@ def rehearse_prompts(q: Tensor, k: Tensor, v: Tensor, options: LayerOptions, *, 
         v: likewise.
         options: what is computed.
         prompts: at least one, the most prompts of which a step has a part: of each its incomplete block is kept.
+        blocks: at least one, the most blocks of a sequence.
     """
     logits = {"scale": options.scale, "softcap": options.softcap}
     kept = k.new_zeros(prompts, 2, BLOCK - 1, *k.shape[1:])
@@ -197,7 +206,11 @@ def rehearse_prompts(q: Tensor, k: Tensor, v: Tensor, options: LayerOptions, *, 
     q, k, v, own_k, own_v = (x.transpose(0, 1)[None] for x in (q, k, v, *own))
     for keys, values in ((k, v), (own_k, own_v)):  # alone, and behind what an earlier step has brought
         attend(q, keys, values, config=options.prompts, **logits)
-    out, lse = attend_part(q, own_k, own_v, causal=True, **logits)
-    keys, values = k.new_zeros(2, *k.shape[:2], TILE, k.shape[3])
-    part = attend_part(q, keys, values, causal=False, **logits)
+    tile = k.new_zeros(2, *k.shape[:2], min(TILE_BLOCKS, blocks) * BLOCK, k.shape[3])
+    keys, values = (torch.cat([held, new], 2) for held, new in zip(tile, (own_k, own_v), strict=True))
+    if blocks <= TILE_BLOCKS:
+        attend(q, keys, values, config=EXACT, **logits)
+        return
+    out, lse = attend_part(q, keys, values, **logits)
+    part = attend_part(q, *tile, causal=False, **logits)
     merge([out, part[0]], [lse, part[1]])
