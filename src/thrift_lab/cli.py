@@ -25,8 +25,9 @@ try:
         hush,
         logging_to,
         shown,
+        table_console,
     )
-    from thrift_lab.eval.eval_cli import METHODS, run_nll, table_console
+    from thrift_lab.eval.eval_cli import METHODS, run_nll
     from thrift_lab.eval.eval_cli import app as evals
     from thrift_lab.eval.reproduce_cli import app as reproduce
     from thrift_lab.extras import missing

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import re
+import sys
 import threading
 import time
 import warnings
@@ -110,6 +111,11 @@ def numbers(given: str | Iterable[str] | None) -> tuple[int, ...]:
         return tuple(map(int, words(given)))
     except ValueError as error:
         raise ValueError(f"expected whole numbers, got {', '.join(words(given))!r}") from error
+
+
+def table_console(width: int = 118) -> Console:
+    """Return where tables go; a pipe or a file gets the width that they need."""
+    return Console() if sys.stdout.isatty() else Console(width=width)
 
 
 def logging_to(console: Console) -> Log:

@@ -18,6 +18,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from typing_extensions import Self
 
 from thrift_lab.provenance import commit, machine, now, versions, write_files
+from thrift_lab.sheet import Sheet
 
 Arrays = dict[str, "np.ndarray[Any, Any]"]
 
@@ -84,6 +85,18 @@ class Record(BaseModel):
     def summary(self) -> Any:
         """What the rows come to, as plain JSON values: for whoever opens the file, not read back. None: nothing."""
         return None
+
+    def table(self) -> Sheet:
+        """Return what was found, for people.
+
+        Raises:
+            NotImplementedError: a class that has no table.
+        """
+        raise NotImplementedError(f"records of kind {self.kind!r} have no table")
+
+    def markdown(self) -> str:
+        """Return the same as Markdown."""
+        return self.table().markdown()
 
     def save(self, path: Path) -> None:
         """Write the JSON file whole or not at all; its folder is made.

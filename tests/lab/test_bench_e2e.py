@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 
 pytest.importorskip("transformers", minversion="5.4")
 from thrift_lab.bench import e2e, e2e_model
-from thrift_lab.bench.e2e_plot import baseline, draw, table
+from thrift_lab.bench.e2e_plot import draw
 from thrift_lab.cli import app
 
 CASES = (e2e.ModelCase(256, 1, True), e2e.ModelCase(130, 2, False))
@@ -67,9 +67,9 @@ def test_records_come_back_and_are_drawn(record: Any, tmp_path: Path) -> None:
     plan, found, _ = record
     again = e2e.ModelRecord.load(plan.out)
     assert again == found
-    assert baseline(again, CASES[0]).side in ("bf16", "transformers")
+    assert again.baseline(CASES[0]).side in ("bf16", "transformers")
     console = Console(width=140, record=True)
-    console.print(table(again))
+    console.print(again.table().drawn())
     assert "B1 x 256" in console.export_text()
     assert draw(again, tmp_path / "a" / "tiny.png").stat().st_size > 10_000
     (tmp_path / "other.json").write_text("{}")

@@ -10,7 +10,7 @@ import torch
 from typer.testing import CliRunner
 
 from thrift_lab.bench import plots
-from thrift_lab.bench.bench_cli import app, summary
+from thrift_lab.bench.bench_cli import app
 from thrift_lab.bench.bench_records import BenchRecord, BenchRow, KernelTime, make_context
 from thrift_lab.bench.cases import TARGET, DecodeCase, PrefillCase, plain_bytes, thrift_bytes
 from thrift_lab.bench.check import Check
@@ -124,8 +124,8 @@ def test_nothing_to_draw(tmp_path):
 
 
 def test_summary_lists_every_row():
-    table = summary(fake_record())
-    assert table.row_count == len(fake_record().rows)
+    table = fake_record().table()
+    assert table.drawn().row_count == len(table.rows) == len(fake_record().rows)
 
 
 def test_plot_command(tmp_path):

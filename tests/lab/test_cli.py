@@ -218,16 +218,16 @@ def test_choices_are_checked_and_listed(command: tuple[str, ...], choices: str) 
 def test_the_grammar_of_methods_is_listed_and_true() -> None:
     result = thrift("eval", "methods")
     assert result.exit_code == 0
-    head, body = grammar.options()
-    assert head == ["option", "values", "thrift", "paper"]
+    options = grammar.options()
+    assert options.head == ("option", "values", "thrift", "paper")
     together = {"drop": "center=none,scales=max,smooth=none,normalize=exact,sink_token=none", "none": "sink_token=none"}
-    for name, values, usual, _ in body:
+    for name, values, usual, _ in options.rows:
         assert name in result.output
         for value in values.split(", ") if usual in values.split(", ") else ():
             more = together.get(value, "") if name in ("base_format", "center") else ""
             assert methods.parse_method(f"thrift:{name}={value},{more}".rstrip(",")).config is not None
     listed = thrift("eval", "methods", "--markdown").output
-    for kind, about, taken in grammar.kinds()[1]:
+    for kind, about, taken in grammar.kinds().rows:
         assert f"| `{kind}` | {about} | {taken} |" in listed
         if "=" in taken:
             assert methods.parse_method(f"{kind}:{taken.replace(', ', ',')}").name.startswith(kind)

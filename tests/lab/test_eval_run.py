@@ -21,7 +21,7 @@ from thrift_lab.console import FetchError
 from thrift_lab.eval import nll, texts
 from thrift_lab.eval.methods import parse_method, parse_methods
 from thrift_lab.eval.nll import check_head, leading_bos, run_window, windows_of
-from thrift_lab.eval.nll_report import notes, sentence, table
+from thrift_lab.eval.nll_report import notes, sentence
 from thrift_lab.eval.plot import draw, families
 from thrift_lab.eval.run_nll import NLLRecord, NLLRow, Spent, evaluate
 from thrift_lab.eval.texts import load_text
@@ -399,7 +399,7 @@ def test_words() -> None:
     assert note.startswith(
         "thrift, thrift:budget=0.1: the 4-bit noise of a token looks ahead"
     )  # paper takes nothing from later tokens
-    assert table(result).row_count == 5
+    assert len(result.table().rows) == result.table().drawn().row_count == 5
     unclear = a_result({"paper": (0.05, None)})
     assert sentence(unclear) == "On this text 4-bit attention costs the model 0.100 nats per token."
     assert "not worse than fp16 at the 95% level" in notes(unclear)[0]

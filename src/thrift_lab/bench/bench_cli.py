@@ -10,13 +10,11 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 from rich.console import Console
-from rich.table import Table
 
 from thrift_lab.console import OLD_NAMES_TOO, BudgetText, errors, numbers, shown, words
 from thrift_lab.fuzz.fuzz_cli import fuzz
 
 if TYPE_CHECKING:
-    from thrift_lab.bench.bench_records import BenchRecord
     from thrift_lab.bench.e2e_records import ModelCase
     from thrift_lab.bench.run_bench import BenchPlan
 
@@ -57,7 +55,7 @@ def _run(plan: BenchPlan, console: Console, *, resume: bool, plot: bool) -> None
         _take_up_again(console, error)
         raise typer.Exit(3) from error
     console.print()
-    console.print(summary(record))
+    console.print(record.table().drawn())
     if plot:
         from thrift_lab.bench.plots import draw
 
@@ -183,7 +181,7 @@ def e2e(
             require_cuda()
         from thrift_attn.config import Budget
         from thrift_lab.bench import e2e as whole
-        from thrift_lab.bench.e2e_plot import draw, table
+        from thrift_lab.bench.e2e_plot import draw
 
         path = out / f"{Path(model).name}.json"
         plan = whole.ModelPlan(
@@ -192,7 +190,7 @@ def e2e(
         )  # fmt: skip
         record = whole.run(plan, log=lambda line: console.print(line, highlight=False, markup=False))
         console.print()
-        console.print(table(record))
+        console.print(record.table().drawn())
         draw(record, path.with_suffix(".png"))
         console.print(f"wrote {path}", style="dim", highlight=False, markup=False)
         _judge(record.rows, console)
@@ -369,44 +367,6 @@ def plot_record(
 
         for path in draw(BenchRecord.load(record), out or record.parent):
             typer.echo(f"wrote {path}")
-
-
-def summary(record: BenchRecord) -> Table:
-    """The rows of a run as a table, and how far ahead of the fastest baselines we are."""
-    prefill = record.kind == "prefill"
-    table = Table(
-        title=f"{record.kind.title()} on {record.context['machine']['gpu']}",
-        box=None,
-        padding=(0, 1),
-        header_style="bold",
-    )
-    table.add_column("case")
-    table.add_column("method")
-    speed = ("TFLOP/s", "of matmul") if prefill else ("of copy", "bytes/token")
-    for header in ("promoted", "p50 us", *speed, "error", "over BF16", "over FP8"):
-        table.add_column(header, justify="right")
-    over = {id(one.ours): one for one in record.speedups()}
-    for row in record.rows:
-        if row.status != "timed":
-            table.add_row(row.case.name, row.method, "", f"[yellow]{row.status}[/yellow]", *[""] * 5)
-            continue
-        ahead = over.get(id(row))
-        ratios = ["" if not ahead or (x := ahead.over(kind)) is None else f"{x:.2f}x" for kind in ("bf16", "fp8")]
-        rate = row.case.flops / row.p50_us * 1e6
-        if prefill:
-            shown = (f"{rate / 1e12:.0f}", f"{rate / record.matmul_flop_per_s:.0%}")
-        else:
-            shown = (f"{row.bytes / row.p50_us * 1e6 / record.copy_bytes_per_s:.0%}", f"{row.bytes_per_token:,.0f}")
-        table.add_row(
-            row.case.name,
-            f"[bold]{row.method}[/bold]" if row.kind == "thrift" else row.method,
-            f"{row.case.promoted_share:.1%}" if row.ours else "",
-            f"{row.p50_us:,.1f}",
-            *shown,
-            f"{max(check.error or 0.0 for check in row.checks):.1e}",
-            *ratios,
-        )
-    return table
 
 
 def _heads(text: str) -> tuple[int, int]:

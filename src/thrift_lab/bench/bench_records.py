@@ -15,6 +15,7 @@ from thrift_lab import records
 from thrift_lab.bench.cases import Case, DecodeCase, PrefillCase
 from thrift_lab.bench.check import Check
 from thrift_lab.bench.variants import Kind
+from thrift_lab.sheet import Sheet
 
 CASES: dict[str, type[DecodeCase] | type[PrefillCase]] = {"decode": DecodeCase, "prefill": PrefillCase}
 """Kinds of records, and what their rows are about."""
@@ -161,6 +162,41 @@ class BenchRecord(records.Record):
         """Return plain JSON values, percentiles of the rows included."""
         head = self.model_copy(update={"rows": []})
         return {**super(BenchRecord, head).to_json(), "rows": [row.to_dict() for row in self.rows]}
+
+    def table(self) -> Sheet:
+        """See `Record.table`: all rows, and how far ahead of the fastest baselines ours are."""
+        speed = ("TFLOP/s", "of matmul") if self.kind == "prefill" else ("of copy", "bytes/token")
+        over = {id(one.ours): one for one in self.speedups()}
+        found, styles = [], {}
+        for at, row in enumerate(self.rows):
+            if row.status != "timed":
+                found.append((row.case.name, row.method, "", row.status, *[""] * 5))
+                styles[at] = "yellow"
+                continue
+            if row.ours:
+                styles[at] = "bold"
+            ahead = over.get(id(row))
+            ratios = ["" if not ahead or (x := ahead.over(kind)) is None else f"{x:.2f}x" for kind in ("bf16", "fp8")]
+            found.append(
+                (
+                    row.case.name,
+                    row.method,
+                    f"{row.case.promoted_share:.1%}" if row.ours else "",
+                    f"{row.p50_us:,.1f}",
+                    *self._rates(row),
+                    f"{max(check.error or 0.0 for check in row.checks):.1e}",
+                    *ratios,
+                )
+            )
+        head = ("case", "method", "promoted", "p50 us", *speed, "error", "over BF16", "over FP8")
+        return Sheet(head, found, f"{self.kind.title()} on {self.context['machine']['gpu']}", left=2, styles=styles)
+
+    def _rates(self, row: BenchRow) -> tuple[str, str]:
+        """What a timed row reaches of this GPU's rates, in words."""
+        if self.kind == "prefill":
+            rate = row.case.flops / row.p50_us * 1e6
+            return f"{rate / 1e12:.0f}", f"{rate / self.matmul_flop_per_s:.0%}"
+        return f"{row.bytes / row.p50_us * 1e6 / self.copy_bytes_per_s:.0%}", f"{row.bytes_per_token:,.0f}"
 
     def find(self, case: Case, method: str) -> BenchRow | None:
         """The row of a method on a case."""

@@ -1,15 +1,11 @@
-"""Pictures and tables of an e2e record. Drawn from records only."""
+"""Pictures of an e2e record. Drawn from records only."""
 
 from __future__ import annotations
 
 from pathlib import Path
 from typing import Any
 
-from rich.table import Table
-
-from thrift_attn.config import BLOCK, Budget
-from thrift_attn.reference.budget import promoted_in_decode
-from thrift_lab.bench.e2e_records import ModelCase, ModelRecord, ModelRow, Side
+from thrift_lab.bench.e2e_records import ModelCase, ModelRecord, Side
 from thrift_lab.records import OLDER, before_today
 from thrift_lab.style import COLOURS, SMALL, canvas, legend, save
 
@@ -24,59 +20,6 @@ WORDS: dict[Side, str] = {
 def cases(record: ModelRecord) -> list[ModelCase]:
     """Cases in order."""
     return list(dict.fromkeys(row.case for row in record.rows))
-
-
-def baseline(record: ModelRecord, case: ModelCase) -> ModelRow | None:
-    """The fastest timed baseline of a case."""
-    rows = [row for side in ("bf16", "transformers") if (row := record.row(case, side))]
-    return min(rows, key=lambda row: row.p50_ms, default=None)
-
-
-def promoted_share(record: ModelRecord, case: ModelCase) -> float:
-    """Share of the complete KV blocks that a decode step of ours promotes when the cache is full."""
-    budget = Budget.parse(record.context["settings"]["config"]["budget"])
-    return promoted_in_decode(budget, case.context) / max(1, case.context // BLOCK)
-
-
-def table(record: ModelRecord) -> Table:
-    """All rows, and how far ahead of the fastest baseline we are."""
-    machine = record.context["machine"]["gpu"] or record.context["machine"]["cpu"]
-    out = Table(title=f"{record.model} on {machine}", box=None, padding=(0, 1), header_style="bold")
-    out.add_column("case")
-    out.add_column("side")
-    for header in ("promoted", "prefill s", "first token s", "ms/token", "KV GiB", "peak GiB", "prefill", "decode"):
-        out.add_column(header, justify="right")
-    for row in record.rows:
-        if row.status != "timed":
-            out.add_row(row.case.name, row.side, "", f"[yellow]{row.status}[/yellow]", *[""] * 6)
-            continue
-        base = baseline(record, row.case) if row.ours else None
-        plain = record.row(row.case, "bf16")
-        peak = max(row.peak_prefill or 0, row.peak_decode or 0)
-        out.add_row(
-            row.case.name,
-            row.side,
-            f"{promoted_share(record, row.case):.1%}" if row.ours else "",
-            "" if row.prefill_s is None else f"{row.prefill_s:.2f}",
-            "" if row.first_token_s is None else f"{row.first_token_s:.2f}",
-            f"{row.p50_ms:.2f}",
-            f"{row.kv_bytes / 2**30:.2f}",
-            f"{peak / 2**30:.1f}",
-            f"{plain.prefill_s / row.prefill_s:.2f}x" if base and plain and plain.prefill_s and row.prefill_s else "",
-            f"{base.p50_ms / row.p50_ms:.2f}x" if base else "",
-        )
-    for side, row in record.full.items():
-        cells = (
-            "",
-            "",
-            "",
-            f"{row['decode_ms']:.2f}",
-            f"{row['kv_bytes'] / 2**30:.2f}",
-            f"{row.get('peak', 0) / 2**30:.1f}",
-        )
-        held = f"fullest: B{row['sequences']} x {row['context']:,}"
-        out.add_row(held, side, *cells, f"{row['tokens']:,} tokens", f"{row['tokens_per_s']:,.0f}/s")
-    return out
 
 
 def draw(record: ModelRecord, path: Path) -> Path:

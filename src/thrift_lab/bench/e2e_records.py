@@ -9,8 +9,11 @@ from typing import Any, Literal
 
 from pydantic import Field
 
+from thrift_attn.config import BLOCK, Budget
+from thrift_attn.reference.budget import promoted_in_decode
 from thrift_lab.bench.bench_records import percentile
 from thrift_lab.records import Record
+from thrift_lab.sheet import Sheet
 
 Side = Literal["transformers", "bf16", "thrift", "residuals"]
 SIDES: dict[Side, str] = {
@@ -108,6 +111,63 @@ class ModelRecord(Record):
     def from_json(cls, found: dict[str, Any], path: Path) -> ModelRecord:
         """See `Record.from_json`; ``check`` was called ``gate``."""
         return cls.model_validate({**found, "check": found.get("check", found.get("gate", {}))})
+
+    def baseline(self, case: ModelCase) -> ModelRow | None:
+        """The fastest timed baseline of a case."""
+        rows = [row for side in ("bf16", "transformers") if (row := self.row(case, side))]
+        return min(rows, key=lambda row: row.p50_ms, default=None)
+
+    def promoted_share(self, case: ModelCase) -> float:
+        """Share of the complete KV blocks that a decode step of ours promotes when the cache is full."""
+        budget = Budget.parse(self.context["settings"]["config"]["budget"])
+        return promoted_in_decode(budget, case.context) / max(1, case.context // BLOCK)
+
+    def table(self) -> Sheet:
+        """See `Record.table`: all rows, and how far ahead of the fastest baseline ours are."""
+        machine = self.context["machine"]["gpu"] or self.context["machine"]["cpu"]
+        head = (
+            "case",
+            "side",
+            "promoted",
+            "prefill s",
+            "first token s",
+            "ms/token",
+            "KV GiB",
+            "peak GiB",
+            "prefill",
+            "decode",
+        )
+        found, styles = [], {}
+        for at, row in enumerate(self.rows):
+            if row.status != "timed":
+                found.append((row.case.name, row.side, "", row.status, *[""] * 6))
+                styles[at] = "yellow"
+                continue
+            if row.ours:
+                styles[at] = "bold"
+            base = self.baseline(row.case) if row.ours else None
+            plain = self.row(row.case, "bf16")
+            peak = max(row.peak_prefill or 0, row.peak_decode or 0)
+            faster = plain.prefill_s / row.prefill_s if base and plain and plain.prefill_s and row.prefill_s else None
+            found.append(
+                (
+                    row.case.name,
+                    row.side,
+                    f"{self.promoted_share(row.case):.1%}" if row.ours else "",
+                    "" if row.prefill_s is None else f"{row.prefill_s:.2f}",
+                    "" if row.first_token_s is None else f"{row.first_token_s:.2f}",
+                    f"{row.p50_ms:.2f}",
+                    f"{row.kv_bytes / 2**30:.2f}",
+                    f"{peak / 2**30:.1f}",
+                    "" if faster is None else f"{faster:.2f}x",
+                    f"{base.p50_ms / row.p50_ms:.2f}x" if base else "",
+                )
+            )
+        for side, row in self.full.items():
+            sizes = (f"{row['decode_ms']:.2f}", f"{row['kv_bytes'] / 2**30:.2f}", f"{row.get('peak', 0) / 2**30:.1f}")
+            rates = (f"{row['tokens']:,} tokens", f"{row['tokens_per_s']:,.0f}/s")
+            found.append((f"fullest: B{row['sequences']} x {row['context']:,}", side, "", "", "", *sizes, *rates))
+        return Sheet(head, found, f"{self.model} on {machine}", left=2, styles=styles)
 
     def row(self, case: ModelCase, side: Side) -> ModelRow | None:
         """The timed row of a side."""

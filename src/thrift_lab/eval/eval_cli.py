@@ -26,6 +26,7 @@ from thrift_lab.console import (
     kept,
     numbers,
     shown,
+    table_console,
     words,
 )
 from thrift_lab.eval import evidence_cli
@@ -103,7 +104,7 @@ def run_nll(
         with shown(Console(file=sys.stderr)) as (log, progress):
             record = evaluate(model, text, rows, log=log, progress=progress, **sizes)
         console.print()
-        console.print(nll_report.table(record))
+        console.print(record.table().drawn())
         console.print()
         for note in nll_report.notes(record):
             console.print(note, style="yellow", highlight=False, markup=False)
@@ -123,8 +124,6 @@ def list_methods(
     markdown: Annotated[bool, typer.Option(help="Print the tables as Markdown.")] = False,
 ) -> None:
     """How methods are written: every kind, every option and its values."""
-    from rich.table import Table
-
     from thrift_lab.eval import grammar
 
     if markdown:
@@ -133,17 +132,9 @@ def list_methods(
     out = table_console()
     for line in grammar.GRAMMAR:
         out.print(line, highlight=False, markup=False)
-    for head, body in (grammar.kinds(), grammar.options()):
-        table = Table(*head, box=None, padding=(0, 1), header_style="bold")
-        for row in body:
-            table.add_row(*row)
+    for table in (grammar.kinds(), grammar.options()):
         out.print()
-        out.print(table, highlight=False, markup=False)
-
-
-def table_console() -> Console:
-    """Return where tables go; a pipe or a file gets the width that they need."""
-    return Console() if sys.stdout.isatty() else Console(width=118)
+        out.print(table.drawn())
 
 
 @app.command()
@@ -157,7 +148,6 @@ def show(
 ) -> None:
     """Print and draw a record again."""
     with errors():
-        from thrift_lab.eval import nll_report
         from thrift_lab.eval.dated import in_todays_words
         from thrift_lab.eval.methods import parse_methods
         from thrift_lab.eval.run_nll import NLLRecord, is_fp4
@@ -172,9 +162,9 @@ def show(
         ]
         result = result.model_copy(update={"rows": kept})
         if markdown:
-            print(nll_report.markdown(result))
+            print(result.markdown())
         else:
-            table_console().print(nll_report.table(result))
+            table_console().print(result.table().drawn())
         if plot is not None:
             from thrift_lab.eval.plot import draw
 
@@ -259,8 +249,7 @@ def cache(
                 loaded, source.content, config=config, shares=kept_shares, length=length,
                 windows=windows, chunk=chunk, steps=steps, text_name=source.name, log=kept(console, log),
             )  # fmt: skip
-        for line in record.table():
-            print("  ".join(f"{x:>20}" if "to" in x or x == "95%" else f"{x:>14}" for x in line))
+        table_console().print(record.table().drawn())
         if out is not None:
             record.save(out)
 

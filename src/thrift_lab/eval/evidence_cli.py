@@ -22,6 +22,7 @@ from thrift_lab.console import (
     kept,
     numbers,
     shown,
+    table_console,
     words,
 )
 
@@ -91,8 +92,7 @@ def residents(
                 loaded, source.content, rules=rules, config=ThriftConfig.for_cache(promoted_storage=promoted_storage),
                 promoted=promoted, passes=passes, length=length, text_name=source.name, log=kept(console, log),
             )  # fmt: skip
-        for line in record.table():
-            print("  ".join(f"{x:<60}" if i == 0 else f"{x:>20}" for i, x in enumerate(line)))
+        table_console(150).print(record.table().drawn())
         if out is not None:
             record.save(out)
 

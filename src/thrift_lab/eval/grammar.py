@@ -8,6 +8,7 @@ from typing import Any, get_args, get_type_hints
 from thrift_attn.config import ThriftConfig
 from thrift_attn.reference.scores import SCORES
 from thrift_lab.eval.methods import METHOD_KINDS, parse_method
+from thrift_lab.sheet import Sheet
 
 GRAMMAR = (
     "A method is KIND, or KIND:OPTION=VALUE,OPTION=VALUE; methods have commas between them.",
@@ -15,10 +16,8 @@ GRAMMAR = (
 )
 _BUDGET = "5% or 0.05 (that share of all visible blocks), max(5%, 16) (at least 16 of a row), top_k(8), paper"
 
-Table = tuple[list[str], list[list[str]]]
 
-
-def kinds() -> Table:
+def kinds() -> Sheet:
     """Every kind of method: what it is and which options it takes."""
     every = METHOD_KINDS["thrift"].options
     body = []
@@ -34,7 +33,7 @@ def kinds() -> Table:
         else:
             taken = ", ".join(kind.options) or "none"
         body.append([name, kind.about, taken])
-    return ["kind", "what it computes", "options"], body
+    return Sheet(("kind", "what it computes", "options"), body, left=3)
 
 
 def _default(option: Field[Any]) -> Any:
@@ -42,7 +41,7 @@ def _default(option: Field[Any]) -> Any:
     return option.default if option.default is not MISSING else option.default_factory()  # pyright: ignore[reportCallIssue]
 
 
-def options() -> Table:
+def options() -> Sheet:
     """Every option of ``thrift``: its values, and what it is there and in ``paper`` if it is not given."""
     hints = get_type_hints(ThriftConfig)
     usual = [_values(name) for name in ("thrift", "paper")]
@@ -58,7 +57,7 @@ def options() -> Table:
         named = [value for value in get_args(hints[field.name]) if value != "auto"]  # a record names its format
         words = known.get(field.name) or ", ".join(named) or "a whole number of blocks"
         body.append([field.name, words, *(str(row[field.name]) for row in usual)])
-    return ["option", "values", "thrift", "paper"], body
+    return Sheet(("option", "values", "thrift", "paper"), body, left=4)
 
 
 def _values(kind: str) -> dict[str, Any]:
@@ -69,8 +68,4 @@ def _values(kind: str) -> dict[str, Any]:
 
 def markdown() -> str:
     """All of it for the docs."""
-    parts = [" ".join(GRAMMAR)]
-    for head, body in (kinds(), options()):
-        rows = [f"| `{row[0]}` | {' | '.join(row[1:])} |" for row in body]
-        parts.append("\n".join([f"| {' | '.join(head)} |", "|---" * len(head) + "|", *rows]))
-    return "\n\n".join(parts) + "\n"
+    return "\n\n".join([" ".join(GRAMMAR), *(table.markdown(code=True) for table in (kinds(), options()))]) + "\n"

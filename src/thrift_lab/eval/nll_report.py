@@ -1,70 +1,9 @@
-"""Results for people: a table and a plain sentence."""
+"""What the result of `thrift eval nll` says, in sentences."""
 
 from __future__ import annotations
 
-from rich.table import Table
-
 from thrift_lab.eval.methods import ignored_options, looks_ahead
 from thrift_lab.eval.run_nll import NLLRecord, NLLRow, is_fp4
-
-
-def table(result: NLLRecord) -> Table:
-    """The rows of a run as a rich table."""
-    context = result.context
-    size = context["bootstrap"]["block"]
-    drawn = Table(
-        title=f"{context['model']['spec']} on {context['text']['spec']}: {context['windows']} x {context['length']:,} tokens",
-        caption=f"{context['model']['dtype']} on {context['device']}; NLL in nats per token; blocks: share of them in high "
-        f"precision, mass: their share of the softmax; paired bootstrap over blocks of {size} tokens",
-        title_style="bold",
-        caption_style="dim",
-        box=None,
-        padding=(0, 1),
-        header_style="bold",
-    )
-    drawn.add_column("method", overflow="fold", vertical="bottom", min_width=16)
-    for header in ("NLL", "vs fp16", "recovered\n[95% interval]", "blocks", "mass", "seconds"):
-        drawn.add_column(header, justify="right", no_wrap=True, vertical="bottom")
-    for row in result.rows:
-        drawn.add_row(
-            row.method.name,
-            f"{row.nll:.4f}",
-            _or_dash(row.loss, "{:+.4f}"),
-            _recovered(row),
-            _or_dash(row.spent.share if row.spent else None, "{:.1%}"),
-            _or_dash(row.spent.high_mass if row.spent else None, "{:.1%}"),
-            f"{row.seconds:.1f}",
-        )
-    return drawn
-
-
-def markdown(result: NLLRecord) -> str:
-    """The rows of a run as a Markdown table."""
-    lines = ["| method | NLL | vs fp16 | recovered [95% interval] | blocks | mass |", "|---|---|---|---|---|---|"]
-    for row in result.rows:
-        cells = (
-            f"`{row.method.name}`",
-            f"{row.nll:.4f}",
-            _or_dash(row.loss, "{:+.4f}"),
-            " ".join(_recovered(row).split()),
-            _or_dash(row.spent.share if row.spent else None, "{:.1%}"),
-            _or_dash(row.spent.high_mass if row.spent else None, "{:.1%}"),
-        )
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines)
-
-
-def _recovered(row: NLLRow) -> str:
-    if is_fp4(row.method) and row.loss is not None:
-        return "0%" + " " * 11  # by definition
-    if row.recovered is None:
-        return "-"
-    sure = row.recovered_interval
-    return f"{row.recovered:.1%} " + (f"[{sure[0] * 100:3.0f}, {sure[1] * 100:3.0f}]" if sure else "")
-
-
-def _or_dash(value: float | None, form: str) -> str:
-    return "-" if value is None else form.format(value)
 
 
 def notes(result: NLLRecord) -> list[str]:

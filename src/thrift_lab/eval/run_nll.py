@@ -31,6 +31,7 @@ from thrift_lab.eval.texts import Text, load_text
 from thrift_lab.models import Loaded, load_model
 from thrift_lab.provenance import commit, device_name, now, versions
 from thrift_lab.records import Record, digest, load_arrays, pack_arrays
+from thrift_lab.sheet import Sheet
 
 PACKAGES = ("torch", "triton", "transformers", "tokenizers", "numpy", "gguf")
 
@@ -134,6 +135,24 @@ class NLLRecord(Record):
     tokens: np.ndarray[Any, Any] = Field(exclude=True)
     nll: dict[str, np.ndarray[Any, Any]] = Field(exclude=True)
 
+    def table(self) -> Sheet:
+        """See `Record.table`."""
+        context = self.context
+        size = context["bootstrap"]["block"]
+        return Sheet(
+            ("method", "NLL", "vs fp16", "recovered\n[95% interval]", "blocks", "mass", "seconds"),
+            [(*_cells(row), f"{row.seconds:.1f}") for row in self.rows],
+            title=f"{context['model']['spec']} on {context['text']['spec']}: "
+            f"{context['windows']} x {context['length']:,} tokens",
+            caption=f"{context['model']['dtype']} on {context['device']}; NLL in nats per token; blocks: share of them in high "
+            f"precision, mass: their share of the softmax; paired bootstrap over blocks of {size} tokens",
+        )
+
+    def markdown(self) -> str:
+        """See `Record.markdown`; seconds are of the machine, not of the method."""
+        table = self.table()
+        return Sheet(table.head[:-1], [row[:-1] for row in table.rows]).markdown(code=True)
+
     def to_json(self) -> dict[str, Any]:
         """Return plain JSON values; the context lies flat in the file, arrays are beside it."""
         methods = [row.to_dict() for row in self.rows]
@@ -158,6 +177,23 @@ class NLLRecord(Record):
         tokens = arrays.pop("tokens")
         del found["kind"]
         return cls(context=found, rows=rows, tokens=tokens, nll=arrays)
+
+
+def _cells(row: NLLRow) -> tuple[str, ...]:
+    """A row in words, but for its seconds."""
+
+    def or_dash(value: float | None, form: str) -> str:
+        return "-" if value is None else format(value, form)
+
+    recovered = or_dash(row.recovered, ".1%")
+    if row.recovered is not None:
+        sure = row.recovered_interval
+        recovered += " " + (f"[{sure[0] * 100:3.0f}, {sure[1] * 100:3.0f}]" if sure else "")
+    elif is_fp4(row.method) and row.loss is not None:
+        recovered = "0%" + " " * 11  # by definition
+    share, mass = (row.spent.share, row.spent.high_mass) if row.spent else (None, None)
+    loss = or_dash(row.loss, "+.4f")
+    return row.method.name, f"{row.nll:.4f}", loss, recovered, or_dash(share, ".1%"), or_dash(mass, ".1%")
 
 
 def beside(path: Path) -> Path:

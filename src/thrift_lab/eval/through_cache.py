@@ -26,6 +26,7 @@ from thrift_lab.eval.bootstrap import BOOTSTRAP_BLOCK, Interval, between, block_
 from thrift_lab.eval.nll import logits_of, token_nll, windows_of
 from thrift_lab.models import Loaded
 from thrift_lab.records import Record, make_context
+from thrift_lab.sheet import Sheet
 
 
 class Losses(BaseModel):
@@ -91,11 +92,10 @@ class ThroughCacheRecord(Record):
         first = next(x for x in self.rows if x.share is not None)
         return paired(getattr(row, part), getattr(first, part))
 
-    def table(self) -> list[tuple[str, ...]]:
-        """Rows of text, a heading first."""
-        found: list[tuple[str, ...]] = [
-            ("residuals", "nats", "over the first", "95%", "steps", "95%", "KL", "resident", "of 16 bits")
-        ]
+    def table(self) -> Sheet:
+        """See `Record.table`."""
+        head = ("residuals", "nats", "over the first", "95%", "steps", "95%", "KL", "resident", "of 16 bits")
+        found: list[tuple[str, ...]] = []
         for row in self.rows:
             name = "no cache" if row.share is None else f"{row.share:.0%}"
             line = [name, f"{np.mean(row.all):.4f}"]
@@ -105,7 +105,7 @@ class ThroughCacheRecord(Record):
             line.append("-" if row.kl is None else f"{row.kl:.5f}")
             line += ["-" if x is None else f"{x:.1%}" for x in (row.resident_share, row.bytes_of_16_bit)]
             found.append(tuple(line))
-        return found
+        return Sheet(head, found)
 
     def summary(self) -> list[dict[str, Any]]:
         """Each row over the first share."""

@@ -25,6 +25,7 @@ from thrift_lab.eval.residents.emulation import Followed, emulating
 from thrift_lab.eval.residents.rules import Rule
 from thrift_lab.models import Loaded
 from thrift_lab.records import Record, make_context
+from thrift_lab.sheet import Sheet
 
 KL_EVERY = 4
 """Divergence is taken of every fourth token: it costs two products with the output head."""
@@ -65,11 +66,9 @@ class ResidentsRecord(Record):
         """Nats per token of a row with a pass above the first, and their 95% interval (paired bootstrap over 64 tokens)."""
         return paired(row.nll, self.rows[0].nll)
 
-    def table(self) -> list[tuple[str, ...]]:
-        """Rows of text, a heading first."""
-        found: list[tuple[str, ...]] = [
-            ("rule", "residuals", "fetched", "error left", "mass found", "KL", "nats over the first", "95%")
-        ]
+    def table(self) -> Sheet:
+        """See `Record.table`."""
+        found: list[tuple[str, ...]] = []
         for row in self.rows:
             fetched = f"{row.fetched:.2f}" if row.fetched else "-"
             cells = [str(row.rule), f"{row.bytes:.1%}", fetched, f"{row.error:.1%}", f"{row.mass:.1%}", "-", "-", "-"]
@@ -78,7 +77,9 @@ class ResidentsRecord(Record):
                 cells[5:7] = f"{np.mean(row.kl):.5f}", f"{mean:+.4f}"
                 cells[7] = between(limits) or "-"
             found.append(tuple(cells))
-        return found
+        return Sheet(
+            ("rule", "residuals", "fetched", "error left", "mass found", "KL", "nats over the first", "95%"), found
+        )
 
     def summary(self) -> list[dict[str, Any]]:
         """Each row, and over the first where it has a pass of its own."""
