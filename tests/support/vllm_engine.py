@@ -110,7 +110,8 @@ def ask_in_process(environment: dict[str, str] | None = None, **given: Any) -> s
         environment: changes to this process's.
         **given: model, prompts, thrift, options of the engine, and the version that vLLM says it is.
     """
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1]), **(environment or {})}
+    paths = [str(Path(__file__).parents[1]), *filter(None, [os.environ.get("PYTHONPATH")])]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths), **(environment or {})}
     return subprocess.Popen(
         [sys.executable, "-m", "support.ask_vllm", json.dumps(given)],
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment,

@@ -50,12 +50,16 @@ class Server:
     """
 
     def __init__(self, model: str, log: Path):
+        from vllm.platforms import current_platform
+
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             self.port = free.getsockname()[1]
         environment = {**os.environ, ON_CPU: "1", "VLLM_ENABLE_V1_MULTIPROCESSING": "1", "VLLM_LOGGING_LEVEL": "INFO"}
         options = ["--dtype", "float16", "--max-model-len", "512", "--enforce-eager", "--port", str(self.port)]
         options += ["--host", "127.0.0.1", "--additional-config", json.dumps({"thrift": WHOLE})]
+        if not current_platform.is_cpu():
+            options += ["--attention-backend", "CUSTOM", "--gpu-memory-utilization", "0.1"]
         self.log = log
         self.process = subprocess.Popen(
             [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", model, *options],
