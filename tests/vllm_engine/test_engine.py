@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -21,6 +22,30 @@ NOISE = 0.06
 
 def test_every_block_promoted_is_vllms_own_attention(of_thrift: list[Output], of_vllm: list[Output]) -> None:
     check_alike(of_thrift, of_vllm, NOISE, least=0.4)
+
+
+def test_a_gpu_is_given_blocks_of_two_pages() -> None:
+    """On a CPU vLLM does not ask for the size that suits all backends."""
+    from vllm.platforms.interface import Platform
+
+    from thrift_attn.vllm.attention_backend import ThriftBackend
+    from thrift_attn.vllm.tail_ring import TailBackend
+
+    class Layer:
+        def __init__(self, backend: Any):
+            self.get_attn_backend = lambda: backend
+
+    cache = SimpleNamespace(block_size=16, user_specified_block_size=False, kv_cache_dtype_skip_layers=[])
+    model = SimpleNamespace(is_hybrid=False)
+    config: Any = SimpleNamespace(model_config=model, cache_config=cache)
+    for order in ((ThriftBackend, TailBackend), (TailBackend, ThriftBackend)):
+        cache.block_size = 16
+        layers = {str(i): Layer(backend) for i, backend in enumerate(order)}
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr("vllm.config.vllm.get_layers_from_vllm_config", lambda *_, layers=layers: layers)
+            patch.setattr("vllm.config.vllm.set_current_vllm_config", nullcontext)
+            Platform.update_block_size_for_backend(config)
+        assert cache.block_size == 128
 
 
 def test_prefix_hits_are_what_misses_are(model: str, prompts: list[list[int]], of_thrift: list[Output]) -> None:

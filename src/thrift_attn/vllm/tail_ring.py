@@ -19,6 +19,7 @@ from vllm.v1.kv_cache_interface import CircularBufferSpec, KVCacheLayout
 
 from thrift_attn.config import BLOCK, DECODE_ROWS
 from thrift_attn.vllm.page_record import PageRecord
+from thrift_attn.vllm.unserved import PAGE_TOKENS
 
 SUFFIX = ".thrift_tail"
 """Name of a tail behind that of its attention layer."""
@@ -69,8 +70,9 @@ class TailBackend(AttentionBackend):
 
     @staticmethod
     def get_supported_kernel_block_sizes(kv_cache_spec: Any = None) -> list[int | MultipleOf]:
-        """A ring is a whole block."""
-        return [MultipleOf(1)]
+        """A ring is a whole block, and blocks are multiples of two pages: said here too, since vLLM looks for a size that suits
+        all backends of a model."""
+        return [MultipleOf(PAGE_TOKENS)]
 
     @classmethod
     def supported_kv_cache_layouts(cls) -> tuple[KVCacheLayout, ...]:
