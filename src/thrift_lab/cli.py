@@ -32,6 +32,8 @@ try:
     from thrift_lab.eval.reproduce_cli import app as reproduce
     from thrift_lab.extras import missing
     from thrift_lab.serving.serving_cli import quality, speed
+    from thrift_lab.show_cli import app as showing
+    from thrift_lab.show_cli import show
 except ImportError as error:
     raise SystemExit(f"the thrift command needs {error.name}: pip install 'thrift-attn[eval]'") from error
 
@@ -48,6 +50,8 @@ bench.registered_commands += speed.registered_commands
 evals.registered_commands += quality.registered_commands
 app.add_typer(bench, name="bench")
 app.registered_commands += reproduce.registered_commands
+app.registered_commands += showing.registered_commands
+evals.command(hidden=True)(show)  # its old place
 
 BUDGETS = ["0", "0.15"]
 

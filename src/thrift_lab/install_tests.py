@@ -19,7 +19,7 @@ from pathlib import Path
 from thrift_lab.handbook.code_blocks import HUB_ID, blocks, same
 from thrift_lab.handbook.measured import ROOT
 from thrift_lab.records import make_context
-from thrift_lab.run_tests import Step, StepsRecord
+from thrift_lab.run_tests import InstallRecord, Step
 
 
 @dataclass(frozen=True)
@@ -61,15 +61,6 @@ for cell in json.load(open(sys.argv[1]))["cells"]:
     if cell["cell_type"] == "code":
         exec("".join(cell["source"]))
 """
-
-
-class InstallRecord(StepsRecord):
-    """What was found in each environment: a step for each case, in which what ran counts as passed.
-
-    ``sources`` is `digest_of_lines`.
-    """
-
-    kind: str = "install-tests"
 
 
 def digest_of_lines() -> str:

@@ -143,6 +143,19 @@ def read_json(path: Path) -> Any:
         raise ValueError(f"{path} is not JSON: {error}") from error
 
 
+def kind_of(path: Path) -> str | None:
+    """Return the kind that a JSON file says it is of; None where it says nothing, or is no JSON.
+
+    Raises:
+        FileNotFoundError: no such file.
+    """
+    try:
+        found = read_json(path)
+    except ValueError:
+        return None
+    return found.get("kind") if isinstance(found, dict) else None
+
+
 def explain(error: Exception) -> str:
     """Return one line about an error of validation: the first place and what is wrong there."""
     if isinstance(error, ValidationError):

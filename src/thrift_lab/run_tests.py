@@ -18,6 +18,10 @@ from xml.etree import ElementTree
 from pydantic import BaseModel, Field
 
 from thrift_lab.records import Record
+from thrift_lab.sheet import Sheet
+
+COLUMNS = ("step", "passed", "failed", "skipped", "seconds")
+"""What tables tell of a step."""
 
 
 class Step(BaseModel):
@@ -47,12 +51,21 @@ class Step(BaseModel):
         """Whether something ran and all of it passed."""
         return self.passed > 0 and not self.failed and not self.problems
 
+    def cells(self) -> tuple[str, ...]:
+        """Return it as a row under `COLUMNS`."""
+        return self.name, *(f"{x:,}" for x in (self.passed, self.failed, self.skipped)), f"{self.seconds:,.0f}"
+
     def tell(self, indent: str = "") -> None:
         """Print what was found."""
         counts = f"{self.passed} passed, {self.failed} failed, {self.skipped} skipped, {self.seconds} s"
         print(f"{indent}{self.name}: {counts}", flush=True)
         for problem in self.problems:
             print(f"{indent}  {problem}", flush=True)
+
+
+def problems_of(steps: Iterable[Step]) -> str:
+    """Return what went wrong in some steps, a line each."""
+    return "\n".join(f"{step.name}: {problem}" for step in steps for problem in step.problems)
 
 
 class StepsRecord(Record):
@@ -66,6 +79,11 @@ class StepsRecord(Record):
     sources: str = ""
     steps: list[Step] = Field(default_factory=list)
 
+    def table(self) -> Sheet:
+        """See `Record.table`."""
+        bad = {at: "red" for at, step in enumerate(self.steps) if not step.is_green}
+        return Sheet(COLUMNS, [step.cells() for step in self.steps], self.kind, problems_of(self.steps), styles=bad)
+
     def keep(self, path: Path, again: Iterable[str]) -> None:
         """Take over the steps of an earlier record of the same sources.
 
@@ -75,6 +93,15 @@ class StepsRecord(Record):
         """
         if path.exists() and (earlier := type(self).load(path)).sources == self.sources:
             self.steps = [step for step in earlier.steps if step.name not in set(again)]
+
+
+class InstallRecord(StepsRecord):
+    """What was found in the environment of each install line: a step for each, in which what ran counts as passed.
+
+    ``sources`` is `thrift_lab.install_tests.digest_of_lines`.
+    """
+
+    kind: str = "install-tests"
 
 
 class Versions(BaseModel):
@@ -99,6 +126,16 @@ class VersionsRecord(Record):
 
     sources: str = ""
     rows: list[Versions] = Field(default_factory=list)
+
+    def table(self) -> Sheet:
+        """See `Record.table`."""
+        steps = [(row, step) for row in self.rows for step in row.steps]
+        told = [
+            (", ".join(f"{name} {x}" for name, x in row.versions.items() if x), *step.cells()) for row, step in steps
+        ]
+        bad = {at: "red" for at, (_, step) in enumerate(steps) if not step.is_green}
+        problems = problems_of([step for _, step in steps])
+        return Sheet(("versions", *COLUMNS), told, self.kind, problems, left=2, styles=bad)
 
     def run(self, pythons: Sequence[str], packages: Sequence[str], tests: Sequence[str], options: RunOptions) -> bool:
         """Run tests with each Python, and save the record after each.

@@ -51,6 +51,7 @@ class Sheet:
             caption=escape(self.caption) or None,
             title_style="bold",
             caption_style="dim",
+            caption_justify="left",
             box=None,
             padding=(0, 1),
             header_style="bold",

@@ -68,7 +68,7 @@ def test_nll_prints_and_writes(folder: Path, tmp_path: Path) -> None:
     assert [row["name"] for row in json.loads(record.read_text())["methods"]][-1] == "paper:budget=0.2"
     assert record.with_suffix(".npz").is_file()
     assert not picture.exists()
-    again = thrift("eval", "show", str(record), "--methods", "paper", "--markdown")
+    again = thrift("show", str(record), "--methods", "paper", "--markdown")
     assert again.exit_code == 0, again.output
     assert "| `paper:budget=0.2` |" in again.output
     assert "nested" not in again.output

@@ -352,9 +352,9 @@ def plot_record(
 ) -> None:
     """Draw the pictures of a record again."""
     with errors():
-        import json
+        from thrift_lab.records import kind_of
 
-        if json.loads(record.read_text()).get("kind") == "e2e":
+        if kind_of(record) == "e2e":
             from thrift_lab.bench import e2e_plot
             from thrift_lab.bench.e2e_records import ModelRecord
 

@@ -25,6 +25,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from thrift_lab.bench.launches import Case, Launch, launches
 from thrift_lab.records import Record, read_json
+from thrift_lab.sheet import Sheet
 
 SHARED_BYTES = {80: 166912, 89: 101376, 90: 232448, 100: 232448, 120: 101376}
 """Shared memory that one program may have (CUDA programming guide, technical specifications per compute capability)."""
@@ -43,6 +44,10 @@ RENAMED = {
     "levels_kernel": "channel_scales_kernel",
 }
 """Today's names of kernels that were called otherwise in older records."""
+
+
+TOLD = 10
+"""Problems that a table names at most."""
 
 
 class CompiledKernel(BaseModel):
@@ -87,6 +92,21 @@ class CompileRecord(Record):
 
     kind: str = "compile"
     rows: list[CompiledKernel] = Field(default_factory=list)
+
+    def table(self) -> Sheet:
+        """See `Record.table`: a row for each GPU."""
+        found = []
+        for capability in sorted({row.capability for row in self.rows}):
+            rows = [row for row in self.rows if row.capability == capability]
+            green = sum(not row.problems for row in rows)
+            most = (max(getattr(row, name) for row in rows) for name in ("registers", "stack", "shared"))
+            kernels = len({row.kernel for row in rows})
+            found.append((f"sm_{capability}", *(f"{x:,}" for x in (kernels, len(rows), green, *most))))
+        problems = [f"{row.key}: {'; '.join(row.problems)}" for row in self.rows if row.problems]
+        if len(problems) > TOLD:
+            problems[TOLD:] = [f"and {len(problems) - TOLD} more"]
+        head = ("GPU", "kernels", "launches", "green", "most registers", "most spilled bytes", "most shared bytes")
+        return Sheet(head, found, caption="\n".join(problems))
 
 
 def expected(launch: Launch) -> str | None:

@@ -30,6 +30,7 @@ from thrift_lab.bench.check import SLACK_OURS, SLACK_THEIRS, Rounding, attention
 from thrift_lab.bench.inputs import make_inputs
 from thrift_lab.console import Log
 from thrift_lab.records import Record, make_context
+from thrift_lab.sheet import Sheet
 
 Side = Literal["thrift", "FlashAttention-3", "SDPA"]
 
@@ -121,6 +122,19 @@ class CrossoverRecord(Record):
         """
         ours, theirs = self.times(head_dim, "thrift", chunks=chunks), self.times(head_dim, server, chunks=chunks)
         return crossing([(n, ours[n] / theirs[n]) for n in sorted(ours.keys() & theirs.keys())])
+
+    def table(self) -> Sheet:
+        """See `Record.table`: microseconds of each method on each shape, and what follows."""
+        sides: tuple[Side, ...] = get_args(Side)
+        times = {(row.shape, row.side): row.us for row in self.rows}
+        found = []
+        for shape in dict.fromkeys(row.shape for row in self.rows):
+            us = [times.get((shape, side)) for side in sides]
+            best = min((x for x in us[1:] if x), default=None)
+            ratio = f"{best / us[0]:.2f}x" if best and us[0] else ""
+            found.append((str(shape), *("-" if x is None else f"{x:,.1f}" for x in us), ratio))
+        title = f"{self.base_format} on {self.context['machine']['gpu']}: us a call"
+        return Sheet(("shape", *sides, "over exact"), found, title, "\n".join(conclusions(self)))
 
     def head_dims(self) -> list[int]:
         """Head dims in the order of the run."""

@@ -25,6 +25,7 @@ from thrift_lab.console import Log, silent
 from thrift_lab.eval.nll import logits_of
 from thrift_lab.models import Loaded
 from thrift_lab.records import Record, make_context
+from thrift_lab.sheet import Sheet
 
 NEEDLE = " The secret number of the harbour is {number}. "
 QUESTION = "\n\nThe secret number of the harbour is"
@@ -106,6 +107,18 @@ class DecodeRecord(Record):
             f"{len(self.continuations)} texts: KL {self.kl:.4f} nats, same likeliest token {self.same_top:.1%}; "
             f"{len(self.needles)} needles: the plain model finds {self.found_by_plain}, of which the cache loses {self.lost}"
         )
+
+    def table(self) -> Sheet:
+        """See `Record.table`: texts, then needles."""
+        rows: list[tuple[str, ...]] = []
+        for one in self.continuations:
+            same = f"{_mean([float(x) for x in one.same_top]):.1%}"
+            rows.append((f"text from token {one.start:,}", f"{one.prompt:,}", f"{_mean(one.kl):.4f}", same, "", ""))
+        for one in self.needles:
+            found = ("yes" if one.number in said else "no" for said in (one.plain, one.cached))
+            rows.append((f"needle at {one.depth:.0%}", f"{one.prompt:,}", "", "", *found))
+        head = ("", "tokens", "KL", "same likeliest", "plain finds", "cache finds")
+        return Sheet(head, rows, str(self.context.get("model", "")), self.sentence())
 
     def summary(self) -> dict[str, Any]:
         """Means and counts."""

@@ -138,40 +138,6 @@ def list_methods(
 
 
 @app.command()
-def show(
-    record: Annotated[Path, typer.Argument(help="JSON record of `thrift eval nll`.")],
-    methods: Annotated[
-        str, typer.Option(help="Only these at any budget (paper,thrift:compute=16bit); fp16 and fp4 always.")
-    ] = "",
-    markdown: Annotated[bool, typer.Option(help="Print the table as Markdown.")] = False,
-    plot: Annotated[Path | None, typer.Option(help="Draw the picture again.")] = None,
-) -> None:
-    """Print and draw a record again."""
-    with errors():
-        from thrift_lab.eval.dated import in_todays_words
-        from thrift_lab.eval.methods import parse_methods
-        from thrift_lab.eval.run_nll import NLLRecord, is_fp4
-
-        result = NLLRecord.load(record)
-        wanted = parse_methods(methods) if methods else [row.method for row in result.rows]
-        families = {in_todays_words(method.family) for method in wanted}
-        kept = [
-            r
-            for r in result.rows
-            if r.method.config is None or is_fp4(r.method) or in_todays_words(r.method.family) in families
-        ]
-        result = result.model_copy(update={"rows": kept})
-        if markdown:
-            print(result.markdown())
-        else:
-            table_console().print(result.table().drawn())
-        if plot is not None:
-            from thrift_lab.eval.plot import draw
-
-            draw(result, plot)
-
-
-@app.command()
 def decode(
     model: Model = "smollm2-135m",
     text: TextSource = "shakespeare",
@@ -346,8 +312,9 @@ def _written(runs: list[Path], html: Path | None, markdown: Path | None) -> None
     """Write the reports and print what they say."""
     from thrift_lab.eval import page
     from thrift_lab.eval.runs import load_runs
-    from thrift_lab.eval.speed import SPEED_KINDS, kind_of
+    from thrift_lab.eval.speed import SPEED_KINDS
     from thrift_lab.provenance import write_files
+    from thrift_lab.records import kind_of
 
     loaded, benches = (
         load_runs(runs),

@@ -2,8 +2,25 @@
 
 from __future__ import annotations
 
-from thrift_lab.eval.methods import ignored_options, looks_ahead
+from thrift_lab.eval.dated import in_todays_words
+from thrift_lab.eval.methods import ignored_options, looks_ahead, parse_methods
 from thrift_lab.eval.run_nll import NLLRecord, NLLRow, is_fp4
+
+
+def only(result: NLLRecord, methods: str) -> NLLRecord:
+    """Return a record with some methods alone, at any budget; ``fp16`` and ``fp4`` stay.
+
+    Args:
+        result: the record.
+        methods: as in `thrift_lab.eval.methods.parse_methods`, by the names that options have today.
+    """
+    families = {in_todays_words(method.family) for method in parse_methods(methods)}
+    kept = [
+        row
+        for row in result.rows
+        if row.method.config is None or is_fp4(row.method) or in_todays_words(row.method.family) in families
+    ]
+    return result.model_copy(update={"rows": kept})
 
 
 def notes(result: NLLRecord) -> list[str]:

@@ -12,10 +12,10 @@ import numpy as np
 from thrift_lab.eval.bootstrap import BOOTSTRAP_BLOCK
 from thrift_lab.eval.methods import from_description
 from thrift_lab.eval.run_nll import NLLRecord
-from thrift_lab.eval.speed import SPEED_KINDS, kind_of
+from thrift_lab.eval.speed import SPEED_KINDS
 from thrift_lab.eval.suite_folder import Folder, SuitePlan
 from thrift_lab.eval.summary import summarise
-from thrift_lab.records import MARK
+from thrift_lab.records import MARK, kind_of
 
 Row = dict[str, Any]
 

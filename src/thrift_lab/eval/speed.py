@@ -64,15 +64,6 @@ class Shape:
         return None if mine is None or base is None else mine / base
 
 
-def kind_of(path: Path) -> str | None:
-    """Return the kind that a JSON file says it is, or None."""
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError:
-        return None
-    return found.get("kind") if isinstance(found, dict) else None
-
-
 def _about(path: Path, found: dict[str, Any]) -> dict[str, str]:
     context = found["context"]
     return {

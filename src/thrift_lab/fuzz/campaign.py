@@ -24,6 +24,7 @@ from thrift_lab.fuzz.machine import Machine
 from thrift_lab.fuzz.settings import Setting
 from thrift_lab.provenance import digest_of_sources
 from thrift_lab.records import Record, make_context
+from thrift_lab.sheet import Sheet
 
 ROOMS = ("cache", "reference")
 """Folders of ``thrift_attn`` whose sources a record of a CPU speaks for."""
@@ -61,6 +62,16 @@ class FuzzRecord(Record):
     counts: dict[str, int] = Field(default_factory=dict)
     findings: list[Found] = Field(default_factory=list)
     seconds: float = 0.0
+
+    def table(self) -> Sheet:
+        """See `Record.table`: how often each operation was done."""
+        found = [f"episode {one.episode}: {one.what.splitlines()[0]}" for one in self.findings]
+        return Sheet(
+            ("operation", "done"),
+            [(name, f"{count:,}") for name, count in self.counts.items()],
+            f"{self.operations:,} operations and {self.interrupts:,} interrupts in {self.episodes:,} episodes",
+            "\n".join(found) or "nothing found",
+        )
 
 
 class Episode(NamedTuple):
