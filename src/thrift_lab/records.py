@@ -92,7 +92,7 @@ class Record(BaseModel):
         Raises:
             NotImplementedError: a class that has no table.
         """
-        raise NotImplementedError(f"records of kind {self.kind!r} have no table")
+        raise NotImplementedError(f"records of kind {self.kind!r} have no table as text")
 
     def markdown(self) -> str:
         """Return the same as Markdown."""

@@ -5,11 +5,15 @@ from __future__ import annotations
 import ast
 from pathlib import Path
 
+import numpy as np
 import pytest
 from typer.testing import CliRunner, Result
 
 import thrift_lab
 from thrift_lab import cli
+from thrift_lab.serving.engine_jobs import METHODS
+from thrift_lab.serving.serve_records import Cell, ServeRecord, ServeRow
+from thrift_lab.serving.served_nll import ServedRecord
 from thrift_lab.show_cli import classes
 
 RESULTS = Path(__file__).parents[2] / "benchmarks" / "results"
@@ -49,6 +53,21 @@ def test_a_record_is_shown_whatever_its_kind(record: str, told: tuple[str, ...])
     assert result.exit_code == 0, result.output
     for words in told:
         assert words in result.output
+
+
+def test_records_of_serving_are_shown(tmp_path: Path) -> None:
+    served = ServedRecord(context={"commit": "abc", "settings": {"model": "m", "length": 129, "texts": ["letters"]}})
+    for at, method in enumerate(METHODS):
+        served.add(method, np.full((1, 128), 2.0 + at), 1.0)
+    served.save(tmp_path / "served.json")
+    assert "letters" in show(tmp_path / "served.json").output
+    assert "+2.0000" in show(tmp_path / "served.json").output
+    told = show(tmp_path / "served.json", "--markdown")
+    assert (told.exit_code, "have no table as text" in told.stderr) == (2, True)
+    settings = {"model": "m", "lengths": [8192], "methods": ["thrift"]}
+    row = ServeRow(cell=Cell("thrift", 8192, "single", 0), status="timed", step_ms=[1.5], kv_tokens=9000)
+    ServeRecord(context={"settings": settings, "machine": {"gpu": "a GPU"}}, rows=[row]).save(tmp_path / "serve.json")
+    assert "1.50" in show(tmp_path / "serve.json").output
 
 
 def test_markdown_is_printed_and_methods_are_chosen() -> None:
