@@ -11,7 +11,8 @@ import torch
 
 from support.device import DEVICE
 from support.kernel_caches import PROMOTES_FEW, both, check, make, query, tokens
-from support.steps import cache_tensors, numerics_of, poisoned_step
+from support.paged import keep_some, make_cache
+from support.steps import cache_tensors, numerics_of, poisoned_step, residents_of
 from thrift_attn import fraction, top_k
 from thrift_attn.cache import PagedThriftCache
 from thrift_attn.config import ThriftConfig
@@ -129,6 +130,52 @@ def test_a_step_beyond_the_page_table_writes_nothing():
     assert state.overrun.tolist() == [1]
     assert cache.lengths.tolist() == [127]
     assert not cache.pool.base[1:].any()
+
+
+def test_a_length_beyond_the_page_table_writes_into_nothing_else():
+    """Scores, lists and past mass have room for the blocks of the table: what lies behind them belongs to others."""
+    held = keep_some(make_cache([64 * 3 + 9], 1, 64), 0.5)
+    page_table = held.page_table[:, :2].contiguous()
+    residents = residents_of(held.residents.slot_of_page, 1, 2)
+    tensors_of = {"base": held.base, "high": held.high, "tail": held.tail, "rings": held.rings, "residents": residents}
+    cache = cache_tensors(held.centres, page_table, held.lengths + 64 * 70, **tensors_of)
+    step = poisoned_step(query(2, heads=2), cache, numerics_of(sink_token="none"), splits=3, scale=0.125)
+    room, written = 200, {}
+    for name in ("bias", "scores", "first_scores", "score_lse", "block_indices", "block_counts", "partial_out", "partial_lse"):
+        old = getattr(step, name)
+        flat = torch.full((old.numel() + room,), 7, dtype=old.dtype, device=DEVICE)
+        written[name] = flat
+        step = dataclasses.replace(step, **{name: flat[: old.numel()].view(old.shape)})
+    for launch in ops.step_kernels(step).values():
+        launch()
+    for name, flat in written.items():
+        assert (flat[-room:] == 7).all(), name
+        assert (flat[:-room] != 7).any(), name
+    others = [page for page in range(len(residents.past_mass)) if page not in page_table.tolist()[0]]
+    assert others
+    assert not residents.past_mass[others].any()
+
+
+@pytest.mark.parametrize("name", ["page_table", "lengths", "rings", "budget", "slots", "bounds", "quota", "past_mass"])
+def test_tables_that_kernels_take_for_contiguous_are_refused_where_they_are_not(name):
+    held = keep_some(make_cache([130, 70], 1, 64), 0.5)
+    residents = residents_of(held.residents.slot_of_page, 2, held.page_table.shape[1])
+    cache = cache_tensors(held.centres, held.page_table, held.lengths, residents=residents)
+    owner = residents if hasattr(residents, name) else cache
+    x = getattr(owner, name)
+
+    def changed(table):
+        new = dataclasses.replace(owner, **{name: table})
+        return new if owner is cache else dataclasses.replace(cache, residents=new)
+
+    changed(x.clone()).check_beside(2, 64)
+    wide = torch.stack([x, x], -1)[..., 0]  # the same numbers with others between them
+    assert torch.equal(wide, x)
+    with pytest.raises(ValueError, match=f"contiguous.*{name}|{name}.*contiguous"):
+        changed(wide).check_beside(2, 64)
+    if name != "past_mass":
+        with pytest.raises(TypeError, match=f"{name} of int32"):
+            changed(x.long()).check_beside(2, 64)
 
 
 @pytest.mark.parametrize("scale", [1.0, 1e-4])

@@ -192,6 +192,29 @@ def test_a_step_writes_where_it_is_told_and_nowhere_else() -> None:
     assert (lse[2:] == -torch.inf).all()
 
 
+def test_a_sequence_with_more_rows_than_was_said_is_left_out() -> None:
+    """Only the device knows its rows: nothing is appended, the flag is set, and its answers say that there are none."""
+    cache, k, v = filled("nested")
+    tensors = engine(cache.tensors())
+    q = query(3, batch=2, heads=2)
+    alone, starts = packed(q[0][:, :0], q[1][:, :1])
+    want, want_lse = ops.attend(alone, tensors, cache.numerics, scale=0.125, starts=starts, most=1)
+    rows, starts = packed(q[0], q[1][:, :1])
+    got, got_lse = ops.attend(rows, tensors, cache.numerics, scale=0.125, starts=starts, most=1)
+    assert not got[:3].any()
+    assert (got_lse[:3] == -torch.inf).all()
+    assert torch.equal(got[3:], want)
+    assert torch.equal(got_lse[3:], want_lse)
+    before, lengths = tensors.tail.clone(), tensors.lengths.tolist()
+    new, starts = packed(k[0, :, 126:129], k[1, :, 62:63])
+    ops.append(new, new, tensors, cache.numerics, starts=starts, most=1)
+    assert tensors.overrun.tolist() == [1]
+    assert tensors.lengths.tolist() == [lengths[0], lengths[1] + 1]
+    own, other = (tensors.rings.tolist()[seq] for seq in (0, 1))
+    assert torch.equal(tensors.tail[own], before[own])
+    assert not torch.equal(tensors.tail[other], before[other])
+
+
 def test_rows_and_extras_that_do_not_fit_are_refused() -> None:
     cache, k, v = filled("nested")
     tensors = engine(cache.tensors())

@@ -38,7 +38,8 @@ def write_tail(
             ``pages`` has a page for, below 0 for none.
         counts: int32 ``[B]``, how many of the T tokens each sequence takes; all by default.
         starts: int32 ``[B + 1]``, contiguous: the first token of each sequence and the end of the last, where they are packed.
-        most: T, the most tokens of a sequence, where they are packed.
+        most: T, the most tokens of a sequence, where they are packed. One that has more is left as it is, and
+            `CacheTensors.overrun` is set.
 
     Raises:
         ValueError: more tokens than one step may bring, or shapes and strides that do not fit.

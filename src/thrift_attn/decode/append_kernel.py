@@ -75,7 +75,7 @@ def write_tail_kernel(
     numbers_ptr,  # int32 [B]: the number of that block in its sequence
     starts_ptr,  # int32 [B + 1], with PACKED: the first token of each sequence
     counts_ptr,  # int32 [B]: how many of the T tokens each sequence takes, with RAGGED
-    overrun_ptr,  # int32 [1], set where a sequence has no page for the block that it would complete
+    overrun_ptr,  # int32 [1], set where a sequence has no page for the block that it would complete, or brings too many tokens
     slots_of_new_ptr,  # int32 [B, Hkv], with POOLED: the slot for the residual of the block of that page, or -1
     slot_of_page_ptr,  # int32 [pages, Hkv]
     block_of_slot_ptr,  # int32 [slots, Hkv]
@@ -113,12 +113,14 @@ def write_tail_kernel(
     if RAGGED:
         count = tl.load(counts_ptr + b)
     ring = tail_ptr + tl.load(rings_ptr + b).to(tl.int64) * TAIL_RING
-    # At most 64 tokens complete at most one block: the one that held the old end. Where it has no page, nothing is written or
-    # counted, so that the sequence stays what it was.
+    # At most 64 tokens complete at most one block: the one that held the old end. Where it has no page, or where more tokens
+    # come than the caller said, nothing is written or counted, so that the sequence stays what it was.
+    fits = (count >= 0) & (count <= tokens)
+    count = tl.where(fits, count, 0)
     entry = length // 64
     full = (length % 64 + count) >= 64
     page = tl.load(page_table_ptr + b.to(tl.int64) * blocks + entry, mask=full & (entry < blocks), other=-1)
-    lost = tl.where(full, page, 0) < 0
+    lost = (tl.where(full, page, 0) < 0) | ~fits
     kept = tl.where(lost, 0, count)
     d = tl.arange(0, DP)[None, :]
     for start in range(0, count * HKV, ROWS):

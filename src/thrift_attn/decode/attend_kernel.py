@@ -125,15 +125,15 @@ def attend_split_kernel(
     # Lengths and scales come from a kernel of this chain, so not from an L1 line of its last replay. Queries are written by an
     # ordinary launch before it.
     length = tl.load(lengths_ptr + b, cache_modifier=".cg")
-    query, tq = rows_of(starts_ptr, b, tq, PACKED)
-    length = length_seen(length, tq, PACKED)
+    query, new = rows_of(starts_ptr, b, tq, PACKED)
+    length = length_seen(length, new, tq, blocks, PACKED)
     if split >= length // 64 + 4:  # neither a block nor a step of the incomplete one is left for it
         return
     scales_of = h if FIXED else bh
 
     # -- queries, scaled by a power of two such that the largest uses the range of fp16 --
     q_start = q_ptr + b.to(tl.int64) * stride_qb + query * stride_qt + (h * GROUP).to(tl.int64) * stride_qh
-    given = load_queries(q_start, rows, stride_qh, stride_qt, tq, GROUP, N, CHUNKS)
+    given = load_queries(q_start, rows, stride_qh, stride_qt, new, GROUP, N, CHUNKS)
     if SCALED:
         given = over_scales(given, k_channel_scale_ptr + scales_of.to(tl.int64) * D, N, CHUNKS)
     largest = 0.0
@@ -149,7 +149,7 @@ def attend_split_kernel(
         queries = queries + (query_operand((given[i].to(tl.float32) * up).to(tl.float16), CHUNKS[i][1], N),)
 
     column = rows + tl.arange(0, N)
-    position = length - tq + column // GROUP  # [N]
+    position = length - new + column // GROUP  # [N]
     first = tl.zeros([N], tl.int32)
     if WINDOW:
         first = position - window + 1
@@ -250,7 +250,7 @@ def attend_split_kernel(
         s0, s1, s2, s3, left = cap_block(s0, s1, s2, s3, factor, CAP)
         if MASKED:
             start = block * 64
-            if (start + 64 > length - tq + 1) | (start < length - window):
+            if (start + 64 > length - new + 1) | (start < length - window):
                 s0, s1, s2, s3 = hide_block(s0, s1, s2, s3, start + token, position, first)
         p0, p1, p2, p3, m, total, decay = softmax_step(s0, s1, s2, s3, left, m, total)
         b0, b1, b2, b3 = operands(p0, p1, p2, p3, N, tl.float16, 4, PORTABLE)
@@ -262,7 +262,7 @@ def attend_split_kernel(
 
     # -- 16-bit data, which knows no scales: V has its own unit from here on, and the queries are read again --
     rows = again(rows, PORTABLE)
-    given = load_queries(q_start, rows, stride_qh, stride_qt, tq, GROUP, N, CHUNKS)
+    given = load_queries(q_start, rows, stride_qh, stride_qt, new, GROUP, N, CHUNKS)
     raw = ()
     for i in tl.static_range(PIECES):
         raw = raw + (split_query_operand(given[i], CHUNKS[i][1], N),)
@@ -342,7 +342,7 @@ def attend_split_kernel(
     seen = row_sum > 0
     norm = 1.0 / tl.where(seen, row_sum, 1.0)
     o_start = (bh.to(tl.int64) * num_splits + split) * RP
-    inside = column < GROUP * tq
+    inside = column < GROUP * new
     for j in tl.static_range(PIECES):
         d = CHUNKS[j][0] * 16 + tl.arange(0, 16 * CHUNKS[j][1])
         at_out = (o_start + column[None, :]) * D + d[:, None]

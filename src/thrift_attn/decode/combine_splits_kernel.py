@@ -89,7 +89,7 @@ def combine_splits_kernel(
     b = bh // HKV
     query, rows = rows_of(starts_ptr, b, tq, PACKED)
     # Written before the splits began, perhaps by a kernel of this chain: not from an L1 line of its last replay.
-    length = length_seen(tl.load(lengths_ptr + b, cache_modifier=".cg"), rows, PACKED)
+    length = length_seen(tl.load(lengths_ptr + b, cache_modifier=".cg"), rows, tq, blocks, PACKED)
     if POOLED:  # noqa: SIM102  (a constant: what is inside is not compiled without)
         if row == GROUP * tq:
             _add_mass(

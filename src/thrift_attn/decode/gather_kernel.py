@@ -6,6 +6,7 @@ import triton
 import triton.language as tl
 
 from thrift_attn.decode.fragments import page_at, place_in_ring, quarter_bits
+from thrift_attn.decode.packed_rows import length_seen
 from thrift_attn.kernels.powers_of_two import inverse
 
 
@@ -92,7 +93,7 @@ def gather_pages_kernel(
     block = first + tl.program_id(0)
     t = tl.program_id(1)  # tile
     b, h = tl.program_id(2) // HKV, tl.program_id(2) % HKV
-    length = tl.load(lengths_ptr + b)
+    length = length_seen(tl.load(lengths_ptr + b), 0, 0, blocks, False)
     a = tl.arange(0, 8)[:, None, None, None]
     q = tl.arange(0, 4)[None, :, None, None]
     s = tl.arange(0, 2)[None, None, :, None]

@@ -56,7 +56,8 @@ def begin_step(
     """Return one step of decode with room for what its kernels write; see `DecodeStep` for the arguments.
 
     Args:
-        most: the most queries of a sequence where they are packed, that is, there are ``starts``.
+        most: the most queries of a sequence where they are packed, that is, there are ``starts``; the rows of one that has more
+            are not computed.
         out: where the output goes; by default a new tensor, in which rows of no sequence are 0.
     """
     check_starts(q, starts, len(cache.lengths))

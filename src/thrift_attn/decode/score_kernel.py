@@ -67,8 +67,8 @@ def block_scores_kernel(
     b = bh // HKV
     h = bh % HKV
     block = tl.program_id(0) * BM + tl.arange(0, BM)
-    query, tq = rows_of(starts_ptr, b, tq, PACKED)
-    full = length_seen(tl.load(lengths_ptr + b), tq, PACKED) // 64  # complete blocks
+    query, rows = rows_of(starts_ptr, b, tq, PACKED)
+    full = length_seen(tl.load(lengths_ptr + b), rows, tq, blocks, PACKED) // 64  # complete blocks
     # Page numbers do not wait for the length, what stands behind its end is not used; of a wide table that would be too much.
     known = full if WIDE else blocks
     page = tl.load(page_table_ptr + b.to(tl.int64) * blocks + block, mask=block < known, other=0)
@@ -90,7 +90,7 @@ def block_scores_kernel(
         for first in tl.static_range(0, RP, N):
             row = first + tl.arange(0, N)
             at = row // GROUP * stride_qt + row % GROUP * stride_qh
-            inside = row < GROUP * tq
+            inside = row < GROUP * rows
             q = tl.load(q_start + at[None, :] + d[:, None], mask=inside[None, :] & (d < D)[:, None], other=0.0)
             s = dot(mean, q, PORTABLE) * scale  # [BM, N]
             bias_at = (bh.to(tl.int64) * blocks + block)[:, None] * RP + row[None, :]

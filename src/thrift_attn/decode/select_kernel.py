@@ -132,9 +132,9 @@ def select_blocks_kernel(
     bh = tl.program_id(0)
     b = bh // HKV
     length = tl.load(lengths_ptr + b, cache_modifier=".cg")  # not from an L1 line of the last replay of this chain
-    _query, tq = rows_of(starts_ptr, b, tq, PACKED)
-    length = length_seen(length, tq, PACKED)
-    start, full, total, listed = _blocks_listed(length, tq, window, WINDOW)
+    _query, rows = rows_of(starts_ptr, b, tq, PACKED)
+    length = length_seen(length, rows, tq, blocks, PACKED)
+    start, full, total, listed = _blocks_listed(length, rows, window, WINDOW)
     if SHORT < PAD:  # noqa: SIM102  (a constant: what is inside is not compiled without)
         if full <= SHORT:
             _choose(
@@ -175,9 +175,9 @@ def select_many_blocks_kernel(
     bh = tl.program_id(0)
     b = bh // HKV
     length = tl.load(lengths_ptr + b, cache_modifier=".cg")
-    _query, tq = rows_of(starts_ptr, b, tq, PACKED)
-    length = length_seen(length, tq, PACKED)
-    start, full, total, listed = _blocks_listed(length, tq, window, WINDOW)
+    _query, rows = rows_of(starts_ptr, b, tq, PACKED)
+    length = length_seen(length, rows, tq, blocks, PACKED)
+    start, full, total, listed = _blocks_listed(length, rows, window, WINDOW)
     wanted = tl.minimum(tl.maximum(tl.load(budget_ptr + listed), 0), listed)
     begin = start // CHUNK * CHUNK
     pages = page_table_ptr + b.to(tl.int64) * blocks

@@ -47,11 +47,12 @@ class ResidentTensors:
     where both directions agree: its page names a slot, and the slot names the block.
 
     Args:
-        slot_of_page: int32 ``[pages, Hkv]``, the slot of the block in a page, below 0 where there is none.
+        slot_of_page: int32 ``[pages, Hkv]``, contiguous like all of these: the slot of the block in a page, below 0 where there
+            is none.
         block_of_slot: int32 ``[slots, Hkv]``, the number of the block in a slot in its sequence, below 0 where there is none.
         past_mass: float32 ``[pages, Hkv]``, the attention that the block in a page has had.
-        slots: int32 ``[B, W]``, contiguous: the slots of each sequence, shared ones first.
-        bounds: int32 ``[B, 3]``, contiguous, of each sequence: its shared slots, all its slots, its shared blocks.
+        slots: int32 ``[B, W]``: the slots of each sequence, shared ones first.
+        bounds: int32 ``[B, 3]``, of each sequence: its shared slots, all its slots, its shared blocks.
         quota: int32 ``[NB + 1]``, residents of a sequence by its complete blocks.
     """
 
@@ -81,10 +82,12 @@ class CacheTensors:
             ``[pages, Hkv, D]``, in the row of that block's page. Contiguous in D.
         sink_value: V of the first token, with the shape and strides of ``block0_mean``.
         page_table: int32 ``[B, NB]``, contiguous: the page of each block, below 0 where there is none.
-        lengths: int32 ``[B]``: tokens of each sequence.
-        budget: int32 ``[NB + 1]``: how many blocks to promote where so many complete ones are seen
+        lengths: int32 ``[B]``, contiguous: tokens of each sequence. What is more than the page table and an incomplete block
+            hold is not read.
+        budget: int32 ``[NB + 1]``, contiguous: how many blocks to promote where so many complete ones are seen
             (`thrift_attn.reference.budget.promoted_in_decode`).
-        overrun: int32 ``[1]``, 1 after a step for which a sequence had no page; what that step brought is lost.
+        overrun: int32 ``[1]``, 1 after a step for which a sequence had no page, or that brought it more tokens than was said;
+            what that step brought is lost.
         k_channel_scale: float32 ``[B, Hkv, D]``, contiguous, powers of two that K is multiplied by when it is packed to 4 bits,
             and Q divided by; written with the first block of a sequence. ``[Hkv, D]`` for one set of all sequences, which is
             never written. None for neither K nor V.
@@ -139,8 +142,36 @@ class CacheTensors:
         """Whether all sequences have one set of scales, which is not taken from their first blocks."""
         return self.k_channel_scale is not None and self.k_channel_scale.ndim == 2
 
+    def _tables(self, batch: int) -> dict[str, tuple[Tensor, tuple[int, ...]]]:
+        """Tables of integers by name, which kernels take for contiguous, and the shape each must begin with."""
+        found = {
+            "page_table": (self.page_table, (batch,)),
+            "lengths": (self.lengths, (batch,)),
+            "rings": (self.rings, (batch,)),
+            "budget": (self.budget, ()),
+        }
+        if (residents := self.residents) is not None:
+            heads = (self.kv_heads,)
+            found |= {
+                "slot_of_page": (residents.slot_of_page, (len(residents.past_mass), *heads)),
+                "block_of_slot": (residents.block_of_slot, (len(residents.block_of_slot), *heads)),
+                "slots": (residents.slots, (batch,)),
+                "bounds": (residents.bounds, (batch, 3)),
+                "quota": (residents.quota, (self.max_blocks + 1,)),
+            }
+        return found
+
     def check_beside(self, batch: int, dim: int) -> None:
-        """Raise ValueError unless what does not lie in planes fits so many sequences of this head dim."""
+        """Raise ValueError, or TypeError for the type of a table, unless what does not lie in planes fits so many sequences of
+        this head dim."""
+        for name, (table, want) in self._tables(batch).items():
+            if table.dtype != torch.int32:
+                raise TypeError(f"expected {name} of int32, got {table.dtype}")
+            if table.shape[: len(want)] != want or not table.is_contiguous():
+                shape = ", ".join(map(str, want)) + ", ..." * (table.ndim > len(want))
+                raise ValueError(f"expected contiguous {name} [{shape}], got {list(table.shape)} with strides {table.stride()}")
+        if self.residents is not None and not self.residents.past_mass.is_contiguous():
+            raise ValueError(f"past_mass must be contiguous, got strides {self.residents.past_mass.stride()}")
         rows, heads = len(self.base) if self.first_in_page else batch, self.kv_heads
         first, value = self.block0_mean, self.sink_value
         if first.shape[1:] != (heads, dim) or len(first) < rows or value.stride() != first.stride():
@@ -168,8 +199,6 @@ class CacheTensors:
             shape = f"[rings, 2, {self.kv_heads}, R, {dim}]"
             raise ValueError(f"expected a tail {shape} with R of at least {BLOCK}, got {list(tail.shape)}")
         check_rows(tail=tail)
-        if self.rings.shape != (batch,) or not self.rings.is_contiguous():
-            raise ValueError(f"expected contiguous rings [{batch}], got {list(self.rings.shape)}")
 
     @property
     def max_blocks(self) -> int:
@@ -209,7 +238,8 @@ class DecodeStep:
     Args:
         q: queries ``[B, Hq, Tq, D]``, 16-bit, contiguous in D; query i of a sequence sits at position length - Tq + i. With
             ``starts`` packed, ``[tokens, Hq, D]``.
-        tq: Tq; with ``starts`` the most queries of a sequence.
+        tq: Tq; with ``starts`` the most queries of a sequence. For one that has more nothing is read: its rows are 0 and -inf,
+            or are not written.
         starts: int32 ``[B + 1]``, contiguous: the first query of each sequence and the end of the last. A sequence may have no
             query: then nothing is read or written for it. None: queries are not packed.
         cache: the tensors of the cache.
