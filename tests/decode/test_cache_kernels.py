@@ -185,7 +185,7 @@ def test_operators_are_registered_properly():
     cache = make("triton", heads=1)
     cache.append(k, v)
     tensors, storage = cache.tensors(), ops._storage(cache.numerics)
-    torch.library.opcheck(ops.attend_cache, (query(), *ops._flat(tensors), storage, False, 0.125, None, None))
+    torch.library.opcheck(ops.attend_cache, (query(), *ops._flat(tensors), storage, False, False, 0.125, None, None))
     step = (k[:, :, :3], v[:, :, :3], *ops._flat(tensors), storage, False)
     torch.library.opcheck(ops.append_step, step, test_utils="test_schema")
 

@@ -122,3 +122,44 @@ def test_the_search_of_the_selection_is_one_loop(pad: int, warps: int, capabilit
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
     assert int(done.stdout) == (pad // 32 // warps).bit_length()
+
+
+_EACH = """
+import importlib, json, sys
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from thrift_lab.bench.compile import _sections, _usage
+from thrift_lab.bench.launches import Case, launches
+
+dim, capability, options, call = json.loads(sys.argv[1])
+(launch,) = [x for x in launches(Case("", "decode", dim, options, call), capability) if x.kernel == "attend_each_kernel"]
+function = getattr(importlib.import_module(launch.module), launch.kernel)
+kernel = triton.compile(
+    ASTSource(function, launch.signature, launch.constants, launch.attributes),
+    target=GPUTarget("cuda", capability, 32),
+    options=launch.options,
+)
+before, *_ = kernel.asm["ptx"].split("griddepcontrol.wait")
+print(json.dumps(dict(stack=_usage(_sections(kernel.asm["cubin"]))[1], early=before.count("ld.global.cg.v4"))))
+"""
+
+
+@pytest.mark.parametrize(
+    ("dim", "capability", "options", "call"),
+    [
+        (64, 80, {}, {}), (128, 90, {}, {}), (128, 100, {"promoted_storage": "nested8"}, {"tq": 4}),
+        (128, 90, {"budget": 1.0}, {"window": 200, "softcap": 20.0}), (80, 120, {}, {}),
+    ],
+)  # fmt: skip
+def test_a_program_for_each_block_has_it_before_the_scores(
+    dim: int, capability: int, options: dict, call: dict
+) -> None:
+    environment = {**os.environ, "TRITON_INTERPRET": "0"}
+    command = [sys.executable, "-c", _EACH, json.dumps([dim, capability, options, {**call, "pages": 40}])]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    facts = json.loads(done.stdout.splitlines()[-1])
+    assert facts["stack"] == 0, facts
+    if capability >= 90 and "budget" not in options:
+        assert facts["early"] >= 2 * (dim // 16)

@@ -141,7 +141,16 @@ def test_a_length_beyond_the_page_table_writes_into_nothing_else():
     cache = cache_tensors(held.centres, page_table, held.lengths + 64 * 70, **tensors_of)
     step = poisoned_step(query(2, heads=2), cache, numerics_of(sink_token="none"), splits=3, scale=0.125)
     room, written = 200, {}
-    for name in ("bias", "scores", "first_scores", "score_lse", "block_indices", "block_counts", "partial_out", "partial_lse"):
+    for name in (
+        "bias",
+        "scores",
+        "first_scores",
+        "score_lse",
+        "block_indices",
+        "block_counts",
+        "partial_out",
+        "partial_lse",
+    ):
         old = getattr(step, name)
         flat = torch.full((old.numel() + room,), 7, dtype=old.dtype, device=DEVICE)
         written[name] = flat

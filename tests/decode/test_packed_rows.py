@@ -194,7 +194,7 @@ def test_a_step_writes_where_it_is_told_and_nowhere_else() -> None:
 
 def test_a_sequence_with_more_rows_than_was_said_is_left_out() -> None:
     """Only the device knows its rows: nothing is appended, the flag is set, and its answers say that there are none."""
-    cache, k, v = filled("nested")
+    cache, k, _ = filled("nested")
     tensors = engine(cache.tensors())
     q = query(3, batch=2, heads=2)
     alone, starts = packed(q[0][:, :0], q[1][:, :1])

@@ -36,10 +36,11 @@ def cache_tensors(k_block_mean, page_table, lengths, *, budget=None, block0_mean
 
 def poisoned_step(
     q, cache: CacheTensors, numerics: DecodeNumerics, *, splits=1, scale=1.0, window=None, softcap=None,
-    starts=None, most=1,
+    starts=None, most=1, one_each=False,
 ) -> DecodeStep:  # fmt: skip
     batch, heads, dim, tq = len(cache.lengths), q.shape[1], q.shape[-1], q.shape[2] if starts is None else most
     kv_heads, capacity = cache.kv_heads, cache.max_blocks
+    splits = capacity if one_each else splits
     rows, pooled = padded_rows(heads // kv_heads, tq), cache.residents is not None
 
     def poison(*shape, dtype=torch.float32):
@@ -57,6 +58,7 @@ def poisoned_step(
         window=window,
         softcap=softcap,
         overlap=False,
+        one_each=one_each,
         bias=poison(batch, kv_heads, capacity, rows),
         scores=scores,
         first_scores=scores if tq == 1 else poison(batch, kv_heads, capacity),

@@ -117,7 +117,8 @@ class PagedThriftCache(CacheSequences):
             batch, kv_heads, head_dim, scaled=self.numerics.channel_scales, dtype=dtype, device=device
         )
         self._tail_blocks = [[-1, -1] for _ in range(batch)]  # by sequence: the block in each half of its ring
-        self.budget = decode_budget(config.budget, max_pages).to(device)  # by the number of complete blocks
+        budget = decode_budget(config.budget, max_pages)  # by the number of complete blocks
+        self.budget, self._promotes_all = budget.to(device), torch.equal(budget, torch.arange(max_pages + 1).int())
         self.overrun = torch.zeros(
             1, dtype=torch.int32, device=device
         )  # set by a step for which a sequence had no page
@@ -401,6 +402,7 @@ class PagedThriftCache(CacheSequences):
             budget=self.budget,
             overrun=self.overrun,
             residents=None if self.residual_slots is None else self.residual_slots.tensors,
+            promotes_all=self._promotes_all,
             **self.per_sequence._asdict(),
         )
 

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+import triton
+
+from thrift_attn.decode.attend_each_kernel import attend_each_kernel
 from thrift_attn.decode.attend_kernel import attend_split_kernel
 from thrift_attn.decode.tensors import DecodeStep, padded_queries, row_strides
 from thrift_attn.dispatch import interpreted
@@ -57,6 +60,19 @@ SINGLE_BLOCKS = 128
 """Up to so many blocks of a sequence are attended by one program each."""
 
 
+def a_program_each(max_blocks: int, batch: int, kv_heads: int, row_tiles: int, max_programs: int) -> bool:
+    """Whether all blocks of a step get a program of their own that finds out what to do with it, and all run at a time.
+
+    Args:
+        max_blocks: see `choose_splits`.
+        batch: likewise.
+        kv_heads: likewise.
+        row_tiles: likewise.
+        max_programs: likewise, with the programs of `tuning_each`.
+    """
+    return max_blocks <= SINGLE_BLOCKS and max_blocks * batch * kv_heads * row_tiles <= max_programs
+
+
 def choose_splits(max_blocks: int, batch: int, kv_heads: int, row_tiles: int, max_programs: int) -> int:
     """Splits per (sequence, KV head) such that no more than ``max_programs`` programs run.
 
@@ -80,6 +96,11 @@ def tuning_of(group: int, tq: int, head_dim: int, window: int | None, plane: str
     return tuning(head_dim, column_tile(group, tq, head_dim), tq > 1 or window is not None, plane)
 
 
+def tuning_each(masked: bool) -> Tuning:
+    """`tuning` for a program per block, which has all of its block in registers."""
+    return Tuning(255, 2 if masked else 4)
+
+
 def attend_pages(step: DecodeStep, *, tuned: Tuning | None = None) -> None:
     """Write ``partial_out`` and ``partial_lse``: attention over the listed pages and the incomplete block, in splits.
 
@@ -87,7 +108,7 @@ def attend_pages(step: DecodeStep, *, tuned: Tuning | None = None) -> None:
 
     Args:
         step: the step.
-        tuned: registers and chunk, by default `tuning`.
+        tuned: registers and chunk, by default `tuning` or `tuning_each`.
 
     Raises:
         ValueError: pages that do not fit.
@@ -99,52 +120,83 @@ def attend_pages(step: DecodeStep, *, tuned: Tuning | None = None) -> None:
         raise ValueError(f"expected base [*, {cache.kv_heads}, {words}] for D {dim}, got {list(cache.base.shape)}")
     check_planes(base=cache.base, high=cache.base if cache.high is None else cache.high)
     plane, tile = numerics.promoted_storage, column_tile(step.group, tq, dim)
-    tuned = tuned or tuning_of(step.group, tq, dim, step.window, plane)
+    if tuned is None:
+        tuned = (
+            tuning_each(tq > 1 or step.window is not None)
+            if step.one_each
+            else tuning_of(step.group, tq, dim, step.window, plane)
+        )
     grid = step.partial_out.shape[2], step.q_rows // tile, step.batch * cache.kv_heads
+    pages = cache.base, cache.base if cache.high is None else cache.high
+    found = step.partial_out, step.partial_lse
+    scales = (cache.k_channel_scale, cache.v_head_scale) if scaled else (step.bias, step.bias)
+    numbers = step.scale * LOG2E, *row_strides(q), step.window or 0, cache.max_blocks, tq
+    common = {
+        **cache.strides("base", "high"),
+        **cache.ring_constants,
+        "HKV": cache.kv_heads,
+        "GROUP": step.group,
+        "TQ": padded_queries(tq),
+        "D": dim,
+        "CHUNKS": chunks(dim, tuned.chunk),
+        "N": tile,
+        "RP": step.q_rows,
+        "HIGH": HIGH[plane],
+        "CENTRED": numerics.centred,
+        "WINDOW": step.window is not None,
+        "CAP": (step.softcap or 0.0) * LOG2E,
+        "SCALED": scaled,
+        "FIXED": cache.scales_fixed,
+        "PACKED": step.starts is not None,
+        "PORTABLE": interpreted(),
+        "OVERLAP": step.overlap,
+        "launch_pdl": step.overlap,
+        "num_warps": 1,
+        "num_stages": 1,
+        "maxnreg": tuned.maxnreg,
+    }
     with on_device_of(q):
+        if step.one_each:
+            launch(
+                attend_each_kernel,
+                grid,
+                q,
+                q if step.starts is None else step.starts,
+                *pages,
+                cache.k_block_mean,
+                cache.tail,
+                cache.rings,
+                step.scores,
+                step.bias,
+                cache.page_table,
+                cache.budget,
+                cache.lengths,
+                *found,
+                *scales,
+                *numbers,
+                **cache.strides("mean"),
+                **common,
+                FIRST=numerics.force_first,
+                LAST=numerics.force_last,
+                PAD=max(32, triton.next_power_of_2(cache.max_blocks)),
+                SCORED=step.scored,
+            )
+            return
         launch(
             attend_split_kernel,
             grid,
             q,
             q if step.starts is None else step.starts,
-            cache.base,
-            cache.base if cache.high is None else cache.high,
+            *pages,
             cache.tail,
             cache.rings,
             step.bias,
             step.block_indices,
             step.block_counts,
             cache.lengths,
-            step.partial_out,
-            step.partial_lse,
-            cache.k_channel_scale if scaled else step.bias,
-            cache.v_head_scale if scaled else step.bias,
-            step.scale * LOG2E,
-            *row_strides(q),
-            step.window or 0,
-            cache.max_blocks,
-            tq,
-            **cache.strides("base", "high"),
-            **cache.ring_constants,
-            HKV=cache.kv_heads,
-            GROUP=step.group,
-            TQ=padded_queries(tq),
-            D=dim,
-            CHUNKS=chunks(dim, tuned.chunk),
-            N=tile,
-            RP=step.q_rows,
-            HIGH=HIGH[plane],
-            CENTRED=numerics.centred,
-            WINDOW=step.window is not None,
-            CAP=(step.softcap or 0.0) * LOG2E,
-            SCALED=scaled,
-            FIXED=cache.scales_fixed,
-            PACKED=step.starts is not None,
+            *found,
+            *scales,
+            *numbers,
+            **common,
             POOLED=cache.residents is not None,
-            PORTABLE=interpreted(),
-            OVERLAP=step.overlap,
-            launch_pdl=step.overlap,
-            num_warps=1,
-            num_stages=1,
-            maxnreg=tuned.maxnreg,
         )

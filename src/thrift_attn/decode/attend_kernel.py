@@ -21,7 +21,6 @@ from thrift_attn.decode.block_steps import (
     add_k,
     add_v,
     cap_block,
-    hide,
     hide_block,
     load_chunk,
     load_queries,
@@ -37,14 +36,11 @@ from thrift_attn.decode.fragments import (
     load_copy,
     over_rows,
     page_at,
-    place_in_ring,
-    query_operand,
-    split_order,
-    split_query_operand,
     v_copy_operand,
 )
 from thrift_attn.decode.packed_rows import length_seen, rows_of
-from thrift_attn.kernels.arithmetic import dot, softcapped
+from thrift_attn.decode.split_steps import add_newest, fitted_queries, given_queries, store_split
+from thrift_attn.kernels.arithmetic import dot
 from thrift_attn.kernels.powers_of_two import inverse
 from thrift_attn.reference.page_layout import HIGH
 
@@ -136,17 +132,7 @@ def attend_split_kernel(
     given = load_queries(q_start, rows, stride_qh, stride_qt, new, GROUP, N, CHUNKS)
     if SCALED:
         given = over_scales(given, k_channel_scale_ptr + scales_of.to(tl.int64) * D, N, CHUNKS)
-    largest = 0.0
-    for i in tl.static_range(PIECES):
-        largest = tl.maximum(largest, tl.max(tl.abs(given[i].to(tl.float32)), 0))
-    field = 268 - ((largest.to(tl.int32, bitcast=True) >> 23) & 0xFF)
-    field = tl.minimum(tl.maximum(field, 1), 190)  # of zeros as well: 1 / factor stays finite for any scale above 2^-60
-    up = (field << 23).to(tl.float32, bitcast=True)
-    factor = scale * 128.0 * ((254 - field) << 23).to(tl.float32, bitcast=True)
-    unfactor = 1.0 / factor
-    queries = ()
-    for i in tl.static_range(PIECES):
-        queries = queries + (query_operand((given[i].to(tl.float32) * up).to(tl.float16), CHUNKS[i][1], N),)
+    queries, factor, unfactor = fitted_queries(given, scale, N, CHUNKS)
 
     column = rows + tl.arange(0, N)
     position = length - new + column // GROUP  # [N]
@@ -175,7 +161,6 @@ def attend_split_kernel(
     # This split's share: promoted blocks split, split + splits and so on; the splits from `short` on have one of them less and
     # take MORE of the others in its place; the incomplete block in steps of 16 tokens, dealt on from there.
     unpromoted = listed - promoted
-    steps = (length % 64 + 15) // 16
     short = promoted % num_splits
     even = tl.where(short > 0, tl.maximum(unpromoted - MORE * (num_splits - short), 0), unpromoted)
     even_rounds = (tl.maximum(even - split, 0) + num_splits - 1) // num_splits
@@ -263,9 +248,7 @@ def attend_split_kernel(
     # -- 16-bit data, which knows no scales: V has its own unit from here on, and the queries are read again --
     rows = again(rows, PORTABLE)
     given = load_queries(q_start, rows, stride_qh, stride_qt, new, GROUP, N, CHUNKS)
-    raw = ()
-    for i in tl.static_range(PIECES):
-        raw = raw + (split_query_operand(given[i], CHUNKS[i][1], N),)
+    raw = given_queries(given, N, CHUNKS)
     unit = 128.0
     if SCALED:
         unit *= inverse(tl.load(v_head_scale_ptr + scales_of, cache_modifier=".cg"))
@@ -301,51 +284,14 @@ def attend_split_kernel(
                 grown = grown + (o,)
             out = grown
 
-    # -- the newest, incomplete block --
-    tail = length % 64
-    tail_start = tl.load(rings_ptr + b).to(tl.int64) * TAIL_RING + h.to(tl.int64) * TAIL_HEAD
-    v_tail_ptr = tail_ptr + TAIL_KV
-    begin = (length - tail) % RING
-    if RING % 64 == 0:  # no block wraps: one offset for all of its tokens
-        tail_start += begin * TAIL_TOKEN
-        begin = 0
-    for quarter in range(first_step, steps, num_splits):
-        tokens = quarter * 16 + token  # [16]
-        there = tokens < tail
-        tail_at = tail_start + place_in_ring(begin, tokens, RING) * TAIL_TOKEN
-        s0 = tl.zeros([16, N], tl.float32)
-        for j in tl.static_range(PIECES):
-            d = CHUNKS[j][0] * 16 + tl.arange(0, 16 * CHUNKS[j][1])
-            k_tile = tl.load(tail_ptr + tail_at[:, None] + d[None, :], mask=there[:, None], other=0.0)
-            s0 = dot(split_order(k_tile, CHUNKS[j][1]), raw[j], PORTABLE, s0)
-        if CAP > 0:
-            s0 = softcapped(s0 * scale, CAP)
-        else:
-            s0 = s0 * scale
-        s0 = hide(s0, length - tail + tokens, position, first)
-        peak = tl.maximum(m, tl.max(s0, 0))
-        decay = tl.exp2(m - peak)
-        p0 = tl.exp2(s0 - peak[None, :])
-        m = peak
-        total = total * decay[None, :] + p0
-        grown = ()
-        for j in tl.static_range(PIECES):
-            d = CHUNKS[j][0] * 16 + tl.arange(0, 16 * CHUNKS[j][1])
-            v_tile = tl.load(v_tail_ptr + tail_at[None, :] + d[:, None], mask=there[None, :], other=0.0)
-            grown = grown + (dot(v_tile, p0.to(DTYPE), PORTABLE, out[j] * decay[None, :]),)
-        out = grown
-
-    # -- this split's result --
+    # -- the newest, incomplete block, and this split's result --
+    m, total, out = add_newest(
+        m, total, out, raw, tail_ptr, tl.load(rings_ptr + b), h, length, position, first, first_step, num_splits, scale,
+        RING, TAIL_RING, TAIL_KV, TAIL_HEAD, TAIL_TOKEN, CAP, N, CHUNKS, PORTABLE,
+    )  # fmt: skip
     if OVERLAP:
         tl.extra.cuda.gdc_launch_dependents()
-    row_sum = tl.sum(total, 0)
-    seen = row_sum > 0
-    norm = 1.0 / tl.where(seen, row_sum, 1.0)
-    o_start = (bh.to(tl.int64) * num_splits + split) * RP
-    inside = column < GROUP * new
-    for j in tl.static_range(PIECES):
-        d = CHUNKS[j][0] * 16 + tl.arange(0, 16 * CHUNKS[j][1])
-        at_out = (o_start + column[None, :]) * D + d[:, None]
-        tl.store(partial_out_ptr + at_out, out[j] * norm[None, :], mask=inside[None, :])
-    lse = tl.where(seen, m + tl.log2(tl.where(seen, row_sum, 1.0)), float("-inf"))
-    tl.store(partial_lse_ptr + o_start + column, lse, mask=inside)
+    store_split(
+        partial_out_ptr, partial_lse_ptr, m, total, out, bh.to(tl.int64) * num_splits + split, column, GROUP * new,
+        D, RP, CHUNKS,
+    )  # fmt: skip

@@ -103,9 +103,23 @@ def over_scales(given, k_scale_ptr, N: tl.constexpr, CHUNKS: tl.constexpr):
 
 
 @triton.jit
-def load_chunk(ptr, SCALES: tl.constexpr, WIDE: tl.constexpr, AT: tl.constexpr, C: tl.constexpr):
-    """Codes and scales of the tiles AT to AT + C of one plane's K or V; ``SCALES`` is the place of the scales."""
-    return load_codes(ptr + AT * WIDE * 128, C * WIDE), load_scales(ptr + SCALES + AT * 16, C)
+def load_chunk(
+    ptr, SCALES: tl.constexpr, WIDE: tl.constexpr, AT: tl.constexpr, C: tl.constexpr, CACHE: tl.constexpr = ""
+):  # fmt: skip
+    """Codes and scales of the tiles AT to AT + C of one plane's K or V; ``SCALES`` is the place of the scales.
+
+    A CACHE of ".cg" leaves out L1: for what an earlier kernel of the chain writes and that is read before it is waited for.
+    """
+    return load_codes(ptr + AT * WIDE * 128, C * WIDE, CACHE), load_scales(ptr + SCALES + AT * 16, C, CACHE)
+
+
+@triton.jit
+def load_half(ptr, SCALES: tl.constexpr, WIDE: tl.constexpr, CHUNKS: tl.constexpr):
+    """`load_chunk` for all chunks of one plane's K or V, not through L1."""
+    codes = ()
+    for i in tl.static_range(len(CHUNKS)):
+        codes = codes + (load_chunk(ptr, SCALES, WIDE, CHUNKS[i][0], CHUNKS[i][1], ".cg"),)
+    return codes
 
 
 @triton.jit
@@ -114,6 +128,46 @@ def _widen(codes, WIDE: tl.constexpr, C: tl.constexpr, PORTABLE: tl.constexpr):
         return widen4(codes[0], codes[1], C, PORTABLE)
     else:
         return widen8(codes[0], codes[1], C, PORTABLE)
+
+
+@triton.jit
+def _add_k_chunk(
+    s0, s1, s2, s3, codes, queries, WIDE: tl.constexpr, C: tl.constexpr, PORTABLE: tl.constexpr
+):  # fmt: skip
+    a, b, c, d = _widen(codes, WIDE, C, PORTABLE)
+    s0 = tl.dot(k_operand(a, C), queries, s0)
+    s1 = tl.dot(k_operand(b, C), queries, s1)
+    s2 = tl.dot(k_operand(c, C), queries, s2)
+    s3 = tl.dot(k_operand(d, C), queries, s3)
+    return s0, s1, s2, s3
+
+
+@triton.jit
+def add_k_half(
+    s0, s1, s2, s3, codes, queries, WIDE: tl.constexpr, CHUNKS: tl.constexpr, PORTABLE: tl.constexpr
+):  # fmt: skip
+    """Four quarters [16, N] plus K Q^T, K from `load_half`."""
+    for i in tl.static_range(len(CHUNKS)):
+        s0, s1, s2, s3 = _add_k_chunk(s0, s1, s2, s3, codes[i], queries[i], WIDE, CHUNKS[i][1], PORTABLE)
+    return s0, s1, s2, s3
+
+
+@triton.jit
+def _add_v_chunk(o, codes, b0, b1, b2, b3, WIDE: tl.constexpr, C: tl.constexpr, PORTABLE: tl.constexpr):
+    a, b, c, d = _widen(codes, WIDE, C, PORTABLE)
+    o = tl.dot(v_operand(a, C), b0, o)
+    o = tl.dot(v_operand(b, C), b1, o)
+    o = tl.dot(v_operand(c, C), b2, o)
+    return tl.dot(v_operand(d, C), b3, o)
+
+
+@triton.jit
+def add_v_half(out, codes, b0, b1, b2, b3, WIDE: tl.constexpr, CHUNKS: tl.constexpr, PORTABLE: tl.constexpr):
+    """Output chunks [16 * C, N] plus V^T P^T, V from `load_half`."""
+    grown = ()
+    for i in tl.static_range(len(CHUNKS)):
+        grown = grown + (_add_v_chunk(out[i], codes[i], b0, b1, b2, b3, WIDE, CHUNKS[i][1], PORTABLE),)
+    return grown
 
 
 @triton.jit
@@ -127,11 +181,7 @@ def add_k(
     """
     loaded = ()
     for i in tl.static_range(len(CHUNKS)):
-        a, b, c, d = _widen(codes[i], WIDE, CHUNKS[i][1], PORTABLE)
-        s0 = tl.dot(k_operand(a, CHUNKS[i][1]), queries[i], s0)
-        s1 = tl.dot(k_operand(b, CHUNKS[i][1]), queries[i], s1)
-        s2 = tl.dot(k_operand(c, CHUNKS[i][1]), queries[i], s2)
-        s3 = tl.dot(k_operand(d, CHUNKS[i][1]), queries[i], s3)
+        s0, s1, s2, s3 = _add_k_chunk(s0, s1, s2, s3, codes[i], queries[i], WIDE, CHUNKS[i][1], PORTABLE)
         loaded = loaded + (load_chunk(next_ptr, NEXT_SCALES, NEXT_WIDE, CHUNKS[i][0], CHUNKS[i][1]),)
     return s0, s1, s2, s3, loaded
 
@@ -145,12 +195,8 @@ def add_v(
     grown = ()
     loaded = ()
     for i in tl.static_range(len(CHUNKS)):
-        a, b, c, d = _widen(codes[i], WIDE, CHUNKS[i][1], PORTABLE)
-        o = tl.dot(v_operand(a, CHUNKS[i][1]), b0, out[i] * decay[None, :])
-        o = tl.dot(v_operand(b, CHUNKS[i][1]), b1, o)
-        o = tl.dot(v_operand(c, CHUNKS[i][1]), b2, o)
-        o = tl.dot(v_operand(d, CHUNKS[i][1]), b3, o)
-        grown = grown + (o,)
+        o = out[i] * decay[None, :]
+        grown = grown + (_add_v_chunk(o, codes[i], b0, b1, b2, b3, WIDE, CHUNKS[i][1], PORTABLE),)
         loaded = loaded + (load_chunk(next_ptr, NEXT_SCALES, NEXT_WIDE, CHUNKS[i][0], CHUNKS[i][1]),)
     return grown, loaded
 

@@ -107,14 +107,10 @@ def combine_splits_kernel(
     start = bh.to(tl.int64) * num_splits * RP + row
     sink_logit = float("-inf")
     sink_value = tl.zeros([BLOCK_D], tl.float32)
+    seen = length >= 64
     if SINK:
-        seen = length >= 64
         if WINDOW:
             seen = seen & (length - rows + step < window)
-        bias_at = bh.to(tl.int64) * blocks * RP + row
-        sink_logit = tl.load(bias_ptr + bias_at, mask=seen, other=float("-inf"), cache_modifier=".cg")
-        if CAP > 0:
-            sink_logit = tl.where(seen, softcapped(sink_logit, CAP), sink_logit)
         visible = d < tl.where(seen, D, 0)
         owner = b
         if FIRST_IN_PAGE:
@@ -124,6 +120,11 @@ def combine_splits_kernel(
         sink_value = sink_value.to(tl.float32)
     if OVERLAP:
         tl.extra.cuda.gdc_wait()
+    if SINK:  # what the kernel before this one may have written
+        bias_at = bh.to(tl.int64) * blocks * RP + row
+        sink_logit = tl.load(bias_ptr + bias_at, mask=seen, other=float("-inf"))
+        if CAP > 0:
+            sink_logit = tl.where(seen, softcapped(sink_logit, CAP), sink_logit)
     there = split < tl.minimum(num_splits, length // 64 + 4)  # those that had something to do
     lse = tl.load(partial_lse_ptr + start + split * RP, mask=there, other=float("-inf"))  # [PAD]
     part = tl.load(

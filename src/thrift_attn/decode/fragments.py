@@ -93,18 +93,18 @@ def place_in_ring(start, token, RING: tl.constexpr):
 
 
 @triton.jit
-def load_codes(ptr, C: tl.constexpr):
+def load_codes(ptr, C: tl.constexpr, CACHE: tl.constexpr):
     """``C`` runs of 128 words, int32 [C * 128], one 16-byte load per lane and run."""
-    return tl.load(ptr + tl.arange(0, C * 128))
+    return tl.load(ptr + tl.arange(0, C * 128), cache_modifier=CACHE)
 
 
 @triton.jit
-def load_scales(ptr, C: tl.constexpr):
+def load_scales(ptr, C: tl.constexpr, CACHE: tl.constexpr):
     """Scale words of ``C`` tiles, the same for the four lanes of a row: int32 [C, 8, 4, 2] (tile a q h)."""
     PAIRS: tl.constexpr = (C + 1) // 2
     index = tl.arange(0, 128)
     offset = (index // 16) * 4 + index % 4  # lane 4a + q reads the words (a h t)
-    x = tl.load(ptr + tl.arange(0, PAIRS)[:, None] * 32 + offset[None, :])
+    x = tl.load(ptr + tl.arange(0, PAIRS)[:, None] * 32 + offset[None, :], cache_modifier=CACHE)
     x = tl.reshape(x, [PAIRS, 8, 4, 2, 2])
     if C == 1:
         even, _odd = tl.split(x)

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from thrift_attn.config import ThriftConfig
 from thrift_attn.decode.append import write_tail
-from thrift_attn.decode.attend import attend_pages, choose_splits, column_tile, tuning_of
+from thrift_attn.decode.attend import a_program_each, attend_pages, choose_splits, column_tile, tuning_each, tuning_of
 from thrift_attn.decode.combine_splits import combine_splits
 from thrift_attn.decode.pack import pack_tail
 from thrift_attn.decode.score import BLOCKS_PER_PROGRAM, score_blocks
@@ -27,6 +27,7 @@ from thrift_attn.decode.tensors import (
     check_starts,
     padded_queries,
     padded_rows,
+    served_one_each,
 )
 from thrift_attn.dispatch import multiprocessors, overlaps
 from thrift_attn.numerics import DecodeNumerics
@@ -65,8 +66,11 @@ def begin_step(
     batch, heads, dim, tq = len(cache.lengths), q.shape[1], q.shape[-1], q.shape[2] if starts is None else most
     kv_heads, blocks, group = cache.kv_heads, cache.max_blocks, heads // cache.kv_heads
     rows, plane = padded_rows(group, tq), numerics.promoted_storage
-    programs = multiprocessors(q.device) * tuning_of(group, tq, dim, window, plane).programs
-    splits = choose_splits(blocks, batch, kv_heads, rows // column_tile(group, tq, dim), programs)
+    sizes, processors = (blocks, batch, kv_heads, rows // column_tile(group, tq, dim)), multiprocessors(q.device)
+    each = processors * tuning_each(tq > 1 or window is not None).programs
+    one_each = served_one_each(cache, numerics) and a_program_each(*sizes, each)
+    splits = choose_splits(*sizes, processors * tuning_of(group, tq, dim, window, plane).programs)
+    splits = blocks if one_each else splits
 
     def empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
         return torch.empty(shape, dtype=dtype, device=q.device)
@@ -88,11 +92,12 @@ def begin_step(
         window=window,
         softcap=softcap,
         overlap=_overlap(cache),
+        one_each=one_each,
         bias=empty(batch, kv_heads, blocks, rows),
         scores=scores,
         first_scores=empty(batch, kv_heads, blocks if pooled and tq > 1 else 0) if tq > 1 else scores,
         score_lse=empty(batch, kv_heads, -(-blocks // BLOCKS_PER_PROGRAM) if pooled else 0),
-        block_indices=empty(batch, kv_heads, 3 if pooled else 2, blocks, dtype=torch.int32),
+        block_indices=empty(batch, kv_heads, 3 if pooled else 2, 0 if one_each else blocks, dtype=torch.int32),
         block_counts=empty(batch, kv_heads, 2, dtype=torch.int32),
         partial_out=empty(batch, kv_heads, splits, rows, dim),
         partial_lse=empty(batch, kv_heads, splits, rows),
@@ -104,6 +109,10 @@ def begin_step(
 def step_kernels(step: DecodeStep) -> dict[str, Callable[[], None]]:
     """Return the launches of one step by name, in order: the library runs them, and the benchmark times them."""
     launchers = {"scores": score_blocks, "select": select_blocks, "attend": attend_pages, "merge": combine_splits}
+    if step.one_each:
+        launchers.pop("select")
+    if not step.scored:
+        launchers.pop("scores")
     return {name: partial(launch, step) for name, launch in launchers.items()}
 
 
@@ -250,7 +259,7 @@ def _flat(cache: CacheTensors) -> tuple[Tensor, ...]:
     )  # fmt: skip
 
 
-def _bundle(first_in_page: bool, *flat: Tensor) -> CacheTensors:
+def _bundle(first_in_page: bool, *flat: Tensor, promotes_all: bool = False) -> CacheTensors:
     """Return the cache whose tensors `_flat` gave."""
     (
         base, k_block_mean, high, tail, rings, block0_mean, sink_value, page_table, lengths, budget, overrun,
@@ -282,6 +291,7 @@ def _bundle(first_in_page: bool, *flat: Tensor) -> CacheTensors:
         v_head_scale=v_head_scale if v_head_scale.numel() else None,
         residents=residents,
         first_in_page=first_in_page,
+        promotes_all=promotes_all,
     )
 
 
@@ -309,6 +319,7 @@ def attend_cache(
     quota: Tensor,
     storage: str,
     first_in_page: bool,
+    promotes_all: bool,
     scale: float,
     window: int | None,
     softcap: float | None,
@@ -318,7 +329,7 @@ def attend_cache(
     """`attend` with its bundles taken apart."""
     cache = _bundle(
         first_in_page, base, k_block_mean, high, tail, rings, block0_mean, sink_value, page_table, lengths, budget, overrun,
-        k_channel_scale, v_head_scale, slot_of_page, block_of_slot, past_mass, slots, bounds, quota,
+        k_channel_scale, v_head_scale, slot_of_page, block_of_slot, past_mass, slots, bounds, quota, promotes_all=promotes_all,
     )  # fmt: skip
     limits = {"window": window, "softcap": softcap}
     step = begin_step(q, cache, _numerics(storage), scale=scale, **limits, starts=starts, most=most)
@@ -330,7 +341,7 @@ def attend_cache(
 @attend_cache.register_fake
 def _(q, base, k_block_mean, high, tail, rings, block0_mean, sink_value, page_table, lengths, budget, overrun,
       k_channel_scale, v_head_scale, slot_of_page, block_of_slot, past_mass, slots, bounds, quota, storage,
-      first_in_page, scale, window, softcap, starts=None, most=1):  # fmt: skip
+      first_in_page, promotes_all, scale, window, softcap, starts=None, most=1):  # fmt: skip
     return q.new_empty(q.shape), q.new_empty(q.shape[:-1], dtype=torch.float32)
 
 
@@ -353,7 +364,8 @@ def attend(
         sequence.
     """
     flat = _flat(cache)
-    return attend_cache(q, *flat, _storage(numerics), cache.first_in_page, scale, window, softcap, starts, most)
+    forms = cache.first_in_page, cache.promotes_all
+    return attend_cache(q, *flat, _storage(numerics), *forms, scale, window, softcap, starts, most)
 
 
 def warm_up(

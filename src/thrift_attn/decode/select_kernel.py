@@ -10,7 +10,7 @@ from thrift_attn.kernels.arithmetic import threshold_of_largest
 
 
 @triton.jit
-def _blocks_listed(length, tq, window, WINDOW: tl.constexpr):
+def blocks_listed(length, tq, window, WINDOW: tl.constexpr):
     """Blocks that are chosen among, from the first number up to the second; blocks of the sequence, and blocks listed."""
     full = length // 64
     total = (length + 63) // 64
@@ -35,7 +35,7 @@ def _slot_of_block(slot_of_page_ptr, page_table_ptr, block, start, full, h, HKV:
 
 
 @triton.jit
-def _keys(score_ptr, block, start, full, total, FIRST: tl.constexpr, LAST: tl.constexpr):
+def promotion_keys(score_ptr, block, start, full, total, FIRST: tl.constexpr, LAST: tl.constexpr):
     """Integers in the order of promotion: forced first blocks, forced last ones from the end, by score, hidden ones."""
     there = (block >= start) & (block < full)
     score = tl.load(score_ptr + block, mask=there, other=0.0)
@@ -68,7 +68,7 @@ def _choose(
     if OVERLAP:
         tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
-    key = _keys(score_ptr + bh.to(tl.int64) * blocks, block, start, full, total, FIRST, LAST)
+    key = promotion_keys(score_ptr + bh.to(tl.int64) * blocks, block, start, full, total, FIRST, LAST)
     if POOLED:
         key = tl.where(can, key, -0x7FFFFFFF)
 
@@ -134,7 +134,7 @@ def select_blocks_kernel(
     length = tl.load(lengths_ptr + b, cache_modifier=".cg")  # not from an L1 line of the last replay of this chain
     _query, rows = rows_of(starts_ptr, b, tq, PACKED)
     length = length_seen(length, rows, tq, blocks, PACKED)
-    start, full, total, listed = _blocks_listed(length, rows, window, WINDOW)
+    start, full, total, listed = blocks_listed(length, rows, window, WINDOW)
     if SHORT < PAD:  # noqa: SIM102  (a constant: what is inside is not compiled without)
         if full <= SHORT:
             _choose(
@@ -177,7 +177,7 @@ def select_many_blocks_kernel(
     length = tl.load(lengths_ptr + b, cache_modifier=".cg")
     _query, rows = rows_of(starts_ptr, b, tq, PACKED)
     length = length_seen(length, rows, tq, blocks, PACKED)
-    start, full, total, listed = _blocks_listed(length, rows, window, WINDOW)
+    start, full, total, listed = blocks_listed(length, rows, window, WINDOW)
     wanted = tl.minimum(tl.maximum(tl.load(budget_ptr + listed), 0), listed)
     begin = start // CHUNK * CHUNK
     pages = page_table_ptr + b.to(tl.int64) * blocks
@@ -204,7 +204,7 @@ def select_many_blocks_kernel(
         reached = wanted - wanted
         for first in range(begin, full, CHUNK):
             block = first + tl.arange(0, CHUNK)
-            key = _keys(scores, block, start, full, total, FIRST, LAST)
+            key = promotion_keys(scores, block, start, full, total, FIRST, LAST)
             if POOLED:
                 slot = _slot_of_block(slot_of_page_ptr, pages, block, start, full, bh % HKV, HKV)
                 key = tl.where(slot >= 0, key, -0x7FFFFFFF)
@@ -214,7 +214,7 @@ def select_many_blocks_kernel(
     room = wanted
     for first in range(begin, full, CHUNK):
         block = first + tl.arange(0, CHUNK)
-        key = _keys(scores, block, start, full, total, FIRST, LAST)
+        key = promotion_keys(scores, block, start, full, total, FIRST, LAST)
         if POOLED:
             slot = _slot_of_block(slot_of_page_ptr, pages, block, start, full, bh % HKV, HKV)
             key = tl.where(slot >= 0, key, -0x7FFFFFFF)
@@ -228,7 +228,7 @@ def select_many_blocks_kernel(
         block = first + tl.arange(0, CHUNK)
         there = (block >= start) & (block < full)
         page = tl.load(pages + block, mask=there, other=0)
-        key = _keys(scores, block, start, full, total, FIRST, LAST)
+        key = promotion_keys(scores, block, start, full, total, FIRST, LAST)
         can = there
         slot = page
         if POOLED:

@@ -93,6 +93,7 @@ class CacheTensors:
             never written. None for neither K nor V.
         v_head_scale: float32 ``[B, Hkv]`` or ``[Hkv]``, contiguous, likewise for V and what is summed of it.
         first_in_page: whether pages hold what else belongs to the first token, so that sequences that share them share it.
+        promotes_all: whether ``budget`` promotes all blocks at every length that the page table has room for.
     """
 
     base: Tensor
@@ -110,6 +111,7 @@ class CacheTensors:
     v_head_scale: Tensor | None = None
     residents: ResidentTensors | None = None
     first_in_page: bool = False
+    promotes_all: bool = False
 
     @property
     def kv_heads(self) -> int:
@@ -169,7 +171,9 @@ class CacheTensors:
                 raise TypeError(f"expected {name} of int32, got {table.dtype}")
             if table.shape[: len(want)] != want or not table.is_contiguous():
                 shape = ", ".join(map(str, want)) + ", ..." * (table.ndim > len(want))
-                raise ValueError(f"expected contiguous {name} [{shape}], got {list(table.shape)} with strides {table.stride()}")
+                raise ValueError(
+                    f"expected contiguous {name} [{shape}], got {list(table.shape)} with strides {table.stride()}"
+                )
         if self.residents is not None and not self.residents.past_mass.is_contiguous():
             raise ValueError(f"past_mass must be contiguous, got strides {self.residents.past_mass.stride()}")
         rows, heads = len(self.base) if self.first_in_page else batch, self.kv_heads
@@ -231,6 +235,12 @@ def padded_rows(group: int, tq: int) -> int:
     return 8 if rows <= 8 else -(-rows // 16) * 16
 
 
+def served_one_each(cache: CacheTensors, numerics: DecodeNumerics) -> bool:
+    """Whether `DecodeStep.one_each` can be: every block has a residual, which adds to its base, and fits a warp's registers."""
+    dim = cache.tail.shape[-1]
+    return numerics.promoted_storage in ("nested", "nested8") and cache.residents is None and dim <= 128
+
+
 @dataclass(frozen=True, kw_only=True)
 class DecodeStep:
     """One step of decode: queries, cache, options, and what each kernel leaves for those after it.
@@ -248,6 +258,8 @@ class DecodeStep:
         window: tokens that a query sees, itself included; None for all.
         softcap: logits become softcap * tanh(logits / softcap); None for no cap.
         overlap: each kernel starts while the one before it ends (programmatic dependent launch).
+        one_each: every block of the page table has a split of its own, which finds out by itself whether its block is promoted
+            (`thrift_attn.decode.attend_each_kernel`); then no list is written.
         bias: float32 ``[B, Hkv, NB, RP]``: logits q.c_b of complete blocks times log2(e), rows (query, group head).
         scores: float32 ``[B, Hkv, NB]``: the largest of them, of complete blocks.
         first_scores: float32 ``[B, Hkv, NB]``: the largest of those of the first query, which is never a draft; with one query
@@ -276,6 +288,7 @@ class DecodeStep:
     window: int | None
     softcap: float | None
     overlap: bool
+    one_each: bool
     bias: Tensor
     scores: Tensor
     first_scores: Tensor
@@ -305,6 +318,17 @@ class DecodeStep:
                 f"expected bias [B, {kv_heads}, NB, {rows}] and partial_out [B, {kv_heads}, splits, {rows}, {dim}] for q "
                 f"{list(self.q.shape)}, got {list(self.bias.shape)} and {list(self.partial_out.shape)}"
             )
+        splits, blocks = self.partial_out.shape[2], self.cache.max_blocks
+        if self.one_each and (splits != blocks or not served_one_each(self.cache, self.numerics)):
+            raise ValueError(
+                f"a split for each of {blocks} blocks needs as many splits, a residual of every block and at most 128 "
+                f"dimensions, got {splits} splits, {self.numerics.promoted_storage} and {self.dim} dimensions"
+            )
+
+    @property
+    def scored(self) -> bool:
+        """Whether the kernels work out scores: not where nothing is chosen."""
+        return not (self.one_each and self.cache.promotes_all)
 
     @property
     def batch(self) -> int:

@@ -31,7 +31,7 @@ class Case:
         flow: ``"prefill"`` or ``"decode"``.
         dim: head dim.
         options: of `ThriftConfig`, by their current names.
-        call: of the call: ``window``, ``softcap``, ``tq``, ``high_fraction``, ``ragged``.
+        call: of the call: ``window``, ``softcap``, ``tq``, ``high_fraction``, ``ragged``; ``pages`` that a sequence may have.
     """
 
     name: str
@@ -62,6 +62,9 @@ def cases(dims: Iterable[int], options_at: int = 128) -> list[Case]:
         listed += [Case(f"prefill {name} D {dim}", "prefill", dim, options) for name, options in formats.items()]
         storages = ("nested", "nested8", "16bit")
         listed += [Case(f"decode {name} D {dim}", "decode", dim, {"promoted_storage": name}) for name in storages]
+        short = {"nested": {}, "nested8": {"promoted_storage": "nested8"}, "all promoted": {"budget": 1.0}}
+        for name, options in short.items() if dim <= 128 else ():
+            listed.append(Case(f"decode short {name} D {dim}", "decode", dim, options, {"pages": 40}))
     windowed = {"window": 200, "softcap": 20.0}
     decode_paper = {name: value for name, value in PAPER.items() if name != "normalize"}
     for flow, name, options, call in (
@@ -74,6 +77,9 @@ def cases(dims: Iterable[int], options_at: int = 128) -> list[Case]:
         ("decode", "mxfp4", {"base_format": "mxfp4"}, {}),
         ("decode", "4 queries", {}, {"tq": 4}),
         ("decode", "window softcap", {}, windowed),
+        ("decode", "short 4 queries", {}, {"tq": 4, "pages": 40}),
+        ("decode", "short window softcap", {}, {**windowed, "pages": 40}),
+        ("decode", "short paper's form", decode_paper, {"pages": 40}),
         ("decode", "paper's form", decode_paper, {}),
         ("decode", "residuals of a share", {"residual_share": 0.15}, {}),
         ("decode", "16bit copies of a share", {"residual_share": 0.15, "promoted_storage": "16bit"}, {}),
@@ -197,8 +203,9 @@ def _run(case: Case, capability: int) -> None:
         return
     paged = importlib.import_module("thrift_attn.cache.paged")
     options = {"compute": "16bit", "promoted_storage": "nested", **case.options}
+    pages = case.call.get("pages", 300)  # more than a program each
     cache = paged.PagedThriftCache(
-        batch=2, kv_heads=2, head_dim=dim, num_pages=40, config=_config(options), dtype=dtype, device="cpu"
+        batch=2, kv_heads=2, head_dim=dim, num_pages=pages, config=_config(options), dtype=dtype, device="cpu"
     )
     cache.backend = "triton"
     k, v = torch.zeros(2, 2, 2, tq or 1, dim, dtype=dtype)
