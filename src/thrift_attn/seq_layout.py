@@ -10,9 +10,11 @@ Query blocks are cut at multiples of 64 of the absolute position: query block r 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import OrderedDict
+from collections.abc import Callable, Hashable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import lru_cache
+from threading import Lock
 
 import torch
 from torch import Tensor
@@ -87,35 +89,78 @@ def _blocks(tokens: int) -> int:
     return -(-tokens // BLOCK)
 
 
-def may_keep(device: torch.device) -> bool:
-    """Return whether a tensor made now on ``device`` may serve later calls as well.
+class KeptTensors:
+    """Small tensors on a device that calls of the same sizes share instead of making them anew.
 
-    Not in a graph capture, whose replays read the tensor for as long as the graph lives and need it in the graph's own
-    memory; and not while tensors are fake or traced.
+    A captured graph reads them in every replay, and nothing tells when it is gone. So what a capture was given stays for as
+    long as the process lives: some bytes for each block of the sizes that are captured. The others go when ``room`` newer
+    ones have come.
+
+    Args:
+        room: how many are kept that no capture was given.
     """
-    if torch.compiler.is_compiling():
+
+    def __init__(self, room: int = 256):
+        self._room, self._lock = room, Lock()
+        self._recent: OrderedDict[Hashable, Tensor] = OrderedDict()
+        self._captured: dict[Hashable, Tensor] = {}
+
+    def get(self, key: Hashable, device: torch.device, make: Callable[[], Tensor]) -> Tensor | None:
+        """Return the tensor for ``key``, made if it is not there; None where calls cannot share one.
+
+        That is while tensors are fake or traced, and for sizes that a capture is the first to meet, since what ``make`` copies
+        from the host cannot be captured: the caller then makes the tensor by kernels, which the graph replays.
+
+        Args:
+            key: sizes and ``device``.
+            device: where the tensor is.
+            make: called without arguments, returns the tensor; in a thread of its own, so that the tensor lies in no pool of
+                memory that the caller's thread or stream is set to for a graph, which ends with it.
+        """
+        if torch.compiler.is_compiling() or type(torch.empty(0, device=device)) is not Tensor:
+            return None
+        capturing = _capturing(device)
+        with self._lock:
+            found = self._captured.get(key)
+            if found is not None:
+                return found
+            found = self._recent.pop(key, None)
+            if capturing:
+                if found is not None:
+                    self._captured[key] = found
+                return found
+            if found is None:
+                with ThreadPoolExecutor(1) as apart:
+                    found = apart.submit(make).result()
+            if found.is_cuda:  # once it is dropped its memory waits for what reads it here
+                found.record_stream(torch.cuda.current_stream(device))
+            self._recent[key] = found
+            if len(self._recent) > self._room:
+                self._recent.popitem(last=False)
+            return found
+
+
+def _capturing(device: torch.device) -> bool:
+    if device.type != "cuda":
         return False
-    if device.type == "cuda":
-        with torch.cuda.device(device):
-            if torch.cuda.is_current_stream_capturing():
-                return False
-    return type(torch.empty(0, device=device)) is Tensor
+    with torch.cuda.device(device):
+        return torch.cuda.is_current_stream_capturing()
+
+
+_SPANS = KeptTensors()
 
 
 def dense(batch: int, queries: int, keys: int, causal: bool, device: torch.device) -> SeqLayout:
     """Return the layout of a batch whose sequences all have ``queries`` and ``keys`` tokens.
 
-    The device tensor is kept for the next call where `may_keep` allows it; else it is made on the device.
+    The device tensor is shared with other calls where `KeptTensors` allows it; else it is made on the device.
     """
-    if may_keep(device):
-        return _kept_dense(batch, queries, keys, causal, device)
-    return _dense(_filled_spans(batch, queries, keys, device), queries, keys, causal)
 
+    def make() -> Tensor:
+        return torch.tensor([[0, queries, 0, keys, 0, 0]] * batch, dtype=torch.int32, device="cpu").to(device)
 
-@lru_cache(maxsize=256)
-def _kept_dense(batch: int, queries: int, keys: int, causal: bool, device: torch.device) -> SeqLayout:
-    spans = torch.tensor([[0, queries, 0, keys, 0, 0]] * batch, dtype=torch.int32, device="cpu")
-    return _dense(spans.to(device), queries, keys, causal)
+    spans = _SPANS.get((batch, queries, keys, device), device, make)
+    return _dense(_filled_spans(batch, queries, keys, device) if spans is None else spans, queries, keys, causal)
 
 
 def _filled_spans(batch: int, queries: int, keys: int, device: torch.device) -> Tensor:

@@ -15,11 +15,11 @@ from support.prefill import draw
 from thrift_attn import ThriftConfig, attention, attention_varlen, fraction, seq_layout
 from thrift_attn.kernels import launcher
 from thrift_attn.numerics import PrefillNumerics
-from thrift_attn.prefill import ops
+from thrift_attn.prefill import ops, select
 from thrift_attn.prefill.bundles import KernelNumerics
 from thrift_attn.prefill.pack import quantise_kv, quantise_q
 from thrift_attn.prefill.select import plan_blocks
-from thrift_attn.seq_layout import dense, packed
+from thrift_attn.seq_layout import KeptTensors, dense, packed
 
 CONFIG = ThriftConfig(base_format="nvfp4", compute="16bit", sink_token="none", smooth="none", budget=fraction(0.5))
 DEV = torch.device(DEVICE)
@@ -76,20 +76,48 @@ def test_another_gpu_than_the_current_one() -> None:
 
 
 @pytest.mark.gpu
-def test_a_graph_holds_all_that_it_reads() -> None:
+@pytest.mark.parametrize("met", [False, True])
+def test_a_graph_holds_all_that_it_reads(met: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Replays are right after the tensors kept for other calls have come and gone, and a first call may be captured."""
     torch.manual_seed(1)
     q, k, v = draw(1, (2, 1), 333, 333, 64)
     want = attention(q, k, v, config=CONFIG, backend="triton")
-    seq_layout._kept_dense.cache_clear()
+    for module, name in ((seq_layout, "_SPANS"), (select, "_WANTED")):
+        monkeypatch.setattr(module, name, KeptTensors(room=1))
+    if met:
+        attention(q, k, v, config=CONFIG, backend="triton")
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         out = attention(q, k, v, config=CONFIG, backend="triton")
-    seq_layout._kept_dense.cache_clear()
+    for tokens in (100, 200):
+        attention(q[:, :, :tokens], k[:, :, :tokens], v[:, :, :tokens], config=CONFIG, backend="triton")
     junk = [torch.full((6,), 2**30, dtype=torch.int32, device="cuda") for _ in range(5000)]
     graph.replay()
     assert torch.equal(out, want)
     del junk
+
+
+def test_what_a_capture_was_given_is_never_dropped(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Others go in the order of their last use; a capture makes nothing itself."""
+    kept, cpu, made = KeptTensors(room=2), torch.device("cpu"), []
+
+    def get(key: int, capturing: bool = False) -> Tensor | None:
+        monkeypatch.setattr(seq_layout, "_capturing", lambda device: capturing)
+        return kept.get(key, cpu, lambda: made.append(key) or torch.tensor(key))
+
+    assert get(0, capturing=True) is None
+    first, second = get(0), get(1)
+    assert get(0, capturing=True) is first
+    for key in (2, 3):
+        get(key)
+    assert get(0) is first
+    assert get(0, capturing=True) is first
+    assert get(2) is not None
+    assert get(1) is not second
+    assert made == [0, 1, 2, 3, 1]
+    get(2)
+    get(3)
+    assert made == [0, 1, 2, 3, 1, 3]  # 3 went when 1 came again, since 2 had been asked for
 
 
 @pytest.mark.parametrize("shape", [(1, 1, 1), (2, 70, 333), (1, 333, 333), (3, 65, 64)])
@@ -98,8 +126,8 @@ def test_what_is_made_on_the_device_equals_what_is_kept(shape, causal: bool, mon
     layouts, plans = [], []
     numerics = PrefillNumerics.resolve(ThriftConfig(base_format="nvfp4", budget=fraction(0.3)))
     for keep in (True, False):
-        monkeypatch.setattr(seq_layout, "may_keep", lambda device, keep=keep: keep)
-        monkeypatch.setattr("thrift_attn.prefill.select.may_keep", lambda device, keep=keep: keep)
+        if not keep:
+            monkeypatch.setattr(KeptTensors, "get", lambda *_: None)
         layouts.append(dense(*shape, causal, DEV))
         plans.append(plan_blocks(numerics, layouts[-1], window=100 if causal else None))
     assert torch.equal(layouts[0].spans, layouts[1].spans)

@@ -6,7 +6,7 @@ A row is one query block (`thrift_attn.seq_layout`). Its score for block b is me
 
 from __future__ import annotations
 
-from functools import lru_cache
+from functools import partial
 
 import torch
 import triton
@@ -21,7 +21,7 @@ from thrift_attn.prefill.bundles import BlockLists, BlockPlan
 from thrift_attn.prefill.pack import PackedKV
 from thrift_attn.prefill.select_kernel import select_rows_kernel
 from thrift_attn.reference.budget import blocks_per_row, list_capacity, promote
-from thrift_attn.seq_layout import SeqLayout, may_keep
+from thrift_attn.seq_layout import KeptTensors, SeqLayout
 
 MAX_BLOCKS = 16384
 """Most KV blocks of one sequence: a program holds the scores of a row."""
@@ -88,16 +88,16 @@ def plan_blocks(
         shared: whether all queries of a sequence are one row.
 
     Returns:
-        The plan. For sequences of one length ``wanted`` is kept for the next call where `may_keep` allows it.
+        The plan. For sequences of one length ``wanted`` is shared with other calls where `KeptTensors` allows it.
     """
     least, below = numerics.min_blocks, numerics.exact_below
     capacity = max(least, list_capacity(numerics.budget, layout.max_blocks), _exact_capacity(below, layout))
-    if layout.lengths is not None and may_keep(layout.spans.device):
+    if layout.lengths is not None:
         rows, device = 1 if shared else layout.max_q_blocks, layout.spans.device
-        wanted = _kept_wanted(
-            numerics.budget, layout.lengths, rows, shared, layout.causal, window, least, below, device
-        )
-        return BlockPlan(wanted, capacity, shared)
+        sizes = numerics.budget, layout.lengths, rows, shared, layout.causal, window, least, below, device
+        wanted = _WANTED.get(sizes, device, partial(_wanted_of_one_length, *sizes))
+        if wanted is not None:
+            return BlockPlan(wanted, capacity, shared)
     rules = {"shared": shared, "causal": layout.causal, "window": window}
     visible = visible_counts(layout.q_len, layout.k_len, layout.max_q_blocks, **rules)
     wanted = blocks_per_row(numerics.budget, visible, -(-layout.k_len.long() // BLOCK))
@@ -118,8 +118,10 @@ def _exact_capacity(exact_below: int, layout: SeqLayout) -> int:
     return min(layout.max_blocks, -(-exact_below // BLOCK))
 
 
-@lru_cache(maxsize=256)
-def _kept_wanted(
+_WANTED = KeptTensors()
+
+
+def _wanted_of_one_length(
     budget: Budget,
     lengths: tuple[int, int],
     rows: int,
