@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from typer.testing import CliRunner
 
 from support.letters import EXACT, Letters
 from support.tiny_models import build
@@ -14,10 +15,12 @@ from thrift_attn import fraction
 from thrift_attn.config import ThriftConfig
 
 pytest.importorskip("transformers", minversion="5.0")
+from thrift_lab import cli, models
 from thrift_lab.eval import decode_quality as decode
 from thrift_lab.eval import through_cache
 from thrift_lab.eval.nll import token_nll
 from thrift_lab.models import Loaded
+from thrift_lab.records import Record
 
 TEXT = "".join(chr(33 + int(i)) for i in torch.randint(0, 90, (1200,), generator=torch.Generator().manual_seed(0)))
 SIZES = {"prompts": 3, "shortest": 100, "longest": 300, "new": 9, "needles": 3}
@@ -117,3 +120,26 @@ def test_a_text_through_the_cache_loses_what_its_residuals_say(tmp_path: Path) -
         through_cache.evaluate(model, TEXT, config=EXACT, **options, windows=0)
     with pytest.raises(ValueError, match="got chunk 0, steps 70 and length 300"):
         through_cache.evaluate(model, TEXT, config=EXACT, **{**options, "chunk": 0})
+
+
+@pytest.mark.parametrize(
+    ("command", "options", "made"),
+    [
+        ("decode", "--prompts 1 --shortest 200 --longest 200 --new 5 --needles 0", decode.DecodeRecord),
+        ("cache", "--length 200 --steps 64 --shares 1,0", through_cache.ThroughCacheRecord),
+    ],
+)
+def test_commands_print_and_write(
+    command: str, options: str, made: type[Record], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(models, "load_model", lambda *_, **__: loaded())
+    (tmp_path / "text.txt").write_text(TEXT)
+    out = tmp_path / "x.json"
+    arguments = ["eval", command, "--text", str(tmp_path / "text.txt"), "--budget", "5%", "-o", str(out)]
+    done = CliRunner().invoke(cli.app, [*arguments, *options.split()])
+    assert done.exit_code == 0, done.output
+    record = made.load(out)
+    assert record.context["text"] == "text.txt"
+    assert f"wrote {out}" in done.output.replace("\n", "")
+    wrong = CliRunner().invoke(cli.app, [*arguments, "--budget", "much"])
+    assert (wrong.exit_code, "budget must be a share" in wrong.output) == (2, True)

@@ -23,7 +23,6 @@ from thrift_lab.console import (
     TextSource,
     Workers,
     errors,
-    kept,
     numbers,
     shown,
     table_console,
@@ -156,25 +155,21 @@ def decode(
 ) -> None:
     """Decoding through the 4-bit cache against the same model without it: teacher-forced KL, and hidden needles."""
     with errors():
-        from thrift_attn.config import Budget, ThriftConfig
+        from thrift_attn.config import ThriftConfig
         from thrift_lab.eval.decode_quality import evaluate
-        from thrift_lab.eval.texts import load_text
-        from thrift_lab.models import load_model
+        from thrift_lab.eval.opening import opened
 
-        config = ThriftConfig.for_cache(
-            budget=Budget.parse(budget), promoted_storage=promoted_storage, residual_share=residual_share
-        )
-        console = Console(stderr=True)
-        with shown(console) as (log, _):
-            loaded = load_model(model, device=device, dtype=dtype, log=log)
-            source = load_text(text, 8 * prompts * (longest + new), log)
+        config = ThriftConfig.for_cache(budget=budget, promoted_storage=promoted_storage, residual_share=residual_share)
+        chars = 8 * prompts * (longest + new)
+        with opened(model, text, chars, device=device, dtype=dtype) as (loaded, source, log):
             record = evaluate(
                 loaded, source.content, config=config, prompts=prompts, shortest=shortest, longest=longest, new=new,
-                needles=needles, seed=seed, text_name=source.name, log=kept(console, log),
+                needles=needles, seed=seed, text_name=source.name, log=log,
             )  # fmt: skip
         print(record.sentence())
         if out is not None:
             record.save(out)
+            print(f"wrote {out}")
 
 
 @app.command()
@@ -196,28 +191,26 @@ def cache(
 ) -> None:
     """The loss on a text that goes through the cache in chunks and token by token, by the share of residuals kept."""
     with errors():
-        from thrift_attn.config import Budget, ThriftConfig
+        from thrift_attn.config import ThriftConfig
         from thrift_lab.eval.nll import chars_needed
-        from thrift_lab.eval.texts import load_text
+        from thrift_lab.eval.opening import opened
         from thrift_lab.eval.through_cache import evaluate
-        from thrift_lab.models import load_model
 
-        config = ThriftConfig.for_cache(budget=Budget.parse(budget), promoted_storage=promoted_storage)
+        config = ThriftConfig.for_cache(budget=budget, promoted_storage=promoted_storage)
         try:
             kept_shares = tuple(config.with_(residual_share=float(x)).residual_share for x in words(shares))
         except ValueError:
             raise ValueError(f"--shares are numbers from 0 to 1, after commas, got {shares!r}") from None
-        console = Console(stderr=True)
-        with shown(console) as (log, _):
-            loaded = load_model(model, device=device, dtype=dtype, log=log)
-            source = load_text(text, chars_needed(length, windows), log)
+        chars = chars_needed(length, windows)
+        with opened(model, text, chars, device=device, dtype=dtype) as (loaded, source, log):
             record = evaluate(
                 loaded, source.content, config=config, shares=kept_shares, length=length,
-                windows=windows, chunk=chunk, steps=steps, text_name=source.name, log=kept(console, log),
+                windows=windows, chunk=chunk, steps=steps, text_name=source.name, log=log,
             )  # fmt: skip
         table_console().print(record.table().drawn())
         if out is not None:
             record.save(out)
+            print(f"wrote {out}")
 
 
 def _changed(plan: Any, **given: Any) -> Any:

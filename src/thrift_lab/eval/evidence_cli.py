@@ -19,7 +19,6 @@ from thrift_lab.console import (
     TextSource,
     Workers,
     errors,
-    kept,
     numbers,
     shown,
     table_console,
@@ -77,24 +76,21 @@ def residents(
     with errors():
         from thrift_attn.config import Budget, ThriftConfig
         from thrift_lab.eval.nll import chars_needed
+        from thrift_lab.eval.opening import opened
         from thrift_lab.eval.residents.ablation import evaluate
         from thrift_lab.eval.residents.rules import Rule
-        from thrift_lab.eval.texts import load_text
-        from thrift_lab.models import load_model
 
         rules = tuple(map(Rule.parse, rule or ("share=1", "", "share=0")))
         promoted = None if budget is None else Budget.parse(budget)
-        console = Console(stderr=True)
-        with shown(console) as (log, _):
-            loaded = load_model(model, device=device, dtype=dtype, log=log)
-            source = load_text(text, chars_needed(length, 1), log)
+        with opened(model, text, chars_needed(length, 1), device=device, dtype=dtype) as (loaded, source, log):
             record = evaluate(
                 loaded, source.content, rules=rules, config=ThriftConfig.for_cache(promoted_storage=promoted_storage),
-                promoted=promoted, passes=passes, length=length, text_name=source.name, log=kept(console, log),
+                promoted=promoted, passes=passes, length=length, text_name=source.name, log=log,
             )  # fmt: skip
         table_console(150).print(record.table().drawn())
         if out is not None:
             record.save(out)
+            print(f"wrote {out}")
 
 
 @app.command()
