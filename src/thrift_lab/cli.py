@@ -23,6 +23,7 @@ try:
         TextSource,
         errors,
         hush,
+        in_order,
         logging_to,
         shown,
         table_console,
@@ -43,6 +44,7 @@ app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
     context_settings=OLD_NAMES_TOO,
+    cls=in_order("doctor", "demo", "generate", "eval", "bench", "show", "calibrate", "reproduce"),
     help="Long-context attention on a 4-bit budget.",
 )
 app.add_typer(evals, name="eval")
@@ -88,7 +90,10 @@ def demo(
     ] = None,
     device: Device = "auto",
 ) -> None:
-    """Run fp16, fp4, paper and thrift on SmolLM2-135M and Shakespeare: how much does FP4 lose, how much comes back?"""
+    """How much quality does 4-bit attention lose, and how much does thrift bring back?
+
+    Runs fp16, fp4, paper and thrift on SmolLM2-135M and Shakespeare.
+    """
     if mirror is not None:
         os.environ["THRIFT_MIRROR"] = mirror
     no_picture = missing("matplotlib", "plot")
@@ -119,7 +124,7 @@ def generate(
     device: Device = "auto",
     dtype: Dtype = "auto",
 ) -> None:
-    """Answer a prompt through the 4-bit cache, streaming; then say how fast, how many bytes and what was promoted.
+    """Answer a prompt with a model whose KV cache holds 4-bit blocks; then say how fast and how many bytes.
 
     With --demo a number hidden in a long text is asked for: of the model as it is, with 5% of the blocks and nothing else, and
     with 5% of the blocks in high precision and the others in 4 bits.
@@ -184,7 +189,10 @@ def calibrate(
     device: Device = "auto",
     dtype: Dtype = "auto",
 ) -> None:
-    """Write the powers of two that vLLM's pages of a model are packed with, for the plugin's option "scales" (docs/vllm.md)."""
+    """Write the scales of K and V with which vLLM's plugin packs the pages of a model.
+
+    They are powers of two, the plugin's option "scales" (docs/vllm.md).
+    """
     with errors():
         from thrift_lab.calibrate import calibrate as measured
         from thrift_lab.calibrate import write
@@ -207,7 +215,7 @@ def doctor(
         ),
     ] = None,
 ) -> None:
-    """Versions beside those that are tested, what runs on this device and why, what is cached; exit code 0 if usable."""
+    """What runs on this machine and why: versions, device, kernels, what is cached; exit code 0 if usable."""
     out = table_console()
     if models is not None:
         from thrift_lab import model_table

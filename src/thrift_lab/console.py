@@ -16,6 +16,7 @@ from typing import Annotated, Any, Literal
 
 import typer
 from rich.console import Console
+from typer.core import TyperGroup
 
 
 class FetchError(RuntimeError):
@@ -74,6 +75,24 @@ def todays_name(given: str) -> str:
 
 OLD_NAMES_TOO = {"token_normalize_func": todays_name}
 """Settings of a `typer.Typer` whose commands, and those below them, know options by their old names as well."""
+
+
+def in_order(*names: str) -> type[TyperGroup]:
+    """Return a group of commands whose help lists them so: the most used first.
+
+    Args:
+        names: of all its commands that are shown.
+    """
+
+    class Ordered(TyperGroup):
+        order = names
+
+        def list_commands(self, ctx: Any) -> list[str]:
+            known = super().list_commands(ctx)
+            return [name for name in names if name in known] + [name for name in known if name not in names]
+
+    return Ordered
+
 
 BEAT = 30.0
 """Seconds between two lines of progress where nobody moves a cursor."""

@@ -93,7 +93,7 @@ def show(
     markdown: Annotated[bool, typer.Option(help="Print the table as Markdown.")] = False,
     plot: Annotated[Path | None, typer.Option(help="Of `thrift eval nll`: draw the picture again.")] = None,
 ) -> None:
-    """Print any record again: losses, speeds, tests."""
+    """Print the table of a record that any of these commands wrote."""
     with errors():
         found = load_record(record)
         if methods or plot is not None:

@@ -98,3 +98,16 @@ def test_old_names_are_taken_and_not_shown(app: Any) -> None:
             assert str(said[0] if isinstance(said, (list, tuple)) else said) == value, (name, old)
             tried.add(old)
     assert tried >= {"json", "output", "budgets", "high"}
+
+
+@pytest.mark.parametrize("app", [cli.app, eval_cli.app, bench_cli.app], ids=["thrift", "eval", "bench"])
+def test_help_lists_every_command_in_one_line(app: Any) -> None:
+    """Of a terminal of 120 columns; the order is named in full, so that a new command is given its place."""
+    group = get_command(app)
+    context = group.make_context("thrift", [], resilient_parsing=True)
+    shown = [name for name in group.list_commands(context) if not group.commands[name].hidden]
+    assert shown == [name for name in group.order if name in shown]
+    for name in shown:
+        first, _, _ = (group.commands[name].help or "").partition("\n\n")
+        assert 20 < len(first) <= 105, (name, first)
+        assert "\n" not in first.strip()

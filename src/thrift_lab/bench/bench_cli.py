@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 from rich.console import Console
 
-from thrift_lab.console import OLD_NAMES_TOO, BudgetText, errors, numbers, shown, words
+from thrift_lab.console import OLD_NAMES_TOO, BudgetText, errors, in_order, numbers, shown, words
 from thrift_lab.fuzz.fuzz_cli import fuzz
 
 if TYPE_CHECKING:
@@ -22,7 +22,8 @@ app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
     context_settings=OLD_NAMES_TOO,
-    help="Time kernels against the baselines, correctness first.",
+    cls=in_order("decode", "prefill", "e2e", "serve", "plot", "crossover", "compile", "fuzz"),
+    help="Measure speed: kernels, models and serving against the fastest baselines, correctness first.",
 )
 
 HEADS, HEAD_DIM, TQ, STORAGE, BUDGET, CONFIG = ["32/8"], ["128"], ["1"], ["nested"], ["0.05"], ["default"]
@@ -97,7 +98,7 @@ def decode(
     resume: Annotated[bool, typer.Option(help="Keep the rows that the record in --out has already.")] = False,
     plot: Annotated[bool, typer.Option(help="Draw the pictures.")] = True,
 ) -> None:
-    """Decode: our whole step and each kernel against the BF16 and FP8 kernels people use, in one run."""
+    """One step of decode, whole and by kernel, against the BF16 and FP8 kernels that people use."""
     console = Console(soft_wrap=True, width=None if sys.stdout.isatty() else 150)
     with errors():
         from thrift_lab.bench.timing import Settings, require_cuda
@@ -172,7 +173,7 @@ def e2e(
     device: Annotated[str, typer.Option(help="cuda; cpu runs with --no-fused, but its times mean nothing.")] = "cuda",
     seed: Annotated[int, typer.Option(help="Of weights, prompts and fillings.")] = 0,
 ) -> None:
-    """A whole model: prefill, first token, decode and memory, ours against BF16, CUDA graphs on both sides."""
+    """A whole model against BF16, with CUDA graphs on both sides: prompt, first token, decode, memory."""
     console = Console(soft_wrap=True, width=None if sys.stdout.isatty() else 150)
     with errors():
         if device != "cpu":
@@ -228,7 +229,7 @@ def prefill(
     resume: Annotated[bool, typer.Option(help="Keep the rows that the record in --out has already.")] = False,
     plot: Annotated[bool, typer.Option(help="Draw the picture.")] = True,
 ) -> None:
-    """Prefill: our whole call and each stage against the BF16 and 8-bit kernels people use, in one run."""
+    """Attention over a whole prompt, and its stages, against the BF16 and 8-bit kernels that people use."""
     console = Console(soft_wrap=True, width=None if sys.stdout.isatty() else 150)
     with errors():
         from thrift_lab.bench.timing import Settings, require_cuda
@@ -270,7 +271,10 @@ def crossover(
     dims: Annotated[list[str], typer.Option(help="Head dims.")] = DIMS,
     replays: Annotated[int, typer.Option(min=3, help="Timed graph replays of each of three rounds.")] = 7,
 ) -> None:
-    """From which length on thrift is faster than exact 16-bit attention here: the source of `thrift_attn.crossovers`."""
+    """Find the length from which on thrift is faster than exact 16-bit attention on this GPU.
+
+    The record is the source of `thrift_attn.crossovers`.
+    """
     console = Console(soft_wrap=True, width=None if sys.stdout.isatty() else 150)
     with errors():
         from thrift_lab.bench.timing import require_cuda
@@ -302,7 +306,7 @@ def compile_kernels(
     reasons: Annotated[Path | None, typer.Option(help="JSON file of expected differences: pattern and reason.")] = None,
     commit: Annotated[str, typer.Option(help="Commit of the tree on PYTHONPATH, if it is another one.")] = "",
 ) -> None:
-    """Compile every kernel for every GPU it is meant for, no GPU needed: machine code, instructions, registers, spills.
+    """Compile every kernel for every GPU it is meant for, without one: instructions, registers, spills.
 
     With --compare the exit code is 1 if machine code differs for no listed reason.
     """

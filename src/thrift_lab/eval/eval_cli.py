@@ -23,6 +23,7 @@ from thrift_lab.console import (
     TextSource,
     Workers,
     errors,
+    in_order,
     numbers,
     shown,
     table_console,
@@ -34,7 +35,11 @@ app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
     context_settings=OLD_NAMES_TOO,
-    help="Measure what a method costs on a real model and text.",
+    cls=in_order(
+        *("nll", "methods", "suite", "report", "decode", "cache", "serve", "harness"),
+        *("kinds", "power", "frontier", "texts", "residents", "leads"),
+    ),
+    help="Measure quality: what attention in 4 bits costs a real model on texts and tasks.",
 )
 app.registered_commands += evidence_cli.app.registered_commands
 
@@ -68,7 +73,7 @@ def nll(
     ] = None,
     plot: Annotated[Path | None, typer.Option(help="Write the picture of recovery against budget here.")] = None,
 ) -> None:
-    """NLL of methods on long windows of a text, against the model's own attention."""
+    """The loss of a text (NLL, nats per token) with each method of attention, against the model's own."""
     sizes = {"length": length, "windows": windows, "device": device, "dtype": dtype}
     run_nll(model, text, methods, words(budget), out=out, plot=plot, **sizes)
 
@@ -122,7 +127,7 @@ def run_nll(
 def list_methods(
     markdown: Annotated[bool, typer.Option(help="Print the tables as Markdown.")] = False,
 ) -> None:
-    """How methods are written: every kind, every option and its values."""
+    """How methods are written in these commands: every kind, every option and its values."""
     from thrift_lab.eval import grammar
 
     if markdown:
@@ -153,7 +158,10 @@ def decode(
     seed: Annotated[int, typer.Option(help="Of the hidden numbers.")] = 0,
     out: RecordFile = None,
 ) -> None:
-    """Decoding through the 4-bit cache against the same model without it: teacher-forced KL, and hidden needles."""
+    """Decode through the 4-bit cache, against the same model without it: how far apart, which hidden numbers.
+
+    Teacher-forced: the next tokens of the text are fed one by one, and KL is the divergence of what is predicted for each.
+    """
     with errors():
         from thrift_attn.config import ThriftConfig
         from thrift_lab.eval.decode_quality import evaluate
@@ -189,7 +197,10 @@ def cache(
     dtype: Dtype = "auto",
     out: RecordFile = None,
 ) -> None:
-    """The loss on a text that goes through the cache in chunks and token by token, by the share of residuals kept."""
+    """The loss of a text that goes through the cache, by the share of its blocks that keep a residual.
+
+    First in chunks, each attending to the pages of those before it, then token by token.
+    """
     with errors():
         from thrift_attn.config import ThriftConfig
         from thrift_lab.eval.nll import chars_needed
@@ -251,7 +262,7 @@ def suite(
     device: Device = "auto",
     dtype: Dtype = "auto",
 ) -> None:
-    """Tasks, NLL and error concentration of many methods; started again it goes on where it stopped.
+    """Tasks, losses and where the error sits, of many methods; can be stopped and taken up again.
 
     Options that take several values are given several times, or with commas.
     """
@@ -291,9 +302,9 @@ def report(
     html: Annotated[Path | None, typer.Option(help="Write the page here; beside the run by default.")] = None,
     markdown: Annotated[Path | None, typer.Option(help="Write the tables as Markdown here.")] = None,
 ) -> None:
-    """One self-contained HTML page (and Markdown) about runs, finished or not; those of one model become one chapter.
+    """Write one self-contained HTML page about runs and records, finished or not.
 
-    Records of `thrift bench decode`, `prefill` and `e2e` become chapters on speed and memory.
+    Those of one model become one chapter; records of `thrift bench decode`, `prefill` and `e2e` chapters on speed and memory.
     """
     with errors():
         if html is None and markdown is None:
@@ -329,7 +340,7 @@ def leads(
     record: Annotated[Path, typer.Argument(help="quality-leads.json.")],
     out: Annotated[Path, typer.Option("--out", "-o", help="The picture.")] = Path("quality-leads.png"),
 ) -> None:
-    """Draw where the loss of 4-bit attention comes from, from the record of that exploration."""
+    """Draw where the loss of 4-bit attention comes from, from quality-leads.json."""
     with errors():
         from thrift_lab.eval.quality_leads import draw
 

@@ -41,7 +41,7 @@ def frontier(
     out: Annotated[Path, typer.Option("--out", "-o", help="The chart.")] = Path("frontier.png"),
     markdown: Annotated[Path | None, typer.Option(help="Write the tables here.")] = None,
 ) -> None:
-    """Bytes per token and multiplications against nats above exact: what is on the frontier, and what beats the rest."""
+    """Chart the loss of methods against their bytes and multiplications: which ones nothing else beats."""
     with errors():
         from thrift_lab.eval import frontier as chart
         from thrift_lab.eval.runs import load_runs
@@ -72,7 +72,7 @@ def residents(
     dtype: Dtype = "auto",
     out: RecordFile = None,
 ) -> None:
-    """The loss by the rule that says which blocks of a cache keep their residual, emulated in one pass over a text."""
+    """Compare rules for which blocks of a cache keep their residual, emulated in one pass over a text."""
     with errors():
         from thrift_attn.config import Budget, ThriftConfig
         from thrift_lab.eval.nll import chars_needed
@@ -98,7 +98,7 @@ def texts(
     folder: Annotated[Path, typer.Argument(help="Made if need be; one file for each text.")],
     only: Annotated[list[str] | None, typer.Option(help="Specs such as handbook:ja-JP, source, made:logs.")] = None,
 ) -> None:
-    """Write the languages and kinds of text as files, for a machine without a network."""
+    """Write the texts of `kinds` as files, for a machine without a network."""
     with errors():
         from thrift_lab.eval.kinds import TEXT_KINDS, write
 
@@ -127,7 +127,7 @@ def kinds(
     device: Device = "auto",
     dtype: Dtype = "auto",
 ) -> None:
-    """Loss, recovery and error concentration by language and kind of text; started again it goes on where it stopped."""
+    """Losses and where the error sits, by language and kind of text; can be stopped and taken up again."""
     with errors():
         from thrift_lab.eval import evidence
         from thrift_lab.eval.kinds import TEXT_KINDS
@@ -166,9 +166,10 @@ def power(
     device: Device = "auto",
     dtype: Dtype = "auto",
 ) -> None:
-    """Tasks with enough samples: paired differences to exact attention, which answers once, with corrected intervals.
+    """Tasks with enough samples to tell methods apart: paired differences to exact attention, with intervals.
 
-    Started again it goes on where it stopped.
+    Exact attention answers once, and intervals are corrected for the number of tasks. A run
+    that was stopped goes on where it was.
     """
     with errors():
         from thrift_lab.eval import evidence

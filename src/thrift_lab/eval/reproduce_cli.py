@@ -40,7 +40,7 @@ def reproduce(
     device: Device = "auto",
     dtype: Dtype = "auto",
 ) -> None:
-    """A table or figure of the paper again, from pinned models and data, beside the paper's figures.
+    """Run a table or figure of the paper again, from pinned models and data, beside the paper's numbers.
 
     Started again it goes on where it stopped.
     """

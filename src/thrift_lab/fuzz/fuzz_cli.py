@@ -20,9 +20,9 @@ def fuzz(
     device: Annotated[str, typer.Option(help="cpu: plain PyTorch; cuda: kernels.")] = "cpu",
     out: Annotated[Path, typer.Option("--out", "-o", help="File for the record.")] = Path("bench/fuzz.json"),
 ) -> None:
-    """Random operations, interrupts and wrong arguments on the paged cache beside a model of what it holds; no GPU needed.
+    """Random operations on the paged cache, checked against a model of what it holds; no GPU needed.
 
-    The exit code is 1 if a law did not hold.
+    Interrupts and wrong arguments are among them. The exit code is 1 if a law did not hold.
     """
     console = Console(soft_wrap=True)
     with errors():

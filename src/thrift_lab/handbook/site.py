@@ -74,7 +74,7 @@ def _command(lines: list[str], name: str, command: Any, context: Any, level: int
     lines += [f"{'#' * level} {name}", "", _plain(command.help), ""]
     groups = getattr(command, "commands", None)
     if groups:
-        for below in sorted(name for name, one in groups.items() if not one.hidden):
+        for below in (name for name in command.list_commands(context) if not groups[name].hidden):
             _command(lines, f"{name} {below}", groups[below], context, level + 1)
         return
     rows = []
