@@ -186,7 +186,7 @@ def attend_split_kernel(
             slot = tl.load(slots_ptr + split, mask=split < promoted, other=0)
         b_ptr = base_ptr + page_at(place, h, HKV, BASE_PAGE, BASE_HEAD)
         for j in tl.static_range(PIECES):
-            codes = codes + (load_chunk(b_ptr, T * 128, 1, CHUNKS[j][0], CHUNKS[j][1]),)
+            codes = codes + (load_chunk(b_ptr, T * 128, 1, CHUNKS[j][0], CHUNKS[j][1], ""),)
         for i in range(split, promoted, num_splits):
             number = tl.load(blocks_ptr + i)
             b_ptr = base_ptr + page_at(place, h, HKV, BASE_PAGE, BASE_HEAD)
@@ -216,7 +216,7 @@ def attend_split_kernel(
             out, codes = add_v(out, rv_codes, ones, b0, b1, b2, b3, b_ptr, WIDE, T * 128, 1, CHUNKS, PORTABLE)
     else:
         for j in tl.static_range(PIECES):
-            codes = codes + (load_chunk(page_ptr, T * 128, 1, CHUNKS[j][0], CHUNKS[j][1]),)
+            codes = codes + (load_chunk(page_ptr, T * 128, 1, CHUNKS[j][0], CHUNKS[j][1], ""),)
 
     # -- blocks in low precision --
     bias = tl.zeros([16, N], tl.float32)

@@ -103,12 +103,10 @@ def over_scales(given, k_scale_ptr, N: tl.constexpr, CHUNKS: tl.constexpr):
 
 
 @triton.jit
-def load_chunk(
-    ptr, SCALES: tl.constexpr, WIDE: tl.constexpr, AT: tl.constexpr, C: tl.constexpr, CACHE: tl.constexpr = ""
-):  # fmt: skip
+def load_chunk(ptr, SCALES: tl.constexpr, WIDE: tl.constexpr, AT: tl.constexpr, C: tl.constexpr, CACHE: tl.constexpr):
     """Codes and scales of the tiles AT to AT + C of one plane's K or V; ``SCALES`` is the place of the scales.
 
-    A CACHE of ".cg" leaves out L1: for what an earlier kernel of the chain writes and that is read before it is waited for.
+    A CACHE of ".cg" leaves out L1, "" does not: for what an earlier kernel of the chain writes and that is read before it is waited for.
     """
     return load_codes(ptr + AT * WIDE * 128, C * WIDE, CACHE), load_scales(ptr + SCALES + AT * 16, C, CACHE)
 
@@ -182,7 +180,7 @@ def add_k(
     loaded = ()
     for i in tl.static_range(len(CHUNKS)):
         s0, s1, s2, s3 = _add_k_chunk(s0, s1, s2, s3, codes[i], queries[i], WIDE, CHUNKS[i][1], PORTABLE)
-        loaded = loaded + (load_chunk(next_ptr, NEXT_SCALES, NEXT_WIDE, CHUNKS[i][0], CHUNKS[i][1]),)
+        loaded = loaded + (load_chunk(next_ptr, NEXT_SCALES, NEXT_WIDE, CHUNKS[i][0], CHUNKS[i][1], ""),)
     return s0, s1, s2, s3, loaded
 
 
@@ -197,7 +195,7 @@ def add_v(
     for i in tl.static_range(len(CHUNKS)):
         o = out[i] * decay[None, :]
         grown = grown + (_add_v_chunk(o, codes[i], b0, b1, b2, b3, WIDE, CHUNKS[i][1], PORTABLE),)
-        loaded = loaded + (load_chunk(next_ptr, NEXT_SCALES, NEXT_WIDE, CHUNKS[i][0], CHUNKS[i][1]),)
+        loaded = loaded + (load_chunk(next_ptr, NEXT_SCALES, NEXT_WIDE, CHUNKS[i][0], CHUNKS[i][1], ""),)
     return grown, loaded
 
 
