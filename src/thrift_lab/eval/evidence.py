@@ -10,6 +10,7 @@ import numpy as np
 
 from thrift_lab.eval.bootstrap import BOOTSTRAP_BLOCK
 from thrift_lab.eval.corrected import Difference, difference
+from thrift_lab.sheet import Sheet
 from thrift_lab.style import SOFT, canvas, colour, legend, save
 
 Records = list[dict[str, Any]]
@@ -69,12 +70,11 @@ def kinds_table(records: Records, method: str, fp4: str = "fp4") -> str:
         for r in records
         if r["kind"] == "concentration"
     }
-    lines = [
-        f"Intervals hold for all {tests} texts at once (95%).",
-        "",
-        f"| text | tokens | `{fp4}` | `{method}` | brought back | blocks that hold half of the error | at most {MOST_LOSS} |",
-        "|---|---|---|---|---|---|---|",
-    ]
+    head = (
+        *("text", "tokens", f"`{fp4}`", f"`{method}`", "brought back"),
+        *("blocks that hold half of the error", f"at most {MOST_LOSS}"),
+    )
+    cells = []
     ranked = sorted(
         ((place, row) for place, row in rows.items() if method in row), key=lambda item: -item[1][method].mean
     )
@@ -83,9 +83,9 @@ def kinds_table(records: Records, method: str, fp4: str = "fp4") -> str:
         back = "-" if four is None or four.low is None or four.low <= 0 else f"{1 - mine.mean / four.mean:.1%}"
         share = f"{half[text]:.1%}" if text in half else "-"
         met = "yes" if mine.mean <= MOST_LOSS else "**no**"
-        cells = (text, f"{length:,}", "-" if four is None else f"{four.mean:+.4f}", str(mine), back, share, met)
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines) + "\n"
+        lost = "-" if four is None else f"{four.mean:+.4f}"
+        cells.append((text, f"{length:,}", lost, str(mine), back, share, met))
+    return f"Intervals hold for all {tests} texts at once (95%).\n\n{Sheet(head, cells).markdown()}\n"
 
 
 def draw_kinds(records: Records, method: str, path: Path, fp4: str = "fp4") -> Path:
@@ -149,18 +149,16 @@ def _power_rows(mine: dict[Any, Any], exact: dict[Any, Any], method: str, length
     said = "too few samples for an interval" if pooled.low is None else f"lower end {pooled.low:+.2f}"
     if least is not None and pooled.low is not None:
         said += f", {'above' if pooled.low > least else '**not above**'} {least:+.0f}"
-    lines = [
-        f"`{method}`, {length:,} tokens: pooled {_points(pooled)} points over {len(shared)} samples; {said}.",
-        "",
-        f"| task | samples | exact | `{method}` | difference [holds for all {len(names)}] | right answer, nats |",
-        "|---|---|---|---|---|---|",
-    ]
+    told = f"`{method}`, {length:,} tokens: pooled {_points(pooled)} points over {len(shared)} samples; {said}."
+    interval = f"difference [holds for all {len(names)}]"
+    head = ("task", "samples", "exact", f"`{method}`", interval, "right answer, nats")
+    rows = []
     for name, group, gap, nat in zip(names, groups, gaps, nats, strict=True):
         scores = [100 * float(np.mean([side[u]["score"] for u in group])) for side in (exact, mine)]
         points = _points(difference(gap, tests=len(names)))
         right = str(difference(nat, tests=len(names)))
-        lines.append(f"| {name} | {len(group)} | {scores[0]:.1f} | {scores[1]:.1f} | {points} | {right} |")
-    return [*lines, ""]
+        rows.append((name, str(len(group)), f"{scores[0]:.1f}", f"{scores[1]:.1f}", points, right))
+    return [told, "", Sheet(head, rows).markdown(), ""]
 
 
 def _points(found: Difference) -> str:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from thrift_lab.eval.runs import Run
+from thrift_lab.sheet import Sheet
 from thrift_lab.style import INK, MARKERS, SMALL, SOFT, canvas, colour, legend, save
 
 Phase = Literal["prefill", "decode"]
@@ -111,19 +112,15 @@ def beaten_by(point: Point, points: list[Point], phase: Phase) -> list[Point]:
 def markdown(run: Run, points: list[Point]) -> str:
     """A table by loss, with what is on a frontier in bold, and a sentence about each of this package's methods."""
     ends = {phase: {p.method for p in frontier(points, phase)} for phase in PHASES}
-    lines = [
-        "| method | bytes stored a token | bytes read a token | prefill cost | nats above exact | frontier |",
-        "|---|---|---|---|---|---|",
-    ]
+    head = ("method", "bytes stored a token", "bytes read a token", "prefill cost", "nats above exact", "frontier")
+    rows = []
     for point in sorted(points, key=lambda p: p.loss):
         on = [phase for phase in point.phases if point.method in ends[phase]]
         bounds = "" if point.interval is None else f" [{point.interval[0]:+.4f}, {point.interval[1]:+.4f}]"
-        cells = (
-            f"`{point.method}`", f"{point.stored:,.0f}", f"{point.read:,.0f}", f"{point.prefill:.3f}",
-            f"{point.loss:+.4f}{bounds}", ", ".join(on) or "-",
-        )  # fmt: skip
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join([f"{run.plan['model']}, {run.longest:,} tokens:", "", *lines, "", *verdicts(points)]) + "\n"
+        costs = (f"{point.stored:,.0f}", f"{point.read:,.0f}", f"{point.prefill:.3f}")
+        rows.append((point.method, *costs, f"{point.loss:+.4f}{bounds}", ", ".join(on) or "-"))
+    table = Sheet(head, rows).markdown(code=True)
+    return "\n".join([f"{run.plan['model']}, {run.longest:,} tokens:", "", table, "", *verdicts(points)]) + "\n"
 
 
 def verdicts(points: list[Point]) -> list[str]:

@@ -21,6 +21,7 @@ from thrift_lab.eval.paper_tables import TABLES, PaperModel, PaperTable, Stage
 from thrift_lab.eval.suite import run
 from thrift_lab.eval.suite_folder import SuitePlan
 from thrift_lab.extras import need
+from thrift_lab.sheet import Sheet
 
 LATENCY = (
     "thrift bench prefill --preset full -o bench/prefill",
@@ -118,36 +119,39 @@ def beside(table: PaperTable, metrics: dict[str, dict[str, Any]], *, offline: bo
             "Offline: a small model, one text and stand-ins for published files. Not comparable with the paper.",
             "",
         ]
-    lines += [
-        "| run | length | method | measured | from exact | recovered | the paper |",
-        "|---|---|---|---|---|---|---|",
-    ]
+    rows = []
     for name, found in metrics.items():
-        for row in found["nll"]:
-            if row["text"] == "all" or len({r["text"] for r in found["nll"]}) == 1:
-                lines.append(_row(table, name, row, f"{row['nll']:.4f} nats", row["loss"], row["recovered"]))
+        alone = len({row["text"] for row in found["nll"]}) == 1
+        rows += [
+            _row(table, name, row, f"{row['nll']:.4f} nats", row["loss"], row["recovered"])
+            for row in found["nll"]
+            if row["text"] == "all" or alone
+        ]
         for row in found["tasks"]:
             if row["group"] and row["task"] == "all":
                 score = f"score {row['score']:.3f}, n = {row['samples']}"
-                lines.append(_row(table, name, row, score, row["difference"], row["gold_recovered"]))
+                rows.append(_row(table, name, row, score, row["difference"], row["gold_recovered"]))
         for row in found["concentration"]:
             at = row["shares"].index(0.05)
             held = f"{row['error_share'][at]:.1%} of the error in 5% of the blocks"
-            lines.append(f"| {name} | {row['length']:,} | `fp4` | {held} | - | - | not at hand |")
+            rows.append((name, f"{row['length']:,}", "`fp4`", held, "-", "-", "not at hand"))
+    head = ("run", "length", "method", "measured", "from exact", "recovered", "the paper")
+    lines.append(Sheet(head, rows).markdown())
     if not table.published:
         lines += ["", "The figures of this table are not in the paper's abstract or its authors' README: not at hand."]
     return "\n".join(lines) + "\n"
 
 
-def _row(table: PaperTable, run: str, row: dict[str, Any], said: str, gap: float | None, back: float | None) -> str:
+def _row(
+    table: PaperTable, run: str, row: dict[str, Any], said: str, gap: float | None, back: float | None
+) -> tuple[str, ...]:
     """One line of `beside`."""
     figures = [p for p in table.published if p.method == row["method"] and p.value is not None]
     paper = "; ".join(f"{p.what} {p.value:g} ({p.where})" for p in figures) or "not at hand"
-    cells = (
+    return (
         run, f"{row['length']:,}", f"`{row['method']}`", said, "-" if gap is None else f"{gap:+.4f}",
         "-" if back is None else f"{back:.1%}", paper,
     )  # fmt: skip
-    return f"| {' | '.join(cells)} |"
 
 
 # -- published files --------------------------------------------------------------------------------------------------
