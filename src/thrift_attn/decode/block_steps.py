@@ -106,7 +106,8 @@ def over_scales(given, k_scale_ptr, N: tl.constexpr, CHUNKS: tl.constexpr):
 def load_chunk(ptr, SCALES: tl.constexpr, WIDE: tl.constexpr, AT: tl.constexpr, C: tl.constexpr, CACHE: tl.constexpr):
     """Codes and scales of the tiles AT to AT + C of one plane's K or V; ``SCALES`` is the place of the scales.
 
-    A CACHE of ".cg" leaves out L1, "" does not: for what an earlier kernel of the chain writes and that is read before it is waited for.
+    A CACHE of ".cg" leaves out L1, "" does not: for what an earlier kernel of the chain writes and that is read before it is
+    waited for.
     """
     return load_codes(ptr + AT * WIDE * 128, C * WIDE, CACHE), load_scales(ptr + SCALES + AT * 16, C, CACHE)
 
