@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.table import Table
 
 from thrift_lab.console import errors, table_console
-from thrift_lab.records import Record, kind_of
+
+if TYPE_CHECKING:
+    from thrift_lab.records import Record
 
 app = typer.Typer()
 """Its one command is one of ``thrift``, which takes it in."""
@@ -52,6 +54,8 @@ def load_record(path: Path) -> Record:
         FileNotFoundError: no such file.
         ValueError: a folder, no record of a known kind, or one that its class refuses.
     """
+    from thrift_lab.records import kind_of
+
     if path.is_dir():
         raise ValueError(f"{path} is a folder: `thrift eval report` tells what a run has found")
     kind, known = kind_of(path), []
