@@ -14,7 +14,6 @@ try:
 
     from thrift_lab.bench.bench_cli import app as bench
     from thrift_lab.console import (
-        OLD_NAMES_TOO,
         BudgetText,
         Device,
         Dtype,
@@ -25,6 +24,7 @@ try:
         hush,
         in_order,
         logging_to,
+        old_names_too,
         shown,
         table_console,
     )
@@ -43,7 +43,7 @@ except ImportError as error:
 app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
-    context_settings=OLD_NAMES_TOO,
+    context_settings=old_names_too(),
     cls=in_order("doctor", "demo", "generate", "eval", "bench", "show", "calibrate", "reproduce"),
     help="Long-context attention on a 4-bit budget.",
 )

@@ -68,13 +68,14 @@ OLD_NAMES = {
 """What options were called before each thing had one name in all commands. Accepted, and no longer shown."""
 
 
-def todays_name(given: str) -> str:
-    """Return today's name of an option, without its dashes."""
-    return OLD_NAMES.get(given, given)
+def old_names_too(**own: str) -> dict[str, Any]:
+    """Return settings of a `typer.Typer` whose commands, and those below them, know options by their old names as well.
 
-
-OLD_NAMES_TOO = {"token_normalize_func": todays_name}
-"""Settings of a `typer.Typer` whose commands, and those below them, know options by their old names as well."""
+    Args:
+        **own: old names that only these commands had, with ``_`` for ``-``, and today's.
+    """
+    names = OLD_NAMES | {old.replace("_", "-"): new for old, new in own.items()}
+    return {"token_normalize_func": lambda given: names.get(given, given)}
 
 
 def in_order(*names: str) -> type[TyperGroup]:

@@ -100,6 +100,20 @@ def test_old_names_are_taken_and_not_shown(app: Any) -> None:
     assert tried >= {"json", "output", "budgets", "high"}
 
 
+def test_old_names_of_bench_are_taken() -> None:
+    for app, name in ((cli.app, "thrift bench decode"), (bench_cli.app, "thrift decode")):
+        command, context = next((one, above) for known, one, above in commands(app) if known == name)
+        for given, drawn in (([], True), (["--no-plot"], False), (["--no-pictures"], False), (["--plot"], True)):
+            called = command.make_context(name, given, parent=context, resilient_parsing=True)
+            assert called.params["pictures"] is drawn, (name, given)
+
+
+def test_a_name_is_a_switch_or_takes_a_value_and_not_both() -> None:
+    switches = {word for name in ALL for word, kind in kinds(name).items() if kind in (bool, bool | None)}
+    valued = {word for name in ALL for word, kind in kinds(name).items() if kind not in (bool, bool | None)}
+    assert switches & valued == {"--markdown"}  # prints, or writes a file beside the result
+
+
 @pytest.mark.parametrize("app", [cli.app, eval_cli.app, bench_cli.app], ids=["thrift", "eval", "bench"])
 def test_help_lists_every_command_in_one_line(app: Any) -> None:
     """Of a terminal of 120 columns; the order is named in full, so that a new command is given its place."""

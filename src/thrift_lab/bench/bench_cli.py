@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 from rich.console import Console
 
-from thrift_lab.console import OLD_NAMES_TOO, BudgetText, errors, in_order, numbers, shown, words
+from thrift_lab.console import BudgetText, errors, in_order, numbers, old_names_too, shown, words
 from thrift_lab.fuzz.fuzz_cli import fuzz
 
 if TYPE_CHECKING:
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
-    context_settings=OLD_NAMES_TOO,
+    context_settings=old_names_too(plot="pictures", no_plot="no-pictures"),
     cls=in_order("decode", "prefill", "e2e", "serve", "plot", "crossover", "compile", "fuzz"),
     help="Measure speed: kernels, models and serving against the fastest baselines, correctness first.",
 )
@@ -45,7 +45,7 @@ def _group() -> None:
     """Keep ``decode`` a subcommand however many there are."""
 
 
-def _run(plan: BenchPlan, console: Console, *, resume: bool, plot: bool) -> None:
+def _run(plan: BenchPlan, console: Console, *, resume: bool, pictures: bool) -> None:
     """Run a plan, print its table and draw its pictures beside the record."""
     from thrift_lab.bench.run_bench import run
     from thrift_lab.bench.timing import DeviceLost
@@ -57,7 +57,7 @@ def _run(plan: BenchPlan, console: Console, *, resume: bool, plot: bool) -> None
         raise typer.Exit(3) from error
     console.print()
     console.print(record.table().drawn())
-    if plot:
+    if pictures:
         from thrift_lab.bench.plots import draw
 
         draw(record, plan.out.parent)
@@ -96,7 +96,7 @@ def decode(
     profile: Annotated[bool, typer.Option(help="Also list the kernels of our step as the profiler sees them.")] = True,
     seed: Annotated[int, typer.Option(help="Of the inputs.")] = 0,
     resume: Annotated[bool, typer.Option(help="Keep the rows that the record in --out has already.")] = False,
-    plot: Annotated[bool, typer.Option(help="Draw the pictures.")] = True,
+    pictures: Annotated[bool, typer.Option(help="Draw the pictures.")] = True,
 ) -> None:
     """One step of decode, whole and by kernel, against the BF16 and FP8 kernels that people use."""
     console = Console(soft_wrap=True, width=None if sys.stdout.isatty() else 150)
@@ -141,7 +141,7 @@ def decode(
             profile=profile,
             seed=seed,
         )
-        _run(plan, console, resume=resume, plot=plot)
+        _run(plan, console, resume=resume, pictures=pictures)
 
 
 @app.command()
@@ -227,7 +227,7 @@ def prefill(
     minutes: Annotated[float, typer.Option(help="Begin no new shape after this.")] = 60.0,
     seed: Annotated[int, typer.Option(help="Of the inputs.")] = 0,
     resume: Annotated[bool, typer.Option(help="Keep the rows that the record in --out has already.")] = False,
-    plot: Annotated[bool, typer.Option(help="Draw the picture.")] = True,
+    pictures: Annotated[bool, typer.Option(help="Draw the picture.")] = True,
 ) -> None:
     """Attention over a whole prompt, and its stages, against the BF16 and 8-bit kernels that people use."""
     console = Console(soft_wrap=True, width=None if sys.stdout.isatty() else 150)
@@ -260,7 +260,7 @@ def prefill(
             profile=False,
             seed=seed,
         )
-        _run(plan, console, resume=resume, plot=plot)
+        _run(plan, console, resume=resume, pictures=pictures)
 
 
 @app.command()

@@ -12,7 +12,6 @@ import typer
 from rich.console import Console
 
 from thrift_lab.console import (
-    OLD_NAMES_TOO,
     BudgetText,
     Device,
     Dtype,
@@ -25,6 +24,7 @@ from thrift_lab.console import (
     errors,
     in_order,
     numbers,
+    old_names_too,
     shown,
     table_console,
     words,
@@ -34,7 +34,7 @@ from thrift_lab.eval import evidence_cli
 app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
-    context_settings=OLD_NAMES_TOO,
+    context_settings=old_names_too(),
     cls=in_order(
         *("nll", "methods", "suite", "report", "decode", "cache", "serve", "harness"),
         *("kinds", "power", "frontier", "texts", "residents", "leads"),
