@@ -57,8 +57,9 @@ def test_the_first_token_lies_beside_the_pages(low, high, steps):
 
 
 @pytest.mark.parametrize("tq", [1, pytest.param(3, marks=pytest.mark.slow)])
-def test_the_first_block_is_chosen_without_its_first_token(tq):
+def test_the_first_block_is_chosen_without_its_first_token(monkeypatch, tq):
     """The first key matters to all queries and its block to none, then the other way round."""
+    monkeypatch.setattr(ops, "a_program_each", lambda *_: False)  # with a list that can be looked at
     k, v = tokens(64 * 6, heads=1)
     q = query(tq, heads=2)
     direction = q.float()[0, :, 0].mean(0)

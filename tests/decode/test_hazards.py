@@ -24,8 +24,10 @@ from thrift_attn.decode.score import score_blocks
 LAUNCHERS = ("append", "pack", "score", "select", "attend", "combine_splits", "gather")
 
 
-def test_every_launch_is_on_the_device_of_its_tensors(monkeypatch):
-    """Triton launches on the current device: nothing may start outside of the guard."""
+@pytest.mark.parametrize("each", [False, True])
+def test_every_launch_is_on_the_device_of_its_tensors(monkeypatch, each):
+    """Triton launches on the current device: nothing may start outside of the guard; with lists of blocks and without."""
+    monkeypatch.setattr(ops, "a_program_each", lambda *_: each)
     inside, launched = [], []
 
     @contextmanager
@@ -53,8 +55,7 @@ def test_every_launch_is_on_the_device_of_its_tensors(monkeypatch):
         "write_tail",
         "pack_blocks",
         "block_scores",
-        "select_blocks",
-        "attend_split",
+        *(["attend_each"] if each else ["select_blocks", "attend_split"]),
         "combine_splits",
         "gather_pages",
     ]

@@ -332,3 +332,15 @@ def test_what_lies_on_the_host_comes_back_when_it_is_wanted() -> None:
         held[dropped] = residents.held[0].nonzero()[:, 0].tolist()
         assert residents.fetched == (2 if dropped == "host" else 0)
     assert held == {"lost": [6, 7], "host": [0, 7]}
+
+
+def test_an_emulation_takes_16_bit_models() -> None:
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(heads, 4 * BLOCK, 64, generator=generator).bfloat16() for heads in (4, 2, 2))
+    rules = (Rule(share=0.5, floor=1, newest=1), Rule(share=0.5, floor=1, error="logits", newest=1))
+    out, wide = (
+        ThroughPages(rules[0], NUMERICS, beside=rules[1:]).attend(*(x.to(dtype) for x in (q, k, v)), 0.125, 0)[0]
+        for dtype in (torch.bfloat16, torch.float32)
+    )
+    assert out.dtype == torch.bfloat16
+    torch.testing.assert_close(out, wide.bfloat16())

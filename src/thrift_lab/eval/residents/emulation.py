@@ -81,7 +81,9 @@ class ThroughPages(Rival):
         raise NotImplementedError("an emulation has no cost of its own")
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, scale: float, prompt: int) -> tuple[Tensor, None]:
-        """Attend to a whole text: q ``[Hq, T, D]``, k and v ``[Hkv, T, D]``, T a multiple of 64."""
+        """Attend to a whole text: q ``[Hq, T, D]``, k and v ``[Hkv, T, D]``, T a multiple of 64; in float32 at least."""
+        given = q.dtype
+        q, k, v = (x.to(torch.promote_types(x.dtype, torch.float32)) for x in (q, k, v))
         heads, tokens, _ = k.shape
         if q.shape[1] != tokens or tokens % BLOCK:
             raise ValueError(
@@ -146,7 +148,7 @@ class ThroughPages(Rival):
             if lost is not None:
                 followed.error += lost.left(i)
                 followed.most += lost.most()
-        return out.flatten(2, 3).flatten(0, 1), None
+        return out.flatten(2, 3).flatten(0, 1).to(given), None
 
     def _promoted(self, queries: Tensor, scored: Tensor, held: Tensor, seen: int, most: int, scale: float) -> Tensor:
         """The residents ``[Hkv, N]`` that a chunk ``[Hkv, G, 64, D]`` reads with their residual: those of the largest score."""
