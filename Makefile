@@ -19,7 +19,7 @@ test: $(VENV)/.dev $(VENV)/.tritons lint $(VENV)/.vllm-$(lastword $(VLLMS))
 	$(BIN)/pytest -n 2 tests/architecture tests/reference tests/cache tests/transformers tests/vllm tests/lab tests/docs
 	TRITON_INTERPRET=1 $(BIN)/pytest -n 2 tests/prefill tests/decode tests/laws tests/vllm/test_engine_step.py
 	printf '%s\n' $(TRITONS) | xargs -P 2 -I V env TRITON_INTERPRET=1 PYTHONPATH=$(VENV)/triton-V \
-		$(BIN)/pytest tests/prefill/test_sm90_fp8_compile.py
+		$(BIN)/pytest tests/prefill/test_sm90_fp8_compile.py tests/decode/test_compile.py::test_every_kernel_of_a_step_compiles
 	$(VLLM)/bin/python -m pytest -n 2 --dist loadfile -p no:logging -W ignore --show-capture=no --tb=short \
 		tests/vllm_engine/test_engine.py tests/vllm_engine/test_processes.py
 

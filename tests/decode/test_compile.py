@@ -163,3 +163,25 @@ def test_a_program_for_each_block_has_it_before_the_scores(
     assert facts["stack"] == 0, facts
     if capability >= 90 and "budget" not in options:
         assert facts["early"] >= 2 * (dim // 16)
+
+
+_STEP = """
+import json, sys
+from thrift_lab.bench.compile import compile_launch
+from thrift_lab.bench.launches import Case, launches
+
+calls = {"": {}, "short": {"pages": 40}}
+listed = [x for name, call in calls.items() for x in launches(Case(name, "decode", 64, {}, call), 90)]
+print(json.dumps({launch.kernel: compile_launch(launch).problems for launch in listed}))
+"""
+
+
+def test_every_kernel_of_a_step_compiles() -> None:
+    """`make test` runs this one with every Triton that is served: a newer compiler takes what an older one does not."""
+    environment = {**os.environ, "TRITON_INTERPRET": "0"}
+    done = subprocess.run([sys.executable, "-c", _STEP], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert json.loads(done.stdout.splitlines()[-1]) == {
+        "write_tail_kernel": [], "pack_blocks_kernel": [], "block_scores_kernel": [], "select_blocks_kernel": [],
+        "attend_split_kernel": [], "attend_each_kernel": [], "combine_splits_kernel": [], "gather_pages_kernel": [],
+    }  # fmt: skip
