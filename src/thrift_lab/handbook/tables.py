@@ -8,13 +8,15 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 from thrift_attn import ThriftConfig
+from thrift_attn.crossovers import measured
 from thrift_lab.assets import MODELS, SHAKESPEARE
+from thrift_lab.bench.crossover import CrossoverRecord, worst_ratio
 from thrift_lab.eval.config_cost import decode_cost, stored_share
 from thrift_lab.eval.kinds import HANDBOOK
 from thrift_lab.eval.paper_tables import MODELS as PAPER_MODELS
 from thrift_lab.eval.reproduce import ARCHIVES, FILES
 from thrift_lab.eval.texts import PG19
-from thrift_lab.handbook.measured import loss, read, timed
+from thrift_lab.handbook.measured import RESULTS, Timed, loss, read, timed
 from thrift_lab.handbook.speed_picture import cases, in_words
 from thrift_lab.mirror import ASSETS
 from thrift_lab.records import MARK, OLDER, before_today
@@ -53,11 +55,11 @@ def quality() -> str:
     return markdown(head, rows)
 
 
-def decode() -> str:
-    """Steps of decode beside the fastest baselines."""
+def _decode_table(found: Iterable[Timed]) -> str:
+    """Cases of decode beside the fastest baselines."""
     head = ["one step of decode, us", "fastest BF16", "fastest FP8", "thrift, 5%", "over BF16", "over FP8"]
     rows = []
-    for one in cases():
+    for one in found:
         bf16, fp8 = one.speedup.bf16, one.speedup.fp8
         assert bf16 is not None
         assert fp8 is not None
@@ -71,14 +73,44 @@ def decode() -> str:
                 f"{one.speedup.over('fp8'):.2f}x",
             ]
         )
-    return markdown(head, rows) + f"\n\n{MARK} {OLDER}."
+    return markdown(head, rows)
 
 
-def prefill() -> str:
-    """Whole calls of prefill in fp8 beside the fastest baselines."""
+def decode() -> str:
+    """Steps of decode on an H100."""
+    return _decode_table(cases()) + f"\n\n{MARK} {OLDER}."
+
+
+def decode_h200() -> str:
+    """Steps of decode on an H200: the lengths that one sequence and batches were timed at."""
+    found = timed("h200/decode/one.json") + timed("h200/decode/batches.json")
+    return _decode_table(one for one in found if one.speedup.ours.case.kv >= 8192)
+
+
+def decode_short() -> str:
+    """One short sequence on an H200, with the default budget and with 5%, which lists of blocks served before."""
+    head = ["tokens", "fastest BF16, us", "default budget", "over BF16", "5%", "over BF16", "5%, lists of blocks"]
+    by_budget = {
+        name: {one.speedup.ours.case.kv: one.speedup for one in timed(f"h200/decode/{name}.json")}
+        for name in ("short", "one", "lists")
+    }
+    rows = []
+    for tokens, default in by_budget["short"].items():
+        cells = [f"{tokens:,}", "" if default.bf16 is None else f"{default.bf16.p50_us:.1f} ({default.bf16.method})"]
+        for name in ("short", "one", "lists"):
+            one = by_budget[name].get(tokens)
+            cells.append("" if one is None else f"{one.ours.p50_us:.1f}")
+            if name != "lists":
+                cells.append("" if one is None else f"{one.over('bf16'):.2f}x")
+        rows.append(cells)
+    return markdown(head, rows)
+
+
+def _prefill_table(*records: str) -> str:
+    """Whole calls of prefill in fp8 at head dim 128 beside the fastest baselines."""
     head = ["tokens", "fastest BF16, ms", "fastest FP8, ms", "thrift in fp8, 5%, ms", "over BF16", "over FP8"]
     found = {}
-    for record in ("h100/prefill/lengths.json", "h100/prefill/target.json"):
+    for record in records:
         for one in timed(record, base_format="fp8", head_dim=128):
             found[one.speedup.ours.case.kv] = one
     rows = []
@@ -89,6 +121,46 @@ def prefill() -> str:
         cells.append(f"{one.speedup.ours.p50_us / 1e3:.3g}")
         cells += [f"{ratio:.2f}x" if (ratio := one.speedup.over(kind)) else "" for kind in ("bf16", "fp8")]
         rows.append(cells)
+    return markdown(head, rows)
+
+
+def prefill() -> str:
+    """Whole calls of prefill on an H100."""
+    return _prefill_table("h100/prefill/lengths.json", "h100/prefill/target.json")
+
+
+def prefill_h200() -> str:
+    """Whole calls of prefill on an H200."""
+    return _prefill_table("h200/prefill/d128.json")
+
+
+def prefill_errors_h200() -> str:
+    """Whole calls on an H200 at both head dims, with the errors on the timed prompt."""
+    head = ["tokens", "D", "thrift fp8, 5%, ms", "fastest BF16", "fastest FP8"]
+    head += ["error, ours and FP8", "over BF16", "over FP8"]
+    rows = []
+    for record in ("d128", "d64"):
+        for one in timed(f"h200/prefill/{record}.json"):
+            ours, bf16, fp8 = one.speedup.ours, one.speedup.bf16, one.speedup.fp8
+            assert bf16 is not None
+            assert fp8 is not None
+            times = [f"{row.p50_us / 1e3:.4g}" for row in (ours, bf16, fp8)]
+            errors = ", ".join(f"{row.checks[1].error:.4f}" for row in (ours, fp8))
+            ratios = [f"{one.speedup.over(kind):.2f}x" for kind in ("bf16", "fp8")]
+            rows.append([f"{ours.case.kv:,}", str(ours.case.head_dim), *times, errors, *ratios])
+    return markdown(head, rows)
+
+
+def crossover_h200() -> str:
+    """From which length on thrift is faster than exact attention on an H200, and what the table of the package makes of it."""
+    record = CrossoverRecord.load(RESULTS / "crossover" / "nvidia-h200.json")
+    head = ["", "thrift is faster from, tokens", "exact below", "worst speed of a call, over the exact kernel's"]
+    rows = []
+    for server in ("FlashAttention-3", "SDPA"):
+        for dim in record.head_dims():
+            used = measured((9, 0), record.base_format, dim, server)
+            worst = worst_ratio(record, dim, server, used)
+            rows.append([f"D {dim}, {server}", f"{record.crossover(dim, server):,}", f"{used:,}", f"{worst:.2f}"])
     return markdown(head, rows)
 
 
@@ -206,7 +278,12 @@ LICENCES = {
 TABLES: dict[str, Callable[[], str]] = {
     "quality": quality,
     "decode": decode,
+    "decode-h200": decode_h200,
+    "decode-short": decode_short,
     "prefill": prefill,
+    "prefill-h200": prefill_h200,
+    "prefill-errors-h200": prefill_errors_h200,
+    "crossover-h200": crossover_h200,
     "whole-model": whole_model,
     "storage": storage,
     "fetched": fetched,
