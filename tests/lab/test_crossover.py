@@ -125,7 +125,7 @@ def test_a_wrong_output_has_no_times(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("path", RECORDS, ids=lambda path: path.stem)
 def test_the_table_serves_every_gpu_with_a_record(path: Path) -> None:
-    """Rows are those of their source; with them calls of every GPU of the capability have 0.97 of the speed of exact attention."""
+    """Rows are those of their source; with them no GPU of the capability has calls below 0.97 of exact attention."""
     record = CrossoverRecord.load(path)
     capability = tuple(int(part) for part in record.context["machine"]["capability"].split("."))
     rows = [row for row in CROSSOVERS if (row.capability, row.base_format) == (capability, record.base_format)]
