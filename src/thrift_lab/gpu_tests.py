@@ -12,7 +12,6 @@ import sys
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar
 
 from thrift_lab.provenance import digest_of_sources
 from thrift_lab.records import make_context
@@ -28,8 +27,6 @@ LAWS = ("test_a_budget_of_one_is_exact", "test_packed_sequences_equal_each_alone
 
 class GPUTestRecord(StepsRecord):
     """What a run on a GPU found; ``sources`` is `digest_of_kernels`."""
-
-    KINDS: ClassVar[tuple[str, ...]] = ("gpu-tests",)
 
     kind: str = "gpu-tests"
 

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.table import Table
 
 from thrift_lab.console import errors, table_console
 
@@ -66,17 +65,6 @@ def load_record(path: Path) -> Record:
     raise ValueError(f"{path} names no kind of record that is known: there are {', '.join(sorted(known))}")
 
 
-def drawn(record: Record) -> Table:
-    """Return the table of a record as rich prints it; records of serving have theirs beside their commands."""
-    from thrift_lab.serving.serve_records import ServeRecord
-    from thrift_lab.serving.served_nll import ServedRecord
-    from thrift_lab.serving.serving_cli import loss_table, speed_table
-
-    if isinstance(record, ServeRecord):
-        return speed_table(record)
-    return loss_table(record) if isinstance(record, ServedRecord) else record.table().drawn()
-
-
 def circumstances(context: dict[str, Any]) -> str:
     """When, with which commit and on what a record was made."""
     machine = context.get("machine", {})
@@ -117,5 +105,5 @@ def show(
             print(found.markdown())
             return
         console = table_console(150)
-        console.print(drawn(found))
+        console.print(found.table().drawn())
         console.print(circumstances(found.context), style="dim", highlight=False, markup=False)

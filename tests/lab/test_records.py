@@ -17,15 +17,12 @@ from thrift_lab.eval.run_nll import NLLRecord, NLLRow
 from thrift_lab.eval.runs import Run, load_runs
 from thrift_lab.provenance import write_files, write_json
 from thrift_lab.records import Record, read_json
-from thrift_lab.show_cli import classes, drawn
+from thrift_lab.show_cli import classes
 
 RESULTS = Path(__file__).parents[2] / "benchmarks" / "results"
 CLASSES = tuple(classes())
-TO_COME = {"serve", "served-nll"}
+TO_COME = {"served-nll"}
 """Kinds of which a GPU has yet to make the first record."""
-
-BESIDE_COMMANDS = {"serve", "served-nll"}
-"""Kinds whose tables are made beside the commands that print them, and not as Markdown."""
 
 BY_KIND = {kind: made for made in CLASSES for kind in made.KINDS}
 OTHER_KINDS = ("exploration", "kvpress-snapkv", None)
@@ -55,9 +52,8 @@ def test_every_kind_of_record_is_committed_and_known() -> None:
 def test_committed_records_are_read_shown_and_come_back(path: Path, tmp_path: Path) -> None:
     record = BY_KIND[kind_of(path)].load(path)
     assert record.context["commit"]
-    assert drawn(record).row_count > 0
-    if record.kind not in BESIDE_COMMANDS:
-        assert len(record.markdown().splitlines()) == len(record.table().rows) + 2
+    assert record.table().drawn().row_count > 0
+    assert len(record.markdown().splitlines()) == len(record.table().rows) + 2
     again = tmp_path / "again.json"
     record.save(again)
     other = type(record).load(again)

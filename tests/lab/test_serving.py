@@ -24,9 +24,8 @@ from thrift_lab.serving.engine_gate import Answer, difference
 from thrift_lab.serving.engine_jobs import EngineJob, Task, check_installed, write_config
 from thrift_lab.serving.engine_process import EngineFailed, run_engine
 from thrift_lab.serving.serve_plan import SMALL, ServePlan, plan_of
-from thrift_lab.serving.serve_records import Cell, Gate, ServeRecord, ServeRow
+from thrift_lab.serving.serve_records import Cell, Gate, ServeRecord, ServeRow, join
 from thrift_lab.serving.served_nll import ServedPlan, ServedRecord, evaluate
-from thrift_lab.serving.serving_cli import loss_table, speed_table
 
 GREEN = Gate(worst=0.01, noise=0.06, compared=9, total=9)
 
@@ -192,6 +191,41 @@ def test_calls_fill_one_record_where_all_agrees(tmp_path: Path) -> None:
             ServeRecord.open(path, context(plan, **other))
 
 
+def call(path: Path, method: Any, *, day: int, gate: Gate | None = None, **more: Any) -> Path:
+    """The record of a call that timed a method."""
+    plan = ServePlan(lengths=(8192,))
+    record = ServeRecord(context=context(plan, created=f"2026-11-{day}", **more), gate=gate)
+    record.put(timed(Cell(method, 8192, "single", 0), 2.0))
+    record.save(path)
+    return path
+
+
+def test_records_of_calls_are_joined_where_all_agrees(tmp_path: Path) -> None:
+    out = tmp_path / "all.json"
+    ours, fp8 = call(tmp_path / "a.json", "thrift", day=1, gate=GREEN), call(tmp_path / "b.json", "fp8", day=2)
+    bf16 = call(tmp_path / "c.json", "bf16", day=3, gate=GREEN.model_copy(update={"problem": "red"}))
+    told = CliRunner().invoke(app, ["bench", "serve", "-o", str(out), "--join", str(ours), "--join", str(fp8)])
+    assert told.exit_code == 0, told.output
+    assert "thrift / fp8" in told.output
+    record = ServeRecord.load(out)
+    assert [row.cell.method for row in record.rows] == ["thrift", "fp8"]
+    assert record.gate == GREEN
+    assert record.context["created"] == "2026-11-1"
+    assert record.context["joined"] == [{"created": "2026-11-2", "cells": ["fp8/8192/single, round 1"]}]
+    record = join(out, [bf16])  # a red gate is not hidden by a green one
+    assert record.gate is not None
+    assert not record.gate.is_green
+    assert [one["created"] for one in record.context["joined"]] == ["2026-11-2", "2026-11-3"]
+    before = out.read_bytes()
+    for path, text in (
+        (fp8, "b.json cannot be joined: both have fp8/8192/single, round 1"),
+        (call(tmp_path / "d.json", "fp8", day=4, commit="def"), "d.json cannot be joined: runs of another commit"),
+    ):
+        told = CliRunner().invoke(app, ["bench", "serve", "-o", str(out), "--join", str(path)])
+        assert (told.exit_code, text in " ".join(told.output.split())) == (2, True), told.output
+        assert out.read_bytes() == before
+
+
 def test_figures_take_all_rounds_together_and_the_table_compares() -> None:
     plan = ServePlan(lengths=(8192,), rounds=2)
     record = ServeRecord(context=context(plan), gate=GREEN)
@@ -203,7 +237,7 @@ def test_figures_take_all_rounds_together_and_the_table_compares() -> None:
     assert (bf16.first_token_s, bf16.step_ms, bf16.decoded_per_s) == (1.0, 5.0, 800.0)
     assert (thrift.held_tokens, thrift.first_token_s, thrift.decoded_per_s) == (1800, None, 4000.0)
     console = Console(width=150, record=True)
-    console.print(speed_table(record))
+    console.print(record.table().drawn())
     said = console.export_text()
     assert "5.00x" in said
     assert "thrift / bf16" in said
@@ -392,7 +426,7 @@ def test_losses_through_the_engine_are_paired_and_kept_beside_the_record(
     assert np.array_equal(record.nll["tokens"], tokens)
     assert any("fp8: starting an engine for 3 texts of 501 tokens" in line for line in said)
     console = Console(width=150, record=True)
-    console.print(loss_table(record))
+    console.print(record.table().drawn())
     assert "+0.0100 to +0.0100" in console.export_text()
     with pytest.raises(ValueError, match="another tokens_sha256"):
         evaluate(plan, "folder", tokens + 1, on_cpu=True)

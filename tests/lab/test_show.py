@@ -62,12 +62,12 @@ def test_records_of_serving_are_shown(tmp_path: Path) -> None:
     served.save(tmp_path / "served.json")
     assert "letters" in show(tmp_path / "served.json").output
     assert "+2.0000" in show(tmp_path / "served.json").output
-    told = show(tmp_path / "served.json", "--markdown")
-    assert (told.exit_code, "have no table as text" in told.stderr) == (2, True)
+    assert "| fp8 | letters | 3.0000 | +1.0000 |" in show(tmp_path / "served.json", "--markdown").output
     settings = {"model": "m", "lengths": [8192], "methods": ["thrift"]}
     row = ServeRow(cell=Cell("thrift", 8192, "single", 0), status="timed", step_ms=[1.5], kv_tokens=9000)
     ServeRecord(context={"settings": settings, "machine": {"gpu": "a GPU"}}, rows=[row]).save(tmp_path / "serve.json")
     assert "1.50" in show(tmp_path / "serve.json").output
+    assert "| 8,192 | thrift | 9,000 |  |  |  | 1.50 |  |  |" in show(tmp_path / "serve.json", "--markdown").output
 
 
 def test_markdown_is_printed_and_methods_are_chosen() -> None:

@@ -20,6 +20,7 @@ from thrift_lab.handbook.measured import RESULTS, Timed, loss, read, timed
 from thrift_lab.handbook.speed_picture import cases, in_words
 from thrift_lab.mirror import ASSETS
 from thrift_lab.records import MARK, OLDER, before_today
+from thrift_lab.serving.serve_records import ServeRecord
 
 
 def markdown(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
@@ -186,6 +187,40 @@ def whole_model() -> str:
     return markdown(head, rows) + f"\n\n{MARK} {OLDER}." * older
 
 
+def serving() -> str:
+    """vLLM with pages of 16 bits, FP8 and thrift on an H200."""
+    record = ServeRecord.load(RESULTS / "h200" / "serve.json")
+    methods = ("bf16", "fp8", "thrift")
+    lengths = record.context["settings"]["lengths"]
+    found = {(method, length): record.figures(method, length) for method in methods for length in lengths}
+    rows = []
+
+    def add(words: str, values: Sequence[float | None], form: str, *, more_is_better: bool) -> None:
+        bf16, fp8, ours = values
+        assert bf16
+        assert fp8
+        assert ours
+        ratios = (ours / one if more_is_better else one / ours for one in (bf16, fp8))
+        rows.append([words, *(format(x, form) for x in (bf16, fp8, ours)), *(f"{x:.2f}x" for x in ratios)])
+
+    add("KV tokens that fit", [found[method, lengths[0]].kv_tokens for method in methods], ",d", more_is_better=True)
+    for length in lengths:
+        times = [found[method, length].step_ms for method in methods]
+        add(f"a token, 1 sequence of {length // 1024}k, ms", times, ".2f", more_is_better=False)
+    for length in lengths:
+        times = [found[method, length].first_token_s for method in methods]
+        add(f"first token, prompt of {length // 1024}k, s", times, ".3f", more_is_better=False)
+    full = 32768
+    add("sequences of 32k at once", [found[name, full].sequences for name in methods], "d", more_is_better=True)
+    rates = [found[name, full].decoded_per_s for name in methods]
+    add("tokens/s that these decode", rates, ",.0f", more_is_better=True)
+    once = [record.of(method, full, "capacity")[0] for method in methods]
+    filled = [(row.whole_s or 0) / row.sequences for row in once]
+    add("to admit them all, s a sequence", filled, ".2f", more_is_better=False)
+    add("start of the engine, s", [row.start_s for row in once], ".0f", more_is_better=False)
+    return markdown(["Llama-3.1-8B's shape in vLLM", "BF16", "FP8", "thrift", "over BF16", "over FP8"], rows)
+
+
 def storage() -> str:
     """What a cache keeps and what a step of decode reads, by the storage of promoted blocks; worked out, not measured."""
     head = ["`promoted_storage`", "a promoted block is", "kept, of 16 bits", "read at 2%", "at 5%", "at 10%"]
@@ -285,6 +320,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "prefill-errors-h200": prefill_errors_h200,
     "crossover-h200": crossover_h200,
     "whole-model": whole_model,
+    "serving": serving,
     "storage": storage,
     "fetched": fetched,
 }

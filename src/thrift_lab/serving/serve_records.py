@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import statistics
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, ClassVar, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from pydantic import BaseModel, Field
 from typing_extensions import Self
 
 from thrift_lab.records import Record
 from thrift_lab.serving.engine_jobs import MethodName
+from thrift_lab.sheet import Sheet
 
 Part = Literal["single", "capacity"]
 PARTS: dict[Part, str] = {"single": "one sequence alone", "capacity": "as many sequences as fit"}
@@ -139,8 +141,6 @@ class ServeRecord(GrownRecord):
         rows: one for each cell that was tried.
     """
 
-    KINDS: ClassVar[tuple[str, ...]] = ("serve",)
-
     kind: str = "serve"
     gate: Gate | None = None
     rows: list[ServeRow] = Field(default_factory=list)
@@ -152,6 +152,30 @@ class ServeRecord(GrownRecord):
     def done(self, cell: Cell) -> bool:
         """Whether a cell needs no further run."""
         return any(row.cell == cell and row.done for row in self.rows)
+
+    def join(self, other: ServeRecord, path: Path) -> None:
+        """Take the rows and the gate of another call's record, and note when that call was made.
+
+        Of two gates the worse one stays.
+
+        Args:
+            other: that record.
+            path: of its file, for what is refused.
+
+        Raises:
+            ValueError: a record of another commit, machine or setting, or a cell that has been timed in both.
+        """
+        if differing := differences(self.context, other.context):
+            raise ValueError(f"{path} cannot be joined: runs of another {', '.join(differing)}")
+        if twice := [row.cell.name for row in other.rows if row.done and self.done(row.cell)]:
+            raise ValueError(f"{path} cannot be joined: both have {twice[0]}")
+        for row in other.rows:
+            if not self.done(row.cell):
+                self.put(row)
+        gates = [gate for gate in (self.gate, other.gate) if gate is not None]
+        self.gate = max(gates, key=lambda gate: (not gate.is_green, gate.worst), default=None)
+        note = {"created": other.context["created"], "cells": [row.cell.name for row in other.rows]}
+        self.context = {**self.context, "joined": [*self.context.get("joined", []), note]}
 
     def of(self, method: str, length: int, part: Part) -> list[ServeRow]:
         """The timed rows of all rounds."""
@@ -174,6 +198,54 @@ class ServeRecord(GrownRecord):
             full_step_ms=statistics.median(full_step) if full_step else None,
             decoded_per_s=_rate(full),
         )
+
+    def table(self) -> Sheet:
+        """Return methods at each length, and thrift over the others."""
+        settings, machine = self.context["settings"], self.context["machine"]
+        rows: list[list[str]] = []
+        dim = {}
+        for length in settings["lengths"]:
+            found = {method: self.figures(method, length) for method in settings["methods"]}
+            for method, one in found.items():
+                pairs = zip(one, FORMS.values(), strict=True)
+                rows.append([f"{length:,}", method, *("" if x is None else format(x, form) for x, form in pairs)])
+            for method, one in found.items():
+                if method == "thrift" or "thrift" not in found:
+                    continue
+                pairs = zip(found["thrift"], one, strict=True)
+                ratios = [f"{ours / other:.2f}x" if ours and other else "" for ours, other in pairs]
+                if any(ratios):
+                    dim[len(rows)] = "dim"
+                    rows.append(["", f"thrift / {method}", *ratios])
+        title = f"{settings['model']} in vLLM on {machine['gpu'] or machine['cpu']}"
+        return Sheet(("tokens", "method", *FORMS), rows, title=title, left=2, styles=dim)
+
+
+FORMS = {
+    "fit, it says": ",.0f",
+    "held": ",.0f",
+    "sequences": ",.0f",
+    "first token s": ".3f",
+    "ms/token alone": ".2f",
+    "ms/step full": ".2f",
+    "tokens/s full": ",.0f",
+}
+"""Columns of a table, one for each of `Figures`, and how their numbers are written."""
+
+
+def join(out: Path, paths: Iterable[Path]) -> ServeRecord:
+    """Add records of other calls to the one in a file, which is made of the first of them where there is none, and save it.
+
+    Raises:
+        FileNotFoundError: no such record.
+        ValueError: see `ServeRecord.join`; nothing is written then.
+    """
+    others = [(path, ServeRecord.load(path)) for path in paths]
+    record = ServeRecord.load(out) if out.exists() else others.pop(0)[1]
+    for path, other in others:
+        record.join(other, path)
+    record.save(out)
+    return record
 
 
 class Figures(NamedTuple):

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
 from pydantic import BaseModel, Field
@@ -29,6 +29,7 @@ from thrift_lab.serving.engine_jobs import (
 from thrift_lab.serving.engine_process import run_engine
 from thrift_lab.serving.run_serve import context_of
 from thrift_lab.serving.serve_records import GrownRecord
+from thrift_lab.sheet import Sheet
 
 PLAIN: MethodName = "bf16"
 """What losses are over."""
@@ -74,8 +75,6 @@ class ServedRecord(GrownRecord):
         nll: float32 ``[texts, length - 1]`` by method, in nats, and ``tokens`` int64 ``[texts, length]``.
     """
 
-    KINDS: ClassVar[tuple[str, ...]] = ("served-nll",)
-
     kind: str = "served-nll"
     rows: list[ServedRow] = Field(default_factory=list)
     nll: Arrays = Field(default_factory=dict, exclude=True)
@@ -92,6 +91,18 @@ class ServedRecord(GrownRecord):
         context = found["context"]
         arrays = load_arrays(path.with_name(context.pop("per_token")), context.pop("per_token_sha256"))
         return cls.model_validate({**found, "nll": arrays})
+
+    def table(self) -> Sheet:
+        """Return losses over 16-bit pages, of all texts together and of each."""
+        settings = self.context["settings"]
+        rows = []
+        for row in self.rows:
+            for one in row.losses:
+                told = one.loss is not None and row.method != PLAIN
+                over = [f"{one.loss:+.4f}", between(one.interval)] if told else ["", ""]
+                rows.append([row.method, one.text, f"{one.nll:.4f}", *over])
+        title = f"{settings['model']} in vLLM, {settings['length']:,} tokens of each text, nats a token"
+        return Sheet(("method", "text", "NLL", f"over {PLAIN}", "95%"), rows, title=title, left=2)
 
     def add(self, method: MethodName, nll: np.ndarray[Any, Any], seconds: float) -> None:
         """Take the losses of a method, ``[texts, length - 1]``, and work out all rows anew."""

@@ -6,17 +6,12 @@ import json
 import signal
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import Annotated, Any, Literal
 
 import typer
 from rich.console import Console
-from rich.table import Table
 
 from thrift_lab.console import Model, errors, kept, numbers, shown, words
-
-if TYPE_CHECKING:
-    from thrift_lab.serving.serve_records import ServeRecord
-    from thrift_lab.serving.served_nll import ServedRecord
 
 speed = typer.Typer()
 """What ``thrift bench`` takes over."""
@@ -62,6 +57,10 @@ def bench_serve(
         list[str] | None,
         typer.Option(help="Cells of this call: METHOD, METHOD/LENGTH or METHOD/LENGTH/PART, several after commas."),
     ] = None,
+    join: Annotated[
+        list[Path] | None,
+        typer.Option(help="Time nothing: add the record of another call of the same commit, machine and settings."),
+    ] = None,
     model: Annotated[str | None, typer.Option(help="llama-3.1-8b, qwen3-8b (weights made up), or a folder.")] = None,
     methods: Annotated[str, typer.Option(help="Of bf16, fp8, thrift.")] = "",
     lengths: Annotated[str, typer.Option(help="Tokens of a sequence, after commas.")] = "",
@@ -83,6 +82,12 @@ def bench_serve(
     """Serving: thrift in vLLM against its FlashAttention with 16-bit and with FP8 pages, correctness first."""
     console = Console(soft_wrap=True, width=None if sys.stdout.isatty() else 150)
     with errors():
+        if join:
+            from thrift_lab.serving.serve_records import join as join_records
+
+            console.print(join_records(out, join).table().drawn())
+            console.print(f"wrote {out}", style="dim", highlight=False, markup=False)
+            return
         from thrift_lab.serving.run_serve import run
         from thrift_lab.serving.serve_plan import plan_of
 
@@ -107,51 +112,13 @@ def bench_serve(
         with shown(console) as (log, _):
             record = run(plan, only=words(only), log=kept(console, log))
         console.print()
-        console.print(speed_table(record))
+        console.print(record.table().drawn())
         console.print(f"wrote {plan.out}", style="dim", highlight=False, markup=False)
         bad = [row for row in record.rows if row.ours and row.status in ("wrong", "failed")]
         for row in bad:
             console.print(f"{row.cell.name}, {row.status}: {row.reason}", style="red", highlight=False, markup=False)
         if bad:
             raise typer.Exit(1)
-
-
-def speed_table(record: ServeRecord) -> Table:
-    """Methods at each length, and thrift over the others."""
-    settings, machine = record.context["settings"], record.context["machine"]
-    table = Table(
-        title=f"{settings['model']} in vLLM on {machine['gpu'] or machine['cpu']}",
-        box=None,
-        padding=(0, 1),
-        header_style="bold",
-    )
-    table.add_column("tokens")
-    table.add_column("method")
-    headers = ("fit, it says", "held", "sequences", "first token s", "ms/token alone", "ms/step full", "tokens/s full")
-    for header in headers:
-        table.add_column(header, justify="right")
-    for length in settings["lengths"]:
-        found = {method: record.figures(method, length) for method in settings["methods"]}
-        for method, one in found.items():
-            cells = [
-                _number(one.kv_tokens, ",.0f"), _number(one.held_tokens, ",.0f"), _number(one.sequences, ",.0f"),
-                _number(one.first_token_s, ".3f"), _number(one.step_ms, ".2f"), _number(one.full_step_ms, ".2f"),
-                _number(one.decoded_per_s, ",.0f"),
-            ]  # fmt: skip
-            table.add_row(f"{length:,}", method, *cells)
-        ours = found.get("thrift")
-        for method, one in found.items():
-            if ours is None or method == "thrift":
-                continue
-            pairs = zip(ours, one, strict=True)
-            ratios = [f"{a / b:.2f}x" if a and b else "" for a, b in pairs]
-            if any(ratios):
-                table.add_row("", f"thrift / {method}", *ratios, style="dim")
-    return table
-
-
-def _number(value: float | None, form: str) -> str:
-    return "" if value is None else format(value, form)
 
 
 @quality.command(name="serve")
@@ -202,27 +169,5 @@ def eval_serve(
             except EngineFailed as error:
                 raise OSError(f"the engine failed, see {out.with_suffix('.log')}: {error}") from error
         console.print()
-        console.print(loss_table(record))
+        console.print(record.table().drawn())
         console.print(f"wrote {out}", style="dim", highlight=False, markup=False)
-
-
-def loss_table(record: ServedRecord) -> Table:
-    """Losses over 16-bit pages, of all texts together and of each."""
-    from thrift_lab.eval.bootstrap import between
-
-    settings = record.context["settings"]
-    table = Table(
-        title=f"{settings['model']} in vLLM, {settings['length']:,} tokens of each text, nats a token",
-        box=None,
-        padding=(0, 1),
-        header_style="bold",
-    )
-    table.add_column("method")
-    table.add_column("text")
-    for header in ("NLL", "over bf16", "95%"):
-        table.add_column(header, justify="right")
-    for row in record.rows:
-        for one in row.losses:
-            over = "" if row.method == "bf16" else _number(one.loss, "+.4f")
-            table.add_row(row.method, one.text, f"{one.nll:.4f}", over, between(one.interval) if over else "")
-    return table
