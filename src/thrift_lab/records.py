@@ -122,7 +122,11 @@ class Record(BaseModel):
         """
         found = read_json(path)
         if not isinstance(found, dict) or found.get("kind") not in cls.KINDS or found.get("schema") != cls.SCHEMA:
-            raise ValueError(f"{path} is not a record of kind {' or '.join(cls.KINDS)} and schema {cls.SCHEMA}")
+            names = ("kind", "schema")
+            got = ", ".join(f"{name} {found.get(name)}" for name in names) if isinstance(found, dict) else "no object"
+            raise ValueError(
+                f"{path} is not a record of kind {' or '.join(cls.KINDS)} and schema {cls.SCHEMA}, got {got}"
+            )
         del found["schema"]
         try:
             return cls.from_json(found, path)

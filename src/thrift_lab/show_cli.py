@@ -51,13 +51,14 @@ def load_record(path: Path) -> Record:
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: a folder, no record of a known kind, or one that its class refuses.
+        ValueError: a folder, no JSON, no record of a known kind, or one that its class refuses.
     """
-    from thrift_lab.records import kind_of
+    from thrift_lab.records import read_json
 
     if path.is_dir():
         raise ValueError(f"{path} is a folder: `thrift eval report` tells what a run has found")
-    kind, known = kind_of(path), []
+    found, known = read_json(path), []
+    kind = found.get("kind") if isinstance(found, dict) else None
     for one in classes():
         if kind in one.KINDS:
             return one.load(path)

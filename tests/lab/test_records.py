@@ -166,7 +166,7 @@ def test_what_is_no_json_leaves_the_file_as_it_was(tmp_path: Path) -> None:
         ("{", "is not JSON"),
         ("[]", "is not a record of kind"),
         ('{"kind": "other", "schema": 1}', "is not a record of kind"),
-        ('{"kind": KIND, "schema": 99}', "is not a record of kind .* and schema [12]$"),
+        ('{"kind": KIND, "schema": 99}', "is not a record of kind .* and schema [12], got kind .*, schema 99$"),
         ('{"kind": KIND, "schema": SCHEMA, "context": 3, "rows": [{"x": 1}], "needles": [1]}', "is damaged"),
     ],
 )

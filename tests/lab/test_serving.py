@@ -224,6 +224,9 @@ def test_records_of_calls_are_joined_where_all_agrees(tmp_path: Path) -> None:
         told = CliRunner().invoke(app, ["bench", "serve", "-o", str(out), "--join", str(path)])
         assert (told.exit_code, text in " ".join(told.output.split())) == (2, True), told.output
         assert out.read_bytes() == before
+    told = CliRunner().invoke(app, ["bench", "serve", "-o", str(out), "--join", str(bf16), "--only", "bf16"])
+    assert (told.exit_code, "nothing for --only to choose" in told.output) == (2, True), told.output
+    assert out.read_bytes() == before
 
 
 def test_figures_take_all_rounds_together_and_the_table_compares() -> None:

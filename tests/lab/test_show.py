@@ -87,8 +87,11 @@ def test_what_is_no_record_is_told(tmp_path: Path) -> None:
         (tmp_path, "is a folder: `thrift eval report` tells"),
         (tmp_path / "gone.json", "No such file"),
         (tmp_path / "x.json", "names no kind of record that is known: there are compile, crossover, decode"),
-        (Path(__file__), "names no kind of record"),
-        (RESULTS / "compile" / "prefill.json", "is not a record of kind compile and schema 2"),
+        (Path(__file__), "is not JSON"),
+        (
+            RESULTS / "compile" / "prefill.json",
+            "is not a record of kind compile and schema 2, got kind compile, schema 1",
+        ),
     ):
         result = show(path)
         assert result.exit_code == 2

@@ -83,6 +83,8 @@ def bench_serve(
     console = Console(soft_wrap=True, width=None if sys.stdout.isatty() else 150)
     with errors():
         if join:
+            if only:
+                raise ValueError("--join times nothing, so there is nothing for --only to choose")
             from thrift_lab.serving.serve_records import join as join_records
 
             console.print(join_records(out, join).table().drawn())
