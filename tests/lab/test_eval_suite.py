@@ -29,7 +29,8 @@ from thrift_lab import cli
 from thrift_lab.eval import charts, dated, figures, harness, page, speed
 from thrift_lab.eval.answer import answer, stop_tokens
 from thrift_lab.eval.concentration import FP4, SHARES, measure, of_model
-from thrift_lab.eval.cost import at_equal_cost, costs, decode_cost, prefill_cost
+from thrift_lab.eval.config_cost import decode_cost, prefill_cost
+from thrift_lab.eval.cost import at_equal_cost, costs
 from thrift_lab.eval.eviction import KERNEL, WINDOW, Eviction, evict, kept_tokens, votes, watching
 from thrift_lab.eval.methods import Method, described, from_description, parse_method, parse_methods
 from thrift_lab.eval.nll import run_window

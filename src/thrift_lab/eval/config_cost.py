@@ -7,6 +7,7 @@ from typing import Literal
 from thrift_attn.config import BLOCK, ThriftConfig
 from thrift_attn.numerics import DecodeNumerics, PrefillNumerics
 from thrift_attn.reference.formats import FORMATS, RESIDUALS
+from thrift_lab.eval.rivals.rival import Cost
 
 Hardware = Literal["blackwell", "hopper"]
 
@@ -70,3 +71,14 @@ def stored_share(config: ThriftConfig | None, head_dim: int = 128) -> float:
     if config.promoted_storage == "16bit":
         return 1.0 + base + summaries
     return base + RESIDUALS[config.promoted_storage].bits_per_element(head_dim) / 16 + summaries
+
+
+def config_cost(config: ThriftConfig, share: float, head_dim: int) -> Cost:
+    """All three with this share of the blocks promoted.
+
+    Args:
+        config: what is computed.
+        share: of the blocks.
+        head_dim: D.
+    """
+    return Cost(prefill_cost(config, share), stored_share(config, head_dim), decode_cost(config, share, head_dim))

@@ -23,7 +23,7 @@ from __future__ import annotations
 from typing import Literal
 
 from thrift_attn.config import ThriftConfig, fraction
-from thrift_lab.eval.config_cost import decode_cost, prefill_cost, stored_share
+from thrift_lab.eval.config_cost import config_cost, prefill_cost
 from thrift_lab.eval.eviction import Eviction
 from thrift_lab.eval.methods import Method
 from thrift_lab.eval.rivals.rival import Cost
@@ -55,7 +55,7 @@ def costs(method: Method, share: float | None, head_dim: int = 128, tokens: int 
             raise ValueError(f"the cost of {method.name!r} depends on the length: give the share of blocks it promotes")
         share = method.config.budget.value
     config = method.config
-    return Cost(prefill_cost(config, share), stored_share(config, head_dim), decode_cost(config, share, head_dim))
+    return config_cost(config, share, head_dim)
 
 
 def bytes_per_token(cost: Cost, head_dim: int) -> Cost:

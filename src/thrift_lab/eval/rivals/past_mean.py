@@ -21,7 +21,7 @@ from thrift_attn.reference.budget import blocks_per_row
 from thrift_attn.reference.channel_scales import key_bias
 from thrift_attn.reference.planes import Planes, build_planes
 from thrift_attn.stats import Stats
-from thrift_lab.eval.config_cost import decode_cost, prefill_cost, stored_share
+from thrift_lab.eval.config_cost import config_cost
 from thrift_lab.eval.rivals.rival import Cost, Rival, check_rate
 
 
@@ -73,7 +73,7 @@ class PastMean(Rival):
 
     def cost(self, head_dim: int, tokens: int, share: float | None) -> Cost:
         config, share = self.config, self.promoted if share is None else share
-        return Cost(prefill_cost(config, share), stored_share(config, head_dim), decode_cost(config, share, head_dim))
+        return config_cost(config, share, head_dim)
 
 
 def _less(whole: Planes, k: Tensor, mean: Tensor | None, keys: int) -> Planes:

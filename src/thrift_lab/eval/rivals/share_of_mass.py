@@ -19,7 +19,7 @@ from thrift_attn.numerics import PrefillNumerics
 from thrift_attn.reference.attention import Mask, attend_planes
 from thrift_attn.reference.planes import build_planes
 from thrift_attn.stats import Stats
-from thrift_lab.eval.config_cost import decode_cost, prefill_cost, stored_share
+from thrift_lab.eval.config_cost import config_cost
 from thrift_lab.eval.rivals.rival import Cost, Rival, check_rate
 
 
@@ -81,4 +81,4 @@ class ShareOfMass(Rival):
         if share is None:
             raise ValueError("what a budget by mass costs depends on the text: give the share of blocks it promoted")
         config = self.config
-        return Cost(prefill_cost(config, share), stored_share(config, head_dim), decode_cost(config, share, head_dim))
+        return config_cost(config, share, head_dim)
